@@ -1,0 +1,643 @@
+"""Autoencoders: the pretrained base VAEs and DAVAE, which adds detail channels to one of them (arXiv 2603.22125).
+
+    x (B, 3, H, W) --bicubic 1/2--> frozen base encoder --> z    (B, C, h, w)   what the pretrained DiT knows
+    x (B, 3, H, W) ---------------> detail encoder -------> z_d  (B, D, h, w)   aligned to z, so that it shares its structure
+    z_all = [z, z_d] (B, C+D, h, w) -----------------------> decoder -> x_hat (B, 3, H, W)
+
+Keys used throughout: B batch; H W image, h w latent grid; C base channels, D detail channels; f the base VAE's
+downsampling factor (DAVAE's is 2f). Pixels are RGB in [-1, 1]. Every `encode` returns normalised latents and every
+`decode` takes them; the statistics are buffers (`mean`, `std`) of the module they belong to.
+
+`load_base_vae` reads VA-VAE, SD/SD3 VAEs (single-file and diffusers names) and TAEF2 files as they are.
+"""
+import dataclasses
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import latest_checkpoint, read_config, read_state_dict
+
+# ---------------------------------------------------------------- the method: alignment, posterior, blocks
+
+
+def group_mean(z_d, C):
+    """Average each run of D/C adjacent detail channels: (B, D, h, w) -> (B, C, h, w).  Eq. (3).
+
+    raises: ValueError if D is not a multiple of C.
+    """
+    B, D, h, w = z_d.shape
+    if D % C:
+        raise ValueError(f"detail channels D={D} must be a multiple of base channels C={C}, so that they form equal groups")
+    return z_d.view(B, C, D // C, h, w).mean(dim=2)
+
+
+def align_loss(z, z_d):
+    """Mean squared distance between the grouped details and the base latent, which stays as it is.  Eq. (4).
+
+    z: (B, C, h, w), z_d: (B, D, h, w); returns a () float32 mean over all B*C*h*w elements.
+    """
+    return F.mse_loss(group_mean(z_d, z.shape[1]).float(), z.detach().float())
+
+
+def half(x):
+    """Halve an image: (B, 3, H, W) -> (B, 3, H/2, W/2), bicubic, no antialiasing, as the authors do (method of Sec. 3.1).
+
+    Exactly the separable 4-tap filter [-3, 19, 19, -3] / 32. Another filter (PIL's, say) would change z.
+    """
+    return F.interpolate(x, scale_factor=0.5, mode="bicubic", align_corners=False)
+
+
+class Posterior:
+    """Diagonal Gaussian over a latent: mean and clamped logvar, each (B, channels, h, w)."""
+
+    def __init__(self, moments):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self):
+        return self.mean + torch.exp(0.5 * self.logvar) * torch.randn_like(self.mean)
+
+    def kl(self):
+        """Mean over all elements of mu^2 + sigma^2 - 1 - log sigma^2 (no factor 1/2, mean not sum: the authors' scale)."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+class DownBlock(nn.Module):
+    """Residual pixel-unshuffle (after DC-AE): features (B, F, 2h, 2w) -> moments (B, O, h, w).
+
+    conv3x3 to O/4 channels, then pixel-unshuffle; the shortcut is the unshuffled input itself, averaged over groups of
+    adjacent channels where 4F divides into O groups (no parameters), else through a zero-initialised 1x1 convolution.
+    Differs from the paper: Fig. S1 describes strided convolutions; this is what the authors' code does.
+    """
+
+    def __init__(self, width, O):
+        super().__init__()
+        if O % 4:
+            raise ValueError(f"the down block makes {O} channels by pixel-unshuffle: wanted a multiple of 4, so D even")
+        self.O = O
+        self.conv = nn.Conv2d(width, O // 4, 3, padding=1)
+        self.proj = None
+        if 4 * width % O:
+            self.proj = nn.Conv2d(4 * width, O, 1, bias=False)
+            nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x):
+        shortcut = F.pixel_unshuffle(x, 2)                                    # (B, 4F, h, w)
+        if self.proj is None:
+            B, _, h, w = shortcut.shape
+            shortcut = shortcut.view(B, self.O, -1, h, w).mean(dim=2)         # (B, O, h, w)
+        else:
+            shortcut = self.proj(shortcut)
+        return F.pixel_unshuffle(self.conv(x), 2) + shortcut
+
+
+class UpBlock(nn.Module):
+    """Residual pixel-shuffle, the mirror of DownBlock: latents (B, C+D, h, w) -> features (B, F, 2h, 2w).
+
+    conv3x3 to 4F channels, then pixel-shuffle; the shortcut repeats each latent channel 4F/(C+D) times before the
+    shuffle, so feature k starts as the nearest-neighbour upsampling of latent channel k // (F/(C+D)).
+    Differs from the paper: Fig. S1 shuffles first and convolves after; this is what the authors' code does.
+    """
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * width, 3, padding=1)
+        self.repeats, rest = divmod(4 * width, channels)
+        self.proj = None
+        if rest:
+            self.proj = nn.Conv2d(channels, 4 * width, 1, bias=False)
+            nn.init.zeros_(self.proj.weight)
+
+    def forward(self, z_all):
+        shortcut = z_all.repeat_interleave(self.repeats, dim=1) if self.proj is None else self.proj(z_all)
+        return F.pixel_shuffle(self.conv(z_all) + shortcut, 2)
+
+
+# ---------------------------------------------------------------- base VAEs
+# Both have the same four parts, so that DAVAE can take them apart:
+#   encoder (B, 3, H, W) -> features, to_moments -> latent;  from_latent -> features, decoder -> (B, 3, H, W)
+
+
+class ResBlock(nn.Module):
+    """conv(silu(norm(.))) twice, plus the input."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all h*w positions, plus the input."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, width, h, w = x.shape
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)                # (B, hw, width)
+        return x + self.proj_out(y.transpose(1, 2).reshape(B, width, h, w))
+
+
+class Down(nn.Module):
+    """3x3 convolution of stride 2 on an image padded by one row below and one column on the right."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where `attn`, and the change of resolution."""
+
+    def __init__(self, c_in, c_out, blocks, attn, groups):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(blocks if attn else 0))
+        self.resample = nn.Identity()
+
+    def forward(self, x):
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        return self.resample(x)
+
+
+class Mid(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.block_1 = ResBlock(width, width, groups)
+        self.attn_1 = AttnBlock(width, groups)
+        self.block_2 = ResBlock(width, width, groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+@dataclass
+class KLConfig:
+    """Sizes of an AutoencoderKL; the public ones are read off the checkpoint."""
+    C: int = 16                       # latent channels
+    ch: int = 128                     # width of the first level
+    ch_mult: tuple = (1, 2, 4, 4)     # width of each level / ch; f = 2^(levels - 1)
+    blocks: int = 2                   # residual blocks per level (one more in the decoder)
+    attn: tuple = ()                  # levels with attention after each residual block
+    quant: bool = False               # 1x1 convolutions on both sides of the latent (VA-VAE)
+    groups: int = 32                  # of every GroupNorm
+
+    def __post_init__(self):
+        self.ch_mult, self.attn = tuple(self.ch_mult), tuple(self.attn)       # JSON knows lists only
+
+
+class Encoder(nn.Module):
+    """Image -> features after the last norm and SiLU, just before the latent head."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.ch * m for m in cfg.ch_mult]
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(Level(widths[max(i - 1, 0)], w, cfg.blocks, i in cfg.attn, cfg.groups)
+                                  for i, w in enumerate(widths))
+        for level, w in zip(self.down[:-1], widths):
+            level.resample = Down(w)
+        self.mid = Mid(widths[-1], cfg.groups)
+        self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
+        self.width = widths[-1]
+
+    def forward(self, x):                          # (B, 3, H, W)
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return F.silu(self.norm_out(self.mid(x)))  # (B, width, H/f, W/f)
+
+
+class Decoder(nn.Module):
+    """Features at the latent's resolution -> image; levels are stored as the encoder's and run from the last to the first."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.ch * m for m in cfg.ch_mult]
+        self.mid = Mid(widths[-1], cfg.groups)
+        self.up = nn.ModuleList(Level(widths[min(i + 1, len(widths) - 1)], w, cfg.blocks + 1, i in cfg.attn, cfg.groups)
+                                for i, w in enumerate(widths))
+        for level, w in zip(self.up[1:], widths[1:]):
+            level.resample = Up(w)
+        self.norm_out = nn.GroupNorm(cfg.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.width = widths[-1]
+
+    def forward(self, x):                                 # (B, width, H/f, W/f)
+        x = self.mid(x)
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))    # (B, 3, H, W), unbounded
+
+
+class BaseVAE(nn.Module):
+    """What DAVAE asks of a base: four parts, C, f, and per-channel statistics `mean`, `std` of the pretrained pipeline."""
+
+    def __init__(self, C, f):
+        super().__init__()
+        self.C, self.f = C, f
+        self.register_buffer("mean", torch.zeros(C))
+        self.register_buffer("std", torch.ones(C))
+
+    def normalise(self, z):
+        return (z - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
+
+    def encode(self, x):
+        """Normalised mode of the latent: (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f)."""
+        return self.normalise(self.posterior(x).mean)
+
+    def decode(self, z):
+        """Image of a normalised latent: (B, C, h, w) -> (B, 3, f*h, f*w), nominally in [-1, 1]."""
+        return self.decoder(self.from_latent(z * self.std.view(1, -1, 1, 1) + self.mean.view(1, -1, 1, 1)))
+
+
+class AutoencoderKL(BaseVAE):
+    """The convolutional VAE of latent diffusion; its config covers VA-VAE f16d32 and the SD3 VAE f8c16.
+
+    Differs from both in nothing but the grouping of its parts: `to_moments` and `from_latent` hold the layers beside
+    the latent (conv_out, quant_conv; post_quant_conv, conv_in), so that DAVAE can leave them out.
+    """
+
+    def __init__(self, cfg):
+        super().__init__(cfg.C, 2 ** (len(cfg.ch_mult) - 1))
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.to_moments = nn.Sequential(nn.Conv2d(self.encoder.width, 2 * cfg.C, 3, padding=1))
+        self.from_latent = nn.Sequential(nn.Conv2d(cfg.C, self.decoder.width, 3, padding=1))
+        if cfg.quant:
+            self.to_moments.append(nn.Conv2d(2 * cfg.C, 2 * cfg.C, 1))
+            self.from_latent.insert(0, nn.Conv2d(cfg.C, cfg.C, 1))
+
+    def posterior(self, x):
+        """Posterior of the raw latent of x."""
+        return Posterior(self.to_moments(self.encoder(x)))
+
+
+class TinyBlock(nn.Module):
+    """TAEF2's residual block: three 3x3 convolutions, ReLU; `wide` ones first add a 1x1 bottleneck of 4x the width."""
+
+    def __init__(self, width=64, wide=False):
+        super().__init__()
+        self.pool = nn.Sequential(nn.Conv2d(width, 4 * width, 1, bias=False), nn.GroupNorm(4, 4 * width), nn.ReLU(),
+                                  nn.Conv2d(4 * width, width, 1, bias=False)) if wide else None
+        self.conv = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+                                  nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+                                  nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x):
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return F.relu(self.conv(x) + x)
+
+
+class Affine(nn.Module):
+    """x -> a*x + b, for the step between pixel ranges."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x):
+        return self.a * x + self.b
+
+
+class SoftClamp(nn.Module):
+    """x -> 3 tanh(x / 3), the range that TAEF2's decoder takes."""
+
+    def forward(self, x):
+        return 3 * torch.tanh(x / 3)
+
+
+class TAEF2(BaseVAE):
+    """The tiny autoencoder of FLUX.2's latents: f8, 32 channels, no posterior.  (B, 3, H, W) <-> (B, 32, H/8, W/8)
+
+    Its files work on [0, 1] pixels; the affine layers at both ends keep this project's [-1, 1].
+    """
+
+    def __init__(self, C=32, width=64):
+        super().__init__(C, 8)
+
+        def conv(stride=1):
+            return nn.Conv2d(width, width, 3, padding=1, stride=stride, bias=False)
+
+        def blocks(n, wide=False):
+            return [TinyBlock(width, wide) for _ in range(n)]
+
+        self.encoder = nn.Sequential(Affine(0.5, 0.5), nn.Conv2d(3, width, 3, padding=1), *blocks(1), conv(2), *blocks(3),
+                                     conv(2), *blocks(3), conv(2), *blocks(3, wide=True))
+        self.to_moments = nn.Conv2d(width, C, 3, padding=1)
+        self.from_latent = nn.Sequential(SoftClamp(), nn.Conv2d(C, width, 3, padding=1), nn.ReLU())
+        self.decoder = nn.Sequential(*blocks(3, wide=True), nn.Upsample(scale_factor=2), conv(), *blocks(3),
+                                     nn.Upsample(scale_factor=2), conv(), *blocks(3), nn.Upsample(scale_factor=2), conv(),
+                                     *blocks(1), nn.Conv2d(width, 3, 3, padding=1), Affine(2.0, -1.0))
+        self.encoder.width = self.decoder.width = width
+
+    def encode(self, x):
+        return self.normalise(self.to_moments(self.encoder(x)))
+
+    def decode(self, z):
+        return super().decode(z).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------- DA-VAE
+
+
+@dataclass
+class Reconstruction:
+    """What one training pass gives: x_hat (B, 3, H, W); z (B, C, h, w) and z_d (B, D, h, w), None where D = 0."""
+    x_hat: torch.Tensor
+    posterior: Posterior
+    z: torch.Tensor = None
+    z_d: torch.Tensor = None
+
+
+class DAVAE(nn.Module):
+    """A frozen base VAE on the half-size image, D detail channels from the full-size image, one decoder.  Sec. 3.1.
+
+    The detail encoder starts as a copy of the base encoder (tapped before its latent head) and the decoder as a copy of
+    the base decoder (entered after its latent stem). With D = 0 it is the base VAE itself, trainable, at full size.
+
+    base: an AutoencoderKL or TAEF2; not copied.   D: detail channels, a multiple of C, and even.
+    detail_dropout: probability, per image and in training only, of decoding from z alone (z_d = 0).
+    Differs from the authors' code: survivors are not multiplied by 1/(1-p) unless `rescale`, because the decoder would
+    then see z_d at two scales, in training and after; and alignment and decoder work on normalised base latents for
+    every base, as their SD3 code does (their ImageNet code uses raw ones).
+    """
+
+    def __init__(self, base, D, detail_dropout=0.1, rescale=False):
+        super().__init__()
+        self.base = base.requires_grad_(D == 0)
+        self.C, self.D, self.f = base.C, D, base.f * (2 if D else 1)
+        self.detail_dropout, self.rescale = detail_dropout, rescale
+        if D:
+            group_mean(torch.empty(0, D, 1, 1), self.C)            # raises where D is not a multiple of C
+            self.detail_encoder = deepcopy(base.encoder).requires_grad_(True)
+            self.down = DownBlock(base.encoder.width, 2 * D)
+            self.up = UpBlock(self.C + D, base.decoder.width)
+            self.decoder = deepcopy(base.decoder).requires_grad_(True)
+            self.register_buffer("mean", torch.zeros(D))           # of z_d, measured on training images
+            self.register_buffer("std", torch.ones(D))
+
+    @property
+    def last_conv(self):
+        """The layer that paints the pixels; the adaptive GAN weight compares gradients there."""
+        decoder = self.decoder if self.D else self.base.decoder
+        return [m for m in decoder.modules() if isinstance(m, nn.Conv2d)][-1]
+
+    def forward(self, x):
+        """One training pass, with sampled latents: (B, 3, H, W) -> Reconstruction."""
+        if self.D == 0:
+            posterior = self.base.posterior(x)
+            return Reconstruction(self.base.decoder(self.base.from_latent(posterior.sample())), posterior)
+        z, posterior = self.encode_base(x), self.detail_posterior(x)
+        z_d = posterior.sample()                                   # alignment sees it before dropout
+        keep = (torch.rand(len(x), 1, 1, 1, device=x.device) >= self.detail_dropout).to(z_d.dtype)
+        if self.rescale:
+            keep = keep / (1 - self.detail_dropout)
+        return Reconstruction(self._decode(z, z_d * keep), posterior, z, z_d)
+
+    def detail_posterior(self, x):
+        """Posterior of the raw detail latent: (B, 3, H, W) -> two (B, D, h, w)."""
+        return Posterior(self.down(self.detail_encoder(x)))
+
+    @torch.no_grad()
+    def encode_base(self, x):
+        """Normalised base latent: (B, 3, H, W) -> (B, C, h, w), exactly what the base VAE makes of the half-size image."""
+        return self.base.encode(half(x) if self.D else x)
+
+    @torch.no_grad()
+    def encode(self, x, sample=False):
+        """Normalised latent z_all = [z, z_d]: (B, 3, H, W) in [-1, 1] -> (B, C+D, H/f, W/f).
+
+        z is the mode; z_d is the mode, or a sample of its posterior where `sample` (the authors' ImageNet features).
+        Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d here, which their trainer never saw.
+        """
+        if x.shape[2] % self.f or x.shape[3] % self.f:
+            raise ValueError(f"image of {x.shape[3]}x{x.shape[2]} pixels: both sides must be multiples of {self.f}")
+        z = self.encode_base(x)
+        if self.D == 0:
+            return z
+        posterior = self.detail_posterior(x)
+        z_d = posterior.sample() if sample else posterior.mean
+        return torch.cat([z, (z_d - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)], dim=1)
+
+    def decode(self, z_all):
+        """Image of a normalised latent: (B, C+D, h, w) -> (B, 3, f*h, f*w), nominally in [-1, 1]."""
+        if self.D == 0:
+            return self.base.decode(z_all)
+        z, z_d = z_all.split([self.C, self.D], dim=1)
+        return self._decode(z, z_d * self.std.view(1, -1, 1, 1) + self.mean.view(1, -1, 1, 1))
+
+    def _decode(self, z, z_d):
+        return self.decoder(self.up(torch.cat([z, z_d], dim=1)))
+
+    def decode_base(self, z):
+        """The free preview: the frozen base decoder on the base channels alone, (B, C, h, w) -> half-size image."""
+        return self.base.decode(z)
+
+    @torch.no_grad()
+    def measure(self, images):
+        """Set the normalisation statistics from batches of training images: z_d's, or with D = 0 the base's.
+
+        Unbiased standard deviation over images and positions, per channel, of modes.
+        """
+        raw = torch.cat([self.detail_posterior(x).mean if self.D else self.base.posterior(x).mean for x in images])
+        owner = self if self.D else self.base
+        owner.mean.copy_(raw.mean((0, 2, 3)))
+        owner.std.copy_(raw.transpose(0, 1).flatten(1).std(dim=1))
+
+    def config(self):
+        """What `load_davae` needs to build this module again, as JSON."""
+        base = {"kind": type(self.base).__name__}
+        if isinstance(self.base, AutoencoderKL):
+            base.update(dataclasses.asdict(self.base.cfg))
+        return {"base": base, "D": self.D, "detail_dropout": self.detail_dropout, "rescale": self.rescale}
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_davae(source):
+    """A DAVAE in eval mode, from a run or step folder of train_vae.py; any base VAE file gives its D = 0 form."""
+    if not (Path(source).is_dir() and (list(Path(source).glob("step_*")) or _is_ours(source))):
+        return DAVAE(load_base_vae(source), D=0).eval()
+    checkpoint = latest_checkpoint(source)
+    config = dict(read_config(checkpoint)["model"])
+    base = dict(config.pop("base"))
+    with torch.device("meta"):
+        kind = base.pop("kind")
+        module = TAEF2() if kind == "TAEF2" else AutoencoderKL(KLConfig(**base))
+        vae = DAVAE(module, **config)
+    vae.load_state_dict(read_state_dict(checkpoint / "model.safetensors"), strict=True, assign=True)
+    return vae.eval()
+
+
+def _is_ours(folder):
+    path = Path(folder) / "config.json"
+    return path.exists() and "base" in json.loads(path.read_text()).get("model", {})
+
+
+def load_base_vae(source):
+    """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
+
+    source: a file (VA-VAE .pt, SD3 single-file or VAE-only .safetensors), a folder (diffusers; TAEF2's encoder and
+    decoder files; a run of train_vae.py) or a state dict. Built on the meta device and assigned, strictly.
+    raises: SystemExit with one sentence that says what the source looks like and what was wanted.
+    """
+    config = {}
+    if not isinstance(source, dict) and Path(source).is_dir():
+        folder = Path(source)
+        if list(folder.glob("step_*")) or _is_ours(folder):
+            return load_davae(folder).base
+        if (folder / "config.json").exists():
+            config = json.loads((folder / "config.json").read_text())
+        if (folder / "taef2_encoder.pth").exists():
+            source = {f"{part}.{k}": v for part in ("encoder", "decoder")
+                      for k, v in read_state_dict(folder / f"taef2_{part}.pth").items()}
+    sd = read_state_dict(source)
+    sd = sd.get("state_dict", sd)
+    if "encoder.11.pool.0.weight" in sd:
+        module, sd = TAEF2, import_taef2(sd)
+    else:
+        sd = import_kl(sd, where="state dict" if isinstance(source, dict) else source)
+        cfg = kl_config(sd)
+        sd.update(_pipeline_statistics(cfg, config))
+        module = lambda: AutoencoderKL(cfg)                                      # noqa: E731
+    with torch.device("meta"):
+        vae = module()
+    vae.load_state_dict(sd, strict=True, assign=True)
+    return vae.float().eval()
+
+
+def _pipeline_statistics(cfg, config):
+    """Per-channel mean and std by which the pretrained pipeline normalises: (z - shift) * scale.
+
+    From a diffusers config.json where there is one; a bare 16-channel file is taken for SD3's. VA-VAE's own are in a
+    file of their own (latents_stats.pt), so they start as 0 and 1.
+    """
+    shift, scale = (0.0609, 1.5305) if cfg.C == 16 and not cfg.quant else (0.0, 1.0)
+    shift, scale = config.get("shift_factor") or shift, config.get("scaling_factor") or scale
+    return {"mean": torch.full((cfg.C,), shift), "std": torch.full((cfg.C,), 1 / scale)}
+
+
+def kl_config(sd):
+    """Read an AutoencoderKL's sizes off a state dict in our names."""
+    def count(prefix):
+        return len({k[len(prefix):].split(".")[0] for k in sd if k.startswith(prefix)})
+
+    ch, levels = sd["encoder.conv_in.weight"].shape[0], count("encoder.down.")
+    return KLConfig(C=sd["from_latent.0.weight"].shape[1], ch=ch,
+                    ch_mult=tuple(sd[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)),
+                    blocks=count("encoder.down.0.block."),
+                    attn=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in sd),
+                    quant="to_moments.1.weight" in sd)
+
+
+DROPPED = {                  # first components of keys that a base VAE checkpoint may carry beside the autoencoder
+    "loss": "perceptual loss and discriminator of VA-VAE's training",
+    "foundation_model": "the DINOv2 that VA-VAE was aligned to",
+    "linear_proj": "its projection, used in training only",
+    "logvar": "a training-only scalar",
+    "model": "the transformer in an SD3 single-file checkpoint",
+    "text_encoders": "the text encoders in an SD3 single-file checkpoint",
+}
+
+# diffusers' names of the same layers -> the original ones, applied in this order; the last four are old spellings
+DIFFUSERS = (("down_blocks.", "down."), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+             ("mid_block.attentions.0.", "mid.attn_1."), ("mid_block.resnets.0", "mid.block_1"),
+             ("mid_block.resnets.1", "mid.block_2"), ("resnets.", "block."), ("downsamplers.0.", "downsample."),
+             ("upsamplers.0.", "upsample."), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
+             ("to_q.", "q."), ("to_k.", "k."), ("to_v.", "v."), ("to_out.0.", "proj_out."),
+             ("attn_1.query.", "attn_1.q."), ("attn_1.key.", "attn_1.k."), ("attn_1.value.", "attn_1.v."),
+             ("proj_attn.", "proj_out."))
+
+
+def import_kl(sd, where="state dict"):
+    """Original (LDM) or diffusers names of an AutoencoderKL -> ours; pure, and only DROPPED is left out."""
+    prefix = "first_stage_model."
+    if any(k.startswith(prefix) for k in sd):
+        sd = {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
+    sd = {k: v for k, v in sd.items() if k.split(".")[0] not in DROPPED}
+    foreign = [k for k in sd if k.split(".")[0] not in ("encoder", "decoder", "quant_conv", "post_quant_conv")]
+    if foreign or "encoder.conv_in.weight" not in sd:
+        keys = ", ".join((foreign or list(sd))[:3]) or "no keys"
+        raise SystemExit(f"{where}: not an autoencoder (it holds {keys}, ...); wanted VA-VAE, an SD or SD3 VAE, or TAEF2")
+    if any(".mid_block." in k for k in sd):
+        sd = _from_diffusers(sd)
+    stem = 1 if "quant_conv.weight" in sd else 0
+    parts = {"encoder.conv_out.": "to_moments.0.", "quant_conv.": "to_moments.1.", "post_quant_conv.": "from_latent.0.",
+             "decoder.conv_in.": f"from_latent.{stem}."}
+    ours = {}
+    for k, v in sd.items():
+        part = next((p for p in parts if k.startswith(p)), "")
+        k = parts.get(part, "") + k.removeprefix(part)
+        ours[k.replace(".downsample.", ".resample.").replace(".upsample.", ".resample.")] = v
+    return ours
+
+
+def _from_diffusers(sd):
+    """diffusers names -> original names: the decoder's levels are counted from the other end, attention is linear."""
+    levels = len({k.split(".")[2] for k in sd if k.startswith("encoder.down_blocks.")})
+    original = {}
+    for k, v in sd.items():
+        if k.startswith("decoder.up_blocks."):
+            _, _, i, rest = k.split(".", 3)
+            k = f"decoder.up.{levels - 1 - int(i)}.{rest}"
+        for theirs, ours in DIFFUSERS:
+            k = k.replace(theirs, ours)
+        if ".mid.attn_1." in k and v.ndim == 2:
+            v = v[:, :, None, None]
+        original[k] = v
+    return original
+
+
+def import_taef2(sd):
+    """TAEF2's two Sequentials, `encoder.i` and `decoder.i`, -> our four parts; statistics stay 0 and 1."""
+    ours = {"mean": torch.zeros(32), "std": torch.ones(32)}
+    for k, v in sd.items():
+        part, i, rest = k.split(".", 2)
+        i = int(i)
+        if part == "encoder":                # ours has an affine layer in front
+            ours[f"to_moments.{rest}" if i == 14 else f"encoder.{i + 1}.{rest}"] = v
+        else:                                # theirs counts the clamp, a convolution and a ReLU as 0, 1, 2
+            ours[f"from_latent.1.{rest}" if i == 1 else f"decoder.{i - 3}.{rest}"] = v
+    return ours

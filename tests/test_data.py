@@ -1,0 +1,478 @@
+"""data.py: odd and damaged files, folder layouts, the built-in set, batches that resume, pixels there and back."""
+import itertools
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+
+RED = (200, 30, 40)
+
+
+def save(path, colour=RED, size=(12, 10), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+    return path
+
+
+def noise(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def halve_and_back(x):
+    half = F.interpolate(x, scale_factor=0.5, mode="bicubic", align_corners=False)
+    return F.interpolate(half, scale_factor=2, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def take(generator, n):
+    return list(itertools.islice(generator, n))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """400 drawn pictures at 64 pixels: (400, 3, 64, 64) in [-1, 1], labels (400,)."""
+    dataset = data.Procedural(64, 400)
+    return data.to_tensor(np.stack([dataset.image(i)[0] for i in range(400)])), torch.from_numpy(dataset.labels)
+
+
+# ---- one image ----
+
+def test_center_crop_halves_by_box_means_then_bicubic():
+    image = noise(101, 163)
+    halved = image.resize((81, 50), Image.BOX)                      # floor of the half; 50 < 2 * 32 ends the halving
+    scaled = halved.resize((round(81 * 32 / 50), 32), Image.BICUBIC)
+    expected = np.asarray(scaled)[:, (52 - 32) // 2:(52 - 32) // 2 + 32]
+    assert np.array_equal(np.asarray(data.center_crop(image, 32)), expected)
+
+
+def test_center_crop_of_an_exact_size_changes_nothing():
+    image = noise(32, 32)
+    assert np.array_equal(np.asarray(data.center_crop(image, 32)), np.asarray(image))
+
+
+def test_center_crop_keeps_the_middle_of_tall_and_wide_images():
+    strip = np.zeros((20, 60, 3), np.uint8)
+    strip[:, 20:40] = 255
+    for array in (strip, strip.transpose(1, 0, 2)):
+        assert np.asarray(data.center_crop(Image.fromarray(array), 20)).min() == 255
+
+
+def test_center_crop_refuses_an_image_too_thin_to_enlarge():
+    with pytest.raises(ValueError, match="1x9000 pixels are too thin"):
+        data.center_crop(Image.new("RGB", (1, 9000)), 256)
+
+
+@pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("P", "a.png"), ("P", "a.gif"), ("CMYK", "a.jpg"),
+                                        ("CMYK", "a.tif"), ("RGBA", "a.webp"), ("RGB", "a.bmp")])
+def test_every_colour_mode_becomes_the_same_rgb(tmp_path, mode, name):
+    image = Image.new("RGB", (12, 10), RED)
+    (image.quantize(4) if mode == "P" else image.convert(mode)).save(tmp_path / name)
+    image = data.load_image(tmp_path / name)
+    assert image.mode == "RGB" and image.size == (12, 10)
+    assert np.abs(np.asarray(image).astype(int) - RED).max() <= 4       # JPEG and WebP round colours
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_images_become_three_equal_channels(tmp_path, mode):
+    grey = np.asarray(data.load_image(save(tmp_path / "a.png", (255, 255, 255), mode=mode)))
+    assert grey.shape == (10, 12, 3) and (grey == 255).all()
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (4, 4), (200, 0, 0, 128)).save(tmp_path / "half.png")
+    Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "grey.png")
+    Image.new("RGB", (4, 4), "red").quantize(2).save(tmp_path / "palette.png", transparency=0)
+    for name in ("clear", "grey", "palette"):
+        assert np.asarray(data.load_image(tmp_path / f"{name}.png")).min() == 255
+    assert data.load_image(tmp_path / "half.png").getpixel((0, 0)) == pytest.approx((227, 127, 127), abs=1)
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, extension):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / f"a.{extension}")
+    grey = np.asarray(data.load_image(tmp_path / f"a.{extension}"))[..., 0]
+    assert np.array_equal(grey.reshape(-1), np.arange(256))
+
+
+def test_float_pixels_are_refused_because_their_range_is_unknown(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif.*no known range"):
+        data.load_image(tmp_path / "a.tif")
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                # the camera was held turned: rotate by 270 degrees
+    image = Image.new("RGB", (40, 20), "blue")
+    image.paste((255, 0, 0), (0, 0, 20, 20))
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = data.load_image(tmp_path / "a.jpg")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[2] > 200
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("lime", "blue", "red")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert data.load_image(tmp_path / "a.gif").getpixel((4, 4)) == (0, 255, 0)
+
+
+def bomb(path, side):
+    """A PNG whose header promises side x side pixels, with none behind it."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+def damaged_files(folder):
+    noise(64, 64).save(folder / "whole.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:2000])
+    noise(64, 64).save(folder / "whole.png")
+    (folder / "truncated.png").write_bytes((folder / "whole.png").read_bytes()[:5000])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not found\n")
+    bomb(folder / "bomb.png", 20_000)
+    os.remove(folder / "whole.jpg"), os.remove(folder / "whole.png")
+    return sorted(folder.iterdir())
+
+
+def test_damaged_files_are_refused_in_one_sentence_with_name_and_reason(tmp_path):
+    reasons = {"truncated.jpg": "truncated", "truncated.png": "truncated", "empty.png": "the file is empty",
+               "text.png": "no image", "bomb.png": "exceed"}
+    for path in damaged_files(tmp_path):
+        with pytest.raises(ValueError) as error:
+            data.load_image(path)
+        assert path.name in str(error.value) and reasons.pop(path.name) in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not reasons
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pillows_pixel_limit_is_an_error_and_not_a_warning(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", size=(30, 20))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    assert data.load_image(path).size == (30, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns here, and refuses only at twice this
+    with pytest.raises(ValueError, match="30x20 pixels exceed"):
+        data.load_image(path)
+
+
+# ---- folders ----
+
+def test_sub_folders_are_classes_in_sorted_order(tmp_path):
+    for name in ("n02/b.png", "n02/a.jpg", "n10/x/deep.png", "n1/c.JPEG", "B/d.PNG", "a/e.webp"):
+        save(tmp_path / name)
+    dataset = data.ImageFolder(tmp_path, 8)
+    assert dataset.classes == ["B", "a", "n02", "n1", "n10"]        # plain string order: capitals first, n10 after n1
+    names = [os.path.relpath(path, tmp_path) for path in dataset.paths]
+    assert names == ["B/d.PNG", "a/e.webp", "n02/a.jpg", "n02/b.png", "n1/c.JPEG", "n10/x/deep.png"]
+    assert dataset.labels.tolist() == [0, 1, 2, 2, 3, 4] and dataset.labels.dtype == np.int64
+    assert dataset.captions is None
+    assert dataset.summary() == "6 images in 5 classes (B 1, a 1, n02 2, n1 1, n10 1)"
+    image, label = dataset.image(4)
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8 and label == 3
+    assert np.abs(image.astype(int) - RED).max() < 6
+
+
+def test_a_flat_folder_has_no_classes(tmp_path):
+    for name in ("b.png", "a.gif", "c.TIFF", "notes.md", "model.bin"):
+        save(tmp_path / name, format="PNG")
+    dataset = data.ImageFolder(str(tmp_path), 8)
+    assert dataset.classes == [] and dataset.labels.tolist() == [0, 0, 0]
+    assert dataset.summary() == "3 images without classes"
+    assert dataset.image(1)[1] == 0
+
+
+def test_hidden_files_and_folders_are_ignored(tmp_path):
+    for name in ("cat/a.png", "cat/._a.png", "cat/.ipynb_checkpoints/a.png", ".git/b.png", "__MACOSX/c.png",
+                 ".ipynb_checkpoints/d.png", "cat/__MACOSX/e.png"):
+        save(tmp_path / name)
+    dataset = data.ImageFolder(tmp_path, 8)
+    assert dataset.classes == ["cat"] and dataset.paths == [str(tmp_path / "cat" / "a.png")]
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    save(tmp_path / "elsewhere" / "far.png")
+    save(tmp_path / "root" / "cat" / "a.png")
+    save(tmp_path / "root" / "dog" / "b.png")
+    (tmp_path / "root" / "cat" / "self").symlink_to(tmp_path / "root" / "cat")
+    (tmp_path / "root" / "cat" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "loop").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "fox").symlink_to(tmp_path / "elsewhere")
+    dataset = data.ImageFolder(tmp_path / "root", 8)
+    assert dataset.classes == ["cat", "dog", "fox"] and len(dataset) == 3
+
+
+def test_names_with_spaces_and_letters_of_any_language_are_read(tmp_path):
+    save(tmp_path / "Füchse & Hunde" / "日本 写真 1.png")
+    (tmp_path / "Füchse & Hunde" / "日本 写真 1.txt").write_text("ein Fuchs 🦊\n", "utf-8")
+    dataset = data.ImageFolder(tmp_path, 8)
+    assert dataset.classes == ["Füchse & Hunde"] and dataset.captions == ["ein Fuchs 🦊"]
+    assert dataset.image(0)[0][0, 0].tolist() == list(RED)
+
+
+def test_an_empty_class_an_empty_folder_and_no_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder; give a folder"):
+        data.ImageFolder(tmp_path / "nowhere", 8)
+    with pytest.raises(ValueError, match="no images .*add some"):
+        data.ImageFolder(tmp_path, 8)
+    save(tmp_path / "cat" / "a.png")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match="no images .*'dog'"):
+        data.ImageFolder(tmp_path, 8)
+
+
+def test_images_beside_class_folders_are_left_out_aloud(tmp_path, capsys):
+    save(tmp_path / "preview.png"), save(tmp_path / "cat" / "a.png")
+    assert len(data.ImageFolder(tmp_path, 8)) == 1
+    assert "1 images beside its class folders are left out" in capsys.readouterr().err
+
+
+def test_captions_come_from_text_files(tmp_path):
+    save(tmp_path / "a.png"), save(tmp_path / "b.one.jpg"), save(tmp_path / "c.png")
+    (tmp_path / "a.txt").write_text("a red page\n")
+    (tmp_path / "b.one.txt").write_text("another")
+    dataset = data.ImageFolder(tmp_path, 8)
+    assert dataset.captions == ["a red page", "another", ""]
+    assert dataset.summary() == "3 images without classes, 2 captions"
+
+
+def test_captions_come_from_metadata_jsonl(tmp_path):
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
+        save(tmp_path / name)
+    rows = [{"file_name": "dog/c.png", "caption": "a dog"}, {"file_name": "./cat/a.png", "text": "one\u2028line"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(lines + "\n", "utf-8")
+    assert data.ImageFolder(f"{tmp_path}/", 8).captions == ["one\u2028line", "", "a dog"]
+
+
+@pytest.mark.parametrize("line", ['{"file_name": "a.png"', '{"text": "nameless"}', '["a.png"]', '{"file_name": "a.png"}'])
+def test_broken_metadata_is_named(tmp_path, line):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="metadata.jsonl: .*wanted text, or lines of {file_name, text}"):
+        data.ImageFolder(tmp_path, 8)
+
+
+def test_an_unreadable_file_is_named_once_and_the_next_takes_its_place(tmp_path, capsys):
+    for k in range(4):
+        save(tmp_path / f"class{k}" / "a.png", (60 * k, 0, 0))
+    for k in (1, 2):
+        (tmp_path / f"class{k}" / "a.png").write_text("gone")
+    dataset = data.ImageFolder(tmp_path, 8)
+    for _ in range(2):
+        image, label = dataset.image(1)
+        assert label == 3 and image[0, 0].tolist() == [180, 0, 0]   # picture and label of the next readable one
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "class1" in warnings[0] and "no image" in warnings[0]
+    assert list(dataset.bad) == [str(tmp_path / f"class{k}" / "a.png") for k in (1, 2)]
+    assert dataset.summary().endswith(", 2 unreadable")
+
+
+def test_the_last_file_is_replaced_by_the_first(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"")
+    assert data.ImageFolder(tmp_path, 8).image(1)[0][0, 0].tolist() == list(RED)
+
+
+def test_ten_unreadable_files_stop_a_small_set_and_one_percent_a_large_one(tmp_path):
+    save(tmp_path / "z.png")
+    for k in range(10):
+        (tmp_path / f"bad{k}.png").write_bytes(b"")
+    dataset = data.ImageFolder(tmp_path, 8)
+    with pytest.raises(ValueError, match=r"10 of 11 images in .* are unreadable.*bad0.png.*bad1.png"):
+        dataset.image(0)
+    dataset = data.ImageFolder(tmp_path, 8)
+    dataset.paths, dataset.labels = dataset.paths * 200, np.tile(dataset.labels, 200)       # 10 of 2200 are below 1 %
+    assert dataset.image(0)[0][0, 0].tolist() == list(RED) and len(dataset.bad) == 10
+
+
+def test_a_set_with_nothing_readable_stops_at_once(tmp_path):
+    for k in range(3):
+        (tmp_path / f"{k}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="3 of 3 images in .* are unreadable"):
+        data.ImageFolder(tmp_path, 8).image(0)
+
+
+def test_a_one_pixel_image_is_enlarged(tmp_path):
+    save(tmp_path / "a.png", size=(1, 1))
+    image = data.ImageFolder(tmp_path, 16).image(0)[0]
+    assert image.shape == (16, 16, 3) and (image == RED).all()
+
+
+# ---- the built-in set ----
+
+def test_a_drawn_picture_depends_on_seed_and_index_alone():
+    one, two = data.Procedural(48, 30, seed=3), data.Procedural(48, 99, seed=3)
+    forward = [one.image(i)[0] for i in range(30)]
+    assert all(np.array_equal(forward[i], two.image(i)[0]) for i in reversed(range(30)))
+    assert not np.array_equal(forward[0], forward[10])              # same class, another picture
+    assert not np.array_equal(forward[0], data.Procedural(48, 30, seed=4).image(0)[0])
+
+
+def test_drawn_labels_cycle_through_ten_named_classes():
+    dataset = data.Procedural(32, 25)
+    assert dataset.labels.tolist() == [i % 10 for i in range(25)] == [dataset.image(i)[1] for i in range(25)]
+    assert len(set(dataset.classes)) == 10 and dataset.captions is None
+    assert dataset.summary().startswith("25 images in 10 classes (balloon 3, book 3,")
+
+
+def test_period_two_stripes_vanish_at_half_size():
+    y, x = np.mgrid[:32, :32]
+    textures = data.Procedural(32, 1).textures
+    for name in ("cols", "rows", "check", "dots"):
+        stripes = torch.from_numpy(textures[name] * 2.0 - 1)[None, None]
+        assert stripes.std() > 0.8
+        half = F.interpolate(stripes, scale_factor=0.5, mode="bicubic", align_corners=False)[..., 2:-2, 2:-2]
+        assert half.std() < 1e-6 and torch.allclose(half, stripes.mean().expand_as(half))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_half_size_loses_detail_in_every_class_at_every_size(size):
+    dataset = data.Procedural(size, 100)
+    x = data.to_tensor(np.stack([dataset.image(i)[0] for i in range(100)]))
+    psnr = 10 * torch.log10(4 / (halve_and_back(x) - x).square().mean((1, 2, 3)))
+    by_class = psnr.view(10, 10).mean(0)
+    assert by_class.max() < 24 and by_class.min() > 12, by_class
+
+
+def test_a_16_pixel_preview_shows_the_class(drawn):
+    x, y = drawn
+    preview = F.interpolate(x, size=(16, 16), mode="area").flatten(1)
+    means = torch.stack([preview[:200][y[:200] == k].mean(0) for k in range(10)])
+    accuracy = (torch.cdist(preview[200:], means).argmin(1) == y[200:]).float().mean()
+    assert accuracy > 0.95
+
+
+def test_pictures_of_a_class_vary_but_modestly(drawn):
+    x, y = drawn
+    within = torch.stack([x[y == k].std(0).mean() for k in range(10)])
+    assert 0.05 < within.min() and within.max() < 0.5
+
+
+def test_open_dataset_knows_the_built_in_set_and_folders(tmp_path):
+    save(tmp_path / "a.png")
+    for name in ("", "procedural"):
+        dataset = data.open_dataset(name, 32, 7, 5)
+        assert len(dataset) == 7 and np.array_equal(dataset.image(3)[0], data.Procedural(32, 7, 5).image(3)[0])
+    assert isinstance(data.open_dataset(str(tmp_path), 8), data.ImageFolder)
+
+
+# ---- batches ----
+
+def test_stack_reads_images_in_the_order_asked_for():
+    dataset = data.Procedural(32, 23)
+    x, y = data.stack(dataset, range(23))
+    assert x.dtype == torch.uint8 and y.dtype == torch.int64 and y.tolist() == dataset.labels.tolist()
+    assert all(np.array_equal(x[i].numpy(), dataset.image(i)[0]) for i in range(23))
+
+
+def test_an_epoch_holds_every_image_once_and_epochs_differ():
+    rows = [i for step in range(6) for i in data.batch_plan(20, 10, 0, step)[0]]
+    assert sorted(rows[:20]) == sorted(rows[20:40]) == list(range(20))
+    assert rows[:20] != rows[20:40] and rows[:20] != data.batch_plan(20, 20, 1, 0)[0].tolist()
+
+
+def test_a_set_smaller_than_the_batch_wraps_round():
+    rows = [i for step in (0, 1) for i in data.batch_plan(3, 8, 0, step)[0]]
+    assert all(sorted(rows[k:k + 3]) == [0, 1, 2] for k in range(0, 15, 3))
+
+
+def test_batches_resumed_at_a_step_equal_straight_ones():
+    dataset = data.Procedural(32, 20)
+    straight = take(data.batches(dataset, 6, seed=1, flip=True), 7)
+    resumed = take(data.batches(dataset, 6, seed=1, flip=True, start=4, threads=1), 3)
+    for (x, y), (x2, y2) in zip(straight[4:], resumed):
+        assert torch.equal(x, x2) and torch.equal(y, y2) and x.dtype == torch.uint8 and y.dtype == torch.int64
+
+
+def test_two_ranks_together_read_what_one_rank_reads():
+    dataset = data.Procedural(32, 20)
+    alone = take(data.batches(dataset, 6, seed=1, flip=True), 4)
+    ranks = [take(data.batches(dataset, 6, seed=1, flip=True, rank=r, world=2), 4) for r in (0, 1)]
+    for step, (x, y) in enumerate(alone):
+        for r in (0, 1):
+            assert torch.equal(x[r::2], ranks[r][step][0]) and torch.equal(y[r::2], ranks[r][step][1])
+
+
+def test_a_batch_that_does_not_split_over_the_ranks_is_refused():
+    with pytest.raises(AssertionError, match="batch_size 6 does not split over 4 ranks"):
+        next(data.batches(data.Procedural(32, 20), 6, seed=0, world=4))
+
+
+def test_flip_mirrors_about_half_of_the_images_and_no_others():
+    dataset = data.Procedural(32, 200)
+    plain, flipped = (next(data.batches(dataset, 200, seed=0, flip=flip))[0] for flip in (False, True))
+    mirrored = torch.tensor([torch.equal(a.flip(1), b) for a, b in zip(plain, flipped)])
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(plain, flipped)])
+    assert (mirrored ^ same).all() and 70 < mirrored.sum() < 130
+
+
+def test_batches_raise_what_reading_raises(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of 1 images"):
+        next(data.batches(data.ImageFolder(tmp_path, 8), 2, seed=0))
+
+
+# ---- pixels ----
+
+def test_to_uint8_inverts_to_tensor_for_every_value():
+    u = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    x = data.to_tensor(u)
+    assert x.min() == -1 and x.max() == 1 and x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
+    assert np.array_equal(data.to_uint8(x), u)
+    assert torch.equal(data.to_tensor(torch.from_numpy(u)), x)
+
+
+def test_to_uint8_truncates_and_clamps_as_guided_diffusion():
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.99, 1.0, 2.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert data.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 254, 255, 255]      # 127.5 * 0.99 + 128 = 254.2
+
+
+def test_random_crop_takes_one_window_per_image():
+    y, x = torch.meshgrid(torch.arange(20.0), torch.arange(30.0), indexing="ij")
+    images = torch.stack([y, x, 0 * x]).expand(16, 3, 20, 30)
+    crops = data.random_crop(images, 8, torch.Generator().manual_seed(0))
+    assert crops.shape == (16, 3, 8, 8)
+    tops, lefts = crops[:, 0, 0, 0], crops[:, 1, 0, 0]
+    assert torch.equal(crops[:, :2], images[:, :2, :8, :8] + torch.stack([tops, lefts], 1)[..., None, None])
+    assert len(set(tops.tolist())) > 3 and len(set(lefts.tolist())) > 3
+    assert torch.equal(crops, data.random_crop(images, 8, torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)                                            # without a generator: torch's own, reseeded each step
+    assert torch.equal(crops, data.random_crop(images, 8))
+
+
+def test_a_crop_of_the_full_size_is_the_image(drawn):
+    x = drawn[0][:4]
+    assert torch.equal(data.random_crop(x, 64, torch.Generator()), x)
+
+
+def test_save_grid_places_every_cell(tmp_path, drawn):
+    x = drawn[0][:5]
+    data.save_grid(x, tmp_path / "grid.png", columns=3, scale=2)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (2 * 130 + 2, 3 * 130 + 2, 3)
+    cells = data.to_uint8(x).repeat(2, axis=1).repeat(2, axis=2)
+    for i in range(5):
+        top, left = 2 + i // 3 * 130, 2 + i % 3 * 130
+        assert np.array_equal(sheet[top:top + 128, left:left + 128], cells[i])
+    assert (sheet[:2] == 255).all() and (sheet[:, :2] == 255).all() and (sheet[132:, 262:] == 255).all()
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_save_grid_writes_labels_above_the_cells(tmp_path, drawn):
+    data.save_grid(drawn[0][:2], tmp_path / "grid.png", columns=2, labels=["cat 日", ""])
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (2 + 64 + 12 + 2, 2 + 2 * 66, 3)
+    assert (sheet[2:14, 2:66] < 128).any() and (sheet[2:14, 68:] == 255).all()
+    assert np.array_equal(sheet[14:78, 2:66], data.to_uint8(drawn[0][:1])[0])

@@ -1,0 +1,201 @@
+"""finetune.py: the schedule, the flow loss, the warm start, exact resume, and the main job end to end."""
+import json
+import math
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+import finetune
+from davae import load_davae
+from dit import DiTConfig, LightningDiT
+from finetune import PRESETS, Config, detail_weight, drop_labels, flow_loss, warm_start_difference
+
+
+def tiny_dit(D=0):
+    torch.manual_seed(0)
+    model = LightningDiT(DiTConfig(C=4, D=D, p=1, grid=4, E=32, depth=2, A=2, num_classes=5))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)              # a fresh DiT computes 0, which would prove nothing
+    return model
+
+
+# ---------------------------------------------------------------- the method
+
+
+def test_detail_weight_is_zero_half_and_one_at_the_start_middle_and_end_of_the_ramp():
+    N = 1000
+    assert detail_weight(0, N) == 0 and detail_weight(N, N) == 1 and detail_weight(5 * N, N) == 1
+    assert detail_weight(N // 2, N) == pytest.approx(0.5)
+    values = [detail_weight(n, N) for n in range(N + 1)]
+    assert all(a < b for a, b in zip(values, values[1:]))
+    assert detail_weight(N // 3, N) == pytest.approx(math.sin(math.pi / 6 * (N // 3) / (N / 3)) ** 2)
+
+
+def test_flow_loss_is_zero_at_the_true_velocity():
+    z_all, y = torch.randn(4, 8, 2, 2), torch.zeros(4).long()
+
+    def oracle(x, t, y):                               # v* = (z - x_t) / (1 - t)
+        return (z_all - x) / (1 - t.view(-1, 1, 1, 1))
+
+    loss, base, detail = flow_loss(oracle, z_all, y, C=4, w=0.3)
+    assert max(loss.abs(), base, detail) < 1e-5
+
+
+def losses(w, cosine, v=None):
+    """flow_loss of a fixed prediction v, and the target it was compared with, for the same draws."""
+    torch.manual_seed(1)
+    z_all, v = torch.randn(4, 12, 3, 3), torch.randn(4, 12, 3, 3) if v is None else v
+    torch.manual_seed(2)
+    result = flow_loss(lambda x, t, y: v, z_all, torch.zeros(4).long(), 4, w, cosine)
+    torch.manual_seed(2)
+    torch.randn(4)                                     # the times
+    return result, v, z_all - torch.randn_like(z_all)
+
+
+def test_at_weight_zero_the_squared_error_is_that_of_the_base_channels_alone():
+    (loss, base, _), v, target = losses(w=0.0, cosine=0.0)
+    assert torch.allclose(loss, (v - target)[:, :4].square().mean()) and torch.equal(loss, base)
+
+
+def test_at_weight_one_it_is_the_plain_mean_and_between_a_weighted_mean_over_channels():
+    (loss, base, detail), v, target = losses(w=1.0, cosine=0.0)
+    assert torch.allclose(loss, (v - target).square().mean())
+    (loss, base, detail), v, target = losses(w=0.25, cosine=0.0)
+    m = torch.tensor([1.0] * 4 + [0.25] * 8).view(1, 12, 1, 1)
+    assert torch.allclose(loss, ((v - target).square() * m).mean() * 12 / m.sum())      # as in the authors' code
+    assert torch.allclose(detail, (v - target)[:, 4:].square().mean())
+
+
+def test_the_cosine_term_sees_all_channels_whatever_the_weight():
+    (with_cosine, *_), v, target = losses(w=0.0, cosine=1.0)
+    (without, *_), _, _ = losses(w=0.0, cosine=0.0)
+    cosine = 1 - (v * target).sum(1) / (v.norm(dim=1) * target.norm(dim=1))
+    assert torch.allclose(with_cosine - without, cosine.mean(), atol=1e-6)
+
+
+def test_labels_are_dropped_to_the_null_class_at_the_given_rate():
+    torch.manual_seed(0)
+    y = drop_labels(torch.zeros(20_000).long(), 7, 0.1)
+    assert set(y.tolist()) == {0, 7} and abs((y == 7).float().mean() - 0.1) < 0.01
+    assert (drop_labels(y, 9, 0.0) == y).all()
+
+
+def test_warm_start_difference_is_zero_and_the_check_fails_with_a_random_P_new():
+    base = tiny_dit()
+    model = deepcopy(base)
+    model.expand_channels(12)
+    z, y = torch.randn(4, 4, 4, 4), torch.arange(4)
+    assert warm_start_difference(base, model, z, y) == (0.0, 0.0)
+    broken = deepcopy(model)
+    torch.nn.init.normal_(broken.P_new.weight, std=0.02)
+    assert warm_start_difference(base, broken, z, y)[0] > 1e-3
+    torch.nn.init.normal_(model.O_new.weight, std=0.02)
+    assert warm_start_difference(base, model, z, y)[1] > 1e-3
+
+
+def test_gradients_reach_P_new_at_step_zero_and_O_new_as_soon_as_the_weight_is_positive():
+    model = tiny_dit()
+    model.expand_channels(12)
+    z_all, y = torch.randn(4, 16, 4, 4), torch.arange(4)
+
+    def gradients(w, cosine=0.0):
+        model.zero_grad()
+        flow_loss(model, z_all, y, 4, w, cosine)[0].backward()
+        return model.P_new.weight.grad.abs().max(), model.O_new.weight.grad.abs().max()
+
+    p_new, o_new = gradients(w=0.0)
+    assert p_new > 0 and o_new == 0
+    assert min(gradients(w=detail_weight(1, 1000))) > 0
+    assert gradients(w=0.0, cosine=1.0)[1] > 0         # the unscheduled cosine term trains the details from step 0
+
+
+# ---------------------------------------------------------------- the script
+
+
+def config(tiny_vae, tiny_base, out, **changes):
+    small = dict(image_size=64, images=64, flip=False, steps=3, batch_size=8, micro_batch=8, lr=1e-3, N=4, log_every=1,
+                 save_every=100, sample_steps=2, cfg=2.0, shift=1.0)
+    return Config(**{**dict(preset="tiny", out=str(out), vae=tiny_vae, base=tiny_base, D=12, **small), **changes})
+
+
+def test_a_run_logs_both_halves_proves_its_warm_start_and_holds_all_that_sampling_needs(tiny_run):
+    rows = [json.loads(line) for line in open(Path(tiny_run) / "log.jsonl")]
+    assert [r["step"] for r in rows] == [1, 2, 3] and all({"loss", "base", "detail", "w"} <= set(r) for r in rows)
+    assert [r["w"] for r in rows] == [detail_weight(n, 4) for n in range(3)]
+    summary = json.loads((Path(tiny_run) / "summary.json").read_text())
+    assert summary["warm_start"] == 0.0
+    assert all((Path(tiny_run) / f"{name}.png").exists() for name in ("warm_start", "samples", "samples_base_only", "loss"))
+    assert (Path(tiny_run) / "vae" / "model.safetensors").exists()
+
+
+def test_ema_and_model_are_saved_apart(tiny_run):
+    folder = common.latest_checkpoint(tiny_run)
+    model, ema = (load_file(folder / f"{name}.safetensors") for name in ("model", "ema"))
+    assert model.keys() == ema.keys() and any(not torch.equal(model[k], ema[k]) for k in model)
+
+
+def test_a_run_carries_the_vae_that_it_was_trained_on(tiny_vae, tiny_run):
+    vae, copy = load_davae(tiny_vae), load_davae(Path(tiny_run) / "vae")
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(vae.encode(x), copy.encode(x))
+
+
+def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(tiny_vae, tiny_base, tmp_path):
+    straight, halves = (config(tiny_vae, tiny_base, tmp_path / name, steps=20) for name in ("straight", "halves"))
+    finetune.main(straight)
+    finetune.main(replace(halves, steps=10))
+    finetune.main(halves)
+    a, b = (common.latest_checkpoint(cfg.out) for cfg in (straight, halves))
+    for name in ("model", "ema"):
+        x, y = (load_file(p / f"{name}.safetensors") for p in (a, b))
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    opt = [torch.load(p / "train_state.pt", weights_only=True)["opt"]["state"] for p in (a, b)]
+    assert all(torch.equal(opt[0][i]["exp_avg_sq"], opt[1][i]["exp_avg_sq"]) for i in opt[0])
+
+
+def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision(tiny_vae, tiny_base, tmp_path):
+    vae = load_davae(tiny_vae)
+    cfg = config(tiny_vae, tiny_base, tmp_path, flip=True)
+    train_set = finetune.data.open_dataset("procedural", 64, 64, 0)
+    streams = [finetune.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"))(5, 0, 1) for c in (True, False)]
+    for _ in range(3):
+        (z, y), (z2, y2) = (next(s) for s in streams)
+        assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
+
+
+def test_accumulated_micro_batches_make_one_optimizer_step(tiny_vae, tiny_base, tmp_path):
+    finetune.main(config(tiny_vae, tiny_base, tmp_path / "a", micro_batch=2, steps=1))
+    state = torch.load(common.latest_checkpoint(tmp_path / "a") / "train_state.pt", weights_only=True)
+    assert {s["step"].item() for s in state["opt"]["state"].values()} == {1.0}
+
+
+def test_mistakes_about_channels_get_one_sentence(tiny_vae, tiny_base, tiny_run, tmp_path):
+    with pytest.raises(SystemExit, match="--D=96, but .* has 12 detail channels"):
+        finetune.main(config(tiny_vae, tiny_base, tmp_path / "a", D=96))
+    with pytest.raises(SystemExit, match="takes 4 base and 12 detail channels; wanted a base model"):
+        finetune.main(config(tiny_vae, tiny_run, tmp_path / "b"))
+    with pytest.raises(SystemExit, match="no such file or folder"):
+        finetune.main(config("nowhere", tiny_base, tmp_path / "c"))
+
+
+def test_presets_name_fields_and_their_own_folders():
+    for name, values in PRESETS.items():
+        assert Config(**{"preset": name, **values}).out == values["out"]
+    assert len({v["out"] for v in PRESETS.values()}) == len(PRESETS)
+
+
+def test_a_run_started_by_two_processes_is_continued_by_one(tiny_vae, tiny_base, tmp_path):
+    cfg = config(tiny_vae, tiny_base, tmp_path / "run", steps=2)
+    flags = [f"--{k}={v}" for k, v in cfg.__dict__.items() if k != "preset"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, finetune.__file__, "tiny", *flags], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "batch 8 = 2 ranks x 4 x 1" in done.stdout and done.stdout.count("batch 8 =") == 1      # rank 0 prints
+    finetune.main(replace(cfg, steps=3))
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]

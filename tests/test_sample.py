@@ -1,0 +1,147 @@
+"""sample.py: the integrator against closed forms, guidance against the original code, images that depend on (seed, i)."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from dit import load_dit
+from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
+
+
+class Counting(torch.nn.Module):
+    """v = y - x for class y < 5, -x for the null class 5; counts the images it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def forward(self, x, t, y):
+        self.rows.append(len(x))
+        return torch.where(y == 5, 0.0, y.float()).view(-1, 1, 1, 1) - x
+
+
+def test_euler_is_exact_on_a_velocity_that_does_not_depend_on_x():
+    noise, data_ = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for ts in (time_grid(1), time_grid(7), time_grid(13, 0.3)):
+        x = sample_flow(lambda x, t, y: data_ - noise, noise, ts, torch.zeros(2).long(), 5)
+        assert (x - data_).abs().max() < 1e-14
+
+
+def test_euler_on_a_linear_field_equals_the_product_of_its_factors():
+    noise, ts = torch.randn(2, 3, 4, 4, dtype=torch.float64), time_grid(9, 0.5)
+    x = sample_flow(lambda x, t, y: -2 * x, noise, ts, torch.zeros(2).long(), 5)
+    factor = np.prod([1 - 2 * (b - a) for a, b in zip(ts, ts[1:])])
+    assert torch.allclose(x, factor * noise, rtol=1e-13)
+
+
+def test_shift_keeps_the_ends_and_one_changes_nothing():
+    assert time_grid(10, 1.0) == pytest.approx(np.linspace(0, 1, 11), abs=1e-15)
+    ts = time_grid(249, 0.3)                                       # LightningDiT's "250 steps"
+    assert ts[0] == 0 and ts[-1] == 1 and all(a < b for a, b in zip(ts, ts[1:]))
+    assert shift_time(0.5, 0.3) == pytest.approx(0.2308, abs=1e-4)
+    assert sum(t < 0.2 for t in ts[:-1]) == 114                    # evaluations below 0.2, the authors' interval start
+    assert shift_time(shift_time(0.37, 0.3), 1 / 0.3) == pytest.approx(0.37)
+
+
+@pytest.mark.parametrize("scale,interval,guided", [(1.0, (0.0, 1.0), 0), (4.0, (0.0, 1.0), 249), (4.0, (0.2, 1.0), 135), (4.0, (2.0, 3.0), 0)])
+def test_the_unconditional_pass_runs_only_where_guidance_is_on(scale, interval, guided):
+    model = Counting()
+    sample_flow(model, torch.zeros(3, 2, 1, 1), time_grid(249, 0.3), torch.tensor([0, 1, 2]), 5, scale, interval)
+    assert len(model.rows) == 249 and sum(model.rows) == 3 * (249 + guided)
+
+
+def test_guidance_one_equals_the_conditional_model_and_is_never_computed_twice():
+    model, noise, y = Counting(), torch.randn(3, 2, 4, 4), torch.tensor([1, 2, 3])
+    one = sample_flow(model, noise, time_grid(5), y, 5, scale=1.0)
+    assert model.rows == [3] * 5
+    x = noise
+    for a, b in zip(time_grid(5), time_grid(5)[1:]):
+        x = x + (b - a) * model(x, torch.full((3,), a), y)
+    assert torch.equal(one, x)
+    c = model(noise, torch.zeros(3), y)
+    assert torch.allclose(guided_velocity(model, noise, 0.0, y, 5, 1.0), c, atol=1e-6)
+
+
+def test_guidance_pushes_away_from_the_unconditional_velocity():
+    y, x = torch.tensor([1, 2]), torch.zeros(2, 3, 1, 1)
+    assert guided_velocity(Counting(), x, 0.5, y, 5, 3.0).flatten().tolist() == [3.0] * 3 + [6.0] * 3
+    three = guided_velocity(Counting(), x, 0.5, y, 5, 3.0, channels=1)
+    assert three.flatten().tolist() == [3.0, 1.0, 1.0, 6.0, 2.0, 2.0]
+
+
+@torch.no_grad()
+def test_three_channel_guidance_equals_the_original_code(golden):
+    weights, t, config = golden("lightningdit_qknorm")
+    model, n = load_dit(weights), len(t["in/x"]) // 2
+    x, time, y = t["in/x"][:n], t["in/t_cfg"][0].item(), t["in/y"][:n]
+    null = config["num_classes"]
+    v = guided_velocity(model, x, time, y, null, config["cfg_scale"], channels=3)
+    assert ((v - t["out/cfg_3channel"][:n]).abs().max() / t["out/cfg_3channel"].abs().max().clamp(min=1)) < 5e-6
+    assert ((v - guided_velocity(model, x, time, y, null, config["cfg_scale"])).abs().max()) > 0.1     # all channels differ
+
+
+def test_noise_of_a_sample_depends_on_seed_and_index_only():
+    alone = sample_noise(3, [7], (4, 2, 2))[0]
+    assert torch.equal(sample_noise(3, range(10), (4, 2, 2))[7], alone)
+    assert not torch.equal(sample_noise(4, [7], (4, 2, 2))[0], alone)
+    assert sample_labels([0, 4, 5, 11], [2, 3, 5]).tolist() == [2, 3, 5, 5]
+
+
+# ---------------------------------------------------------------- the script
+
+
+def settings(run, out, **changes):
+    return sample.Config(**{**dict(run=run, out=str(out), n=6, batch_size=4, steps=2), **changes})
+
+
+def images(folder):
+    return {p.name: np.asarray(Image.open(p)) for p in sorted(folder.glob("0*.png"))}
+
+
+def test_samples_are_the_same_in_batches_of_one_three_and_six(tiny_run, tmp_path):
+    sets = [images(sample.main(settings(tiny_run, tmp_path / str(b), batch_size=b))) for b in (1, 3, 6)]
+    assert len(sets[0]) == 6
+    for other in sets[1:]:
+        assert max(np.abs(sets[0][k].astype(int) - other[k]).max() for k in sets[0]) <= 1     # rounding of one more matmul shape
+
+
+def test_a_half_finished_folder_is_continued_and_the_npz_holds_every_image(tiny_run, tmp_path):
+    out = sample.main(settings(tiny_run, tmp_path / "a"))
+    whole = images(out)
+    (out / "000002.png").unlink()
+    (out / "000005.png").unlink()
+    kept = (out / "000000.png").stat().st_mtime_ns
+    sample.main(settings(tiny_run, tmp_path / "a"))
+    assert (out / "000000.png").stat().st_mtime_ns == kept
+    again = images(out)
+    assert again.keys() == whole.keys() and all(np.abs(again[k].astype(int) - whole[k]).max() <= 1 for k in whole)
+    array = np.load(out / "samples.npz")["arr_0"]
+    assert array.dtype == np.uint8 and array.shape == (6, 64, 64, 3) and np.array_equal(array[5], again["000005.png"])
+    assert (out / "grid.png").exists() and (out / "base_preview.png").exists()
+
+
+def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
+    out = sample.main(settings(tiny_run, tmp_path / "a", n=1))
+    with pytest.raises(SystemExit, match="other settings .steps 2 -> 3"):
+        sample.main(settings(tiny_run, tmp_path / "a", n=1, steps=3))
+    assert json.loads((out / "settings.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("changes,sentence", [(dict(n=0), "n=0"), (dict(steps=0), "steps=0"), (dict(cfg=float("nan")), "cfg=nan"),
+                                              (dict(classes=(10, 99)), "class 99 asked for; the model has classes 0 to 9")])
+def test_impossible_settings_get_one_sentence(tiny_run, tmp_path, changes, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        sample.main(settings(tiny_run, tmp_path / "a", **changes))
+
+
+def test_a_vae_run_is_not_sampled_from(tiny_vae, tmp_path):
+    with pytest.raises(SystemExit, match="holds a checkpoint of train_vae.py; wanted a run of finetune.py"):
+        sample.main(settings(tiny_vae, tmp_path / "a"))
+
+
+def test_the_unconditional_class_can_be_drawn(tiny_run, tmp_path):
+    out = sample.main(settings(tiny_run, tmp_path / "a", n=2, classes=(10,)))
+    assert len(images(out)) == 2 and json.loads((out / "settings.json").read_text())["classes"] == [10]

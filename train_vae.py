@@ -1,0 +1,411 @@
+"""Stage 1: train a DA-VAE on a frozen base VAE (or, with D = 0, a plain base VAE).
+
+    python train_vae.py tiny                                        # built-in images, CPU, about a minute
+    python train_vae.py photos --base=taef2_folder --data_dir=photos/train
+    torchrun --nproc_per_node=8 train_vae.py photos ...             # the same on 8 GPUs
+
+Writes to --out: log.jsonl, loss.png, recon.png (input | base only | DA-VAE | 4x error) and step_*/ checkpoints.
+The same command again resumes, or says that the run is finished.
+"""
+import dataclasses
+import json
+import math
+import sys
+import time
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+import data
+from common import field
+from davae import DAVAE, AutoencoderKL, KLConfig, align_loss, half, load_davae
+
+
+@dataclass
+class Config:
+    preset: str = field("tiny", "a name in PRESETS")
+    out: str = field("", "the run's folder")
+    device: str = field("auto", "auto, cpu or cuda")
+    seed: int = field(0, "of the weights, the data order and every random draw")
+    # data
+    data_dir: str = field("procedural", "a folder of images, or 'procedural' for the built-in ones")
+    val_dir: str = field("", "held-out images; empty: procedural ones of another seed, or the first training images")
+    image_size: int = field(512, "pixels; images are resized and centre-cropped to this square")
+    images: int = field(4096, "how many procedural images")
+    crop: int = field(0, "train on random squares of this many pixels; 0: whole images")
+    flip: bool = field(True, "mirror half of the images")
+    # model
+    base: str = field("", "the frozen base VAE: a file, a folder or a run; with D = 0: where to start, or empty")
+    D: int = field(96, "detail channels; 0 trains the base VAE itself")
+    freeze_encoder: bool = field(False, "keep the detail encoder as the base's, as the authors' SD3 script; train the rest")
+    detail_dropout: float = field(0.1, "probability per image of decoding without details, in training")
+    rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
+    C: int = field(16, "D = 0, no base given: latent channels")
+    ch: int = field(128, "D = 0, no base given: width of the first level")
+    ch_mult: tuple = field((1, 2, 4, 4), "D = 0, no base given: width of each level / ch")
+    blocks: int = field(2, "D = 0, no base given: residual blocks per level")
+    groups: int = field(32, "D = 0, no base given: groups of each GroupNorm")
+    # losses (Tab. S1)
+    perceptual: str = field("vgg", "network of LPIPS: vgg, squeeze or none")
+    lpips_trunk: str = field("", "local weight file of that network, instead of torchvision's download")
+    kl: float = field(1e-6, "weight of the KL term, a mean over elements")
+    align: float = field(0.5, "lambda_align, times the adaptive ratio")
+    adaptive_align: bool = field(True, "scale the alignment by a ratio of gradient norms (ImageNet); False: not (SD3)")
+    gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator")
+    disc_start: int = field(5001, "step at which the discriminator starts, for both players")
+    disc_width: int = field(64, "channels of the discriminator's first layer")
+    # optimisation
+    steps: int = field(100_000, "optimizer steps")
+    batch_size: int = field(128, "images per optimizer step, over all ranks")
+    micro_batch: int = field(16, "images per rank and forward pass")
+    lr: float = field(1e-4, "learning rate of both players")
+    beta1: float = field(0.5, "of AdamW; Tab. S1: 0.5 on ImageNet, 0.9 for SD3")
+    beta2: float = field(0.9, "of AdamW; Tab. S1: 0.9 on ImageNet, 0.999 for SD3")
+    cooldown: float = field(0.0, "last part of the steps over which lr falls to 0, as a fraction")
+    clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as the authors")
+    stats: int = field(10_000, "training images for the latent statistics")
+    log_every: int = field(100, "steps")
+    save_every: int = field(5000, "steps between checkpoints, each with a reconstruction strip")
+
+
+PRESETS = {
+    "tiny-base": dict(out="out/tiny-base-vae", D=0, C=8, ch=16, ch_mult=(1, 2, 2), blocks=1, groups=16, image_size=64,
+                      flip=False, perceptual="none", gan=0.0, stats=1024, steps=1500, batch_size=8, lr=3e-3, cooldown=0.5,
+                      log_every=50, save_every=750),
+    # 17.6 dB on 1,000 held-out images at full size; 1 minute on 2 cores (2026-11-21)
+    "tiny": dict(out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none", stats=1024,
+                 gan=0.1, disc_start=850, disc_width=16, steps=1000, batch_size=8, lr=3e-3, cooldown=0.5, log_every=50,
+                 save_every=500),
+    # 19.9 dB against 17.2 dB of the base channels alone, same images; 1.5 minutes on 2 cores (2026-11-21)
+    "photos": dict(out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, freeze_encoder=True, perceptual="none",
+                   gan=0.0, align=0.05, adaptive_align=False, stats=2000, steps=5600, batch_size=8, micro_batch=8, lr=5e-4,
+                   beta1=0.9, beta2=0.99, cooldown=0.5, log_every=100, save_every=1400),
+    # TAEF2, imagenette128: 24.55 dB against 22.46 dB of the base channels alone; 46 CPU-minutes, 2 cores (2026-11-21)
+}
+MAY_CHANGE = {"preset", "device", "data_dir", "val_dir", "base", "lpips_trunk", "micro_batch", "lr", "steps", "cooldown",
+              "clip", "log_every", "save_every"}      # on resume; anything else would be another run
+
+# ---------------------------------------------------------------- losses
+
+
+class PatchGAN(nn.Sequential):
+    """The discriminator of pix2pix and taming: one real/fake logit per overlapping patch, (B, 3, H, W) -> (B, 1, h, w)."""
+
+    def __init__(self, width=64):
+        def layer(c_in, c_out, stride, norm=True):
+            conv = nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=not norm)
+            nn.init.normal_(conv.weight, 0.0, 0.02)
+            if not norm:
+                nn.init.zeros_(conv.bias)
+                return [conv]
+            bn = nn.BatchNorm2d(c_out)
+            nn.init.normal_(bn.weight, 1.0, 0.02)
+            return [conv, bn, nn.LeakyReLU(0.2)]
+
+        w = width
+        super().__init__(*layer(3, w, 2, norm=False), nn.LeakyReLU(0.2), *layer(w, 2 * w, 2), *layer(2 * w, 4 * w, 2),
+                         *layer(4 * w, 8 * w, 1), *layer(8 * w, 1, 1, norm=False))
+
+
+def hinge_loss(real, fake):
+    """Discriminator's hinge loss of two logit maps: zero where real >= 1 and fake <= -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(nll, loss, weight, limit):
+    """|grad nll| / |grad loss| at one weight tensor, clamped to [0, limit]: puts both losses on one scale there.
+
+    (Esser et al., 2021, Eq. 7.) Costs a partial backward pass for each gradient; the graph is kept.
+    """
+    a, = torch.autograd.grad(nll, weight, retain_graph=True)
+    b, = torch.autograd.grad(loss, weight, retain_graph=True)
+    return (a.norm() / (b.norm() + 1e-4)).clamp(0.0, limit).detach()
+
+
+def import_torchvision():
+    """Import torchvision even where its wheel was built for CUDA and torch was not.
+
+    Its import then asks for the schemas of two compiled operators that were never registered, and fails; declaring
+    the schemas is enough, because nothing here calls them. Call this before anything that imports torchvision.
+    """
+    try:
+        import torchvision
+    except RuntimeError:                     # "operator torchvision::nms does not exist"
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _library.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _library[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+_library = []                                # it unregisters what it declared when it is collected, so it is kept
+
+
+def make_lpips(net, trunk=""):
+    """LPIPS (Zhang et al., 2018) by the lpips package, frozen, in eval mode; takes (B, 3, H, W) in [-1, 1].
+
+    net: vgg or squeeze.   trunk: a local weight file of that network; empty: torchvision's cache or download.
+    Differs from the authors' code: theirs trains with the Dropout of LPIPS active, by accident.
+    """
+    import_torchvision()
+    import lpips
+    if net not in ("vgg", "squeeze"):
+        raise SystemExit(f"--perceptual={net!r}: wanted vgg, squeeze or none")
+    try:
+        model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
+    except (urllib.error.URLError, OSError) as error:
+        raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): give the file with "
+                         "--lpips_trunk=, or --perceptual=none") from None
+    if trunk:
+        loaded = {k.removeprefix("features."): v for k, v in common.read_state_dict(trunk).items() if "classifier" not in k}
+        for name, part in model.net.named_children():        # slice1, slice2, ...: each holds layers by their old numbers
+            part.load_state_dict({k: v for k, v in loaded.items() if k.split(".")[0] in dict(part.named_children())})
+    return model.eval().requires_grad_(False)
+
+
+def vae_loss(vae, rec, x, cfg, lpips, disc):
+    """The generator's loss: L1 + LPIPS + KL + adaptive align + adaptive GAN (disc is None before its start).
+
+    rec: Reconstruction of x (B, 3, H, W).  Returns (loss, {name: detached value}).  Sec. 3.1, Tab. S1.
+    """
+    l1 = (rec.x_hat.float() - x).abs().mean()
+    nll, parts = l1, {"l1": l1}
+    if lpips is not None:
+        parts["lpips"] = lpips(rec.x_hat.float(), x).mean()
+        nll = nll + parts["lpips"]
+    parts["kl"] = rec.posterior.kl()
+    loss = nll + cfg.kl * parts["kl"]
+    if vae.D:
+        parts["align"] = align_loss(rec.z, rec.z_d)
+        weight = cfg.align
+        if cfg.adaptive_align:
+            parts["a_w"] = adaptive_weight(nll, parts["align"], vae.down.conv.weight, 1e8)
+            weight = cfg.align * parts["a_w"]
+        loss = loss + weight * parts["align"]
+    if disc is not None:
+        parts["g"] = -disc(rec.x_hat.float()).mean()
+        parts["d_w"] = adaptive_weight(nll, parts["g"], vae.last_conv.weight, 1e4)
+        loss = loss + cfg.gan * parts["d_w"] * parts["g"]
+    return loss, {k: v.detach() for k, v in parts.items()}
+
+
+def learning_rate(step, cfg):
+    """cfg.lr, falling linearly to 0 over the last `cooldown` part of the run."""
+    return cfg.lr * min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+
+
+# ---------------------------------------------------------------- evaluation while training
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,)."""
+    mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
+    return -10 * torch.log10(mse.clamp_min(1e-12))
+
+
+@torch.no_grad()
+def reconstruct(vae, x):
+    """(base only, full): what the base channels alone show, bicubically doubled where D > 0, and the whole decode."""
+    z_all = vae.encode(x)
+    base = vae.decode_base(z_all[:, :vae.C])
+    if vae.D:
+        base = F.interpolate(base, scale_factor=2.0, mode="bicubic", align_corners=False)
+    return base.clamp(-1, 1), vae.decode(z_all).clamp(-1, 1)
+
+
+def validate(vae, val, out, step):
+    """Save the strip of the first 8 images; return PSNR of base only and of the whole over `val` (N, 3, H, W)."""
+    vae.eval()
+    pairs = [reconstruct(vae, x) for x in val.split(32)]
+    base, full = (torch.cat(p) for p in zip(*pairs))
+    rows = {"input": val, "base only": base, "DA-VAE": full} if vae.D else {"input": val, "VAE": full}
+    rows["4x error"] = 4 * (full - val).abs() - 1                  # 4 * |error / 2| on [0, 1], shown on [-1, 1]
+    strip, labels = torch.cat([x[:8] for x in rows.values()]), [name for name in rows for _ in val[:8]]
+    for name in ("recon.png", f"recon_{step:06d}.png"):
+        data.save_grid(strip, Path(out) / name, columns=len(val[:8]), scale=max(1, 96 // val.shape[-1]), labels=labels)
+    vae.train()
+    return {"psnr_base": psnr(base, val).mean().item(), "psnr": psnr(full, val).mean().item()}
+
+
+# ---------------------------------------------------------------- set-up
+
+
+def initial_vae(cfg):
+    """The DAVAE at step 0; a base that is missing but is the `out` of a preset here is trained first, and says so."""
+    torch.manual_seed(cfg.seed)
+    if cfg.D == 0 and not cfg.base:
+        return DAVAE(AutoencoderKL(KLConfig(C=cfg.C, ch=cfg.ch, ch_mult=tuple(cfg.ch_mult), blocks=cfg.blocks,
+                                            groups=cfg.groups)), D=0)
+    make_if_missing(cfg.base, cfg)
+    return DAVAE(load_davae(cfg.base).base, cfg.D, cfg.detail_dropout, cfg.rescale)
+
+
+def make_if_missing(run, cfg):
+    """Train (or finish) `run` if it is the folder of one of this script's presets; anything else must exist already."""
+    preset = next((name for name, values in PRESETS.items() if values["out"] == run), None)
+    if preset is None:
+        return
+    if common.step_of(run) < PRESETS[preset]["steps"]:
+        print(f"\n{cfg.out} needs {run}, which is not there yet: running  python train_vae.py {preset}")
+        main(Config(**{"preset": preset, **PRESETS[preset], "device": cfg.device, "data_dir": cfg.data_dir}))
+
+
+def training_batch(x, step, cfg):
+    """(B, 3, H, W) as this step sees it: cropped; for a base VAE (D = 0) mostly at half size, as DAVAE will show it images.
+
+    Every fourth step keeps the full size, so that the base VAE also knows what four times the tokens would give it.
+    """
+    if cfg.D == 0 and step % 4:
+        x = half(x)
+    return data.random_crop(x, cfg.crop) if cfg.crop else x
+
+
+def validation_images(cfg, train_set, n=64):
+    """(N, 3, H, W) in [-1, 1] of evenly spaced held-out images (training images where a folder has no --val_dir)."""
+    held_out = train_set
+    if cfg.val_dir or cfg.data_dir == "procedural":
+        held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
+    index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
+    return data.to_tensor(data.stack(held_out, index.tolist())[0])
+
+
+def plot_losses(out):
+    """loss.png: every number of log.jsonl against the step, one panel each."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    if not (Path(out) / "log.jsonl").exists():
+        return                                                     # a run shorter than log_every
+    rows = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+    names = [k for k in rows[-1] if k not in ("step", "img/s", "lr", "w")]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names):
+        points = [(r["step"], r[name]) for r in rows if name in r]
+        axis.plot(*zip(*points), lw=1)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.savefig(Path(out) / "loss.png", dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def main(cfg):
+    """Train, validate and save as `cfg` says.  Returns the summary of the finished run, which is also in summary.json."""
+    summary_file = Path(cfg.out) / "summary.json"
+    if common.step_of(cfg.out) >= cfg.steps and summary_file.exists():
+        print(f"{cfg.out}: finished at step {common.step_of(cfg.out)}; give more --steps or another --out to go on")
+        return json.loads(summary_file.read_text())
+    rank, world, device = common.setup(cfg.device)
+    accumulate = common.micro_batches(cfg.batch_size, cfg.micro_batch, world)
+    train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+
+    # models: from the newest checkpoint if there is one
+    resumed = common.checkpoints(cfg.out)[-1:]
+    vae = (load_davae(resumed[0]) if resumed else initial_vae(cfg)).to(device, memory_format=torch.channels_last).train()
+    if cfg.D and cfg.freeze_encoder:
+        vae.detail_encoder.requires_grad_(False)
+    torch.manual_seed(cfg.seed)
+    disc = PatchGAN(cfg.disc_width).to(device) if cfg.gan else None
+    lpips = make_lpips(cfg.perceptual, cfg.lpips_trunk).to(device) if cfg.perceptual != "none" else None
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    adam = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW(trained, **adam)
+    opt_d = torch.optim.AdamW(disc.parameters(), **adam) if disc else None
+    start, seconds = 0, 0.0
+    if resumed:
+        state = torch.load(resumed[0] / "train_state.pt", map_location=device, weights_only=True)
+        common.check_resume(common.read_config(resumed[0])["config"], cfg, MAY_CHANGE)
+        opt.load_state_dict(state["opt"])
+        if disc:
+            disc.load_state_dict(state["disc"])
+            opt_d.load_state_dict(state["opt_d"])
+        start, seconds = state["step"], state["seconds"]
+    model = DistributedDataParallel(vae) if world > 1 else vae
+    judge = DistributedDataParallel(disc) if world > 1 and disc else disc
+
+    if rank == 0:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        print(f"{cfg.out}: {train_set.summary()}\n  {sum(p.numel() for p in trained):,} trained of "
+              f"{sum(p.numel() for p in vae.parameters()):,} parameters; C={vae.C} D={vae.D} f={vae.f}; batch "
+              f"{cfg.batch_size} = {world} ranks x {cfg.batch_size // world // accumulate} x {accumulate}; "
+              f"steps {start} to {cfg.steps}, {device}")
+    val = validation_images(cfg, train_set).to(device)
+    log, since, results = common.Log(cfg.out, rank, start, cfg.steps), time.time(), {}
+
+    def save(step):
+        index = range(min(cfg.stats, len(train_set)))
+        vae.measure(data.to_tensor(data.stack(train_set, index[k:k + 64])[0]).to(device) for k in index[::64])
+        results.update(validate(vae, val, cfg.out, step))
+        state = {"step": step, "seconds": seconds + time.time() - since, "opt": opt.state_dict()}
+        if disc:
+            state.update(disc=disc.state_dict(), opt_d=opt_d.state_dict())
+        common.save_checkpoint(cfg.out, step, {"model": vae.state_dict()}, state,
+                               {"script": "train_vae.py", "config": dataclasses.asdict(cfg), "model": vae.config()})
+
+    stream = data.batches(train_set, cfg.batch_size, cfg.seed, start=start, rank=rank, world=world, flip=cfg.flip)
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
+    for step, (x, _) in zip(bar, stream):
+        common.seed_step(cfg.seed, rank, step)
+        for group in (opt.param_groups + (opt_d.param_groups if disc else [])):
+            group["lr"] = learning_rate(step, cfg)
+        x = training_batch(data.to_tensor(x).to(device), step, cfg).contiguous(memory_format=torch.channels_last)
+        gan_on = disc is not None and step >= cfg.disc_start
+
+        # generator: accumulate over micro-batches, synchronise gradients on the last one only
+        pairs = []
+        for i, part in enumerate(x.chunk(accumulate)):
+            model.require_backward_grad_sync = i == accumulate - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                rec = model(part)
+                loss, parts = vae_loss(vae, rec, part, cfg, lpips, disc.requires_grad_(False) if gan_on else None)
+            (loss / accumulate).backward()
+            pairs.append((part, rec.x_hat.detach()))
+        norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
+        common.stop_if_not_finite(norm, vae, step)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+
+        # discriminator: on the same reconstructions, after the generator's step
+        if gan_on:
+            disc.requires_grad_(True)
+            for part, x_hat in pairs:
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    d_loss = hinge_loss(judge(part).float(), judge(x_hat.float()).float())
+                (d_loss / accumulate).backward()
+            opt_d.step()
+            opt_d.zero_grad(set_to_none=True)
+            parts["d"] = d_loss.detach()
+
+        if (step + 1) % cfg.log_every == 0:
+            numbers = {k: v.item() for k, v in parts.items()}
+            log(step + 1, **numbers, gnorm=norm.item(), lr=learning_rate(step, cfg),
+                **{"img/s": (step + 1 - start) * cfg.batch_size / (time.time() - since)})
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            save(step + 1)
+
+    summary = {"stage": "DA-VAE" if vae.D else "base VAE", "steps": cfg.steps, "seconds": seconds + time.time() - since,
+               **results}
+    if rank == 0:
+        plot_losses(cfg.out)
+        common.write_json(summary_file, summary)
+        shown = f"base only {summary['psnr_base']:.2f} dB, DA-VAE" if vae.D else "base VAE"
+        print(f"{cfg.out}: done in {summary['seconds']:.0f} s; {shown} {summary['psnr']:.2f} dB on {len(val)} images; "
+              f"look at {cfg.out}/recon.png")
+    return summary
+
+
+if __name__ == "__main__":
+    main(common.cli(Config, PRESETS))
