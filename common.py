@@ -25,8 +25,7 @@ def cli(Config, presets=None, argv=None):
     The first field is positional. With `presets` (name -> {field: value}) it names one of them, whose values are
     applied before the flags. Unknown names and wrong types end the program with one sentence and the nearest names.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    argv, fields = list(sys.argv[1:] if argv is None else argv), {f.name: f for f in dataclasses.fields(Config)}
     first = next(iter(fields))
     if "-h" in argv or "--help" in argv:
         print(f"{sys.modules[Config.__module__].__doc__}\nusage: [{first}] --field=value ...\n")
@@ -88,6 +87,12 @@ def setup(device="auto"):
     return rank, world, device
 
 
+def wait_for_all():
+    """Hold every rank here until all have come, so that none reads what rank 0 still writes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def micro_batches(batch_size, micro_batch, world):
     """How many forward passes of at most `micro_batch` images each rank accumulates for one step of `batch_size` in all."""
     per_rank, rest = divmod(batch_size, world)
@@ -129,8 +134,7 @@ class Log:
 
 def write_json(path, obj):
     """Write JSON beside `path` and rename it into place, so that a reader never sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(obj, indent=1) + "\n")
     os.replace(temporary, path)
 
@@ -140,8 +144,7 @@ def write_json(path, obj):
 
 def save_folder(final, weights, config, train_state=None):
     """Write <name>.safetensors of {name: state dict}, config.json and train_state.pt aside, flush, rename: never half."""
-    final = Path(final)
-    temporary = final.with_name(final.name + ".tmp")
+    final, temporary = Path(final), Path(f"{final}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, state in weights.items():
@@ -175,9 +178,7 @@ def checkpoints(run):
 
 def latest_checkpoint(run):
     """The newest complete checkpoint of a run (or `run` itself, if that is one)."""
-    if (Path(run) / "config.json").exists():
-        return Path(run)
-    found = checkpoints(run)
+    found = [Path(run)] if (Path(run) / "config.json").exists() else checkpoints(run)
     if not found:
         raise SystemExit(f"{run}: no checkpoint here ({'an empty run' if Path(run).is_dir() else 'no such folder'}); "
                          "wanted a run folder with step_*/config.json, or one such step folder")
@@ -197,8 +198,7 @@ def read_config(checkpoint):
 def check_resume(saved, cfg, free):
     """Refuse to resume with other settings than the run was started with; fields named in `free` may change, aloud."""
     for name, new in dataclasses.asdict(cfg).items():
-        old = saved.get(name, new)
-        if json.dumps(old) == json.dumps(new):
+        if json.dumps(old := saved.get(name, new)) == json.dumps(new):
             continue
         if name not in free:
             raise SystemExit(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
@@ -236,8 +236,9 @@ def read_state_dict(source):
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, for every parameter."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
 
 def stop_if_not_finite(norm, model, step):

@@ -528,6 +528,8 @@ def load_base_vae(source):
         folder = Path(source)
         if list(folder.glob("step_*")) or _is_ours(folder):
             return load_davae(folder).base
+        if (folder / "vae").is_dir():                                            # a whole diffusers pipeline
+            source = folder = folder / "vae"
         if (folder / "config.json").exists():
             config = json.loads((folder / "config.json").read_text())
         if (folder / "taef2_encoder.pth").exists():
@@ -539,7 +541,7 @@ def load_base_vae(source):
         module, sd = TAEF2, import_taef2(sd)
     else:
         sd = import_kl(sd, where="state dict" if isinstance(source, dict) else source)
-        cfg = kl_config(sd)
+        cfg = dataclasses.replace(kl_config(sd), groups=config.get("norm_num_groups", 32))
         sd.update(_pipeline_statistics(cfg, config))
         module = lambda: AutoencoderKL(cfg)                                      # noqa: E731
     with torch.device("meta"):

@@ -1,8 +1,9 @@
 """Transformers that denoise latents, and the surgery that gives a pretrained one more channels.
 
-LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE latents) is written out in full. The method is
-`widen` and `expand_channels`: next to the patch embedder P and the output head O stand P_new and O_new for the D detail
-channels, all zero, so that the widened model starts as an exact copy of the pretrained one (Sec. 3.2):
+LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE latents) and MMDiT (Esser et al., 2024, in the
+form of Stable Diffusion 3.5 Medium; text-conditional) are written out in full. The method is `widen` and
+`expand_channels`: next to the patch embedder P and the output head O stand P_new and O_new for the D detail channels,
+all zero, so that the widened model starts as an exact copy of the pretrained one (Sec. 3.2):
 
     tokens = P(z) + P_new(z_d)          v_all = [O(x), O_new(x)]
 
@@ -10,7 +11,7 @@ channels, all zero, so that the widened model starts as an exact copy of the pre
     model.expand_channels(96)           # v, v_d = model(z_all, t, y).split([32, 96], dim=1)
 
 Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   E width   A heads   K width per head
-                C base channels   D detail channels   z_all = [z, z_d] is (B, C+D, h, w), normalised, base first
+                T text tokens   C base channels   D detail channels   z_all = [z, z_d] is (B, C+D, h, w), normalised, base first
 Paper symbols:  P, O patch embedder and output head of the base;  P_new, O_new are its P', O' for the details
 Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, and the model predicts v = data - noise.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import read_config, read_state_dict
 
@@ -40,9 +42,38 @@ def widen(in_proj, out_proj, D):
     k = in_proj.kernel_size
     P_new = nn.Conv2d(D, in_proj.out_channels, k, stride=k, bias=False, **like)
     O_new = nn.Linear(out_proj.in_features, k[0] * k[1] * D, **like)
-    for param in (*P_new.parameters(), *O_new.parameters()):
-        nn.init.zeros_(param)
+    for weight in (*P_new.parameters(), *O_new.parameters()):
+        nn.init.zeros_(weight)
     return P_new, O_new
+
+
+class DiT(nn.Module):
+    """What every transformer here has: cfg with C, D, p; P, O; and, once widened, P_new, O_new (None before)."""
+    checkpointing = False                          # True: recompute each block in the backward pass, to save memory
+
+    def run(self, block, *args):
+        return checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
+
+    def tokens(self, z_all):
+        """P(z) + P_new(z_d): (B, C+D, h, w) -> (B, L, E), row-major."""
+        x = self.P(z_all[:, :self.cfg.C])
+        if self.cfg.D:
+            x = x + self.P_new(z_all[:, self.cfg.C:])
+        return x.flatten(2).transpose(1, 2)
+
+    def velocity(self, x, h, w):
+        """[O(x), O_new(x)], each unpatchified by itself: (B, L, E) -> (B, C+D, h, w) float32."""
+        heads = [self.O, self.O_new] if self.cfg.D else [self.O]
+        return torch.cat([unpatchify(O(x), self.cfg.p, h, w) for O in heads], dim=1).float()
+
+    def expand_channels(self, D):
+        """Add D detail channels without changing what the model computes: for any z_d, v is as before and v_d is 0."""
+        if self.cfg.D:
+            raise ValueError(f"already expanded by D={self.cfg.D} channels; load the base model to start from it again")
+        if D < 1:
+            raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
+        self.P_new, self.O_new = widen(self.P, self.O, D)
+        self.cfg = replace(self.cfg, D=D)
 
 
 # ---------------------------------------------------------------- small pieces, one equation each
@@ -51,10 +82,9 @@ def widen(in_proj, out_proj, D):
 def timestep_embedding(t, width=256):
     """[cos(t f_k), sin(t f_k)] with f_k = 10000^(-k / (width/2)).  (B,) -> (B, width) float32.
 
-    t stays in [0, 1]. Most DiTs multiply it by 1000 first; LightningDiT was trained without that.
+    LightningDiT gives it t in [0, 1] as it is; most DiTs, SD3's among them, multiply by 1000 first.
     """
-    half = width // 2
-    f = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    f = torch.exp(-2 * math.log(10000) / width * torch.arange(width // 2, dtype=torch.float32, device=t.device))
     angle = t.float()[:, None] * f
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -78,12 +108,10 @@ def rope(x, cos, sin):
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
 
 
-def unpatchify(x, p):
-    """Tokens back to a latent.  (B, L, p*p*C), channel fastest -> (B, C, h, w), h = w = p * sqrt(L)."""
-    B, L, _ = x.shape
-    g = math.isqrt(L)
-    x = x.view(B, g, g, p, p, -1)                  # row, column, row in patch, column in patch, channel
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, g * p, g * p)
+def unpatchify(x, p, h, w):
+    """Tokens back to a latent.  (B, L, p*p*C), channel fastest -> (B, C, h, w)."""
+    x = x.view(len(x), h // p, w // p, p, p, -1)   # row, column, row in patch, column in patch, channel
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h, w)
 
 
 def grid_positions(grid):
@@ -92,9 +120,9 @@ def grid_positions(grid):
     return i.repeat_interleave(grid), i.repeat(grid)
 
 
-def sincos_table(grid, E):
+def sincos_table(grid, E, spacing=1.0):
     """[sin(col w), cos(col w), sin(row w), cos(row w)], w_j = 10000^(-j / (E/4)): the fixed embedding, (1, L, E)."""
-    row, col = grid_positions(grid)
+    row, col = (spacing * n for n in grid_positions(grid))
     w = 10000 ** (-torch.arange(E // 4, dtype=torch.float64, device="cpu") / (E // 4))
     parts = [f(torch.outer(n, w)) for n in (col, row) for f in (torch.sin, torch.cos)]
     return torch.cat(parts, dim=1).float()[None]
@@ -125,8 +153,7 @@ class RMSNorm(nn.Module):
 
 # ---------------------------------------------------------------- LightningDiT
 
-SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),      # name: depth, E, A
-         "1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)}
+SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)}
 
 
 @dataclass
@@ -155,21 +182,24 @@ class DiTConfig:
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, E, A, qk_norm, proj=True):
         super().__init__()
-        self.A = cfg.A
-        self.qkv = nn.Linear(cfg.E, 3 * cfg.E)
-        self.q_norm = RMSNorm(cfg.E // cfg.A) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.E // cfg.A) if cfg.qk_norm else nn.Identity()
-        self.proj = nn.Linear(cfg.E, cfg.E)
+        self.A = A
+        self.qkv = nn.Linear(E, 3 * E)
+        self.q_norm = RMSNorm(E // A) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(E // A) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(E, E) if proj else None
 
-    def forward(self, x, tables):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.A, -1)).permute(2, 0, 3, 1, 4)       # each (B, A, L, K)
+    def heads(self, x, tables=None):
+        """(B, L, E) -> q, k, v, each (B, A, L, K)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.A, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if tables is not None:
             q, k = rope(q, *tables), rope(k, *tables)
-        x = attention(q.to(v.dtype), k.to(v.dtype), v)                                    # (B, A, L, K)
-        return self.proj(x.transpose(1, 2).flatten(2))                                    # (B, L, E)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def forward(self, x, tables=None):
+        return self.proj(attention(*self.heads(x, tables)).transpose(1, 2).flatten(2))    # (B, L, E)
 
 
 class SwiGLU(nn.Module):
@@ -193,9 +223,9 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def token_norm(cfg):
-    """The norm in front of attention, MLP and output heads."""
-    return RMSNorm(cfg.E) if cfg.rms_norm else nn.LayerNorm(cfg.E, eps=1e-6, elementwise_affine=False)
+def layer_norm(E):
+    """LayerNorm without learned scale and shift: what follows modulates."""
+    return nn.LayerNorm(E, eps=1e-6, elementwise_affine=False)
 
 
 class Block(nn.Module):
@@ -203,8 +233,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attn = token_norm(cfg), Attention(cfg)
-        self.norm2, self.mlp = token_norm(cfg), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
+        norm = RMSNorm if cfg.rms_norm else layer_norm
+        self.norm1, self.attn = norm(cfg.E), Attention(cfg.E, cfg.A, cfg.qk_norm)
+        self.norm2, self.mlp = norm(cfg.E), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
         self.adaLN = nn.Linear(cfg.E, 6 * cfg.E)
 
     def forward(self, x, c, tables):
@@ -213,7 +244,7 @@ class Block(nn.Module):
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))     # (B, L, E)
 
 
-class LightningDiT(nn.Module):
+class LightningDiT(DiT):
     """Velocity of a latent, given the time and a class.
 
     z_all:   (B, C+D, h, w) normalised, base channels first; h = w = cfg.grid * cfg.p
@@ -229,7 +260,7 @@ class LightningDiT(nn.Module):
         self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         self.y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.norm_final = token_norm(cfg)
+        self.norm_final = (RMSNorm if cfg.rms_norm else layer_norm)(cfg.E)
         self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
         self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
         self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
@@ -238,51 +269,31 @@ class LightningDiT(nn.Module):
 
     def forward(self, z_all, t, y):
         cfg = self.cfg
-        wanted = (cfg.C + cfg.D, cfg.grid * cfg.p, cfg.grid * cfg.p)
-        if tuple(z_all.shape[1:]) != wanted:
+        if tuple(z_all.shape[1:]) != (wanted := (cfg.C + cfg.D, cfg.grid * cfg.p, cfg.grid * cfg.p)):
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = {wanted}")
-        x = self.P(z_all[:, :cfg.C])                                # (B, E, h/p, w/p)
-        if cfg.D:
-            x = x + self.P_new(z_all[:, cfg.C:])
-        x = x.flatten(2).transpose(1, 2) + self.pos_embed           # (B, L, E)
+        x = self.tokens(z_all) + self.pos_embed                     # (B, L, E)
         c = self.t_embedder(timestep_embedding(t)) + self.y_embedder(y)
         c = F.silu(c)                                               # (B, E), every adaLN starts with this SiLU
         tables = (self.rope_cos, self.rope_sin) if cfg.rope else None
         for block in self.blocks:
-            x = block(x, c, tables)                                 # (B, L, E)
+            x = self.run(block, x, c, tables)                       # (B, L, E)
         shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
         x = modulate(self.norm_final(x), shift, scale)              # (B, L, E), read by both heads
-        v = unpatchify(self.O(x), cfg.p)                            # (B, C, h, w)
-        if cfg.D:
-            v = torch.cat([v, unpatchify(self.O_new(x), cfg.p)], dim=1)     # (B, C+D, h, w)
-        return v.float()
-
-    def expand_channels(self, D):
-        """Add D detail channels without changing what the model computes: for any z_d, v is as before and v_d is 0."""
-        if self.cfg.D:
-            raise ValueError(f"already expanded by D={self.cfg.D} channels; load the base model to start from it again")
-        if D < 1:
-            raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
-        self.P_new, self.O_new = widen(self.P, self.O, D)
-        self.cfg = replace(self.cfg, D=D)
+        return self.velocity(x, *z_all.shape[2:])
 
     def init_weights(self):
-        # Linear layers: Xavier-uniform, zero bias.
+        # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero bias.
         for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
+            if isinstance(m, nn.Linear) or m is self.P:
+                nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
                 nn.init.zeros_(m.bias)
-        # Patch embedder: the same, as the Linear (C p p) -> E that it is.
-        nn.init.xavier_uniform_(self.P.weight.view(self.cfg.E, -1))
-        nn.init.zeros_(self.P.bias)
         # Conditioning: small, so that no time or class starts out special.
         for weight in (self.y_embedder.weight, self.t_embedder[0].weight, self.t_embedder[2].weight):
             nn.init.normal_(weight, std=0.02)
         # adaLN and heads: zero, so that every block starts as the identity and the velocity as 0. So are P_new, O_new.
-        zero = [*(block.adaLN for block in self.blocks), self.adaLN_final, self.O]
-        for layer in zero + ([self.P_new, self.O_new] if self.cfg.D else []):
-            for param in layer.parameters():
-                nn.init.zeros_(param)
+        zero = [*(block.adaLN for block in self.blocks), self.adaLN_final, self.O, self.P_new, self.O_new]
+        for weight in (w for layer in zero if layer is not None for w in layer.parameters()):
+            nn.init.zeros_(weight)
 
     def build_tables(self, device):
         """Position tables from their formulas: never saved, and the only tensors to make after loading from "meta"."""
@@ -292,47 +303,211 @@ class LightningDiT(nn.Module):
             self.register_buffer(name, None if table is None else table.to(device), persistent=False)
 
 
+# ---------------------------------------------------------------- MMDiT
+
+
+@dataclass
+class MMDiTConfig:
+    """Everything that fixes an MMDiT's shapes; saved with its weights. Defaults: Stable Diffusion 3.5 Medium."""
+    C: int = 16                 # base channels
+    D: int = 0                  # detail channels, 0 before expand_channels
+    p: int = 2                  # patch side, latent pixels
+    E: int = 1536               # width
+    depth: int = 24             # blocks
+    A: int = 24                 # attention heads
+    dual: int = 13              # the first blocks, that have a second attention among image tokens
+    context: int = 4096         # width of the text tokens: CLIP-L | CLIP-G | zeros, and T5
+    pooled: int = 2048          # width of the pooled text vector: CLIP-L | CLIP-G
+    pos_size: int = 384         # side of the position table, in tokens; an image takes a crop of its middle
+    lora: int = 0               # rank of the adapters, 0: none
+    alpha: float = 256.0        # their scale is alpha / rank
+
+
+class Stream(nn.Module):
+    """What one joint block holds for one kind of token, image or text: adaLN, attention projections, MLP."""
+
+    def __init__(self, cfg, dual=False, last=False):
+        super().__init__()
+        self.norm = layer_norm(cfg.E)              # one for all places: nothing is learned in it
+        self.mods = 2 if last else 9 if dual else 6
+        self.adaLN = nn.Linear(cfg.E, self.mods * cfg.E)
+        self.attn = Attention(cfg.E, cfg.A, qk_norm=True, proj=not last)
+        self.attn2 = Attention(cfg.E, cfg.A, qk_norm=True) if dual else None
+        self.mlp = None if last else MLP(cfg.E, 4 * cfg.E)
+
+
+class JointBlock(nn.Module):
+    """Image and text tokens attend to all of both, each kind with its own weights; dual blocks add image self-attention."""
+
+    def __init__(self, cfg, dual, last):
+        super().__init__()
+        self.x, self.text = Stream(cfg, dual=dual), Stream(cfg, last=last)
+
+    def forward(self, x, text, c):
+        """x: (B, L, E), text: (B, T, E), c: (B, E) -> new x and text."""
+        streams, tokens = (self.x, self.text), (x, text)
+        mods = [s.adaLN(c).chunk(s.mods, dim=-1) for s in streams]
+        normed = [s.norm(n) for s, n in zip(streams, tokens)]
+        heads = [s.attn.heads(modulate(n, m[0], m[1])) for s, n, m in zip(streams, normed, mods)]
+        q, k, v = (torch.cat(both, dim=2) for both in zip(*heads))                          # (B, A, L+T, K)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2).split([x.shape[1], text.shape[1]], dim=1)
+        return [self.update(*args) for args in zip(streams, tokens, normed, attended, mods)]
+
+    @staticmethod
+    def update(s, x, normed, attended, mod):
+        """shift, scale, gate of attention, MLP and second attention: in the order of the checkpoint, not of their use."""
+        if s.mlp is None:                          # the last block's text only gave its q, k, v: nothing reads it after
+            return x
+        _, _, gate1, shift_mlp, scale_mlp, gate_mlp = mod[:6]
+        x = x + gate1[:, None] * s.attn.proj(attended)
+        if s.attn2 is not None:
+            shift2, scale2, gate2 = mod[6:]
+            x = x + gate2[:, None] * s.attn2(modulate(normed, shift2, scale2))              # of the x before both updates
+        return x + gate_mlp[:, None] * s.mlp(modulate(s.norm(x), shift_mlp, scale_mlp))
+
+
+class MMDiT(DiT):
+    """Velocity of a latent, given the time and a text.
+
+    z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p, at most p * pos_size, not always equal
+    t:       (B,) in [0, 1], 0 noise, 1 data
+    context: (B, T, cfg.context) text tokens;  pooled: (B, cfg.pooled);  skip: blocks to leave out (skip-layer guidance)
+    returns: v (B, C+D, h, w) float32
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
+        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        self.y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        self.context_embedder = nn.Linear(cfg.context, cfg.E)
+        self.blocks = nn.ModuleList(JointBlock(cfg, i < cfg.dual, i == cfg.depth - 1) for i in range(cfg.depth))
+        self.norm_final = layer_norm(cfg.E)
+        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
+        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
+        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
+        # Saved, unlike LightningDiT's: nobody has shown that the released table is what the formula gives.
+        table = torch.empty(1, cfg.pos_size**2, cfg.E)
+        self.register_buffer("pos_embed", table if table.is_meta else sincos_table(cfg.pos_size, cfg.E, 64 / cfg.pos_size))
+        if cfg.lora:
+            add_lora(self, cfg.lora, cfg.alpha)
+
+    def forward(self, z_all, t, context, pooled, skip=()):
+        cfg, (h, w) = self.cfg, z_all.shape[2:]
+        if z_all.shape[1] != cfg.C + cfg.D or h % cfg.p or w % cfg.p or max(h, w) > cfg.p * cfg.pos_size:
+            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {cfg.C + cfg.D}, h, w) with h and w multiples of "
+                             f"{cfg.p}, up to {cfg.p * cfg.pos_size}")
+        x = self.tokens(z_all) + self.positions(h // cfg.p, w // cfg.p)
+        # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data: here, and in
+        # the sign of the result, and nowhere else, are the two conventions exchanged.
+        c = self.t_embedder(timestep_embedding(1000 * (1 - t))) + self.y_embedder(pooled)
+        c, text = F.silu(c), self.context_embedder(context)         # (B, E), (B, T, E)
+        for i, block in enumerate(self.blocks):
+            if i not in skip:
+                x, text = self.run(block, x, text, c)
+        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
+        return -self.velocity(modulate(self.norm_final(x), shift, scale), h, w)
+
+    def positions(self, rows, columns):
+        """The middle rows x columns of the position table, as tokens: (1, L, E)."""
+        n = self.cfg.pos_size
+        top, left = (n - rows) // 2, (n - columns) // 2
+        return self.pos_embed.view(1, n, n, -1)[:, top:top + rows, left:left + columns].flatten(1, 2)
+
+
+# ---------------------------------------------------------------- LoRA
+
+LORA_TARGETS = ("x.attn.qkv", "x.attn.proj", "x.attn2.qkv", "x.attn2.proj", "x.mlp.fc2", "x.adaLN")     # in every block
+
+
+class LoRA(nn.Module):
+    """y = W x + b + alpha/r B A x, W and b frozen (Hu et al., 2022); q, k, v, stacked in one W, each have their A and B."""
+
+    def __init__(self, linear, r, alpha, parts):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / r
+        like = dict(device=linear.weight.device, dtype=torch.float32)
+        self.A = nn.Parameter(torch.randn(parts, r, linear.in_features, **like) / r)                # peft's "gaussian"
+        self.B = nn.Parameter(torch.zeros(parts, linear.out_features // parts, r, **like))
+
+    def forward(self, x):
+        low = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])                     # (..., parts, r)
+        return self.linear(x) + self.scale * torch.einsum("...pr,por->...po", low, self.B).flatten(-2)
+
+
+def add_lora(model, r=256, alpha=256.0):
+    """Put adapters of rank r into an MMDiT, in place, and freeze all but them, P, P_new, O and O_new.  Sec. 4, method of SD3.5.
+
+    B starts at zero, so nothing changes until training does. Text-side layers and the first MLP layers stay frozen.
+    """
+    model.requires_grad_(False)
+    for layer in (model.P, model.O) + ((model.P_new, model.O_new) if model.cfg.D else ()):
+        layer.requires_grad_(True)
+    for block in model.blocks:
+        for name, linear in [(n, m) for n, m in block.named_modules() if n in LORA_TARGETS]:
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, LoRA(linear, r, alpha, 3 if leaf == "qkv" else 1))
+    model.cfg = replace(model.cfg, lora=r, alpha=float(alpha))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """W <- W + alpha/r B A, in place, exact up to float32 rounding; the adapters are gone after it."""
+    for name, m in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA)]:
+        m.linear.weight += m.scale * torch.bmm(m.B, m.A).flatten(0, 1).to(m.linear.weight.dtype)
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent).add_module(leaf, m.linear)
+    model.cfg = replace(model.cfg, lora=0)
+    return model
+
+
 # ---------------------------------------------------------------- weights: loading, upstream names in and out
 
 
 def load_dit(source, weights=None):
     """Build the transformer that a checkpoint holds; sizes and options are read off it.
 
-    source:  one of our checkpoint folders (config.json beside ema/model.safetensors), or LightningDiT's weights as
-             released: a file, a folder with one file, or a dict
+    source:  a checkpoint folder of ours (config.json beside ema/model.safetensors), or released weights of LightningDiT or
+             SD3.5 (single-file or diffusers): a file, a folder (a diffusers pipeline's too) or a dict
     weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
-    returns: LightningDiT on the CPU, float32, in eval mode
-    raises:  SystemExit saying what the file looks like, if it is something else
+    returns: LightningDiT or MMDiT on the CPU, float32, in eval mode.   raises: SystemExit saying what the file looks like
     """
     name = "the given dict" if isinstance(source, dict) else source
     if weights not in (None, "ema", "model"):
         raise ValueError(f"weights={weights!r}, wanted 'ema', 'model' or None")
+    if not isinstance(source, dict) and (Path(source) / "transformer").is_dir():
+        source = Path(source) / "transformer"
     try:
         own = None if isinstance(source, dict) else _read_own(Path(source), weights)
-        sd, cfg = own or import_lightningdit(pick_weights(read_state_dict(source), weights))
-    except ValueError as error:
-        raise SystemExit(f"{name}: {error}") from None
-    with torch.device("meta"):                     # no memory, no random numbers: the weights come next
-        model = LightningDiT(cfg)
-    sd = {k: w.to("cpu", torch.float32, copy=True) for k, w in sd.items()}      # its own, whoever holds the source
-    model.load_state_dict(sd, strict=True, assign=True)
-    model.build_tables("cpu")
+        sd, cfg = own or import_dit(pick_weights(read_state_dict(source), weights))
+        with torch.device("meta"):                 # no memory, no random numbers: the weights come next
+            model = MMDiT(cfg) if isinstance(cfg, MMDiTConfig) else LightningDiT(cfg)
+        sd = {k: sd.pop(k).to("cpu", torch.float32, copy=True) for k in list(sd)}       # its own, one by one
+        model.load_state_dict(sd, strict=True, assign=True)
+    except (ValueError, KeyError, RuntimeError) as error:
+        problem = error if isinstance(error, ValueError) else f"not a whole checkpoint ({str(error).splitlines()[-1].strip()})"
+        raise SystemExit(f"{name}: {problem}") from None
+    if isinstance(model, LightningDiT):
+        model.build_tables("cpu")
     return model.eval()
 
 
 def _read_own(folder, weights):
-    """(state dict, DiTConfig) of one of our checkpoint folders; None if it is not one."""
+    """(state dict, config) of one of our checkpoint folders; None if it is not one."""
     config = read_config(folder) if (folder / "config.json").exists() else {}
     if "model" not in config:
         return None
-    unknown = sorted(set(config["model"]) - {f.name for f in fields(DiTConfig)})
+    kind = MMDiTConfig if "context" in config["model"] else DiTConfig
+    unknown = sorted(set(config["model"]) - {f.name for f in fields(kind)})
     if unknown:
         raise ValueError(f"config.json describes another model (it has {', '.join(unknown[:4])}), wanted a DiT")
     files = [folder / f"{name}.safetensors" for name in ([weights] if weights else ["ema", "model"])]
     found = [f for f in files if f.exists()]
     if not found:
         raise ValueError(f"config.json is there, but not {' or '.join(f.name for f in files)}")
-    return read_state_dict(found[0]), DiTConfig(**config["model"])
+    frozen = folder.parent / "frozen"              # what LoRA never changes is saved once for all steps of a run
+    return (read_state_dict(frozen) if frozen.is_dir() else {}) | read_state_dict(found[0]), kind(**config["model"])
 
 
 def pick_weights(state, weights=None):
@@ -343,11 +518,23 @@ def pick_weights(state, weights=None):
     found = [state[n] for n in names if isinstance(state.get(n), dict)]
     if weights and not found:
         raise ValueError(f"no {weights!r} weights in here, the file holds {', '.join(list(state)[:4])} ...")
-    wrappers = ("module.", "_orig_mod.")           # put in front of the names by DDP and torch.compile
-    sd = found[0] if found else state
-    while any(k.startswith(wrappers) for k in sd):
+    sd = found[0] if found else state              # DDP and torch.compile put these in front of the names
+    while any(k.startswith(("module.", "_orig_mod.")) for k in sd):
         sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd.items()}
     return sd
+
+
+def import_dit(sd):
+    """Released names of either model -> (our state dict, its config).  raises: ValueError saying what `sd` looks like."""
+    prefix = "model.diffusion_model."              # beside it, a single-file checkpoint may hold the VAE and text encoders
+    if any(k.startswith(prefix) for k in sd):
+        sd = {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
+    if "transformer_blocks.0.attn.to_q.weight" in sd:
+        return import_diffusers(sd)
+    if "joint_blocks.0.x_block.attn.qkv.weight" in sd:
+        ours = {_rename(k, SD3_RENAME): v for k, v in sd.items()}
+        return ours, _mmdit_config(ours)
+    return import_lightningdit(sd)
 
 
 RENAME = [("x_embedder.proj.", "P."), ("final_layer.linear.", "O."), ("final_layer.norm_final.", "norm_final."),
@@ -358,7 +545,7 @@ TABLES = ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"]     # upstr
 
 def import_lightningdit(sd):
     """Upstream LightningDiT names -> (our state dict, DiTConfig).  Drops `TABLES`, once they are seen to be ours."""
-    cfg = _config_of(sd)
+    cfg = _dit_config(sd)
     ours = [sincos_table(cfg.grid, cfg.E), *(rope_table(cfg.grid, cfg.E // cfg.A) if cfg.rope else ())]
     for name, table in zip(TABLES, ours):
         # Upstream computes the RoPE angles in float32, up to 1e-6 off; another formula would be off by 0.1.
@@ -370,32 +557,37 @@ def import_lightningdit(sd):
 
 
 def export_lightningdit(model):
-    """Our model -> upstream LightningDiT names, details merged into one wider layer.  Inverse of the import if D = 0.
-
-    A widened model becomes a stock LightningDiT with in_channels = C + D, equal up to float32 rounding.
-    """
-    sd, cfg = {k: v.detach() for k, v in model.state_dict().items()}, model.cfg
-    if cfg.D:
-        sd["P.weight"] = torch.cat([sd["P.weight"], sd.pop("P_new.weight")], dim=1)       # (E, C+D, p, p)
-        for name in ("weight", "bias"):            # rows run over (p, p, C): the channels meet inside each pixel
-            heads = [sd[f"O.{name}"], sd.pop(f"O_new.{name}")]
-            sd[f"O.{name}"] = torch.cat([o.unflatten(0, (cfg.p**2, -1)) for o in heads], dim=1).flatten(0, 1)
-    sd = {_rename(k, [(ours, upstream) for upstream, ours in RENAME]): v for k, v in sd.items()}
+    """Our model -> upstream names, of a stock LightningDiT with in_channels C + D.  Inverse of the import if D = 0."""
+    sd = {_rename(k, RENAME, back=True): v for k, v in merged(model).items()}
     tables = [model.pos_embed, model.rope_cos, model.rope_sin]
     return sd | {name: table for name, table in zip(TABLES, tables) if table is not None}
 
 
-def _rename(key, pairs):
-    """`key` with the first matching part replaced."""
-    return next((key.replace(a, b) for a, b in pairs if a in key), key)
+def merged(model):
+    """Our state dict with P_new inside P and O_new inside O, as one wider layer each."""
+    sd, p = {k: v.detach() for k, v in model.state_dict().items()}, model.cfg.p
+    if model.cfg.D:
+        sd["P.weight"] = torch.cat([sd["P.weight"], sd.pop("P_new.weight")], dim=1)       # (E, C+D, p, p)
+        for name in ("weight", "bias"):            # rows run over (p, p, C): the channels meet inside each pixel
+            heads = [sd[f"O.{name}"], sd.pop(f"O_new.{name}")]
+            sd[f"O.{name}"] = torch.cat([o.unflatten(0, (p**2, -1)) for o in heads], dim=1).flatten(0, 1)
+    return sd
 
 
-def _config_of(sd):
+def _rename(key, pairs, back=False):
+    """`key` with every (upstream, ours) replaced, or replaced back; without a leading dot, only where a key begins."""
+    for pair in pairs:
+        old, new = pair[::-1] if back else pair
+        key = key.replace(old, new) if old.startswith(".") or key.startswith(old) else key
+    return key
+
+
+def _dit_config(sd):
     """DiTConfig from the names and shapes of an upstream state dict."""
     needed = ["x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight",
               "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight"]
     if any(k not in sd for k in needed):
-        raise ValueError(f"this looks like {_looks_like(sd)}; wanted a LightningDiT, or one of our checkpoint folders")
+        raise ValueError(f"this looks like {_looks_like(sd)}; wanted a LightningDiT, SD3.5's transformer, or a run of ours")
     E, C, p, _ = sd["x_embedder.proj.weight"].shape
     swiglu = "blocks.0.mlp.w3.weight" in sd
     if sd["blocks.0.adaLN_modulation.1.weight"].shape[0] != 6 * E:
@@ -409,7 +601,7 @@ def _config_of(sd):
     if A is None:
         raise ValueError(f"neither a RoPE table, nor q_norm, nor a released width tells the number of heads (E={E})")
     return DiTConfig(C=C, p=p, grid=math.isqrt(sd["pos_embed"].shape[1]), E=E, A=A,
-                     depth=1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks.")),
+                     depth=sum(k.endswith(".attn.qkv.weight") for k in sd),
                      hidden=sd[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1],
                      num_classes=sd["y_embedder.embedding_table.weight"].shape[0] - 1,
                      swiglu=swiglu, qk_norm=qk_norm, rms_norm="blocks.0.norm1.weight" in sd, rope=rope_on)
@@ -417,9 +609,88 @@ def _config_of(sd):
 
 def _looks_like(sd):
     """A few words for a state dict that is not a LightningDiT's."""
-    signs = {"a LoRA": ("lora_",), "an SD3 transformer": ("joint_blocks.", "transformer_blocks."),
+    signs = {"a LoRA": ("lora_",), "an incomplete SD3 transformer": ("joint_blocks.", "transformer_blocks."),
              "an autoencoder": ("encoder.", "decoder."), "one file of our own checkpoint": ("P.weight",)}
     for what, parts in signs.items():
         if any(part in k for k in sd for part in parts):
             return what
     return f"something else (it holds {', '.join(map(str, list(sd)[:4]))} ...)"
+
+
+SD3_RENAME = [("x_embedder.proj.", "P."), ("final_layer.linear.", "O."), ("final_layer.adaLN_modulation.1.", "adaLN_final."),
+              (".adaLN_modulation.1.", ".adaLN."), ("t_embedder.mlp.", "t_embedder."), ("y_embedder.mlp.", "y_embedder."),
+              ("joint_blocks.", "blocks."), (".x_block.", ".x."), (".context_block.", ".text."),
+              (".ln_q.", ".q_norm."), (".ln_k.", ".k_norm.")]           # the single-file names, ours
+
+DIFFUSERS = {"P": "pos_embed.proj", "O": "proj_out", "context_embedder": "context_embedder", "adaLN_final": "norm_out.linear",
+             **{f"{e}_embedder.{2 * i}": f"time_text_embed.{name}_embedder.linear_{i + 1}"
+                for e, name in (("t", "timestep"), ("y", "text")) for i in (0, 1)}}
+DIFFUSERS_BLOCK = {          # our layer of a block: the diffusers layers that it stacks
+    "x.adaLN": "norm1.linear", "x.mlp.fc1": "ff.net.0.proj", "x.mlp.fc2": "ff.net.2",
+    "text.adaLN": "norm1_context.linear", "text.mlp.fc1": "ff_context.net.0.proj", "text.mlp.fc2": "ff_context.net.2",
+    "text.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "text.attn.proj": "attn.to_add_out",
+    "text.attn.q_norm": "attn.norm_added_q", "text.attn.k_norm": "attn.norm_added_k"}
+for _a in ("attn", "attn2"):
+    DIFFUSERS_BLOCK |= {f"x.{_a}.qkv": f"{_a}.to_q {_a}.to_k {_a}.to_v", f"x.{_a}.proj": f"{_a}.to_out.0",
+                        f"x.{_a}.q_norm": f"{_a}.norm_q", f"x.{_a}.k_norm": f"{_a}.norm_k"}
+
+
+def _diffusers_layers(depth):
+    """(our layer, its diffusers layers, halves swapped?): diffusers has scale before shift in its two 2-way adaLN layers."""
+    last = f"blocks.{depth - 1}.text.adaLN"
+    layers = DIFFUSERS | {f"blocks.{i}.{ours}": " ".join(f"transformer_blocks.{i}.{name}" for name in theirs.split())
+                          for i in range(depth) for ours, theirs in DIFFUSERS_BLOCK.items()}
+    return [(ours, theirs.split(), ours in ("adaLN_final", last)) for ours, theirs in layers.items()]
+
+
+def import_diffusers(sd):
+    """diffusers' SD3Transformer2DModel names -> (our state dict, MMDiTConfig).  Nothing is dropped."""
+    sd, ours = dict(sd), {"pos_embed": sd["pos_embed.pos_embed"]}
+    del sd["pos_embed.pos_embed"]
+    for layer, theirs, swapped in _diffusers_layers(sum(k.endswith(".attn.to_q.weight") for k in sd)):
+        for name in ("weight", "bias"):
+            if f"{theirs[0]}.{name}" in sd:
+                w = torch.cat([sd.pop(f"{t}.{name}") for t in theirs])
+                ours[f"{layer}.{name}"] = torch.cat(w.chunk(2)[::-1]) if swapped else w
+    if sd:
+        raise ValueError(f"an SD3 transformer with layers that are not known here: {', '.join(list(sd)[:3])} ...")
+    return ours, _mmdit_config(ours)
+
+
+def export_sd3(model):
+    """Our MMDiT without adapters -> the single-file names, for channels C + D.  Inverse of the import if D = 0."""
+    return {"model.diffusion_model." + _rename(k, SD3_RENAME, back=True): v for k, v in merged(model).items()}
+
+
+def export_lora(model):
+    """Adapters under peft's names, and beside them the trained first and last layer, merged as in `export_diffusers`."""
+    ours, lora = merged(model), {}
+    for layer, theirs, _ in _diffusers_layers(model.cfg.depth):
+        for ab in ("A", "B"):
+            parts = ours.get(f"{layer}.{ab}", ())
+            lora |= {f"base_model.model.{t}.lora_{ab}.weight": w.contiguous() for t, w in zip(theirs, parts)}
+    heads = {f"base_model.model.{DIFFUSERS[k]}.{n}": ours[f"{k}.{n}"] for k in "PO" for n in ("weight", "bias")}
+    return lora | heads
+
+
+def export_diffusers(model):
+    """Our MMDiT without adapters -> the state dict of a stock SD3Transformer2DModel with in_channels = C + D."""
+    ours, theirs = merged(model), {"pos_embed.pos_embed": model.pos_embed}
+    for layer, names, swapped in _diffusers_layers(model.cfg.depth):
+        for name in ("weight", "bias"):
+            if f"{layer}.{name}" in ours:
+                w = ours[f"{layer}.{name}"]
+                w = torch.cat(w.chunk(2)[::-1]) if swapped else w
+                theirs |= {f"{n}.{name}": part.contiguous() for n, part in zip(names, w.chunk(len(names)))}
+    return theirs
+
+
+def _mmdit_config(ours):
+    """MMDiTConfig from the names and shapes of a state dict in our names."""
+    if "blocks.0.x.attn.q_norm.weight" not in ours and "blocks.0.x.attn.qkv.weight" in ours:
+        raise ValueError("this looks like SD3-medium (its attention has no QK-norm); wanted SD3.5-Medium or -Large")
+    E, C, p, _ = ours["P.weight"].shape
+    depth, dual = (sum(k.endswith(f"{name}.qkv.weight") for k in ours) for name in ("x.attn", "x.attn2"))
+    return MMDiTConfig(C=C, p=p, E=E, depth=depth, A=E // len(ours["blocks.0.x.attn.q_norm.weight"]), dual=dual,
+                       pooled=ours["y_embedder.0.weight"].shape[1],
+                       context=ours["context_embedder.weight"].shape[1], pos_size=math.isqrt(ours["pos_embed"].shape[1]))

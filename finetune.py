@@ -2,7 +2,9 @@
 
     python finetune.py                                             # preset tiny: everything from nothing, on a CPU
     python finetune.py photos --vae=out/photos-vae --data_dir=photos/train
-    torchrun --nproc_per_node=8 finetune.py photos ...              # the same on 8 GPUs
+    torchrun --nproc_per_node=8 finetune.py imagenet512 --data_dir=imagenet/train --base=lightningdit-xl-imagenet256-800ep.pt
+    torchrun --nproc_per_node=8 finetune.py sd35m-1024 --data_dir=captioned --base=sd3.5-medium --text=out/text
+    python finetune.py sd35m-1024 --dry_run=True                   # what that would take; needs no weights
 
 What a preset needs and does not find (base VAE, DA-VAE, base DiT) is trained first. Writes to --out: log.jsonl, loss.png,
 warm_start.png (step 0: base model | widened model), samples_*.png, the VAE, and step_*/ checkpoints for sample.py and
@@ -20,6 +22,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,7 +37,7 @@ import sample
 import train_vae
 from common import field
 from davae import load_davae
-from dit import DiTConfig, LightningDiT, load_dit
+from dit import DiTConfig, LightningDiT, MMDiT, MMDiTConfig, add_lora, load_dit
 
 
 @dataclass
@@ -54,22 +57,29 @@ class Config:
     # model
     D: int = field(96, "detail channels, the VAE's; 0 trains a base DiT on the base channels alone")
     base: str = field("", "the pretrained base DiT to widen: a run, or LightningDiT's weights; empty: start from scratch")
-    base_weights: str = field("ema", "ema or model (the authors start from LightningDiT's 'model')")
+    base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one")
     p: int = field(1, "no base given: patch side in latent pixels")
     E: int = field(1152, "no base given: width")
     depth: int = field(28, "no base given: blocks")
     A: int = field(16, "no base given: heads")
     qk_norm: bool = field(False, "no base given: RMSNorm on q and k")
+    # SD3.5 (the base is an MMDiT, the images have captions)
+    text: str = field("", "text shards of the captions (`python sample.py text`), or the folder of encoders that makes them")
+    t5_tokens: int = field(256, "tokens given to T5")
+    lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight")
+    checkpointing: bool = field(False, "recompute each block in the backward pass: less memory, a third more time")
     # loss (Sec. 3.3, Tab. S1)
     N: int = field(10_000, "steps over which the weight w(n) of the detail channels rises from 0 to 1")
     cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)")
-    label_dropout: float = field(0.1, "probability of training without the label, for guidance")
+    label_dropout: float = field(0.1, "probability of training without the label or caption, for guidance")
+    weighting: str = field("paper", "paper: uniform over logit-normal t; sigma: as the authors' SD3 code (see `draw_time`)")
     # optimisation
     steps: int = field(140_000, "optimizer steps")
     batch_size: int = field(640, "images per optimizer step, over all ranks")
     micro_batch: int = field(80, "images per rank and forward pass")
     lr: float = field(2e-4, "learning rate")
     cooldown: float = field(0.0, "last part of the steps over which lr falls to 0, as a fraction")
+    beta2: float = field(0.95, "of AdamW; beta1 is 0.9")
     clip: float = field(1.0, "gradient norm limit; 0: none, as the authors")
     ema: float = field(0.999, "decay of the weight average that is sampled from")
     log_every: int = field(100, "steps")
@@ -77,7 +87,9 @@ class Config:
     # sampling defaults, kept with the model
     cfg: float = field(4.0, "guidance scale of the pictures and sample.py's default")
     shift: float = field(0.3, "time shift of the pictures and sample.py's default")
+    grid: str = field("plain", "time grid of the pictures and sample.py's default: plain, or sd3")
     sample_steps: int = field(50, "Euler steps of the pictures")
+    dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
 
 
 PRESETS = {
@@ -87,17 +99,23 @@ PRESETS = {
     "tiny": dict(out="out/tiny", vae="out/tiny-vae", base="out/tiny-base", D=24, N=100, image_size=64, flip=False, steps=500,
                  batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0, sample_steps=20,
                  log_every=25, save_every=500),
-    # both: every class recognised, 58 % of samples judged sharp by the probe (60 % of the VAE's round trips); under 3 minutes
-    # together on 2 cores (2026-11-21)
-    "photos-base": dict(out="out/photos-base", vae="out/photos-vae", D=0, E=256, depth=6, A=4, image_size=128, steps=800,
-                        batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0, log_every=50,
-                        save_every=400),
-    "photos": dict(out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128, steps=500,
-                   batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0, log_every=50,
-                   save_every=250),      # both: not run at this length
-}
-MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "cache", "micro_batch", "lr", "steps", "cooldown", "clip",
-              "log_every", "save_every", "cfg", "shift", "sample_steps"}      # on resume; anything else would be another run
+    # every class recognised, 58 % judged sharp by the probe (60 % of the VAE's round trips); 3 minutes, 2 cores (2026-11-21)
+    "photos-base": dict(out="out/photos-base", vae="out/photos-vae", D=0, E=256, depth=6, A=4, image_size=128, flip=False,
+                        steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
+                        log_every=50, save_every=600),
+    "photos": dict(out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128, flip=False,
+                   steps=400, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
+                   log_every=50, save_every=400),
+    "imagenet512": dict(out="out/imagenet512", vae="out/imagenet512-vae", base="lightningdit-xl-imagenet256-800ep.pt",
+                        base_weights="model", data_dir="imagenet/train", image_size=512, D=96, clip=0.0),     # Tab. S1; not run
+    "sd35m-1024": dict(out="out/sd35m-1024", vae="out/sd35m-vae", base="sd3.5-medium", text="out/text", data_dir="captioned",
+                       image_size=1024, D=16, p=2, lora=256, checkpointing=True, cosine=0.0, N=5000, steps=10_000,
+                       batch_size=128, micro_batch=16, lr=1e-4, beta2=0.999, clip=0.5, flip=False, save_every=1000,
+                       cfg=2.5, shift=1 / 3, grid="sd3", sample_steps=30),
+}   # Tab. S1; clip and beta2 of SD3.5 from the authors' code; not run
+PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
+MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps", "cooldown", "clip",
+              "checkpointing", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}     # on resume
 
 # ---------------------------------------------------------------- the method
 
@@ -110,26 +128,44 @@ def detail_weight(n, N):
     return 0.5 * (1 - math.cos(math.pi * min(n / N, 1.0))) if N else 1.0
 
 
-def flow_loss(model, z_all, y, C, w, cosine=1.0):
-    """Rectified-flow loss at logit-normal times, with weight w on the detail channels.  Eq. (13).
+def draw_time(B, weighting, device):
+    """(t (B,), weight of the squared error at t (B,)); t = 0 is noise, 1 data.
+
+    paper: t = sigmoid(N(0, 1)), weight 1.
+    sigma: what the authors train SD3.5 with: the same u = sigmoid(N(0, 1)) picks sigma = 1 - t from SD3's 1000 training
+    times, shifted by 4, and the error of the denoised latent, sigma^2 |v - v*|^2, weighs min(t / sigma, 5).
+    Differs from the authors' code: theirs also truncates the model's time to thousandths and rounds sigma to bfloat16.
+    """
+    u = torch.sigmoid(torch.randn(B, device=device))
+    if weighting == "paper":
+        return u, torch.ones_like(u)
+    s = torch.linspace(1, 1 - sample.shift_time(0.999, 1 / 3), 1000, device=device)[(1000 * u).long().clamp_max(999)]
+    sigma = 4 * s / (1 + 3 * s)
+    return 1 - sigma, sigma.square() * ((1 - sigma) / sigma).clamp_max(5)
+
+
+def flow_loss(model, z_all, cond, C, w, cosine=1.0, weighting="paper"):
+    """Rectified-flow loss at random times, with weight w on the detail channels.  Eq. (13).
 
     mse    = (C * base + w * D * detail) / (C + w * D): the weighted mean over channels of (v - v*)^2
     loss   = mse + cosine * mean over positions of 1 - cos(v, v*), the cosine over all C + D channels, unweighted
-    z_all: (B, C+D, h, w), y: (B,); returns (loss, base, detail), () float32, the halves detached and unweighted.
+    z_all: (B, C+D, h, w); cond: what the model takes after z_all and t, a tuple of (B, ...): labels, or text tokens and
+    pooled text; weighting: see `draw_time`.   returns (loss, base, detail), () float32, the halves detached, unweighted.
     Differs from the paper, like the authors' code: w(n) scales the squared error only, so details learn from step 0.
     """
     D = z_all.shape[1] - C
-    t = torch.sigmoid(torch.randn(len(z_all), device=z_all.device))           # (B,), 0 noise, 1 data
+    t, weight = draw_time(len(z_all), weighting, z_all.device)                # (B,), (B,)
     noise = torch.randn_like(z_all)
     s = t.view(-1, 1, 1, 1)
     target = z_all - noise                                                    # v*
-    v = model(s * z_all + (1 - s) * noise, t, y).float()
+    v = model(s * z_all + (1 - s) * noise, t, *cond).float()
     error = (v - target).square()                                             # (B, C+D, h, w)
-    base = error[:, :C].mean()
-    detail = error[:, C:].mean() if D else torch.zeros_like(base)
-    loss = (C * base + w * D * detail) / (C + w * D)
-    loss = loss + cosine * (1 - F.cosine_similarity(v, target, dim=1)).mean()
-    return loss, base.detach(), detail.detach()
+    base, detail = ((part.mean() if part.numel() else part.sum()).detach() for part in error.split([C, D], dim=1))
+    mse = (weight.view(-1, 1, 1, 1) * error).mean((0, 2, 3))                  # (C+D,)
+    loss = (mse[:C].sum() + w * mse[C:].sum()) / (C + w * D)
+    if cosine:
+        loss = loss + cosine * (1 - F.cosine_similarity(v, target, dim=1)).mean()
+    return loss, base, detail
 
 
 def drop_labels(y, null, p):
@@ -138,22 +174,22 @@ def drop_labels(y, null, p):
 
 
 @torch.no_grad()
-def warm_start_difference(base, model, z, y):
+def warm_start_difference(base, model, z, cond):
     """Largest |change| of the base velocity and largest |detail velocity| of a widened model, for random z_d and t.
 
-    z: (B, C, h, w), y: (B,). Both are 0.0 at step 0: the details neither disturb the base nor move yet.  Sec. 3.2.
+    z: (B, C, h, w); cond: see flow_loss. Both are 0.0 at step 0: details neither disturb the base nor move yet.  Sec. 3.2.
     """
     B, C, h, w = z.shape
     t = torch.rand(B, device=z.device)
     z_d = torch.randn(B, model.cfg.D, h, w, device=z.device)
-    v = model(torch.cat([z, z_d], dim=1), t, y)
-    return (v[:, :C] - base(z, t, y)).abs().max().item(), v[:, C:].abs().max().item()
+    v = model(torch.cat([z, z_d], dim=1), t, *cond)
+    return (v[:, :C] - base(z, t, *cond)).abs().max().item(), v[:, C:].abs().max().item()
 
 
 # ---------------------------------------------------------------- latents
 
 
-def latent_source(vae, train_set, cfg, device):
+def latent_source(vae, train_set, cfg, device, rank):
     """A function (start, rank, world) -> endless (z_all (b, C+D, h, w), y (b,)) batches, from a cache or encoded as we go."""
     channels = vae.C + cfg.D
 
@@ -166,8 +202,9 @@ def latent_source(vae, train_set, cfg, device):
                 yield encode(x)[:, :channels], y.to(device)
         return stream
     path = cache_file(vae, train_set, cfg)
-    if not path.exists():
+    if rank == 0 and not path.exists():
         write_cache(path, encode, train_set, cfg)
+    common.wait_for_all()
     with safe_open(path, "pt", device=str(device)) as f:
         latents, labels = f.get_tensor("latents")[:, :, :channels], f.get_tensor("labels")    # (orientations, images, ...)
 
@@ -181,7 +218,7 @@ def latent_source(vae, train_set, cfg, device):
 def cache_file(vae, train_set, cfg):
     """<vae or out>/latents-<hash>.safetensors; the hash covers the VAE's weights and all that fixes the images."""
     digest = hashlib.sha256(json.dumps([cfg.data_dir, cfg.image_size, len(train_set), cfg.seed * (cfg.data_dir == "procedural"),
-                                        cfg.flip, cfg.detail_sample]).encode())
+                                        cfg.flip, cfg.detail_sample, bool(cfg.text)]).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     folder = Path(cfg.vae) if Path(cfg.vae).is_dir() and common.checkpoints(cfg.vae) else Path(cfg.out)
@@ -222,46 +259,76 @@ def initial_dit(cfg, vae, num_classes):
                                       num_classes=num_classes, qk_norm=cfg.qk_norm)), None
     make_if_missing(cfg.base, cfg)
     source = common.latest_checkpoint(cfg.base) if Path(cfg.base).is_dir() and common.checkpoints(cfg.base) else cfg.base
-    base = load_dit(source, cfg.base_weights)
+    base = load_dit(source, cfg.base_weights or None)
     if (base.cfg.C, base.cfg.D) != (vae.C, 0):
         raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a base model of "
                          f"{cfg.vae}'s {vae.C} channels")
-    if base.cfg.num_classes < num_classes:
+    if bool(cfg.text) != isinstance(base, MMDiT) or (cfg.lora and not cfg.text):
+        raise SystemExit(f"{cfg.base}: a {type(base).__name__}; an MMDiT needs --text=, a LightningDiT takes no text or lora")
+    if not cfg.text and base.cfg.num_classes < num_classes:
         raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
     model = deepcopy(base)
     if cfg.D:
         model.expand_channels(cfg.D)
+    if cfg.lora:
+        add_lora(model, cfg.lora, cfg.lora)
     return model, base
 
 
-def prove_warm_start(base, model, vae, z, y, cfg):
+class Conditioner:
+    """What a model takes after z_all and t, given y: (labels,), or the text embeddings of the captions of images y.
+
+    With probability p a label becomes the null class, a caption "". Makes a captioned data set's labels its image numbers.
+    """
+
+    def __init__(self, dit, train_set, cfg, device, rank):
+        self.dit, self.captions, self.text = dit, train_set.captions, None
+        if cfg.text:
+            if not self.captions:
+                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or metadata.jsonl")
+            train_set.labels = np.arange(len(train_set))
+            self.text = sample.text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
+
+    def __call__(self, y, p):
+        if not self.text:
+            return (drop_labels(y, self.dit.cfg.num_classes, p),)
+        dropped = (torch.rand(len(y)) < p).tolist()
+        return self.text(["" if drop else self.captions[i] for i, drop in zip(y.tolist(), dropped)])
+
+
+def share_frozen(dit, ema):
+    """Let the EMA use the model's own frozen matrices, in bfloat16 on a GPU, as autocast would see them anyway."""
+    for p, e in zip(dit.parameters(), ema.parameters()):
+        if not p.requires_grad:
+            p.data = e.data = p.data.bfloat16() if p.is_cuda and p.ndim > 1 else p.data
+
+
+def prove_warm_start(base, model, vae, z, cond, uncond, cfg):
     """Print how far the widened model is from the base model (0.0) and save samples of both, base channels, side by side."""
-    change, detail = warm_start_difference(base, model, z, y)
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+        change, detail = warm_start_difference(base, model, z, cond)
     tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random details: max |v - v_base| = {change}, max |v_d| = {detail}")
     if max(change, detail) > 1e-5:
         raise SystemExit("the widened model is not the base model: P_new or O_new is not zero")
-    null = base.cfg.num_classes
-    labels = torch.arange(8, device=z.device) % null
-    noise = sample.sample_noise(cfg.seed, range(8), (vae.C + cfg.D, *z.shape[2:])).to(z.device)
-    ts = sample.time_grid(cfg.sample_steps, cfg.shift)
-    rows = [sample.sample_flow(m, noise[:, :k], ts, labels, null, cfg.cfg)[:, :vae.C]
-            for m, k in ((base, vae.C), (model, vae.C + cfg.D))]
-    with torch.no_grad():
+    cond, uncond = ([x[:8] for x in part] for part in (cond, uncond))
+    noise = sample.sample_noise(cfg.seed, range(len(cond[0])), (vae.C + cfg.D, *z.shape[2:])).to(z.device)
+    ts = sample.time_grid(cfg.sample_steps, cfg.shift, cfg.grid == "sd3")
+    with torch.no_grad(), torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+        rows = [sample.sample_flow(m, noise[:, :k], ts, cond, uncond, cfg.cfg)[:, :vae.C]
+                for m, k in ((base, vae.C), (model, vae.C + cfg.D))]
         x = vae.decode_base(torch.cat(rows)).clamp(-1, 1)
-    labels = ["base model"] * 8 + ["widened, step 0"] * 8
-    data.save_grid(x, Path(cfg.out) / "warm_start.png", 8, max(1, 96 // x.shape[-1]), labels)
+    labels = ["base model"] * len(noise) + ["widened, step 0"] * len(noise)
+    data.save_grid(x, Path(cfg.out) / "warm_start.png", len(noise), max(1, 96 // x.shape[-1]), labels)
     return change
 
 
-def save_samples(ema, vae, cfg, classes, step):
-    """samples_<step>.png: four images of each of the first ten classes, each column the same noise."""
-    n = min(10, ema.cfg.num_classes)
-    settings = dict(seed=cfg.seed, classes=list(range(n)), steps=cfg.sample_steps, shift=cfg.shift, cfg=cfg.cfg,
-                    cfg_start=0.0, cfg_end=1.0, cfg_channels=0)
-    images, base = sample.generate(ema, vae, range(4 * n), settings)
-    labels = [classes[k] if k < len(classes) else str(k) for k in range(n)] * 4
-    files = {"samples": images, "samples_base_only": base} if cfg.D else {"samples": images}
-    for name, x in files.items():
+def save_samples(ema, vae, cfg, config, step, text):
+    """samples_<step>.png: four images of each of the first ten classes (or prompts), each column the same noise."""
+    n = min(10, len(config["classes"]) if cfg.text else ema.cfg.num_classes)
+    settings = sample.settings_of(sample.Config(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n))), config, "")
+    images, base = sample.generate(ema, vae, range(4 * n), settings, text)
+    labels = [config["classes"][k][:24] if k < len(config["classes"]) else str(k) for k in range(n)] * 4
+    for name, x in {"samples": images, "samples_base_only": base}.items() if cfg.D else [("samples", images)]:
         for file in (f"{name}_{step:06d}.png", f"{name}.png"):
             data.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
 
@@ -276,12 +343,47 @@ def final_table(cfg):
             continue
         s = json.loads((Path(run) / "summary.json").read_text())
         if "psnr" in s:
-            result = (f"base only {s['psnr_base']:.2f} dB -> DA-VAE {s['psnr']:.2f} dB" if s["stage"] == "DA-VAE"
-                      else f"{s['psnr']:.2f} dB")
+            result = f"{s['psnr']:.2f} dB" + (f", base only {s['psnr_base']:.2f} dB" if s['stage'] == 'DA-VAE' else "")
         else:
-            result = f"loss base {s['base']:.3f}" + (f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}"
-                                                     if "warm_start" in s else "")
+            result = f"loss base {s['base']:.3f}"
+            result += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
         print(f"{s['stage']:<12}{run:<22}{s['steps']:>8}{s['seconds']:>9.0f}  {result}")
+
+
+def dry_run(cfg):
+    """Print what a run would be, from shapes alone, for the released VA-VAE + LightningDiT or SD3 models.  Returns numbers.
+
+    Memory is per GPU: weights, gradients, AdamW and EMA exactly; an upper bound of what the backward pass keeps.
+    """
+    C, f, texts = (16, 16, 77 + cfg.t5_tokens) if cfg.text else (32, 32, 0)
+    side = cfg.image_size // f
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig(C=C)) if cfg.text else LightningDiT(DiTConfig(
+            C=C, p=cfg.p, grid=side // cfg.p, E=cfg.E, depth=cfg.depth, A=cfg.A, qk_norm=cfg.qk_norm))
+        if cfg.D:
+            model.expand_channels(cfg.D)
+        inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1)]
+        inputs += ([torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)] if cfg.text else
+                   [torch.zeros(1, dtype=torch.long)])
+        forward, _, _ = sample.cost(model, inputs)                 # as it is sampled from, without adapters
+        if cfg.lora:
+            add_lora(model, cfg.lora, cfg.lora)
+        _, step, kept = sample.cost(model, inputs)
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    tokens, depth = (side // model.cfg.p) ** 2, model.cfg.depth
+    if cfg.checkpointing:                          # the input of every block, and one block in full
+        kept = kept / depth + (tokens + texts) * model.cfg.E * depth
+    states, kept = (trained * 20 + (total - trained) * 2) / 2**30, 2 * kept * cfg.micro_batch / 2**30
+    disk = ((C + cfg.D) * side**2 * 2 * (1 + cfg.flip) / 2**20, 8 * (trained + (trained if cfg.lora else total)) / 2**30)
+    print(*(f"--{name}={value}" for name, value in dataclasses.asdict(cfg).items()), sep="\n")
+    print(f"model   {type(model).__name__}: {total:,} parameters, {trained:,} trained, {total - trained:,} frozen\n"
+          f"tokens  {tokens} for {cfg.image_size} x {cfg.image_size} pixels (the original {4 * tokens}), {texts} of text\n"
+          f"FLOPs   {forward / 1e9:,.1f} G an image forward; {step * cfg.batch_size / 1e12:,.1f} T a step of {cfg.batch_size}\n"
+          f"memory  {states:.1f} GiB of states, {kept:.1f} GiB of activations at micro_batch {cfg.micro_batch}; and the VAE\n"
+          f"disk    {disk[0]:.2f} MiB of cached latents an image; {disk[1]:.1f} GiB a checkpoint\n"
+          f"reads   {', '.join(filter(None, (cfg.data_dir, cfg.vae, cfg.base, cfg.text)))}\n"
+          f"writes  {cfg.out}/: log.jsonl, pictures, vae/, {'frozen/, ' if cfg.lora else ''}and the two newest step_*/")
+    return dict(parameters=total, trained=trained, tokens=tokens, forward=forward, step=step)
 
 
 # ---------------------------------------------------------------- the loop
@@ -289,6 +391,8 @@ def final_table(cfg):
 
 def main(cfg):
     """Train, draw and save as `cfg` says.  Returns the summary of the finished run, which is also in summary.json."""
+    if cfg.dry_run:
+        return dry_run(cfg)
     summary_file = Path(cfg.out) / "summary.json"
     if common.step_of(cfg.out) >= cfg.steps and summary_file.exists():
         print(f"{cfg.out}: finished at step {common.step_of(cfg.out)}; give more --steps or another --out to go on")
@@ -310,29 +414,39 @@ def main(cfg):
         dit, base = initial_dit(cfg, vae, max(1, len(train_set.classes)))
         ema = deepcopy(dit)
     dit, ema = dit.to(device).train(), ema.to(device).eval().requires_grad_(False)
-    opt = torch.optim.AdamW(dit.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    dit.checkpointing = cfg.checkpointing
+    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    opt = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     start, seconds, extra = 0, 0.0, {}
     if resumed:
         state = torch.load(resumed[0] / "train_state.pt", map_location=device, weights_only=True)
         opt.load_state_dict(state["opt"])
         start, seconds, extra = state["step"], state["seconds"], state["extra"]
-    model = DistributedDataParallel(dit) if world > 1 else dit
-    config = {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": dataclasses.asdict(dit.cfg),
-              "classes": train_set.classes}
+    model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 else dit
+    condition = Conditioner(dit, train_set, cfg, device, rank)
+    config = {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": dataclasses.asdict(dit.cfg), "classes":
+              list(dict.fromkeys(filter(None, train_set.captions)))[:8] if cfg.text else train_set.classes}
 
     since = time.time()
     if rank == 0:
-        print(f"{cfg.out}: {train_set.summary()}\n  {sum(p.numel() for p in dit.parameters()):,} parameters; C={vae.C} "
-              f"D={cfg.D} p={dit.cfg.p}, {dit.cfg.grid**2} tokens; batch {cfg.batch_size} = {world} ranks x "
+        print(f"{cfg.out}: {train_set.summary()}\n  {sum(p.numel() for p in trained.values()):,} trained of "
+              f"{sum(p.numel() for p in dit.parameters()):,} parameters; C={vae.C} D={cfg.D} p={dit.cfg.p}, "
+              f"{(cfg.image_size // vae.f // dit.cfg.p)**2} tokens; batch {cfg.batch_size} = {world} ranks x "
               f"{cfg.batch_size // world // accumulate} x {accumulate}; steps {start} to {cfg.steps}, {device}")
         common.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()}, {"source": cfg.vae, "model": vae.config()})
-    stream = latent_source(vae, train_set, cfg, device)(start, rank, world)
+        if cfg.lora and not resumed:
+            frozen = {k: v for k, v in dit.state_dict().items() if k not in trained}
+            common.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
+    share_frozen(dit, ema)
+    stream = latent_source(vae, train_set, cfg, device, rank)(start, rank, world)
     log = common.Log(cfg.out, rank, start, cfg.steps)
 
     def save(step):
-        save_samples(ema, vae, cfg, train_set.classes, step)
+        save_samples(ema, vae, cfg, config, step, condition.text)
         state = {"step": step, "seconds": seconds + time.time() - since, "opt": opt.state_dict(), "extra": extra}
-        common.save_checkpoint(cfg.out, step, {"model": dit.state_dict(), "ema": ema.state_dict()}, state, config)
+        weights = {name: {k: v for k, v in m.state_dict().items() if k in trained or not cfg.lora}
+                   for name, m in (("model", dit), ("ema", ema))}
+        common.save_checkpoint(cfg.out, step, weights, state, config)
 
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
     for n, (z_all, y) in zip(bar, stream):
@@ -341,20 +455,22 @@ def main(cfg):
             tqdm.write(f"{cfg.out}: latents of the first batch: base mean {z.mean():.2f} std {z.std():.2f}"
                        + (f", detail mean {z_d.mean():.2f} std {z_d.std():.2f}" if cfg.D else ""))
             if base is not None and cfg.D:
-                extra["warm_start"] = prove_warm_start(base.to(device), dit, vae, z[:16], y[:16], cfg)
+                extra["warm_start"] = prove_warm_start(base.to(device), dit, vae, z[:16], condition(y[:16], 0.0),
+                                                       condition(y[:16], 1.0), cfg)
+        base = None                                                # its memory is wanted
         common.seed_step(cfg.seed, rank, n)
         for group in opt.param_groups:
             group["lr"] = lr = train_vae.learning_rate(n, cfg)
         w = detail_weight(n, cfg.N)
-        y = drop_labels(y, dit.cfg.num_classes, cfg.label_dropout)
+        cond = condition(y, cfg.label_dropout)
 
         # accumulate over micro-batches, synchronise gradients on the last one only
-        for i, (z_part, y_part) in enumerate(zip(z_all.chunk(accumulate), y.chunk(accumulate))):
+        for i, (z_part, *parts) in enumerate(zip(z_all.chunk(accumulate), *(c.chunk(accumulate) for c in cond))):
             model.require_backward_grad_sync = i == accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, base_loss, detail_loss = flow_loss(model, z_part, y_part, vae.C, w, cfg.cosine)
+                loss, base_loss, detail_loss = flow_loss(model, z_part, parts, vae.C, w, cfg.cosine, cfg.weighting)
             (loss / accumulate).backward()
-        norm = nn.utils.clip_grad_norm_(dit.parameters(), cfg.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf)
         common.stop_if_not_finite(norm, dit, n)
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -368,6 +484,7 @@ def main(cfg):
         if rank == 0 and ((n + 1) % cfg.save_every == 0 or n + 1 == cfg.steps):
             save(n + 1)
 
+    common.wait_for_all()
     summary = {"stage": "DA-VAE DiT" if cfg.D else "base DiT", "steps": cfg.steps, "seconds": seconds + time.time() - since,
                **extra}
     if rank == 0:

@@ -1,29 +1,40 @@
 """Make images with a run of finetune.py: Euler's method on the flow from noise (t = 0) to data (t = 1).
 
     python sample.py out/tiny --n=100 --cfg=2
+    python sample.py out/sd35m-1024 --prompts="a red fox|a lighthouse" --text=sd3.5-medium --height=1024 --width=1536
+    python sample.py text sd3.5-medium --out=out/text --data_dir=photos     # only encode texts: captions, or --prompts=
+    python sample.py export out/sd35m-1024 --out=exported                   # back to the formats that other programs read
     torchrun --nproc_per_node=8 sample.py out/imagenet512 --n=50000 --steps=249 --cfg=4 --cfg_start=0.2 --shift=0.3
 
 Writes to --out: 000000.png ..., grid.png (one row per class), base_preview.png (the same latents through the base decoder
 alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evaluator reads it) and settings.json. A folder that is
 half full is continued. Image i depends on (seed, i) only, not on the batch size or the number of processes.
+
+Texts are encoded once, into a folder of safetensors shards, by the three encoders of a diffusers SD3.5 folder (transformers
+is needed for that alone); training and sampling read the shards, so T5 and the transformer never share a GPU.
 """
 import dataclasses
+import hashlib
 import json
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import common
 import data
 from common import field
 from davae import load_davae
-from dit import load_dit
+from dit import MMDiT, export_diffusers, export_lightningdit, export_lora, load_dit, merge_lora
 
 
 @dataclass
@@ -34,12 +45,19 @@ class Config:
     batch_size: int = field(50, "images per forward pass and process")
     seed: int = field(0, "of the noise")
     classes: tuple = field((), "class ids to draw, in turn; empty: all of them")
+    prompts: str = field("", "SD3.5: texts separated by |, or a file with one a line; empty: the first the run was trained on")
+    negative: str = field("", "SD3.5: the text that guidance leads away from")
+    text: str = field("", "SD3.5: text shards, or a diffusers SD3.5 folder whose encoders make them first; empty: the run's")
+    height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size")
+    width: int = field(0, "see height")
     steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)")
     shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: what the run was set up with")
+    grid: str = field("", "plain, or sd3: shifted twice at the end, as diffusers does; empty: what the run was set up with")
     cfg: float = field(-1.0, "guidance scale, 1: none; negative: what the run was set up with")
     cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end")
     cfg_end: float = field(1.0, "see cfg_start")
     cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's published figures")
+    slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9 in early steps; Stability AI uses 2.5")
     weights: str = field("ema", "ema or model")
     device: str = field("auto", "auto, cpu or cuda")
 
@@ -50,41 +68,53 @@ class Config:
 def shift_time(t, s):
     """t' = s t / (1 - t + s t): s < 1 spends more steps near the noise, s = 1 changes nothing, 0 and 1 stay.
 
-    LightningDiT's s = 0.3 is 1/0.3 = 3.33 in SD3's convention, where time runs the other way.
+    SD3's "shift 3.0" is s = 1/3 here, where time runs the other way; LightningDiT's 0.3 is 0.3.
     """
     return s * t / (1 - t + s * t)
 
 
-def time_grid(steps, shift=1.0):
-    """steps + 1 floats from 0 to 1, computed in float64 and kept as Python numbers, so that no step waits for a GPU."""
+def time_grid(steps, shift=1.0, twice=False):
+    """steps + 1 floats from 0 to 1, computed in float64 and kept as Python numbers, so that no step waits for a GPU.
+
+    twice: as diffusers' SD3 scheduler, which shifts the last of its 1000 training times once more with the whole grid:
+    the last step is then shorter than on the plain grid, and begins at the same t (0.991 with SD3's shift) for any `steps`.
+    """
+    if twice:
+        even = torch.linspace(0, shift_time(0.999, shift), steps, dtype=torch.float64)
+        return shift_time(even, shift).tolist() + [1.0]
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def guided_velocity(model, x, t, y, null, scale, channels=None):
-    """Classifier-free guidance v = u + scale * (c - u) on the first `channels` channels (None: all), c on the others.
+def guided_velocity(model, x, t, cond, uncond, scale, channels=None):
+    """(v, c): v = u + scale * (c - u) on the first `channels` channels (None: all), c on the others; c is unguided.
 
-    x: (B, C+D, h, w), t: float, y: (B,) labels, null: the label that stands for none. One batch of 2B, c first.
+    x: (B, C+D, h, w), t: (B,); cond and uncond: tuples of (B, ...) tensors, what the model takes after x and t (labels; or
+    text tokens and pooled text). One batch of 2B, c first.
     """
-    c, u = model(torch.cat([x, x]), torch.full((2 * len(x),), t, device=x.device),
-                 torch.cat([y, torch.full_like(y, null)])).chunk(2)
+    c, u = model(torch.cat([x, x]), torch.cat([t, t]), *map(torch.cat, zip(cond, uncond))).chunk(2)
     k = channels or x.shape[1]
-    return torch.cat([u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]], dim=1)
+    return torch.cat([u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]], dim=1), c
 
 
 @torch.no_grad()
-def sample_flow(model, noise, ts, y, null, scale=1.0, interval=(0.0, 1.0), channels=None):
+def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1.0), channels=None, slg=0.0, skip=(7, 8, 9)):
     """Integrate dx/dt = v(x, t) from noise by Euler's method on the grid `ts`, guided where interval[0] <= t <= interval[1].
 
-    noise: (B, C+D, h, w); ts: increasing floats, 0 to 1; returns the latent at ts[-1], float32. Outside the interval, and
-    with scale 1, the unconditional pass is not computed at all: len(ts) - 1 passes of B plus one per guided step.
+    noise: (B, C+D, h, w); ts: increasing floats, 0 to 1; cond, uncond: see guided_velocity; returns the latent at ts[-1],
+    float32. Outside the interval, and with scale 1, the unconditional pass is not computed at all: len(ts) - 1 passes of B
+    plus one per guided step. slg: skip-layer guidance (Stability AI, for SD3.5), v += slg * (c - c without the blocks
+    `skip`) in steps 0.01 N < n < 0.2 N: one more pass in each of them.
     """
-    x = noise
-    for t, t_next in zip(ts[:-1], ts[1:]):
-        if scale != 1.0 and interval[0] <= t <= interval[1]:
-            v = guided_velocity(model, x, t, y, null, scale, channels)
+    x, N = noise, len(ts) - 1
+    for n, (now, following) in enumerate(zip(ts[:-1], ts[1:])):
+        t = torch.full((len(x),), now, dtype=torch.float64, device=x.device)
+        if scale != 1.0 and interval[0] <= now <= interval[1]:
+            v, c = guided_velocity(model, x, t, cond, uncond, scale, channels)
         else:
-            v = model(x, torch.full((len(x),), t, device=x.device), y)
-        x = x + (t_next - t) * v
+            v = c = model(x, t, *cond)
+        if slg and 0.01 * N < n < 0.2 * N:
+            v = v + slg * (c - model(x, t, *cond, skip=skip))
+        x = x + (following - now) * v
     return x
 
 
@@ -102,6 +132,154 @@ def sample_labels(indices, classes):
     return torch.tensor([classes[int(i) % len(classes)] for i in indices])
 
 
+def cost(model, inputs):
+    """(FLOPs of a forward pass, of a forward and backward pass, numbers kept for the backward pass but no parameters).
+
+    Counted, 2 per multiply-add, by running `model(*inputs)`; on the meta device that takes neither memory nor time.
+    """
+    from torch.utils.flop_counter import FlopCounterMode           # here, because it imports triton
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.numel()
+        return x
+
+    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        v = model.train()(*inputs)
+    with FlopCounterMode(display=False) as backward:
+        v.sum().backward()
+    for p in model.parameters():
+        kept.pop(p.untyped_storage()._cdata, None)
+        p.grad = None
+    forward, backward = forward.get_total_flops(), backward.get_total_flops()
+    return forward, forward + backward, sum(kept.values())
+
+
+# ---------------------------------------------------------------- text
+
+
+@dataclass
+class TextConfig:
+    encoders: str = field("", "a diffusers SD3.5 folder: text_encoder, _2 (CLIP) and _3 (T5; may be missing), and tokenizers")
+    out: str = field("", "folder for the shards; one that is there is added to")
+    data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
+    prompts: str = field("", "texts separated by |, or a file with one a line")
+    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512")
+    batch_size: int = field(32, "texts per forward pass")
+    shard: int = field(1024, "texts per file")
+    device: str = field("auto", "auto, cpu or cuda")
+
+
+def read_prompts(prompts):
+    """The texts of `a|b|c`, or the lines of a file of that name."""
+    if prompts and Path(prompts).is_file():
+        return [line.strip() for line in Path(prompts).read_text("utf-8").splitlines() if line.strip()]
+    return [part.strip() for part in prompts.split("|") if part.strip()]
+
+
+def load_text_encoders(folder, device):
+    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5."""
+    try:
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+    except ImportError as error:
+        raise SystemExit(f"encoding text needs transformers ({error}): pip install transformers") from None
+    parts, dtype = [], torch.bfloat16 if device.type == "cuda" else torch.float32
+    for suffix, kind in (("", CLIPTextModelWithProjection), ("_2", CLIPTextModelWithProjection), ("_3", T5EncoderModel)):
+        path = Path(folder) / f"text_encoder{suffix}"
+        if not path.is_dir() and suffix != "_3":
+            raise SystemExit(f"{folder}: has no {path.name}; wanted a diffusers SD3.5 folder with its text encoders")
+        parts.append((AutoTokenizer.from_pretrained(path.with_name(f"tokenizer{suffix}")),
+                      kind.from_pretrained(path, dtype=dtype).to(device).eval()) if path.is_dir() else None)
+    return parts
+
+
+@torch.no_grad()
+def encode_text(encoders, prompts, t5_tokens=256, width=4096):
+    """SD3's text conditioning: (context (B, 77 + t5_tokens, width), pooled (B, CLIP-L + CLIP-G)).
+
+    context: [CLIP-L | CLIP-G | zeros] of the last but one layer, then T5's tokens (zeros without T5); its width is T5's.
+    """
+    clips, t5 = encoders[:2], encoders[2]
+    device = clips[0][1].device
+
+    def ids(tokenizer, length):
+        batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return batch.input_ids.to(device)
+
+    outputs = [encoder(ids(tokenizer, tokenizer.model_max_length), output_hidden_states=True) for tokenizer, encoder in clips]
+    clip = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)           # (B, 77, L + G), before the final norm
+    tokens = t5[1](ids(t5[0], t5_tokens))[0] if t5 else clip.new_zeros(len(clip), t5_tokens, width)
+    return (torch.cat([F.pad(clip, (0, tokens.shape[-1] - clip.shape[-1])), tokens], dim=1),
+            torch.cat([o.text_embeds for o in outputs], dim=-1))
+
+
+def fingerprint(folder):
+    """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
+    digest = hashlib.sha256()
+    for path in sorted(p for part in ("text_encoder*", "tokenizer*") for p in Path(folder).glob(f"{part}/*") if p.is_file()):
+        with open(path, "rb") as f:
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode() + f.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, shard=1024):
+    """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...; says how large it will be.
+
+    Each shard holds `context`, `pooled` and, as metadata, its prompts and what made it; a run that is cut off goes on after
+    its last whole shard.   raises: SystemExit if `out` was made by other encoders or with another t5_tokens.
+    """
+    made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    shards, known = sorted(Path(out).glob("text_*.safetensors")), set()
+    for path in shards:
+        with safe_open(path, "pt") as f:
+            header = f.metadata()
+        if {k: header[k] for k in made_by} != made_by:
+            raise SystemExit(f"{path}: was made with {header['encoders']}, {header['t5_tokens']} T5 tokens; now "
+                             f"{made_by['encoders']}, {t5_tokens}: give another --out")
+        known |= set(json.loads(header["prompts"]))
+    todo = [p for p in dict.fromkeys(["", *prompts]) if p not in known]
+    if not todo:
+        print(f"{out}: holds all {len(known)} texts already")
+        return
+    parts = load_text_encoders(encoders, device)
+    for n, k in enumerate(tqdm(range(0, len(todo), shard), desc=f"encoding text to {out}", mininterval=1), len(shards)):
+        chunk, pieces = todo[k:k + shard], []
+        for j in range(0, len(chunk), batch_size):
+            pieces.append([x.cpu() for x in encode_text(parts, chunk[j:j + batch_size], t5_tokens)])
+            if k == j == 0:
+                size, free = sum(x[0].nbytes for x in pieces[0]) * len(todo), shutil.disk_usage(out).free
+                tqdm.write(f"{out}: {len(todo)} texts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
+                if size > free:
+                    raise SystemExit(f"{out}: too little space; give another --out, or fewer texts")
+        context, pooled = (torch.cat(x) for x in zip(*pieces))
+        path = Path(out) / f"text_{n:05d}.safetensors"
+        save_file({"context": context, "pooled": pooled}, f"{path}.tmp", {**made_by, "prompts": json.dumps(chunk)})
+        Path(f"{path}.tmp").replace(path)
+
+
+class TextCache:
+    """The shards of a folder: cache(prompts) -> context (B, T, W), pooled (B, P), float32, on `device`."""
+
+    def __init__(self, folder, device="cpu"):
+        self.folder, self.device, self.rows = folder, device, {}
+        for path in sorted(Path(folder).glob("text_*.safetensors")):
+            f = safe_open(path, "pt")
+            self.rows |= {prompt: (f, i) for i, prompt in enumerate(json.loads(f.metadata()["prompts"]))}
+        if not self.rows:
+            raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here; make them with: "
+                             f"python sample.py text ENCODERS --out={folder or 'FOLDER'}")
+
+    def __call__(self, prompts):
+        missing = [p for p in prompts if p not in self.rows]
+        if missing:
+            raise SystemExit(f"{self.folder}: has no embedding of {missing[0]!r} and {len(missing) - 1} more; add them with: "
+                             f"python sample.py text ENCODERS --out={self.folder}")
+        rows = [self.rows[p] for p in prompts]
+        both = (torch.cat([f.get_slice(name)[i:i + 1] for f, i in rows]) for name in ("context", "pooled"))
+        return tuple(x.float().to(self.device) for x in both)
+
+
 # ---------------------------------------------------------------- the script
 
 
@@ -117,39 +295,77 @@ def load_run(run, weights="ema", device="cpu"):
 
 def settings_of(cfg, config, checkpoint):
     """Everything the images depend on, with the run's own defaults filled in.  raises: SystemExit on impossible values."""
-    own = config["config"]
-    classes = list(cfg.classes) or list(range(config["model"]["num_classes"]))
-    values = dict(checkpoint=str(checkpoint), weights=cfg.weights, seed=cfg.seed, steps=cfg.steps, classes=classes,
-                  shift=own["shift"] if cfg.shift < 0 else cfg.shift, cfg=own["cfg"] if cfg.cfg < 0 else cfg.cfg,
-                  cfg_start=cfg.cfg_start, cfg_end=cfg.cfg_end, cfg_channels=cfg.cfg_channels)
+    own, names = config["config"], ("steps", "seed", "weights", "cfg_start", "cfg_end", "cfg_channels")
+    values = dict(checkpoint=str(checkpoint), **{k: getattr(cfg, k) for k in names},
+                  shift=own["shift"] if cfg.shift < 0 else cfg.shift, cfg=own["cfg"] if cfg.cfg < 0 else cfg.cfg)
     if cfg.n < 1 or cfg.steps < 1 or values["shift"] == 0 or not values["cfg"] < float("inf"):
         raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={values['shift']}, cfg={values['cfg']}: wanted n and steps of "
                          "at least 1, shift above 0 and a finite cfg")
+    values["grid"] = getattr(cfg, "grid", "") or own.get("grid", "plain")
+    if values["grid"] not in ("plain", "sd3"):
+        raise SystemExit(f"--grid={values['grid']!r}: wanted plain or sd3")
+    if "context" in config["model"]:               # an MMDiT
+        size = {k: getattr(cfg, k, 0) or own["image_size"] for k in ("height", "width")}
+        prompts = read_prompts(getattr(cfg, "prompts", "")) or config["classes"]
+        if not prompts:
+            raise SystemExit(f"{checkpoint}: draws from text: give --prompts=")
+        return values | size | dict(prompts=prompts, negative=getattr(cfg, "negative", ""), slg=getattr(cfg, "slg", 0.0))
+    classes = list(cfg.classes) or list(range(config["model"]["num_classes"]))
     if max(classes) > config["model"]["num_classes"]:
         raise SystemExit(f"class {max(classes)} asked for; the model has classes 0 to {config['model']['num_classes'] - 1} "
                          f"({config['model']['num_classes']} draws without a class)")
-    return values
+    return values | dict(classes=classes, height=own["image_size"], width=own["image_size"])
 
 
-def generate(dit, vae, indices, s):
-    """(images, previews): samples `indices` through the whole decoder and through the base decoder, in [-1, 1]."""
-    device = next(dit.parameters()).device
-    noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, dit.cfg.grid * dit.cfg.p, dit.cfg.grid * dit.cfg.p))
+def conditions(dit, indices, s, text=None):
+    """(cond, uncond) of samples `indices`, as `sample_flow` takes them: labels, or text tokens and pooled text."""
+    if isinstance(dit, MMDiT):
+        prompts = [s["prompts"][i % len(s["prompts"])] for i in indices]
+        return text(prompts), text([s["negative"]] * len(prompts))
+    y = sample_labels(indices, s["classes"]).to(dit.P.weight.device)
+    return (y,), (torch.full_like(y, dit.cfg.num_classes),)
+
+
+def generate(dit, vae, indices, s, text=None):
+    """(images, previews): samples `indices` through the whole decoder and through the base decoder, in [-1, 1].
+
+    s: see `settings_of`; text: a TextCache, for an MMDiT.   raises: SystemExit where height or width do not fit the model.
+    """
+    device, side = dit.P.weight.device, vae.f * dit.cfg.p
+    if s["height"] % side or s["width"] % side:
+        raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
+    noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, s["height"] // vae.f, s["width"] // vae.f))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        labels = sample_labels(indices, s["classes"]).to(device)
-        z_all = sample_flow(dit, noise.to(device), time_grid(s["steps"], s["shift"]), labels, dit.cfg.num_classes, s["cfg"],
-                            (s["cfg_start"], s["cfg_end"]), s["cfg_channels"] or None)
+        z_all = sample_flow(dit, noise.to(device), time_grid(s["steps"], s["shift"], s["grid"] == "sd3"),
+                            *conditions(dit, indices, s, text), s["cfg"], (s["cfg_start"], s["cfg_end"]),
+                            s["cfg_channels"] or None, s.get("slg", 0.0))
     with torch.no_grad():
         base = vae.decode_base(z_all[:, :vae.C])
         return (vae.decode(z_all) if dit.cfg.D or not vae.D else base).clamp(-1, 1), base.clamp(-1, 1)
 
 
+def text_for(folder, prompts, out, rank, device, t5_tokens=256):
+    """The TextCache that holds the prompts; if `folder` is one of encoders, they are encoded into <out>/text first."""
+    if (Path(folder) / "text_encoder").is_dir():
+        if rank == 0:
+            cache_text(folder, prompts, Path(out) / "text", device, t5_tokens)
+        common.wait_for_all()
+        folder = Path(out) / "text"
+    return TextCache(folder, device)
+
+
 def main(cfg):
     """Draw cfg.n images into a folder.  Returns that folder."""
     rank, world, device = common.setup(cfg.device)
+    checkpoint = common.latest_checkpoint(cfg.run)
+    config, out, text = common.read_config(checkpoint), Path(cfg.out or Path(cfg.run) / "samples"), None
+    if config.get("script") == "finetune.py":
+        settings = settings_of(cfg, config, checkpoint)
+        if "prompts" in settings:                  # before the transformer is loaded: T5 is the larger one
+            own = config["config"]
+            prompts = [*settings["prompts"], settings["negative"]]
+            text = text_for(cfg.text or own["text"], prompts, out, rank, device, own["t5_tokens"])
     dit, vae, config = load_run(cfg.run, cfg.weights, device)
-    settings = settings_of(cfg, config, common.latest_checkpoint(cfg.run))
-    out = Path(cfg.out or Path(cfg.run) / "samples")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():
         old = json.loads((out / "settings.json").read_text())
@@ -160,17 +376,16 @@ def main(cfg):
         common.write_json(out / "settings.json", settings)
 
     todo = [i for i in range(cfg.n) if not (out / f"{i:06d}.png").exists()][rank::world]
-    start, previews = time.time(), []
+    start = time.time()
     for k in tqdm(range(0, len(todo), cfg.batch_size), desc=str(out), disable=rank > 0, mininterval=1):
         indices = todo[k:k + cfg.batch_size]
-        images, base = generate(dit, vae, indices, settings)
+        images, base = generate(dit, vae, indices, settings, text)
         for i, image in zip(indices, data.to_uint8(images)):
             save_png(image, out / f"{i:06d}.png")
-    if world > 1:
-        dist.barrier()
+    common.wait_for_all()
     if rank == 0:
-        print(f"{out}: {len(todo)} new images, {cfg.n} in all; {len(todo) / max(1e-9, time.time() - start):.1f} img/s here")
-        write_overview(dit, vae, config, settings, out, cfg.n)
+        print(f"{out}: {len(todo)} new images, {cfg.n} in all; {len(todo) / max(1e-9, time.time() - start):.2g} img/s here")
+        write_overview(dit, vae, config, settings, out, cfg.n, text)
     return out
 
 
@@ -181,21 +396,71 @@ def save_png(image, path):
     temporary.replace(path)
 
 
-def write_overview(dit, vae, config, settings, out, n):
-    """samples.npz of all images, and for up to ten classes x eight images grid.png and base_preview.png."""
+def write_overview(dit, vae, config, settings, out, n, text=None):
+    """samples.npz of all images, and for up to ten classes (or prompts) x eight images grid.png and base_preview.png."""
     arrays = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(n)])
     with open(out / "samples.npz.tmp", "wb") as f:
         np.savez(f, arr_0=arrays)
     (out / "samples.npz.tmp").replace(out / "samples.npz")
-    turn, names = settings["classes"], [*config["classes"]] or ["image"]
+    turn = settings.get("prompts") or settings["classes"]
+    names = [t[:24] for t in turn] if "prompts" in settings else ([*config["classes"]] or ["image"]) + ["no class"]
+    names = names if "prompts" in settings else [names[k] for k in turn]
     columns = max(1, min(8, n // len(turn)))
     indices = [row + column * len(turn) for row in range(min(10, len(turn))) for column in range(columns)]
     indices = [i for i in indices if i < n]
-    labels = [(names + ["no class"])[k] for k in sample_labels(indices, turn)]
-    images, base = generate(dit, vae, indices, settings)
+    images, base = generate(dit, vae, indices, settings, text)
     for name, x in (("grid.png", images), ("base_preview.png", base)):
-        data.save_grid(x, out / name, columns, scale=max(1, 128 // x.shape[-1]), labels=labels)
+        data.save_grid(x, out / name, columns, max(1, 128 // x.shape[-1]), [names[i % len(turn)] for i in indices])
+
+
+def main_text(cfg):
+    """`sample.py text`: encode the captions of a folder and the given prompts."""
+    captions = (data.open_dataset(cfg.data_dir, 64, 0, 0).captions or []) if cfg.data_dir else []
+    if not cfg.out or not (captions or cfg.prompts):
+        raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or --prompts=")
+    cache_text(cfg.encoders, [*captions, *read_prompts(cfg.prompts)], cfg.out, common.setup(cfg.device)[2], cfg.t5_tokens,
+               cfg.batch_size, cfg.shard)
+
+
+@dataclass
+class ExportConfig:
+    run: str = field("", "a run of finetune.py, or one of its step folders")
+    out: str = field("", "a folder that does not exist yet")
+    weights: str = field("ema", "ema or model")
+
+
+def main_export(cfg):
+    """`sample.py export`: the DA-VAE, and the transformer under its public names with P_new, O_new and adapters merged.
+
+    vae/: model.safetensors and config.json, as `load_davae` takes them. LightningDiT: lightningdit.pt, {"ema": weights} as
+    its own code reads it, in_channels C + D. SD3.5: transformer/, a stock SD3Transformer2DModel folder of diffusers with
+    in_channels C + D, and with adapters also lora/, them alone in peft's format, for the unmerged transformer.
+    """
+    dit, vae, config = load_run(cfg.run, cfg.weights)
+    if not cfg.out or Path(cfg.out).exists():
+        raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
+    out, temporary, m = Path(cfg.out), Path(f"{cfg.out}.tmp"), dit.cfg
+    shutil.rmtree(temporary, ignore_errors=True)
+    common.save_folder(temporary / "vae", {"model": vae.state_dict()}, {"source": cfg.run, "model": vae.config()})
+    if isinstance(dit, MMDiT):
+        if m.lora:
+            targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"]
+            common.save_folder(temporary / "lora", {"adapter_model": export_lora(dit)}, {"source": cfg.run})
+            common.write_json(temporary / "lora" / "adapter_config.json", dict(
+                peft_type="LORA", r=m.lora, lora_alpha=m.alpha, target_modules=targets, bias="none",
+                modules_to_save=["pos_embed.proj", "proj_out"]))
+        common.save_folder(temporary / "transformer", {"diffusion_pytorch_model": export_diffusers(merge_lora(dit))}, dict(
+            _class_name="SD3Transformer2DModel", sample_size=128, patch_size=m.p, in_channels=m.C + m.D, out_channels=m.C + m.D,
+            num_layers=m.depth, num_attention_heads=m.A, attention_head_dim=m.E // m.A, caption_projection_dim=m.E,
+            joint_attention_dim=m.context, pooled_projection_dim=m.pooled, pos_embed_max_size=m.pos_size,
+            dual_attention_layers=list(range(m.dual)), qk_norm="rms_norm"))
+    else:
+        torch.save({"ema": export_lightningdit(dit)}, temporary / "lightningdit.pt")
+    temporary.replace(out)
+    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 if __name__ == "__main__":
-    main(common.cli(Config))
+    commands = {"text": (main_text, TextConfig), "export": (main_export, ExportConfig)}
+    command, options = commands.get("".join(sys.argv[1:2]), (main, Config))
+    command(common.cli(options, argv=sys.argv[1 if command is main else 2:]))

@@ -62,6 +62,7 @@ class Config:
     disc_start: int = field(5001, "step at which the discriminator starts, for both players")
     disc_width: int = field(64, "channels of the discriminator's first layer")
     # optimisation
+    fit: bool = field(False, "start the two new blocks by least squares (D = 3C), not at random as in the paper")
     steps: int = field(100_000, "optimizer steps")
     batch_size: int = field(128, "images per optimizer step, over all ranks")
     micro_batch: int = field(16, "images per rank and forward pass")
@@ -85,9 +86,13 @@ PRESETS = {
                  save_every=500),
     # 19.9 dB against 17.2 dB of the base channels alone, same images; 1.5 minutes on 2 cores (2026-11-21)
     "photos": dict(out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, freeze_encoder=True, perceptual="none",
-                   gan=0.0, align=0.05, adaptive_align=False, stats=2000, steps=5600, batch_size=8, micro_batch=8, lr=5e-4,
-                   beta1=0.9, beta2=0.99, cooldown=0.5, log_every=100, save_every=1400),
-    # TAEF2, imagenette128: 24.55 dB against 22.46 dB of the base channels alone; 46 CPU-minutes, 2 cores (2026-11-21)
+                   gan=0.0, align=0.05, adaptive_align=False, fit=True, stats=500, steps=1000, batch_size=8, micro_batch=8,
+                   lr=1e-4, beta1=0.9, beta2=0.99, cooldown=0.5, log_every=100, save_every=500),
+    "imagenet512": dict(out="out/imagenet512-vae", base="vavae-imagenet256-f16d32-dinov2.pt", D=96, image_size=512,
+                        data_dir="imagenet/train"),                                                     # Tab. S1; not run
+    "sd35m": dict(out="out/sd35m-vae", base="sd3.5-medium", D=16, image_size=1024, data_dir="captioned", flip=False, kl=1e-7,
+                  align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
+                  beta2=0.999, detail_dropout=0.0),                                                     # Tab. S1; not run
 }
 MAY_CHANGE = {"preset", "device", "data_dir", "val_dir", "base", "lpips_trunk", "micro_batch", "lr", "steps", "cooldown",
               "clip", "log_every", "save_every"}      # on resume; anything else would be another run
@@ -249,6 +254,54 @@ def initial_vae(cfg):
     return DAVAE(load_davae(cfg.base).base, cfg.D, cfg.detail_dropout, cfg.rescale)
 
 
+def ridge(pairs, strength=1e-3):
+    """argmin_W of sum |X W - Y|^2 + strength * |W|^2 * mean column norm^2, from batches of X (N, in), Y (N, out); float64."""
+    A = B = 0
+    for X, Y in pairs:
+        A, B = A + X.T @ X, B + X.T @ Y
+    A.diagonal().add_(strength * A.diagonal().mean())
+    return torch.linalg.solve(A, B)
+
+
+@torch.no_grad()
+def fit_new_blocks(vae, images):
+    """Start the down and the up block where z_all carries the base VAE's own latent of the full-size image.
+
+    That latent holds four pixels where z_all holds one: three of them become z_d, next to each other (so that group c of
+    `align_loss` is channel c), and the up block finds the fourth from z, both by least squares, in closed form.
+    images: batches (B, 3, H, W) of training images, about 50,000 latent pixels in all.
+    Differs from the paper, where both blocks start at random: on a CPU, those are the steps that one cannot afford.
+    raises: SystemExit unless D = 3C and the down block has the 1x1 convolution that takes the solution (as VA-VAE's has).
+    """
+    base, C, D = vae.base, vae.C, vae.D
+    if D != 3 * C or vae.down.proj is None:
+        raise SystemExit(f"--fit=True needs D = 3C and a down block with a 1x1 shortcut; here D={D}, C={C}: give --fit=False")
+
+    def rows(x):                                                   # (B, c, h, w) -> (B*h*w, c)
+        return x.movedim(1, -1).flatten(0, 2).double()
+
+    features = []
+    for x in images:
+        h = vae.detail_encoder(x)                                  # (B, F, 2h, 2w)
+        z_full = base.to_moments(h)[:, :C]                         # (B, C, 2h, 2w), raw
+        details = F.pixel_unshuffle(base.normalise(z_full), 2).unflatten(1, (C, 4))[:, :, :3].flatten(1, 2)
+        features.append((h, vae.encode_base(x), details, base.from_latent(z_full)))
+    for weight in (vae.down.conv.weight, vae.down.conv.bias, vae.up.conv.weight, vae.up.conv.bias):
+        weight.zero_()
+    W = ridge((rows(F.pixel_unshuffle(h, 2)), rows(details)) for h, _, details, _ in features)
+    vae.down.proj.weight[:D] = W.T[:, :, None, None]
+    vae.down.conv.bias[D // 4:] = -6                               # logvar: little noise at first
+
+    def pair(h, z, _, target):
+        z_all = torch.cat([z, vae.down(h)[:, :D]], dim=1)
+        patches = F.pad(rows(F.unfold(z_all, 3, padding=1).unflatten(2, z.shape[2:])), (0, 1), value=1.0)
+        return patches, rows(F.pixel_unshuffle(target - vae.up(z_all), 2))
+
+    W = ridge(pair(*f) for f in features).T                        # (4F, 9(C+D) + 1), the last column for the bias
+    vae.up.conv.weight.copy_(W[:, :-1].reshape(vae.up.conv.weight.shape))
+    vae.up.conv.bias.copy_(W[:, -1])
+
+
 def make_if_missing(run, cfg):
     """Train (or finish) `run` if it is the folder of one of this script's presets; anything else must exist already."""
     preset = next((name for name, values in PRESETS.items() if values["out"] == run), None)
@@ -317,6 +370,11 @@ def main(cfg):
     vae = (load_davae(resumed[0]) if resumed else initial_vae(cfg)).to(device, memory_format=torch.channels_last).train()
     if cfg.D and cfg.freeze_encoder:
         vae.detail_encoder.requires_grad_(False)
+    if cfg.fit and cfg.D and not resumed:
+        n = 50_000 * vae.f**2 // cfg.image_size**2
+        index = torch.linspace(0, len(train_set) - 1, min(n, len(train_set))).long().split(16)
+        fit_new_blocks(vae, (data.to_tensor(data.stack(train_set, k.tolist())[0]).to(device) for k in
+                             tqdm(index, desc=f"{cfg.out}: fitting the new blocks", disable=rank > 0, mininterval=1)))
     torch.manual_seed(cfg.seed)
     disc = PatchGAN(cfg.disc_width).to(device) if cfg.gan else None
     lpips = make_lpips(cfg.perceptual, cfg.lpips_trunk).to(device) if cfg.perceptual != "none" else None
@@ -396,6 +454,7 @@ def main(cfg):
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
             save(step + 1)
 
+    common.wait_for_all()
     summary = {"stage": "DA-VAE" if vae.D else "base VAE", "steps": cfg.steps, "seconds": seconds + time.time() - since,
                **results}
     if rank == 0:

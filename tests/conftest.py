@@ -80,3 +80,45 @@ def tiny_run(tiny_vae, tiny_base):
 
 DIT = dict(image_size=64, images=64, flip=False, steps=3, batch_size=8, micro_batch=8, lr=1e-3, N=4, log_every=1, save_every=100,
            sample_steps=2, cfg=2.0, shift=1.0)
+
+
+# ---------------------------------------------------------------- Stable Diffusion 3.5 in miniature, as diffusers makes it
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory):
+    """A StableDiffusion3Pipeline of small random parts (three text encoders, MMDiT, VAE of f2 and 4 channels), saved."""
+    from train_vae import import_torchvision
+    import_torchvision()
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel,
+                              T5TokenizerFast)
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", "!", *letters, *(f"{a}</w>" for a in letters)]
+
+    def clip(width, layers, pad, act):
+        ids = {token: i for i, token in enumerate(vocabulary)}
+        config = CLIPTextConfig(vocab_size=len(ids), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                                num_attention_heads=2, projection_dim=width, bos_token_id=0, eos_token_id=1,
+                                pad_token_id=ids[pad], hidden_act=act)
+        return CLIPTextModelWithProjection(config), CLIPTokenizer(ids, [], pad_token=pad, model_max_length=77)
+
+    torch.manual_seed(0)
+    (clip_l, tok_l), (clip_g, tok_g) = clip(16, 2, "<|endoftext|>", "quick_gelu"), clip(8, 3, "!", "gelu")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((a, -3.0) for a in letters)]
+    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    transformer = SD3Transformer2DModel(sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
+                                        pos_embed_max_size=24, attention_head_dim=16, num_attention_heads=3,
+                                        caption_projection_dim=48, joint_attention_dim=40, pooled_projection_dim=24,
+                                        dual_attention_layers=(0, 1), qk_norm="rms_norm")
+    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
+                        up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, norm_num_groups=4, use_quant_conv=False,
+                        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
+    for param in transformer.parameters():
+        param.data = torch.randn(param.shape) * 0.15
+    folder = tmp_path_factory.mktemp("sd3")
+    StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=clip_l,
+        text_encoder_2=clip_g, text_encoder_3=t5, tokenizer=tok_l, tokenizer_2=tok_g,
+        tokenizer_3=T5TokenizerFast(pieces, extra_ids=0)).save_pretrained(folder)
+    return folder

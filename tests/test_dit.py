@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import dit
 from dit import DiTConfig, LightningDiT, export_lightningdit, import_lightningdit, load_dit, widen
+from train_vae import import_torchvision
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
@@ -161,7 +162,7 @@ def test_full_size_names_and_shapes_fit_without_a_remainder():
 def test_a_token_is_read_as_rows_columns_channels():
     p, C, g = 2, 3, 4
     tokens = torch.arange(g * g * p * p * C, dtype=torch.float32).view(1, g * g, p * p * C)
-    latent = dit.unpatchify(tokens, p)
+    latent = dit.unpatchify(tokens, p, g * p, g * p)
     assert latent.shape == (1, C, g * p, g * p)
     for row, col, i, j, c in [(0, 0, 0, 1, 0), (0, 1, 0, 0, 0), (3, 2, 1, 0, 2), (1, 3, 1, 1, 1)]:
         assert latent[0, c, row * p + i, col * p + j] == tokens[0, row * g + col, (i * p + j) * C + c]
@@ -329,8 +330,7 @@ def test_our_own_checkpoint_folder_loads_unmerged(tmp_path):
 
 
 @pytest.mark.parametrize("key, said", [("first_stage_model.encoder.conv_in.weight", "an autoencoder"),
-                                       ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "an SD3"),
-                                       ("transformer_blocks.0.attn.to_q.weight", "an SD3"),
+                                       ("joint_blocks.0.x_block.attn.proj.weight", "an incomplete SD3"),
                                        ("transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA"),
                                        ("P.weight", "our own checkpoint"), ("conv.weight", "it holds conv.weight")])
 def test_a_wrong_file_is_told_what_it_looks_like(tmp_path, key, said):
@@ -349,7 +349,7 @@ def test_variants_we_leave_out_are_refused_by_name():
         load_dit(sd | {"pos_embed": sd["pos_embed"].roll(1, dims=2)})
     with pytest.raises(SystemExit, match="number of heads"):
         load_dit(export_lightningdit(tiny(rope=False, qk_norm=False)))
-    with pytest.raises(RuntimeError, match="extra.weight"):
+    with pytest.raises(SystemExit, match="extra.weight"):
         load_dit(sd | {"extra.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="multiple of"):
         DiTConfig(E=36, A=4)
@@ -373,3 +373,193 @@ def test_bfloat16_autocast_keeps_the_residual_stream_and_the_output_in_float32()
             v = model(z, t, y)
     assert seen == [torch.float32, torch.float32] and v.dtype == torch.float32
     assert 0 < error(v, exact) < 0.1
+
+
+# ---------------------------------------------------------------- MMDiT (SD3.5)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """A small SD3Transformer2DModel with everything SD3.5-Medium has: dual blocks, QK-norm, an odd position table."""
+    import_torchvision()
+    from diffusers import SD3Transformer2DModel
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=4, pos_embed_max_size=21,
+                                  attention_head_dim=16, num_attention_heads=3, caption_projection_dim=48, joint_attention_dim=40,
+                                  pooled_projection_dim=24, dual_attention_layers=(0, 1), qk_norm="rms_norm").eval()
+    return randomise(model)
+
+
+def text_inputs(B=2, channels=4, h=16, w=24, T=7, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(B, channels, h, w, generator=g), torch.linspace(0, 1, B), torch.randn(B, T, 40, generator=g),
+            torch.randn(B, 24, generator=g))
+
+
+@pytest.mark.parametrize("h, w", [(16, 16), (16, 24), (38, 2)])
+@pytest.mark.parametrize("skip", [(), (1, 2)])
+@torch.no_grad()
+def test_mmdit_equals_diffusers_in_sd3s_own_time_and_sign(stock, h, w, skip):
+    z, t, context, pooled = text_inputs(h=h, w=w)
+    ref = stock(z, context, pooled, 1000 * (1 - t), skip_layers=list(skip) or None).sample
+    assert ref.abs().max() > 0.5
+    assert error(load_dit(stock.state_dict())(z, t, context, pooled, skip=skip), -ref) < 5e-6
+
+
+@torch.no_grad()
+def test_an_unflipped_time_is_noticed(stock):
+    z, t, context, pooled = text_inputs()
+    assert error(load_dit(stock.state_dict())(z, 1 - t, context, pooled), -stock(z, context, pooled, 1000 * (1 - t)).sample) > 1e-2
+
+
+@torch.no_grad()
+def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(stock, tmp_path):
+    theirs, inputs_ = stock.state_dict(), text_inputs()
+    model = load_dit(theirs)
+    v = model(*inputs_)
+    for exported in (dit.export_diffusers(model), dit.export_sd3(model)):
+        assert torch.equal(load_dit(exported)(*inputs_), v)
+    back = dit.export_diffusers(load_dit(dit.export_sd3(model)))
+    assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
+    stock.save_pretrained(tmp_path / "transformer")
+    assert torch.equal(load_dit(tmp_path)(*inputs_), v)
+    beside = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "text_encoders.clip_l.x": torch.zeros(1)}
+    assert torch.equal(load_dit(dit.export_sd3(model) | beside)(*inputs_), v)
+
+
+def test_full_size_sd3_names_and_shapes_fit_without_a_remainder_in_both_formats():
+    listed = json.loads(FULL_SIZE.read_text())
+    for name, export in (("SD3.5-medium diffusers", dit.export_diffusers), ("SD3.5-medium single-file", dit.export_sd3)):
+        ours, cfg = dit.import_dit({k: torch.empty(shape, device="meta") for k, shape in listed[name].items()})
+        assert cfg == dit.MMDiTConfig()
+        with torch.device("meta"):
+            model = dit.MMDiT(cfg)
+        model.load_state_dict(ours, strict=True, assign=True)
+        assert {k: list(v.shape) for k, v in export(model).items()} == listed[name]
+        assert sum(v.numel() for v in model.state_dict().values()) == 2_469_663_936
+        assert sum(p.numel() for p in model.parameters()) == 2_243_171_520
+
+
+def widened(stock, D=6, spoil=None):
+    model = load_dit(stock.state_dict())
+    model.expand_channels(D)
+    return randomise(model, seed=3, names=spoil) if spoil else model
+
+
+@torch.no_grad()
+def test_warm_start_of_sd3_reproduces_the_base_model(stock):
+    z, t, context, pooled = text_inputs()
+    z_d = torch.randn(2, 6, *z.shape[2:])
+    base = load_dit(stock.state_dict())(z, t, context, pooled)
+    v, v_d = widened(stock)(torch.cat([z, 10 * z_d], dim=1), t, context, pooled).split([4, 6], dim=1)
+    assert torch.equal(v, base) and v_d.abs().max() == 0
+    assert error(widened(stock, spoil="P_new")(torch.cat([z, z_d], dim=1), t, context, pooled)[:, :4], base) > 1e-2
+
+
+@torch.no_grad()
+def test_a_widened_sd3_is_a_stock_diffusers_model_with_more_channels(stock):
+    from diffusers import SD3Transformer2DModel
+    model, (z, t, context, pooled) = widened(stock, spoil="_new"), text_inputs(channels=10)
+    wide = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10})
+    wide.load_state_dict(dit.export_diffusers(model), strict=True)
+    v = model(z, t, context, pooled)
+    assert v[:, 4:].abs().max() > 0.1                               # else the interleave of the heads would not show
+    assert error(-wide.eval()(z, context, pooled, 1000 * (1 - t)).sample, v) < 5e-6
+
+
+def test_checkpointing_changes_no_gradient(stock):
+    z, t, context, pooled = text_inputs()
+    grads = []
+    for on in (False, True):
+        model = load_dit(stock.state_dict()).train()
+        model.checkpointing = on
+        model(z, t, context, pooled).square().sum().backward()
+        grads.append(model.blocks[0].x.attn.qkv.weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_wrong_latent_for_sd3_is_named(stock):
+    model, (_, t, context, pooled) = load_dit(stock.state_dict()), text_inputs()
+    for shape in ((2, 5, 16, 16), (2, 4, 15, 16), (2, 4, 16, 44)):
+        with pytest.raises(ValueError, match=r"wanted \(B, 4, h, w\) with h and w multiples of 2, up to 42"):
+            model(torch.zeros(shape), t, context, pooled)
+
+
+def test_sd3_medium_a_truncated_file_and_a_foreign_layer_are_told(stock):
+    sd = stock.state_dict()
+    with pytest.raises(SystemExit, match="SD3-medium .its attention has no QK-norm"):
+        load_dit({k: v for k, v in sd.items() if "norm_q" not in k and "norm_k" not in k and "norm_added" not in k})
+    with pytest.raises(SystemExit, match="not a whole checkpoint .*blocks.2.x.mlp.fc1.weight"):
+        load_dit({k: v for k, v in sd.items() if k != "transformer_blocks.2.ff.net.0.proj.weight"})
+    with pytest.raises(SystemExit, match="not known here: controlnet.weight"):
+        load_dit(sd | {"controlnet.weight": torch.zeros(1)})
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+@torch.no_grad()
+def test_lora_starts_as_the_model_itself_and_freezes_all_but_the_first_and_last_layer(stock):
+    z_all, t, context, pooled = text_inputs(channels=10)
+    model = widened(stock)
+    before = model(z_all, t, context, pooled)
+    dit.add_lora(model, r=4, alpha=4)
+    assert torch.equal(model(z_all, t, context, pooled), before)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.split(".")[0] for n in trained} == {"P", "P_new", "O", "O_new", "blocks"}
+    assert {n.split(".", 2)[2] for n in trained if n.startswith("blocks.0")} == {f"{t}.{ab}" for t in dit.LORA_TARGETS for ab in "AB"}
+    assert {n.split(".", 2)[2] for n in trained if n.startswith("blocks.3")} == {   # no second attention there
+        f"{t}.{ab}" for t in dit.LORA_TARGETS if "attn2" not in t for ab in "AB"}
+    assert model.blocks[0].x.attn.qkv.A.shape == (3, 4, 48) and model.blocks[0].x.adaLN.B.shape == (1, 9 * 48, 4)
+
+
+@torch.no_grad()
+def test_merged_lora_equals_the_adapters_and_is_gone(stock):
+    z_all, t, context, pooled = text_inputs(channels=10)
+    model = widened(stock, spoil="_new")
+    dit.add_lora(model, r=4, alpha=8)
+    for m in model.modules():
+        if isinstance(m, dit.LoRA):
+            m.B.normal_(std=0.1)
+    v = model(z_all, t, context, pooled)
+    merged = dit.merge_lora(model)
+    assert merged.cfg.lora == 0 and not any("linear" in k or k.endswith(".A") for k in merged.state_dict())
+    assert error(merged(z_all, t, context, pooled), v) < 1e-5
+    assert error(widened(stock, spoil="_new")(z_all, t, context, pooled), v) > 1e-2          # the adapters did something
+
+
+@torch.no_grad()
+def test_lora_file_under_pefts_names_gives_the_same_velocity_in_diffusers(stock):
+    """Each q, k, v gets its own pair, W + alpha/r B A, added by hand to the stock weights that the name says."""
+    from diffusers import SD3Transformer2DModel
+    z_all, t, context, pooled = text_inputs(channels=10)
+    model = widened(stock, spoil="_new")
+    plain = dit.export_diffusers(model)
+    dit.add_lora(model, r=4, alpha=8)
+    for m in model.modules():
+        if isinstance(m, dit.LoRA):
+            m.B.normal_(std=0.1)
+    file = {k.removeprefix("base_model.model."): v for k, v in dit.export_lora(model).items()}
+    adapted = {k.removesuffix(".lora_A.weight") for k in file if k.endswith(".lora_A.weight")}
+    for layer in adapted:
+        plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + 8 / 4 * file[f"{layer}.lora_B.weight"] @ file[f"{layer}.lora_A.weight"]
+    plain |= {k: v for k, v in file.items() if "lora" not in k}
+    suffixes = {layer.split(".", 2)[2] for layer in adapted}
+    assert suffixes == {f"{a}.{q}" for a in ("attn", "attn2") for q in ("to_q", "to_k", "to_v", "to_out.0")} | {"ff.net.2", "norm1.linear"}
+    wide = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10}).eval()
+    wide.load_state_dict(plain, strict=True)
+    assert error(-wide(z_all, context, pooled, 1000 * (1 - t)).sample, model(z_all, t, context, pooled)) < 1e-5
+
+
+def test_a_lora_checkpoint_folder_finds_its_frozen_weights_beside_it(stock, tmp_path):
+    model = widened(stock, spoil="_new")
+    dit.add_lora(model, r=4, alpha=8)
+    sd = model.state_dict()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    (tmp_path / "frozen").mkdir(), (tmp_path / "step_000001").mkdir()
+    save_file({k: v.contiguous() for k, v in sd.items() if k not in trained}, tmp_path / "frozen" / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in sd.items() if k in trained}, tmp_path / "step_000001" / "ema.safetensors")
+    (tmp_path / "step_000001" / "config.json").write_text(json.dumps({"model": asdict(model.cfg)}))
+    again = load_dit(tmp_path / "step_000001")
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
+    assert torch.equal(again(*text_inputs(channels=10)), model(*text_inputs(channels=10)))

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import common
 import finetune
+import sample
 from davae import load_davae
-from dit import DiTConfig, LightningDiT
+from dit import DiTConfig, LightningDiT, load_dit
 from finetune import PRESETS, Config, detail_weight, drop_labels, flow_loss, warm_start_difference
 
 
@@ -44,7 +46,7 @@ def test_flow_loss_is_zero_at_the_true_velocity():
     def oracle(x, t, y):                               # v* = (z - x_t) / (1 - t)
         return (z_all - x) / (1 - t.view(-1, 1, 1, 1))
 
-    loss, base, detail = flow_loss(oracle, z_all, y, C=4, w=0.3)
+    loss, base, detail = flow_loss(oracle, z_all, (y,), C=4, w=0.3)
     assert max(loss.abs(), base, detail) < 1e-5
 
 
@@ -53,7 +55,7 @@ def losses(w, cosine, v=None):
     torch.manual_seed(1)
     z_all, v = torch.randn(4, 12, 3, 3), torch.randn(4, 12, 3, 3) if v is None else v
     torch.manual_seed(2)
-    result = flow_loss(lambda x, t, y: v, z_all, torch.zeros(4).long(), 4, w, cosine)
+    result = flow_loss(lambda x, t, y: v, z_all, (torch.zeros(4).long(),), 4, w, cosine)
     torch.manual_seed(2)
     torch.randn(4)                                     # the times
     return result, v, z_all - torch.randn_like(z_all)
@@ -92,12 +94,12 @@ def test_warm_start_difference_is_zero_and_the_check_fails_with_a_random_P_new()
     model = deepcopy(base)
     model.expand_channels(12)
     z, y = torch.randn(4, 4, 4, 4), torch.arange(4)
-    assert warm_start_difference(base, model, z, y) == (0.0, 0.0)
+    assert warm_start_difference(base, model, z, (y,)) == (0.0, 0.0)
     broken = deepcopy(model)
     torch.nn.init.normal_(broken.P_new.weight, std=0.02)
-    assert warm_start_difference(base, broken, z, y)[0] > 1e-3
+    assert warm_start_difference(base, broken, z, (y,))[0] > 1e-3
     torch.nn.init.normal_(model.O_new.weight, std=0.02)
-    assert warm_start_difference(base, model, z, y)[1] > 1e-3
+    assert warm_start_difference(base, model, z, (y,))[1] > 1e-3
 
 
 def test_gradients_reach_P_new_at_step_zero_and_O_new_as_soon_as_the_weight_is_positive():
@@ -107,7 +109,7 @@ def test_gradients_reach_P_new_at_step_zero_and_O_new_as_soon_as_the_weight_is_p
 
     def gradients(w, cosine=0.0):
         model.zero_grad()
-        flow_loss(model, z_all, y, 4, w, cosine)[0].backward()
+        flow_loss(model, z_all, (y,), 4, w, cosine)[0].backward()
         return model.P_new.weight.grad.abs().max(), model.O_new.weight.grad.abs().max()
 
     p_new, o_new = gradients(w=0.0)
@@ -164,7 +166,7 @@ def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision
     vae = load_davae(tiny_vae)
     cfg = config(tiny_vae, tiny_base, tmp_path, flip=True)
     train_set = finetune.data.open_dataset("procedural", 64, 64, 0)
-    streams = [finetune.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"))(5, 0, 1) for c in (True, False)]
+    streams = [finetune.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0)(5, 0, 1) for c in (True, False)]
     for _ in range(3):
         (z, y), (z2, y2) = (next(s) for s in streams)
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
@@ -195,7 +197,114 @@ def test_a_run_started_by_two_processes_is_continued_by_one(tiny_vae, tiny_base,
     cfg = config(tiny_vae, tiny_base, tmp_path / "run", steps=2)
     flags = [f"--{k}={v}" for k, v in cfg.__dict__.items() if k != "preset"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, finetune.__file__, "tiny", *flags], check=True, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*launcher, finetune.__file__, "tiny", *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "batch 8 = 2 ranks x 4 x 1" in done.stdout and done.stdout.count("batch 8 =") == 1      # rank 0 prints
     finetune.main(replace(cfg, steps=3))
     assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
+
+
+# ---------------------------------------------------------------- SD3.5
+
+
+def test_sigma_weighting_is_the_authors(monkeypatch):
+    """sigma on SD3's grid shifted by 4 (ends at 0.01187), weight sigma^2 min((1 - sigma) / sigma, 5)."""
+    t, weight = finetune.draw_time(200_000, "paper", torch.device("cpu"))
+    assert (weight == 1).all() and torch.logit(t).std() == pytest.approx(1.0, abs=0.01)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.tensor([-50.0, 0.0, 2.0, 50.0]))
+    t, weight = finetune.draw_time(4, "sigma", torch.device("cpu"))
+    sigma = 1 - t.double()
+    assert sigma[0] == 1 and sigma[3] == pytest.approx(0.01187, abs=1e-5)
+    assert sigma[1] == pytest.approx(4 * 0.501 / (1 + 3 * 0.501), abs=1e-3)
+    assert (weight - sigma**2 * ((1 - sigma) / sigma).clamp(max=5)).abs().max() < 1e-6
+
+
+def test_sigma_weighted_loss_is_the_error_of_the_denoised_latent():
+    """Closed form: sum_c m_c sigma^2 |v - v*|^2 min((1-sigma)/sigma, 5) / (C + w D), against the authors' x_hat = x - sigma v."""
+    z_all, v, w, C = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3), 0.3, 4
+    seen = {}
+
+    def model(x, t):
+        seen.update(x=x, t=t)
+        return v
+
+    torch.manual_seed(1)
+    loss, _, _ = flow_loss(model, z_all, (), C, w, cosine=0.0, weighting="sigma")
+    sigma = (1 - seen["t"]).view(-1, 1, 1, 1)
+    denoised = seen["x"] + sigma * v                                # v is data - noise here
+    m = torch.tensor([1.0] * 4 + [w] * 2).view(1, -1, 1, 1)
+    ref = ((denoised - z_all) ** 2 * m).sum((1, 2, 3)) / ((C + w * 2) * 9) * ((1 - sigma) / sigma).clamp(max=5).flatten()
+    assert loss.item() == pytest.approx(ref.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("preset, changes, forward, parameters", [
+    ("imagenet512", {}, 237.4e9, 675_482_048), ("sd35m-1024", {}, 2.443e12, None), ("sd35m-2048", {}, 11.25e12, None),
+    ("sd35m-2048", {"image_size": 4096}, 89.4e12, None)])
+def test_dry_run_counts_what_the_models_really_cost(preset, changes, forward, parameters, capsys):
+    numbers = finetune.main(replace(Config(**{"preset": preset, **PRESETS[preset]}), dry_run=True, **changes))
+    assert numbers["forward"] == pytest.approx(forward, rel=0.005)
+    if preset == "imagenet512":
+        assert numbers["step"] == pytest.approx(712.0e9, rel=0.005)
+        assert numbers["parameters"] + 256 * 1152 + 28 * 2 * 72 == pytest.approx(parameters, abs=5000)   # that count has QK-norm
+    else:                                                           # LoRA: no weight gradients of frozen layers
+        assert 2 * forward < numbers["step"] < 3.2 * forward
+    shown = capsys.readouterr().out
+    assert f"{numbers['tokens']} for" in shown and f"the original {4 * numbers['tokens']}" in shown
+    assert f"--out={PRESETS[preset]['out']}" in shown and "GiB of states" in shown
+
+
+def test_sd3_goes_from_captions_to_a_folder_that_diffusers_loads(sd3_folder, tmp_path):
+    import train_vae
+    from diffusers import SD3Transformer2DModel
+    folder, words = tmp_path / "photos", ["a fox", "snow", "an owl", ""]
+    folder.mkdir()
+    drawn = finetune.data.Procedural(64, 8, 0)
+    for i in range(8):
+        Image.fromarray(drawn.image(i)[0]).resize((32, 32)).save(folder / f"{i}.png")
+        if words[i % 4]:
+            (folder / f"{i}.txt").write_text(words[i % 4])
+    train_vae.main(train_vae.Config(preset="tiny", out=str(tmp_path / "vae"), base=str(sd3_folder), data_dir=str(folder), D=4,
+                                    image_size=32, perceptual="none", gan=0.0, stats=8, steps=2, batch_size=4, log_every=1))
+    sample.main_text(sample.TextConfig(encoders=str(sd3_folder), out=str(tmp_path / "text"), data_dir=str(folder), t5_tokens=24))
+    cfg = Config(preset="sd35m-1024", **{**PRESETS["sd35m-1024"], **dict(
+        out=str(tmp_path / "run"), vae=str(tmp_path / "vae"), base=str(sd3_folder), text=str(tmp_path / "text"), t5_tokens=24,
+        data_dir=str(folder), image_size=32, D=4, lora=4, N=2, steps=3, batch_size=4, micro_batch=2, log_every=1, save_every=2,
+        sample_steps=2, lr=1e-2)})
+    summary = finetune.main(cfg)
+    assert summary["warm_start"] == 0.0
+    step = common.latest_checkpoint(cfg.out)
+    assert sum(p.stat().st_size for p in step.glob("*.safetensors")) < (tmp_path / "run/frozen/model.safetensors").stat().st_size
+    finetune.main(replace(cfg, steps=4))                                                          # resumes, adapters and all
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
+
+    drawn = sample.Config(run=cfg.out, prompts="a fox|two owls", text=str(sd3_folder), n=3, steps=2, height=32, width=48,
+                          out=str(tmp_path / "images"), weights="model")
+    assert Image.open(sample.main(drawn) / "000002.png").size == (48, 32)
+    with pytest.raises(SystemExit, match="no embedding of 'two owls'"):
+        sample.main(replace(drawn, text="", out=str(tmp_path / "other")))
+    with pytest.raises(SystemExit, match="32x44 pixels: both must be multiples of 8"):
+        sample.main(replace(drawn, width=44, out=str(tmp_path / "other2")))
+
+    sample.main_export(sample.ExportConfig(run=cfg.out, out=str(tmp_path / "exported"), weights="model"))
+    theirs = SD3Transformer2DModel.from_pretrained(tmp_path / "exported" / "transformer").eval()
+    ours = load_dit(common.latest_checkpoint(cfg.out), "model")
+    z_all, t = torch.randn(2, 8, 8, 8), torch.tensor([0.25, 0.5])
+    context, pooled = sample.TextCache(tmp_path / "text")(["a fox", ""])
+    with torch.no_grad():
+        v, ref = ours(z_all, t, context, pooled), -theirs(z_all, context, pooled, 1000 * (1 - t)).sample
+        assert v[:, 4:].abs().max() > 1e-3 and ((v - ref).abs().max() / ref.abs().max()) < 5e-6
+        base = load_dit(sd3_folder)(z_all[:, :4], t, context, pooled)
+        assert (v[:, :4] - base).abs().max() > 1e-3                                               # it did learn
+    assert load_davae(tmp_path / "exported" / "vae").D == 4
+    assert (tmp_path / "exported/lora/adapter_config.json").exists()
+    with pytest.raises(SystemExit, match="nothing is overwritten"):
+        sample.main_export(sample.ExportConfig(run=cfg.out, out=str(tmp_path / "exported")))
+
+
+def test_lightningdit_exports_under_its_original_names(tiny_run, tmp_path):
+    sample.main_export(sample.ExportConfig(run=tiny_run, out=str(tmp_path / "exported")))
+    again, ours = load_dit(tmp_path / "exported" / "lightningdit.pt"), load_dit(common.latest_checkpoint(tiny_run))
+    assert (again.cfg.C, again.cfg.D) == (ours.cfg.C + ours.cfg.D, 0)
+    z_all, t, y = torch.randn(2, again.cfg.C, *[again.cfg.grid * again.cfg.p] * 2), torch.tensor([0.2, 0.7]), torch.tensor([0, 1])
+    with torch.no_grad():
+        assert (again(z_all, t, y) - ours(z_all, t, y)).abs().max() < 5e-6

@@ -1,5 +1,6 @@
 """sample.py: the integrator against closed forms, guidance against the original code, images that depend on (seed, i)."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ import torch
 from PIL import Image
 
 import sample
+from davae import load_base_vae
 from dit import load_dit
+from train_vae import import_torchvision
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
 
 
@@ -26,13 +29,13 @@ class Counting(torch.nn.Module):
 def test_euler_is_exact_on_a_velocity_that_does_not_depend_on_x():
     noise, data_ = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     for ts in (time_grid(1), time_grid(7), time_grid(13, 0.3)):
-        x = sample_flow(lambda x, t, y: data_ - noise, noise, ts, torch.zeros(2).long(), 5)
+        x = sample_flow(lambda x, t, y: data_ - noise, noise, ts, (torch.zeros(2).long(),))
         assert (x - data_).abs().max() < 1e-14
 
 
 def test_euler_on_a_linear_field_equals_the_product_of_its_factors():
     noise, ts = torch.randn(2, 3, 4, 4, dtype=torch.float64), time_grid(9, 0.5)
-    x = sample_flow(lambda x, t, y: -2 * x, noise, ts, torch.zeros(2).long(), 5)
+    x = sample_flow(lambda x, t, y: -2 * x, noise, ts, (torch.zeros(2).long(),))
     factor = np.prod([1 - 2 * (b - a) for a, b in zip(ts, ts[1:])])
     assert torch.allclose(x, factor * noise, rtol=1e-13)
 
@@ -49,26 +52,27 @@ def test_shift_keeps_the_ends_and_one_changes_nothing():
 @pytest.mark.parametrize("scale,interval,guided", [(1.0, (0.0, 1.0), 0), (4.0, (0.0, 1.0), 249), (4.0, (0.2, 1.0), 135), (4.0, (2.0, 3.0), 0)])
 def test_the_unconditional_pass_runs_only_where_guidance_is_on(scale, interval, guided):
     model = Counting()
-    sample_flow(model, torch.zeros(3, 2, 1, 1), time_grid(249, 0.3), torch.tensor([0, 1, 2]), 5, scale, interval)
+    sample_flow(model, torch.zeros(3, 2, 1, 1), time_grid(249, 0.3), (torch.tensor([0, 1, 2]),), (torch.tensor([5, 5, 5]),), scale, interval)
     assert len(model.rows) == 249 and sum(model.rows) == 3 * (249 + guided)
 
 
 def test_guidance_one_equals_the_conditional_model_and_is_never_computed_twice():
     model, noise, y = Counting(), torch.randn(3, 2, 4, 4), torch.tensor([1, 2, 3])
-    one = sample_flow(model, noise, time_grid(5), y, 5, scale=1.0)
+    one = sample_flow(model, noise, time_grid(5), (y,), scale=1.0)
     assert model.rows == [3] * 5
     x = noise
     for a, b in zip(time_grid(5), time_grid(5)[1:]):
-        x = x + (b - a) * model(x, torch.full((3,), a), y)
+        x = x + (b - a) * model(x, torch.full((3,), a, dtype=torch.float64), y)
     assert torch.equal(one, x)
     c = model(noise, torch.zeros(3), y)
-    assert torch.allclose(guided_velocity(model, noise, 0.0, y, 5, 1.0), c, atol=1e-6)
+    assert torch.allclose(guided_velocity(model, noise, torch.zeros(3), (y,), (torch.full_like(y, 5),), 1.0)[0], c, atol=1e-6)
 
 
 def test_guidance_pushes_away_from_the_unconditional_velocity():
-    y, x = torch.tensor([1, 2]), torch.zeros(2, 3, 1, 1)
-    assert guided_velocity(Counting(), x, 0.5, y, 5, 3.0).flatten().tolist() == [3.0] * 3 + [6.0] * 3
-    three = guided_velocity(Counting(), x, 0.5, y, 5, 3.0, channels=1)
+    y, null, x, t = torch.tensor([1, 2]), torch.tensor([5, 5]), torch.zeros(2, 3, 1, 1), torch.full((2,), 0.5)
+    assert guided_velocity(Counting(), x, t, (y,), (null,), 3.0)[0].flatten().tolist() == [3.0] * 3 + [6.0] * 3
+    three, c = guided_velocity(Counting(), x, t, (y,), (null,), 3.0, channels=1)
+    assert c.flatten().tolist() == [1.0] * 3 + [2.0] * 3
     assert three.flatten().tolist() == [3.0, 1.0, 1.0, 6.0, 2.0, 2.0]
 
 
@@ -76,11 +80,11 @@ def test_guidance_pushes_away_from_the_unconditional_velocity():
 def test_three_channel_guidance_equals_the_original_code(golden):
     weights, t, config = golden("lightningdit_qknorm")
     model, n = load_dit(weights), len(t["in/x"]) // 2
-    x, time, y = t["in/x"][:n], t["in/t_cfg"][0].item(), t["in/y"][:n]
-    null = config["num_classes"]
-    v = guided_velocity(model, x, time, y, null, config["cfg_scale"], channels=3)
+    x, time, y = t["in/x"][:n], t["in/t_cfg"][:n], t["in/y"][:n]
+    null = torch.full_like(y, config["num_classes"])
+    v, _ = guided_velocity(model, x, time, (y,), (null,), config["cfg_scale"], channels=3)
     assert ((v - t["out/cfg_3channel"][:n]).abs().max() / t["out/cfg_3channel"].abs().max().clamp(min=1)) < 5e-6
-    assert ((v - guided_velocity(model, x, time, y, null, config["cfg_scale"])).abs().max()) > 0.1     # all channels differ
+    assert ((v - guided_velocity(model, x, time, (y,), (null,), config["cfg_scale"])[0]).abs().max()) > 0.1     # all channels differ
 
 
 def test_noise_of_a_sample_depends_on_seed_and_index_only():
@@ -145,3 +149,92 @@ def test_a_vae_run_is_not_sampled_from(tiny_vae, tmp_path):
 def test_the_unconditional_class_can_be_drawn(tiny_run, tmp_path):
     out = sample.main(settings(tiny_run, tmp_path / "a", n=2, classes=(10,)))
     assert len(images(out)) == 2 and json.loads((out / "settings.json").read_text())["classes"] == [10]
+
+
+# ---------------------------------------------------------------- SD3.5 against diffusers
+
+
+@pytest.mark.parametrize("steps", [4, 28, 30, 50])
+def test_sd3_time_grids_equal_diffusers_default_and_single_shift(steps):
+    import_torchvision()
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    assert np.abs(1 - scheduler.sigmas.double().numpy() - time_grid(steps, 1 / 3, twice=True)).max() < 1e-6
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    assert np.abs(1 - scheduler.sigmas.double().numpy() - time_grid(steps, 1 / 3)).max() < 1e-6
+    assert np.abs(np.subtract(time_grid(steps, 1 / 3), time_grid(steps, 1 / 3, twice=True))).max() > 1e-3
+
+
+def test_skip_layer_guidance_runs_one_more_pass_in_early_steps_only():
+    calls = []
+
+    def model(x, t, y, skip=()):
+        calls.append(skip)
+        return x * 0 + (1.0 if skip else 3.0)
+
+    x = sample_flow(model, torch.zeros(1, 1, 1, 1), time_grid(50), (torch.zeros(1),), slg=2.5)
+    assert sum(bool(s) for s in calls) == 9 and len(calls) == 59                                  # steps 1 .. 9
+    assert x.item() == pytest.approx(3.0 + 9 / 50 * 2.5 * 2.0, abs=1e-5)
+
+
+PROMPTS = ["a red fox, asleep", "snow"]
+
+
+@torch.no_grad()
+def test_text_encoding_equals_the_pipelines(sd3_folder):
+    from diffusers import StableDiffusion3Pipeline
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
+    ref, ref_null, pooled, pooled_null = pipe.encode_prompt(PROMPTS, None, None, negative_prompt=["", ""], max_sequence_length=24)
+    encoders = sample.load_text_encoders(sd3_folder, torch.device("cpu"))
+    for prompts, context, vector in ((PROMPTS, ref, pooled), (["", ""], ref_null, pooled_null)):
+        ours = sample.encode_text(encoders, prompts, t5_tokens=24)
+        assert ours[0].shape == (2, 77 + 24, 40) and (ours[0] - context).abs().max() < 1e-6
+        assert (ours[1] - vector).abs().max() < 1e-6
+    without_t5 = sample.encode_text([*encoders[:2], None], PROMPTS, t5_tokens=24, width=40)
+    assert (without_t5[0][:, :77] == ref[:, :77]).all() and without_t5[0][:, 77:].abs().max() == 0
+
+
+@torch.no_grad()
+def test_a_whole_pipeline_gives_the_same_image(sd3_folder):
+    from diffusers import StableDiffusion3Pipeline
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise = sample_noise(0, range(2), (4, 16, 24))
+    theirs = pipe(PROMPTS, negative_prompt=["snow", ""], num_inference_steps=4, guidance_scale=3.5, height=32, width=48,
+                  latents=noise, max_sequence_length=24, output_type="np").images
+    encoders = sample.load_text_encoders(sd3_folder, torch.device("cpu"))
+    cond, uncond = (sample.encode_text(encoders, p, 24) for p in (PROMPTS, ["snow", ""]))
+    z = sample_flow(load_dit(sd3_folder), noise, time_grid(4, 1 / 3, twice=True), cond, uncond, 3.5)
+    ours = (load_base_vae(sd3_folder).decode(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert ours.shape == theirs.shape == (2, 32, 48, 3) and theirs.std() > 0.05
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_folder, tmp_path, capsys):
+    cpu, folder = torch.device("cpu"), tmp_path / "text"
+    sample.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
+    assert sorted(p.name for p in folder.iterdir()) == ["text_00000.safetensors", "text_00001.safetensors"]
+    stamp = (folder / "text_00000.safetensors").stat().st_mtime_ns
+    (folder / "text_00001.safetensors").unlink()                                                  # as if cut off
+    sample.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
+    assert (folder / "text_00000.safetensors").stat().st_mtime_ns == stamp
+    cache = sample.TextCache(folder)
+    assert set(cache.rows) == {"", "fox", "snow", "owl"}
+    encoders = sample.load_text_encoders(sd3_folder, cpu)
+    for ours, ref in zip(cache(["owl", "", "fox"]), sample.encode_text(encoders, ["owl", "", "fox"], 24)):
+        assert (ours - ref).abs().max() < 1e-6
+    sample.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=24)
+    assert "holds all 4 texts already" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no embedding of 'bear'"):
+        cache(["fox", "bear"])
+    with pytest.raises(SystemExit, match="24 T5 tokens; now .*, 16: give another --out"):
+        sample.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=16)
+    other = tmp_path / "other"
+    shutil.copytree(sd3_folder, other)
+    weights = other / "text_encoder_3" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
+    with pytest.raises(SystemExit, match="give another --out"):
+        sample.cache_text(other, ["owl"], folder, cpu, t5_tokens=24)
+    with pytest.raises(SystemExit, match="no text_"):
+        sample.TextCache(tmp_path)
