@@ -542,7 +542,7 @@ def load_base_vae(source):
     else:
         sd = import_kl(sd, where="state dict" if isinstance(source, dict) else source)
         cfg = dataclasses.replace(kl_config(sd), groups=config.get("norm_num_groups", 32))
-        sd.update(_pipeline_statistics(cfg, config))
+        sd.update(_pipeline_statistics(cfg, config, source))
         module = lambda: AutoencoderKL(cfg)                                      # noqa: E731
     with torch.device("meta"):
         vae = module()
@@ -550,14 +550,21 @@ def load_base_vae(source):
     return vae.float().eval()
 
 
-def _pipeline_statistics(cfg, config):
-    """Per-channel mean and std by which the pretrained pipeline normalises: (z - shift) * scale.
+def _pipeline_statistics(cfg, config, source):
+    """Per-channel mean and std by which the pretrained pipeline normalises: z -> (z - mean) / std.
 
-    From a diffusers config.json where there is one; a bare 16-channel file is taken for SD3's. VA-VAE's own are in a
-    file of their own (latents_stats.pt), so they start as 0 and 1.
+    From a diffusers config.json, or VA-VAE's latents_stats.pt, beside the weights. A bare 16-channel file is taken for
+    SD3's; another one without its statistics gets 0 and 1, and says so: a DiT that was trained on it expects the real ones.
     """
+    path = Path("" if isinstance(source, dict) else source)
+    stats = (path if path.is_dir() else path.parent) / "latents_stats.pt"
+    if not isinstance(source, dict) and stats.exists():
+        return {k: v.float().flatten() for k, v in read_state_dict(stats).items() if k in ("mean", "std")}
     shift, scale = (0.0609, 1.5305) if cfg.C == 16 and not cfg.quant else (0.0, 1.0)
     shift, scale = config.get("shift_factor") or shift, config.get("scaling_factor") or scale
+    if (shift, scale) == (0.0, 1.0) and not isinstance(source, dict):
+        print(f"{source}: no latents_stats.pt beside it; its latents stay as they are. Put that file of the pretrained "
+              "LightningDiT there to warm-start from it")
     return {"mean": torch.full((cfg.C,), shift), "std": torch.full((cfg.C,), 1 / scale)}
 
 
@@ -583,14 +590,13 @@ DROPPED = {                  # first components of keys that a base VAE checkpoi
     "text_encoders": "the text encoders in an SD3 single-file checkpoint",
 }
 
-# diffusers' names of the same layers -> the original ones, applied in this order; the last four are old spellings
-DIFFUSERS = (("down_blocks.", "down."), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
-             ("mid_block.attentions.0.", "mid.attn_1."), ("mid_block.resnets.0", "mid.block_1"),
-             ("mid_block.resnets.1", "mid.block_2"), ("resnets.", "block."), ("downsamplers.0.", "downsample."),
-             ("upsamplers.0.", "upsample."), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
-             ("to_q.", "q."), ("to_k.", "k."), ("to_v.", "v."), ("to_out.0.", "proj_out."),
-             ("attn_1.query.", "attn_1.q."), ("attn_1.key.", "attn_1.k."), ("attn_1.value.", "attn_1.v."),
-             ("proj_attn.", "proj_out."))
+# diffusers' names of the same layers, the original ones; the last four are diffusers' own old spellings
+DIFFUSERS = ((".down_blocks.", ".down."), (".mid_block.attentions.0.group_norm.", ".mid.attn_1.norm."),
+             (".mid_block.attentions.0.", ".mid.attn_1."), (".mid_block.resnets.0.", ".mid.block_1."),
+             (".mid_block.resnets.1.", ".mid.block_2."), (".resnets.", ".block."), (".downsamplers.0.", ".downsample."),
+             (".upsamplers.0.", ".upsample."), (".conv_shortcut.", ".nin_shortcut."), (".conv_norm_out.", ".norm_out."),
+             (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."),
+             (".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."))
 
 
 def import_kl(sd, where="state dict"):
@@ -614,6 +620,29 @@ def import_kl(sd, where="state dict"):
         k = parts.get(part, "") + k.removeprefix(part)
         ours[k.replace(".downsample.", ".resample.").replace(".upsample.", ".resample.")] = v
     return ours
+
+
+def export_kl(vae, diffusers=False):
+    """Our AutoencoderKL -> original names (VA-VAE, SD3 without its prefix), or diffusers'; without the statistics."""
+    stem, cfg = (1, vae.cfg) if vae.cfg.quant else (0, vae.cfg)
+    parts = {"to_moments.0.": "encoder.conv_out.", "to_moments.1.": "quant_conv.", "from_latent.0.": "post_quant_conv.",
+             f"from_latent.{stem}.": "decoder.conv_in."}
+    theirs = {}
+    for k, v in vae.state_dict().items():
+        if k in ("mean", "std"):
+            continue
+        part = next((p for p in parts if k.startswith(p)), "")
+        k = parts.get(part, "") + k.removeprefix(part)
+        k = k.replace(".resample.", ".downsample." if k.startswith("encoder.") else ".upsample.")
+        if diffusers:
+            for new, old in DIFFUSERS[:-4]:
+                k = k.replace(old, new)
+            if k.startswith("decoder.up."):
+                _, _, i, rest = k.split(".", 3)
+                k = f"decoder.up_blocks.{len(cfg.ch_mult) - 1 - int(i)}.{rest}"
+            v = v[:, :, 0, 0] if ".attentions." in k and v.ndim == 4 else v
+        theirs[k] = v
+    return theirs
 
 
 def _from_diffusers(sd):

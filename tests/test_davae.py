@@ -13,7 +13,8 @@ from PIL import Image
 import common
 import davae
 import train_vae
-from davae import DAVAE, AutoencoderKL, DownBlock, KLConfig, Posterior, UpBlock, align_loss, group_mean, half, load_base_vae
+from davae import (DAVAE, AutoencoderKL, DownBlock, KLConfig, Posterior, UpBlock, align_loss, export_kl, group_mean, half,
+                   load_base_vae)
 
 FULL_SIZE = json.loads((Path(__file__).parent / "fixtures" / "full_size_keys.json").read_text())
 
@@ -278,6 +279,35 @@ def test_sd3_vae_equals_diffusers(old_names, tmp_path):
 def test_full_size_checkpoints_fit_without_a_key_missing_or_left(name, count, f):
     vae = load_base_vae({k: torch.empty(shape, device="meta") for k, shape in FULL_SIZE[name].items()})
     assert sum(p.numel() for p in vae.parameters()) == count and vae.f == f
+    back = export_kl(vae, diffusers="diffusers" in name)
+    prefix = "first_stage_model." if "single" in name else ""
+    assert {prefix + k: list(v.shape) for k, v in back.items()} == FULL_SIZE[name]
+
+
+def test_export_of_a_vae_is_the_file_it_came_from(golden, tmp_path):
+    weights, _, _ = golden("vavae_style")
+    back = export_kl(load_base_vae(weights))
+    assert back.keys() == weights.keys() and all(torch.equal(back[k], weights[k].float()) for k in weights)
+    train_vae.import_torchvision()
+    from diffusers import AutoencoderKL as Theirs
+    theirs = Theirs(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=16,
+                    up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False).state_dict()
+    back = export_kl(load_base_vae(theirs), diffusers=True)
+    assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
+
+
+def test_va_vaes_latent_statistics_are_read_from_the_file_beside_it_and_missed_aloud(golden, tmp_path, capsys):
+    weights, t, _ = golden("vavae_style")
+    torch.save({"state_dict": weights}, tmp_path / "vavae.pt")
+    plain = load_base_vae(tmp_path / "vavae.pt")
+    assert "no latents_stats.pt beside it" in capsys.readouterr().out
+    mean, std = torch.randn(1, 8, 1, 1), torch.rand(1, 8, 1, 1) + 0.5
+    torch.save({"mean": mean, "std": std}, tmp_path / "latents_stats.pt")
+    vae = load_base_vae(tmp_path / "vavae.pt")
+    assert capsys.readouterr().out == ""
+    with torch.no_grad():
+        assert torch.allclose(vae.encode(t["in/image"]), (plain.encode(t["in/image"]) - mean) / std, atol=1e-5)
+        assert torch.allclose(vae.decode((t["in/latent"] - mean) / std), plain.decode(t["in/latent"]), atol=1e-4)
 
 
 def test_davae_of_the_full_size_bases_has_the_papers_shapes():

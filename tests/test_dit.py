@@ -1,5 +1,7 @@
 """dit.py against recorded outputs of the original LightningDiT, and the claims of the warm start."""
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -563,3 +565,27 @@ def test_a_lora_checkpoint_folder_finds_its_frozen_weights_beside_it(stock, tmp_
     again = load_dit(tmp_path / "step_000001")
     assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
     assert torch.equal(again(*text_inputs(channels=10)), model(*text_inputs(channels=10)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "bfloat16.safetensors"])
+def test_a_file_is_never_in_memory_twice(kind, tmp_path):
+    with torch.device("meta"):
+        model = dit.MMDiT(dit.MMDiTConfig(E=320, depth=10, A=5, dual=5, pos_size=48))
+    model.load_state_dict({k: torch.randn(v.shape) for k, v in model.state_dict().items()}, assign=True)
+    dtype, file = torch.bfloat16 if "b" in kind else torch.float32, tmp_path / f"model.{kind}"
+    sd = {k: v.to(dtype).contiguous() for k, v in dit.export_sd3(model).items()}
+    torch.save(sd, file) if kind == "pt" else save_file(sd, file)
+    code = f"""if True:
+        import threading, time, torch, dit
+        anonymous = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+        before, peak = anonymous(), [0.0]
+        def watch():
+            while peak[-1] >= 0: peak.append(anonymous()); time.sleep(0.002)
+        thread = threading.Thread(target=watch); thread.start()
+        model = dit.load_dit({str(file)!r})
+        seen = max(peak); peak.append(-1.0); thread.join()
+        print(seen - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    size = sum(v.numel() for v in sd.values()) * 4 / 2**20                       # in float32, as it is held
+    assert size > 100 and float(done.stdout) < 1.25 * size

@@ -87,6 +87,31 @@ def test_three_channel_guidance_equals_the_original_code(golden):
     assert ((v - guided_velocity(model, x, time, (y,), (null,), config["cfg_scale"])[0]).abs().max()) > 0.1     # all channels differ
 
 
+@torch.no_grad()
+def test_guidance_interval_equals_the_original_code(golden):
+    """Its batch is doubled and it only skips the sum, not the work: outside the interval the result is conditional."""
+    weights, t, config = golden("lightningdit_qknorm")
+    model, n = load_dit(weights), len(t["in/x"]) // 2
+    x, y, now = t["in/x"][:n], t["in/y"][:n], t["in/t_cfg"][0].item()
+    null, ts = torch.full_like(y, config["num_classes"]), [now, now + 1.0]       # one Euler step of length 1: x + v
+    for start, name in ((now - 0.01, "cfg_interval_active"), (now + 0.01, "cfg_interval_cond_only")):
+        v = sample_flow(model, x, ts, (y,), (null,), config["cfg_scale"], (start, 1.0), channels=3) - x
+        assert (v - t[f"out/{name}"][:n]).abs().max() / t[f"out/{name}"].abs().max().clamp(min=1) < 5e-6, name
+
+
+def test_euler_on_sd3s_grid_follows_the_recorded_trajectory(golden):
+    """v = 0.7 x + 0.3 sigma in SD3's direction, 28 steps, recorded from diffusers' scheduler."""
+    _, t, _ = golden("flow_match_euler")
+    for steps in (4, 28, 30, 40, 50):
+        assert np.abs(1 - t[f"out/sigmas_shift3_{steps}"].double().numpy() - time_grid(steps, 1 / 3, twice=True)).max() < 1e-6
+    for steps in (28, 30):
+        assert np.abs(1 - t[f"out/sigmas_shift3_custom_{steps}"].double().numpy() - time_grid(steps, 1 / 3)).max() < 1e-6
+    ts = time_grid(28, 1 / 3, twice=True)
+    for n in (1, 14, 28):
+        x = sample_flow(lambda x, t: -(0.7 * x + 0.3 * (1 - t[0].float())), t["in/x0"], ts[:n + 1], ())
+        assert (x - t[f"out/x_after_{n}"]).abs().max() < 1e-5
+
+
 def test_noise_of_a_sample_depends_on_seed_and_index_only():
     alone = sample_noise(3, [7], (4, 2, 2))[0]
     assert torch.equal(sample_noise(3, range(10), (4, 2, 2))[7], alone)
