@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,8 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -116,7 +116,6 @@ PRESETS = {
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps", "cooldown", "clip",
               "checkpointing", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}     # on resume
-
 # ---------------------------------------------------------------- the method
 
 
@@ -139,6 +138,8 @@ def draw_time(B, weighting, device):
     u = torch.sigmoid(torch.randn(B, device=device))
     if weighting == "paper":
         return u, torch.ones_like(u)
+    if weighting != "sigma":
+        raise SystemExit(f"--weighting={weighting!r}: wanted paper or sigma")
     s = torch.linspace(1, 1 - sample.shift_time(0.999, 1 / 3), 1000, device=device)[(1000 * u).long().clamp_max(999)]
     sigma = 4 * s / (1 + 3 * s)
     return 1 - sigma, sigma.square() * ((1 - sigma) / sigma).clamp_max(5)
@@ -149,8 +150,8 @@ def flow_loss(model, z_all, cond, C, w, cosine=1.0, weighting="paper"):
 
     mse    = (C * base + w * D * detail) / (C + w * D): the weighted mean over channels of (v - v*)^2
     loss   = mse + cosine * mean over positions of 1 - cos(v, v*), the cosine over all C + D channels, unweighted
-    z_all: (B, C+D, h, w); cond: what the model takes after z_all and t, a tuple of (B, ...): labels, or text tokens and
-    pooled text; weighting: see `draw_time`.   returns (loss, base, detail), () float32, the halves detached, unweighted.
+    z_all: (B, C+D, h, w); cond: a tuple of (B, ...), labels, or text tokens and pooled text; weighting: see `draw_time`
+    returns (loss, base, detail), () float32, the halves detached and unweighted.
     Differs from the paper, like the authors' code: w(n) scales the squared error only, so details learn from step 0.
     """
     D = z_all.shape[1] - C
@@ -189,53 +190,70 @@ def warm_start_difference(base, model, z, cond):
 # ---------------------------------------------------------------- latents
 
 
-def latent_source(vae, train_set, cfg, device, rank):
-    """A function (start, rank, world) -> endless (z_all (b, C+D, h, w), y (b,)) batches, from a cache or encoded as we go."""
+SHARD = 1024                                       # images per file of cached latents
+
+
+def latent_source(vae, train_set, cfg, device, rank, world):
+    """A function start -> endless (z_all (b, C+D, h, w), y (b,)) batches of this rank, from a cache or encoded as we go."""
     channels = vae.C + cfg.D
 
     def encode(x):
         return vae.encode(data.to_tensor(x).to(device), sample=cfg.detail_sample)
 
-    if not cfg.cache:
-        def stream(start, rank, world):
-            for x, y in data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip):
-                yield encode(x)[:, :channels], y.to(device)
-        return stream
-    path = cache_file(vae, train_set, cfg)
-    if rank == 0 and not path.exists():
-        write_cache(path, encode, train_set, cfg)
-    common.wait_for_all()
-    with safe_open(path, "pt", device=str(device)) as f:
-        latents, labels = f.get_tensor("latents")[:, :, :channels], f.get_tensor("labels")    # (orientations, images, ...)
+    def encoded(start):
+        for x, y in data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip):
+            yield encode(x)[:, :channels], y.to(device)
 
-    def stream(start, rank, world):
+    def cached(start):
         for step in itertools.count(start):
-            k, flipped = data.batch_plan(len(labels), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
-            yield latents[flipped.astype(int), k].float(), labels[k]
-    return stream
+            k, flipped = data.batch_plan(len(train_set), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
+            rows = [(shards[i // SHARD], int(flip), i % SHARD) for i, flip in zip(k.tolist(), flipped)]
+            z_all = torch.stack([shard["latents"][flip, i, :channels] for shard, flip, i in rows])
+            yield z_all.to(device).float(), torch.stack([shard["labels"][i] for shard, _, i in rows]).to(device)
+
+    if not cfg.cache:
+        return encoded
+    folder = cache_folder(vae, train_set, cfg)
+    write_cache(folder, vae, encode, train_set, cfg, rank, world)
+    common.wait_for_all()
+    shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]       # mapped: read as they are used
+    return cached
 
 
-def cache_file(vae, train_set, cfg):
-    """<vae or out>/latents-<hash>.safetensors; the hash covers the VAE's weights and all that fixes the images."""
+def cache_folder(vae, train_set, cfg):
+    """<vae or out>/latents-<hash>; the hash covers the VAE's weights and all that fixes the images and their labels."""
     digest = hashlib.sha256(json.dumps([cfg.data_dir, cfg.image_size, len(train_set), cfg.seed * (cfg.data_dir == "procedural"),
                                         cfg.flip, cfg.detail_sample, bool(cfg.text)]).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     folder = Path(cfg.vae) if Path(cfg.vae).is_dir() and common.checkpoints(cfg.vae) else Path(cfg.out)
-    return folder / f"latents-{digest.hexdigest()[:12]}.safetensors"
+    return folder / f"latents-{digest.hexdigest()[:12]}"
 
 
-def write_cache(path, encode, train_set, cfg):
-    """Encode every image, and its mirror image with cfg.flip, to half precision: `latents` (1 or 2, n, C+D, h, w), `labels`."""
-    index, encoded, labels = range(len(train_set)), [[], []][:1 + cfg.flip], []
-    for k in tqdm(range(0, len(index), 64), desc=f"encoding {path}", mininterval=1):
-        x, y = data.stack(train_set, index[k:k + 64])
-        labels.append(y)
-        for flipped, part in enumerate(encoded):
-            part.append(encode(x.flip(2) if flipped else x).half().cpu())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": torch.stack([torch.cat(part) for part in encoded]), "labels": torch.cat(labels)}, f"{path}.tmp")
-    Path(f"{path}.tmp").replace(path)
+def write_cache(folder, vae, encode, train_set, cfg, rank, world):
+    """Encode the shards that are not there yet, each rank its own: `latents` (1 or 2, n, C+D, h, w) half, `labels` (n,).
+
+    The second orientation, with cfg.flip, is the mirror image.   raises: SystemExit if the disk is too small.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {n: folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))}
+    missing = [n for n in files if not files[n].exists()]
+    images = min(SHARD * len(missing), len(train_set))
+    size = images * (vae.C + vae.D) * (cfg.image_size // vae.f) ** 2 * 2 * (1 + cfg.flip)
+    if size > (free := shutil.disk_usage(folder).free):
+        raise SystemExit(f"{folder}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB of latents to write; give --cache=False")
+    if missing and rank == 0:
+        print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; {free / 1e9:.0f} GB free")
+    for n in tqdm([n for n in missing if n % world == rank], desc="encoding", disable=rank > 0, mininterval=1):
+        encoded, labels = [[], []][:1 + cfg.flip], []
+        for k in range(n * SHARD, min((n + 1) * SHARD, len(train_set)), 64):
+            x, y = data.stack(train_set, range(k, min(k + 64, (n + 1) * SHARD, len(train_set))))
+            labels.append(y)
+            for flipped, part in enumerate(encoded):
+                part.append(encode(x.flip(2) if flipped else x).half().cpu())
+        temporary = files[n].with_suffix(f".tmp{rank}")
+        save_file({"latents": torch.stack([torch.cat(part) for part in encoded]), "labels": torch.cat(labels)}, temporary)
+        temporary.replace(files[n])
 
 
 # ---------------------------------------------------------------- set-up
@@ -277,9 +295,7 @@ def initial_dit(cfg, vae, num_classes):
 
 class Conditioner:
     """What a model takes after z_all and t, given y: (labels,), or the text embeddings of the captions of images y.
-
-    With probability p a label becomes the null class, a caption "". Makes a captioned data set's labels its image numbers.
-    """
+    With probability p a label becomes the null class, a caption "". Makes a captioned data set's labels its image numbers."""
 
     def __init__(self, dit, train_set, cfg, device, rank):
         self.dit, self.captions, self.text = dit, train_set.captions, None
@@ -331,23 +347,6 @@ def save_samples(ema, vae, cfg, config, step, text):
     for name, x in {"samples": images, "samples_base_only": base}.items() if cfg.D else [("samples", images)]:
         for file in (f"{name}_{step:06d}.png", f"{name}.png"):
             data.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
-
-
-def final_table(cfg):
-    """The stages behind this run, in the order they were trained, as aligned lines."""
-    base_vae = common.read_config(common.checkpoints(cfg.vae)[-1])["config"]["base"] if common.checkpoints(cfg.vae) else ""
-    runs = [base_vae, cfg.vae, cfg.base, cfg.out]
-    print(f"\n{'stage':<12}{'folder':<22}{'steps':>8}{'seconds':>9}  result")
-    for run in runs:
-        if not run or not (Path(run) / "summary.json").exists():
-            continue
-        s = json.loads((Path(run) / "summary.json").read_text())
-        if "psnr" in s:
-            result = f"{s['psnr']:.2f} dB" + (f", base only {s['psnr_base']:.2f} dB" if s['stage'] == 'DA-VAE' else "")
-        else:
-            result = f"loss base {s['base']:.3f}"
-            result += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
-        print(f"{s['stage']:<12}{run:<22}{s['steps']:>8}{s['seconds']:>9.0f}  {result}")
 
 
 def dry_run(cfg):
@@ -438,7 +437,7 @@ def main(cfg):
             frozen = {k: v for k, v in dit.state_dict().items() if k not in trained}
             common.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
     share_frozen(dit, ema)
-    stream = latent_source(vae, train_set, cfg, device, rank)(start, rank, world)
+    stream = latent_source(vae, train_set, cfg, device, rank, world)(start)
     log = common.Log(cfg.out, rank, start, cfg.steps)
 
     def save(step):
@@ -490,7 +489,7 @@ def main(cfg):
     if rank == 0:
         train_vae.plot_losses(cfg.out)
         common.write_json(summary_file, summary)
-        final_table(cfg)
+        train_vae.final_table([cfg.vae, cfg.base, cfg.out])
         pictures = sorted(p.name for p in Path(cfg.out).glob("*.png") if not p.stem[-6:].isdigit())
         print(f"\npictures in {cfg.out}: {', '.join(pictures)}\nnext: python sample.py {cfg.out}; python evaluate.py {cfg.out}")
     return summary

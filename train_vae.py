@@ -352,6 +352,23 @@ def plot_losses(out):
     plt.close(figure)
 
 
+def final_table(runs):
+    """Print the summaries of runs of this script or finetune.py, and of a DA-VAE's base before it, one aligned line each."""
+    bases = {run: common.read_config(common.checkpoints(run)[-1])["config"]["base"] for run in runs if common.checkpoints(run)}
+    runs = [name for run in runs for name in dict.fromkeys([bases.get(run, ""), run]) if name not in runs or name == run]
+    print(f"\n{'stage':<12}{'folder':<22}{'steps':>8}{'seconds':>9}  result")
+    for run in runs:
+        if not run or not (Path(run) / "summary.json").exists():
+            continue
+        s = json.loads((Path(run) / "summary.json").read_text())
+        if "psnr" in s:
+            result = f"{s['psnr']:.2f} dB" + (f", base only {s['psnr_base']:.2f} dB" if s['stage'] == 'DA-VAE' else "")
+        else:
+            result = f"loss base {s['base']:.3f}"
+            result += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
+        print(f"{s['stage']:<12}{run:<22}{s['steps']:>8}{s['seconds']:>9.0f}  {result}")
+
+
 # ---------------------------------------------------------------- the loop
 
 

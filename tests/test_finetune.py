@@ -166,7 +166,7 @@ def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision
     vae = load_davae(tiny_vae)
     cfg = config(tiny_vae, tiny_base, tmp_path, flip=True)
     train_set = finetune.data.open_dataset("procedural", 64, 64, 0)
-    streams = [finetune.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0)(5, 0, 1) for c in (True, False)]
+    streams = [finetune.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0, 1)(5) for c in (True, False)]
     for _ in range(3):
         (z, y), (z2, y2) = (next(s) for s in streams)
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
