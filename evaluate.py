@@ -189,7 +189,7 @@ def train_probe(path, size, steps=200):
 def feature_network(cfg, run, size, procedural, device="cpu"):
     """(name, function (B, 3, H, W) in [-1, 1] -> features (B, d), logits (B, classes)); the name goes before every distance.
 
-    SqueezeNet: the last map, each position scaled to unit length as in LPIPS, averaged over positions; no logits, (B, 0).
+    SqueezeNet: the last map, each position scaled to one length as in LPIPS (mean square 1), then averaged; logits (B, 0).
     Inception: torch-fidelity's, pool3 and the logits without bias, of images rounded to uint8.
     """
     kind = cfg.features
@@ -205,7 +205,7 @@ def feature_network(cfg, run, size, procedural, device="cpu"):
         net = make_lpips("squeeze", cfg.lpips_trunk).to(device)
 
         def squeeze(x):
-            pooled = F.normalize(net.net(net.scaling_layer(x))[-1], dim=1).mean(dim=(2, 3))
+            pooled = F.normalize(net.net(net.scaling_layer(x))[-1], dim=1).mean(dim=(2, 3)) * 512**0.5
             return pooled, pooled[:, :0]
         return "SqueezeNet", squeeze
     if kind != "inception" or not cfg.inception_weights:
@@ -347,7 +347,7 @@ def timebins(run):
     if run.dit is None or "context" in run.config["model"] or run.classes != run.config["classes"]:
         raise SystemExit(f"{run.cfg.run}: wanted a class-conditional run of finetune.py, and held-out images of its classes")
     table = loss_by_time(run.dit, run.z_all.to(run.device), [run.y.to(run.device)], run.vae.C).T.tolist()
-    curves = {k: [[i / 10 + 0.05 for i in range(10)], values] for k, values in zip(("base", "detail"), table)}
+    curves = {k: [[(2 * i + 1) / 20 for i in range(10)], values] for k, values in zip(("base", "detail"), table)}
     return {"panels": [("time t, bins of 0.1 (0: noise, 1: data)", "mean (v - v*)^2", "o-", curves)]}
 
 

@@ -120,6 +120,23 @@ def test_squeezenet_features_are_named_for_what_they_are(tiny_run, tmp_path, sha
     assert set(entry["reconstruction"]["DA-VAE"]) == {"psnr", "ssim", "lpips", "images", "positions"}
 
 
+def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_position(monkeypatch):
+    maps = torch.rand(2, 512, 3, 3)
+
+    class Fake(torch.nn.Module):
+        def scaling_layer(self, x):
+            return x
+
+        def net(self, x):
+            return [None, maps * x]
+    monkeypatch.setattr(evaluate, "make_lpips", lambda *args: Fake())
+    _, network = evaluate.feature_network(evaluate.Config(features="squeeze"), "", 64, procedural=False)
+    (a, logits), (b, _) = network(torch.ones(2, 1, 3, 3)), network(torch.arange(1.0, 10).view(1, 1, 3, 3))
+    assert torch.allclose(a, b, rtol=1e-5) and logits.shape == (2, 0)
+    maps = torch.ones(2, 512, 3, 3)
+    assert torch.allclose(network(torch.full((2, 1, 3, 3), 7.0))[0], torch.ones(2, 512))       # mean square over channels: 1
+
+
 def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
     train_vae.import_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
