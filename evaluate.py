@@ -257,17 +257,17 @@ def generation(run, real, settings):
     settings.update(features=name, reference=f"{count or ''} images of {cfg.reference or cfg.data_dir or 'procedural'}".strip())
     parts, table, fd = {}, {}, "FD" if name != "Inception" else "FID-50k" if cfg.n >= 50_000 else f"FID@{cfg.n}"
 
+    text = sample.text_of(cfg, run.config, settings, Path(cfg.run), 0, device)
     def look(row, x):
         parts.setdefault(row, []).append(features_of(network, [x], device))
 
     for k in tqdm(range(0, cfg.n, cfg.batch_size), desc="sampling", mininterval=1):
-        full, base = sample.generate(run.dit, vae, range(k, min(k + cfg.batch_size, cfg.n)), settings)
+        full, base = sample.generate(run.dit, vae, range(k, min(k + cfg.batch_size, cfg.n)), settings, text)
         look("samples", full if full.shape[-1] == real.shape[-1] else double(full))
         if run.dit.cfg.D:
             look("same latents, base only, doubled", double(base))
     for x in real.split(10) if run.dit.cfg.D else ():
         look("round trip of the real images", reconstruct(vae, x.to(device))[1])
-    labels = sample.sample_labels(range(cfg.n), settings["classes"])
     for row, pairs in parts.items():
         f, logits = (torch.cat(p) for p in zip(*pairs))
         table[row] = {f"{name}-{fd}": frechet_distance(moments(f), reference)}
@@ -278,6 +278,7 @@ def generation(run, real, settings):
         if name == "Probe":
             table[row]["judged sharp"] = (network.sharp(f.to(device)) > 0).float().mean().item()
             if row != "round trip of the real images":
+                labels = sample.sample_labels(range(cfg.n), settings["classes"])
                 table[row]["class recognised"] = (logits.argmax(1) == labels).float().mean().item()
     return table
 

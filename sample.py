@@ -354,17 +354,22 @@ def text_for(folder, prompts, out, rank, device, t5_tokens=256):
     return TextCache(folder, device)
 
 
+def text_of(cfg, config, settings, out, rank, device):
+    """What `generate` takes as `text`: a TextCache of the prompts, or None for a model of classes."""
+    if "prompts" not in settings:
+        return None
+    own, prompts = config["config"], [*settings["prompts"], settings["negative"]]
+    return text_for(cfg.text or own["text"], prompts, out, rank, device, own["t5_tokens"])
+
+
 def main(cfg):
     """Draw cfg.n images into a folder.  Returns that folder."""
     rank, world, device = common.setup(cfg.device)
     checkpoint = common.latest_checkpoint(cfg.run)
     config, out, text = common.read_config(checkpoint), Path(cfg.out or Path(cfg.run) / "samples"), None
-    if config.get("script") == "finetune.py":
+    if config.get("script") == "finetune.py":      # texts before the transformer: T5 is the larger of the two
         settings = settings_of(cfg, config, checkpoint)
-        if "prompts" in settings:                  # before the transformer is loaded: T5 is the larger one
-            own = config["config"]
-            prompts = [*settings["prompts"], settings["negative"]]
-            text = text_for(cfg.text or own["text"], prompts, out, rank, device, own["t5_tokens"])
+        text = text_of(cfg, config, settings, out, rank, device)
     dit, vae, config = load_run(cfg.run, cfg.weights, device)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():

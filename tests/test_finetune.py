@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
+import evaluate
 import finetune
 import sample
 from davae import load_davae
@@ -284,6 +285,11 @@ def test_sd3_goes_from_captions_to_a_folder_that_diffusers_loads(sd3_folder, tmp
         sample.main(replace(drawn, text="", out=str(tmp_path / "other")))
     with pytest.raises(SystemExit, match="32x44 pixels: both must be multiples of 8"):
         sample.main(replace(drawn, width=44, out=str(tmp_path / "other2")))
+
+    entry = evaluate.main(evaluate.Config(run=cfg.out, data_dir=str(folder), images=4, n=2, batch_size=2, steps=2, features="none"))
+    assert entry["reconstruction"]["DA-VAE"]["images"] == 4 and entry["generation"] == {}
+    with pytest.raises(SystemExit, match="wanted a class-conditional run"):
+        evaluate.analyse("timebins", evaluate.Config(run=cfg.out, data_dir=str(folder), images=4))
 
     sample.main_export(sample.ExportConfig(run=cfg.out, out=str(tmp_path / "exported"), weights="model"))
     theirs = SD3Transformer2DModel.from_pretrained(tmp_path / "exported" / "transformer").eval()
