@@ -1,0 +1,149 @@
+"""Each kernel against its specification evaluated in float64: on the GPU where there is one, else in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in a process of their own, started by the one
+test of this file that an ordinary session runs. By hand: TRITON_INTERPRET=1 pytest tests/test_kernels.py
+"""
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py"))
+ROUNDING = 2**-8        # one unit in bfloat16's last place: the interpreter truncates where the GPU rounds to the nearest
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+if not INTERPRETED:
+    def test_all_kernels_pass_in_the_interpreter():
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))], cwd=ROOT,
+                              env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_importing_the_kernels_does_not_import_triton():
+        code = f"import sys; {'; '.join(f'import kernels.{op}' for op in OPS)}; print('triton' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- inputs, by kernel: name -> (op, ref, inputs)
+
+
+def randn(*shape, dtype, device, seed=0):
+    """The same values for every dtype and device, up to rounding."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def norm_modulate(B, L, E, rms=True, residual=True, transposed=False, **like):
+    x, y = (randn(L, B, E, seed=i, **like).transpose(0, 1) if transposed else randn(B, L, E, seed=i, **like) for i in (1, 2))
+    shift, scale, gate, *_ = randn(B, 6 * E, seed=3, **like).chunk(6, dim=-1)
+    weight = randn(E, seed=4, **like) + 1
+    return [x, shift, scale, weight if rms else None, *([y, gate] if residual else [None, None])]
+
+
+MAKE = {"norm_modulate": norm_modulate}
+NO_GRAD = {}                  # positions of the inputs that are tables
+CASES = [
+    ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
+    ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
+    ("norm_modulate", dict(B=2, L=7, E=40, rms=False)),
+    ("norm_modulate", dict(B=2, L=7, E=64, residual=False)),
+    ("norm_modulate", dict(B=2, L=3, E=24, rms=False, residual=False)),
+]
+REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
+    "norm_modulate": ("norm_modulate", lambda *args: args),
+}
+TINY = [
+    ("norm_modulate", dict(B=2, L=3, E=5)),
+    ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
+]
+
+
+def name(case):
+    return case[0] + "-" + "-".join(f"{k}{v}" for k, v in case[1].items())
+
+
+def both(op):
+    module = importlib.import_module(f"kernels.{op}")
+    return getattr(module, op), getattr(module, op + "_ref")
+
+
+def run(f, op, inputs, dtype=None):
+    """[outputs, gradients of every input that has one]; the gradients of the outputs are fixed, and not contiguous."""
+    inputs = [t if t is None else t.detach() if dtype is None else t.detach().to(dtype) for t in inputs]
+    leaves = [t.requires_grad_() for i, t in enumerate(inputs) if t is not None and i not in NO_GRAD.get(op, ())]
+    outputs = f(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    douts = [randn(*o.shape[::-1], dtype=o.dtype, device=o.device, seed=9 + i).permute(*range(o.dim() - 1, -1, -1))
+             for i, o in enumerate(outputs)]
+    return [t.detach() for t in (*outputs, *torch.autograd.grad(outputs, leaves, douts))]
+
+
+def errors(results, truth):
+    assert len(results) == len(truth)
+    return [((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in zip(results, truth)]
+
+
+# ---------------------------------------------------------------- the claims
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_float32_forward_and_every_gradient_are_within_1e_6_of_the_specification_in_float64(case, device):
+    op, sizes = case
+    kernel, ref = both(op)
+    inputs = MAKE[op](**sizes, dtype=torch.float32, device=device)
+    results = run(kernel, op, inputs)
+    assert {r.dtype for r in results} == {torch.float32}
+    assert max(errors(results, run(ref, op, inputs, torch.float64))) <= 1e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_bfloat16_is_at_most_twice_as_wrong_as_plain_pytorch_in_bfloat16(case, device):
+    op, sizes = case
+    kernel, ref = both(op)
+    inputs = MAKE[op](**sizes, dtype=torch.bfloat16, device=device)
+    results, plain = run(kernel, op, inputs), run(ref, op, inputs)
+    assert [r.dtype for r in results] == [r.dtype for r in plain]
+    truth = run(ref, op, inputs, torch.float64)
+    for ours, theirs in zip(errors(results, truth), errors(plain, truth)):
+        assert ours <= 2 * theirs + ROUNDING
+
+
+@pytest.mark.parametrize("case", TINY, ids=name)
+def test_gradcheck_in_float64(case, device):
+    op, sizes = case
+    inputs = MAKE[op](**sizes, dtype=torch.float64, device=device)
+    inputs = [t.detach().requires_grad_(i not in NO_GRAD.get(op, ())) if t is not None else t for i, t in enumerate(inputs)]
+    assert torch.autograd.gradcheck(both(op)[0], inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
+    sizes = dict(CASES)[op]                        # the last case of each kernel
+    inputs = MAKE[op](**sizes, dtype=torch.float32, device=device)
+    inputs = [t if t is None or i in NO_GRAD.get(op, ()) else t.detach().requires_grad_() for i, t in enumerate(inputs)]
+    both(op)                                       # registers the operator
+    operator, args = REGISTERED[op]
+    torch.library.opcheck(getattr(torch.ops.davae, operator), args(*inputs))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_ref_turns_triton_off(op, device, monkeypatch):
+    kernel, ref = both(op)
+    inputs = MAKE[op](**dict(CASES)[op], dtype=torch.float32, device=device)
+    monkeypatch.setattr(importlib.import_module("kernels").jit, "__getitem__", lambda *_: pytest.fail("Triton was launched"))
+    monkeypatch.setenv("KERNELS", "ref")
+    assert all(map(torch.equal, run(kernel, op, inputs), run(ref, op, inputs)))
+
+
+def test_every_kernel_has_cases():
+    assert set(OPS) == {op for op, _ in CASES} == {op for op, _ in TINY} == set(REGISTERED)
