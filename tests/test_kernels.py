@@ -50,21 +50,33 @@ def norm_modulate(B, L, E, rms=True, residual=True, transposed=False, **like):
     return [x, shift, scale, weight if rms else None, *([y, gate] if residual else [None, None])]
 
 
-MAKE = {"norm_modulate": norm_modulate}
-NO_GRAD = {}                  # positions of the inputs that are tables
+def qknorm_rope(B, L, A, K, norm=True, spare=0, **like):
+    qkv = randn(B, L, 3, A, K + spare, seed=1, **like)[..., :K]
+    weights = [randn(K, seed=i, **like) + 1 for i in (2, 3)] if norm else [None, None]
+    angle = randn(L, K, seed=4, **like).to(torch.promote_types(like["dtype"], torch.float32))
+    return [qkv, *weights, angle.cos(), angle.sin()]
+
+
+MAKE = {"norm_modulate": norm_modulate, "qknorm_rope": qknorm_rope}
+NO_GRAD = {"qknorm_rope": (3, 4)}                  # positions of the inputs that are tables
 CASES = [
     ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("norm_modulate", dict(B=2, L=7, E=40, rms=False)),
     ("norm_modulate", dict(B=2, L=7, E=64, residual=False)),
     ("norm_modulate", dict(B=2, L=3, E=24, rms=False, residual=False)),
+    ("qknorm_rope", dict(B=2, L=9, A=3, K=72)),    # 9 tokens: one more than a program of the backward takes
+    ("qknorm_rope", dict(B=1, L=5, A=2, K=64, spare=8)),
+    ("qknorm_rope", dict(B=2, L=3, A=1, K=8, norm=False)),
 ]
 REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
     "norm_modulate": ("norm_modulate", lambda *args: args),
+    "qknorm_rope": ("norm_rope", lambda qkv, weight, _, cos, sin: (qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin)),
 }
 TINY = [
     ("norm_modulate", dict(B=2, L=3, E=5)),
     ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
+    ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
 ]
 
 
