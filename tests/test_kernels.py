@@ -57,8 +57,14 @@ def qknorm_rope(B, L, A, K, norm=True, spare=0, **like):
     return [qkv, *weights, angle.cos(), angle.sin()]
 
 
-MAKE = {"norm_modulate": norm_modulate, "qknorm_rope": qknorm_rope}
-NO_GRAD = {"qknorm_rope": (3, 4)}                  # positions of the inputs that are tables
+def groupnorm_silu(B, C, H, W, groups, offset=0, channels_last=True, **like):
+    x = randn(B, H, W, C, seed=1, **like).permute(0, 3, 1, 2) + offset
+    x = x if channels_last else x.contiguous()
+    return [x, randn(C, seed=2, **like) + 1, randn(C, seed=3, **like), groups]
+
+
+MAKE = {"norm_modulate": norm_modulate, "qknorm_rope": qknorm_rope, "groupnorm_silu": groupnorm_silu}
+NO_GRAD = {"qknorm_rope": (3, 4), "groupnorm_silu": (3,)}               # positions of tables and numbers
 CASES = [
     ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
@@ -68,15 +74,20 @@ CASES = [
     ("qknorm_rope", dict(B=2, L=9, A=3, K=72)),    # 9 tokens: one more than a program of the backward takes
     ("qknorm_rope", dict(B=1, L=5, A=2, K=64, spare=8)),
     ("qknorm_rope", dict(B=2, L=3, A=1, K=8, norm=False)),
+    ("groupnorm_silu", dict(B=2, C=96, H=25, W=21, groups=32)),            # 525 pixels: three runs of tiles, the last not full
+    ("groupnorm_silu", dict(B=1, C=64, H=5, W=3, groups=32, channels_last=False)),
+    ("groupnorm_silu", dict(B=2, C=6, H=3, W=4, groups=2)),
 ]
 REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
     "norm_modulate": ("norm_modulate", lambda *args: args),
     "qknorm_rope": ("norm_rope", lambda qkv, weight, _, cos, sin: (qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin)),
+    "groupnorm_silu": ("groupnorm_silu", lambda *args: args),
 }
 TINY = [
     ("norm_modulate", dict(B=2, L=3, E=5)),
     ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
     ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
+    ("groupnorm_silu", dict(B=1, C=4, H=2, W=3, groups=2)),
 ]
 
 
@@ -89,10 +100,16 @@ def both(op):
     return getattr(module, op), getattr(module, op + "_ref")
 
 
+def leaves_of(op, inputs, dtype=None):
+    """New tensors with the same values and strides, those that are not tables with requires_grad."""
+    return [t.detach().to(dtype or t.dtype).requires_grad_(i not in NO_GRAD.get(op, ())) if isinstance(t, torch.Tensor) else t
+            for i, t in enumerate(inputs)]
+
+
 def run(f, op, inputs, dtype=None):
     """[outputs, gradients of every input that has one]; the gradients of the outputs are fixed, and not contiguous."""
-    inputs = [t if t is None else t.detach() if dtype is None else t.detach().to(dtype) for t in inputs]
-    leaves = [t.requires_grad_() for i, t in enumerate(inputs) if t is not None and i not in NO_GRAD.get(op, ())]
+    inputs = leaves_of(op, inputs, dtype)
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
     outputs = f(*inputs)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     douts = [randn(*o.shape[::-1], dtype=o.dtype, device=o.device, seed=9 + i).permute(*range(o.dim() - 1, -1, -1))
@@ -133,16 +150,21 @@ def test_bfloat16_is_at_most_twice_as_wrong_as_plain_pytorch_in_bfloat16(case, d
 @pytest.mark.parametrize("case", TINY, ids=name)
 def test_gradcheck_in_float64(case, device):
     op, sizes = case
-    inputs = MAKE[op](**sizes, dtype=torch.float64, device=device)
-    inputs = [t.detach().requires_grad_(i not in NO_GRAD.get(op, ())) if t is not None else t for i, t in enumerate(inputs)]
+    inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float64, device=device))
     assert torch.autograd.gradcheck(both(op)[0], inputs, fast_mode=True)
+
+
+def test_groupnorm_statistics_do_not_cancel_where_the_mean_is_a_hundred_times_the_deviation(device):
+    kernel, ref = both("groupnorm_silu")
+    inputs = groupnorm_silu(B=1, C=32, H=9, W=60, groups=4, offset=100, dtype=torch.float32, device=device)
+    results, truth = (run(f, "groupnorm_silu", inputs, dtype) for f, dtype in ((kernel, None), (ref, torch.float64)))
+    assert max(errors(results, truth)) <= 2e-5     # half a unit of 100 in float32 is 4e-6 deviations; E[x^2] - mean^2 errs by 1e-3
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
     sizes = dict(CASES)[op]                        # the last case of each kernel
-    inputs = MAKE[op](**sizes, dtype=torch.float32, device=device)
-    inputs = [t if t is None or i in NO_GRAD.get(op, ()) else t.detach().requires_grad_() for i, t in enumerate(inputs)]
+    inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float32, device=device))
     both(op)                                       # registers the operator
     operator, args = REGISTERED[op]
     torch.library.opcheck(getattr(torch.ops.davae, operator), args(*inputs))
