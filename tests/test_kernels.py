@@ -63,7 +63,13 @@ def groupnorm_silu(B, C, H, W, groups, offset=0, channels_last=True, **like):
     return [x, randn(C, seed=2, **like) + 1, randn(C, seed=3, **like), groups]
 
 
-MAKE = {"norm_modulate": norm_modulate, "qknorm_rope": qknorm_rope, "groupnorm_silu": groupnorm_silu}
+def patch_embed(B, C, D, h, w, p, E, **like):
+    z, z_d = randn(B, C + D, h, w, seed=1, **like).split([C, D], dim=1)
+    weights = [randn(E, n, p, p, seed=2 + n, **like) for n in (C, D)]
+    return [z, z_d, *weights, randn(E, seed=4, **like), randn(1, h * w // p**2, E, seed=5, **like)]
+
+
+MAKE = dict(norm_modulate=norm_modulate, qknorm_rope=qknorm_rope, patch_embed=patch_embed, groupnorm_silu=groupnorm_silu)
 NO_GRAD = {"qknorm_rope": (3, 4), "groupnorm_silu": (3,)}               # positions of tables and numbers
 CASES = [
     ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
@@ -74,6 +80,8 @@ CASES = [
     ("qknorm_rope", dict(B=2, L=9, A=3, K=72)),    # 9 tokens: one more than a program of the backward takes
     ("qknorm_rope", dict(B=1, L=5, A=2, K=64, spare=8)),
     ("qknorm_rope", dict(B=2, L=3, A=1, K=8, norm=False)),
+    ("patch_embed", dict(B=2, C=5, D=19, h=9, w=10, p=1, E=72)),           # 90 tokens: the second tile is not full
+    ("patch_embed", dict(B=1, C=4, D=12, h=6, w=8, p=2, E=33)),
     ("groupnorm_silu", dict(B=2, C=96, H=25, W=21, groups=32)),            # 525 pixels: three runs of tiles, the last not full
     ("groupnorm_silu", dict(B=1, C=64, H=5, W=3, groups=32, channels_last=False)),
     ("groupnorm_silu", dict(B=2, C=6, H=3, W=4, groups=2)),
@@ -81,12 +89,14 @@ CASES = [
 REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
     "norm_modulate": ("norm_modulate", lambda *args: args),
     "qknorm_rope": ("norm_rope", lambda qkv, weight, _, cos, sin: (qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin)),
+    "patch_embed": ("patch_embed", lambda *args: args),
     "groupnorm_silu": ("groupnorm_silu", lambda *args: args),
 }
 TINY = [
     ("norm_modulate", dict(B=2, L=3, E=5)),
     ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
     ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
+    ("patch_embed", dict(B=1, C=2, D=3, h=2, w=4, p=2, E=3)),
     ("groupnorm_silu", dict(B=1, C=4, H=2, W=3, groups=2)),
 ]
 
