@@ -51,9 +51,11 @@ def _forward(Z, Z_D, WEIGHT, WEIGHT_NEW, BIAS, POS, OUT, L, w, zb, zc, zh, zw, d
     acc = tl.load(BIAS + e, e < E, 0.0).to(ACC) + tl.load(POS + token * E + e, inside, 0.0).to(ACC)
     for i in tl.static_range(P):
         for j in tl.static_range(P):
-            z = tl.load(Z + b * zb + (row + i) * zh + (column + j) * zw + c[None, :] * zc, (token < L) & (c[None, :] < C), 0.0)
+            pixel = Z + b * zb + (row + i) * zh + (column + j) * zw
+            z = tl.load(pixel + c[None, :] * zc, (token < L) & (c[None, :] < C), 0.0)
             weight = tl.load(WEIGHT + ((e * C + c[:, None]) * P + i) * P + j, (e < E) & (c[:, None] < C), 0.0)
-            z_d = tl.load(Z_D + b * db + (row + i) * dh + (column + j) * dw + d[None, :] * dc, (token < L) & (d[None, :] < D), 0.0)
+            pixel = Z_D + b * db + (row + i) * dh + (column + j) * dw
+            z_d = tl.load(pixel + d[None, :] * dc, (token < L) & (d[None, :] < D), 0.0)
             weight_new = tl.load(WEIGHT_NEW + ((e * D + d[:, None]) * P + i) * P + j, (e < E) & (d[:, None] < D), 0.0)
             if UPCAST:                             # tl.dot on bfloat16 is wrong in the interpreter
                 z, weight, z_d, weight_new = z.to(ACC), weight.to(ACC), z_d.to(ACC), weight_new.to(ACC)

@@ -69,9 +69,19 @@ def patch_embed(B, C, D, h, w, p, E, **like):
     return [z, z_d, *weights, randn(E, seed=4, **like), randn(1, h * w // p**2, E, seed=5, **like)]
 
 
-MAKE = dict(norm_modulate=norm_modulate, qknorm_rope=qknorm_rope, patch_embed=patch_embed, groupnorm_silu=groupnorm_silu)
+def attention(B, A, N, K, packed=True, **like):
+    if packed:
+        return list(randn(B, N, 3, A, K, seed=1, **like).permute(2, 0, 3, 1, 4))
+    return [randn(B, A, K, N, seed=i, **like).transpose(2, 3) for i in range(3)]
+
+
+MAKE = dict(norm_modulate=norm_modulate, qknorm_rope=qknorm_rope, patch_embed=patch_embed, groupnorm_silu=groupnorm_silu,
+            attention=attention)
 NO_GRAD = {"qknorm_rope": (3, 4), "groupnorm_silu": (3,)}               # positions of tables and numbers
 CASES = [
+    ("attention", dict(B=1, A=2, N=77, K=72)),     # 77 tokens: two blocks, the second not full; 72 = 64 + 8
+    ("attention", dict(B=2, A=1, N=16, K=64)),
+    ("attention", dict(B=1, A=1, N=5, K=24, packed=False)),
     ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("norm_modulate", dict(B=2, L=7, E=40, rms=False)),
@@ -87,12 +97,14 @@ CASES = [
     ("groupnorm_silu", dict(B=2, C=6, H=3, W=4, groups=2)),
 ]
 REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
+    "attention": ("attention", lambda *args: args),
     "norm_modulate": ("norm_modulate", lambda *args: args),
     "qknorm_rope": ("norm_rope", lambda qkv, weight, _, cos, sin: (qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin)),
     "patch_embed": ("patch_embed", lambda *args: args),
     "groupnorm_silu": ("groupnorm_silu", lambda *args: args),
 }
 TINY = [
+    ("attention", dict(B=1, A=1, N=3, K=20)),
     ("norm_modulate", dict(B=2, L=3, E=5)),
     ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
     ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
@@ -168,7 +180,8 @@ def test_groupnorm_statistics_do_not_cancel_where_the_mean_is_a_hundred_times_th
     kernel, ref = both("groupnorm_silu")
     inputs = groupnorm_silu(B=1, C=32, H=9, W=60, groups=4, offset=100, dtype=torch.float32, device=device)
     results, truth = (run(f, "groupnorm_silu", inputs, dtype) for f, dtype in ((kernel, None), (ref, torch.float64)))
-    assert max(errors(results, truth)) <= 2e-5     # half a unit of 100 in float32 is 4e-6 deviations; E[x^2] - mean^2 errs by 1e-3
+    # Half a unit in 100's last place is 4e-6 deviations; the variance as E[x^2] - mean^2 would be off by 1e-3.
+    assert max(errors(results, truth)) <= 2e-5
 
 
 @pytest.mark.parametrize("op", OPS)
