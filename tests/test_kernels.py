@@ -34,6 +34,28 @@ if not INTERPRETED:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.strip() == "False", done.stdout + done.stderr
 
+    def test_the_specifications_are_what_dit_computes():
+        import dit
+        like = dict(dtype=torch.float32, device="cpu")
+        x, shift, scale, weight, y, gate = norm_modulate(B=2, L=4, E=32, **like)
+        x_new, h = both("norm_modulate")[1](x, shift, scale, weight, y, gate)
+        norm, attn = dit.RMSNorm(32), dit.Attention(32, A=2, qk_norm=True)
+        norm.weight.data = weight
+        assert torch.equal(x_new, x + gate[:, None] * y) and torch.equal(h, dit.modulate(norm(x_new), shift, scale))
+        h = both("norm_modulate")[1](x, shift, scale)[1]
+        assert torch.equal(h, dit.modulate(dit.layer_norm(32)(x), shift, scale))
+        qkv, attn.q_norm.weight.data, attn.k_norm.weight.data, *tables = qknorm_rope(B=2, L=4, A=2, K=16, **like)
+        attn.qkv.forward = lambda _: qkv.flatten(2)
+        ours = both("qknorm_rope")[1](qkv, attn.q_norm.weight, attn.k_norm.weight, *tables)
+        assert all(map(torch.equal, ours, attn.heads(x, tables)))
+        model = dit.LightningDiT(dit.DiTConfig(C=4, D=6, p=2, grid=3, E=32, depth=1, A=2))
+        model.P_new.weight.data.normal_()
+        z_all = randn(2, 10, 6, 6, **like)
+        weights = model.P.weight, model.P_new.weight, model.P.bias, model.pos_embed
+        tokens = both("patch_embed")[1](*z_all.split([4, 6], dim=1), *weights)
+        assert torch.allclose(tokens, model.tokens(z_all) + model.pos_embed, rtol=0, atol=1e-6)
+        assert torch.allclose(both("attention")[1](*ours), dit.attention(*ours), rtol=0, atol=1e-6)
+
 
 # ---------------------------------------------------------------- inputs, by kernel: name -> (op, ref, inputs)
 
