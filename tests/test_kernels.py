@@ -1,0 +1,228 @@
+"""Each kernel against its specification evaluated in float64: on the GPU where there is one, else in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in a process of their own, started by the one
+test of this file that an ordinary session runs. By hand: TRITON_INTERPRET=1 pytest tests/test_kernels.py
+"""
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py"))
+ROUNDING = 2**-8        # one unit in bfloat16's last place: the interpreter truncates where the GPU rounds to the nearest
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+if not INTERPRETED:
+    def test_all_kernels_pass_in_the_interpreter():
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))], cwd=ROOT,
+                              env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_importing_the_kernels_does_not_import_triton():
+        code = f"import sys; {'; '.join(f'import kernels.{op}' for op in OPS)}; print('triton' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+    def test_the_specifications_are_what_dit_computes():
+        import dit
+        like = dict(dtype=torch.float32, device="cpu")
+        x, shift, scale, weight, y, gate = norm_modulate(B=2, L=4, E=32, **like)
+        x_new, h = both("norm_modulate")[1](x, shift, scale, weight, y, gate)
+        norm, attn = dit.RMSNorm(32), dit.Attention(32, A=2, qk_norm=True)
+        norm.weight.data = weight
+        assert torch.equal(x_new, x + gate[:, None] * y) and torch.equal(h, dit.modulate(norm(x_new), shift, scale))
+        h = both("norm_modulate")[1](x, shift, scale)[1]
+        assert torch.equal(h, dit.modulate(dit.layer_norm(32)(x), shift, scale))
+        qkv, attn.q_norm.weight.data, attn.k_norm.weight.data, *tables = qknorm_rope(B=2, L=4, A=2, K=16, **like)
+        attn.qkv.forward = lambda _: qkv.flatten(2)
+        ours = both("qknorm_rope")[1](qkv, attn.q_norm.weight, attn.k_norm.weight, *tables)
+        assert all(map(torch.equal, ours, attn.heads(x, tables)))
+        model = dit.LightningDiT(dit.DiTConfig(C=4, D=6, p=2, grid=3, E=32, depth=1, A=2))
+        model.P_new.weight.data.normal_()
+        z_all = randn(2, 10, 6, 6, **like)
+        weights = model.P.weight, model.P_new.weight, model.P.bias, model.pos_embed
+        tokens = both("patch_embed")[1](*z_all.split([4, 6], dim=1), *weights)
+        assert torch.allclose(tokens, model.tokens(z_all) + model.pos_embed, rtol=0, atol=1e-6)
+        assert torch.allclose(both("attention")[1](*ours), dit.attention(*ours), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- inputs, by kernel: name -> (op, ref, inputs)
+
+
+def randn(*shape, dtype, device, seed=0):
+    """The same values for every dtype and device, up to rounding."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+
+
+def norm_modulate(B, L, E, rms=True, residual=True, transposed=False, **like):
+    x, y = (randn(L, B, E, seed=i, **like).transpose(0, 1) if transposed else randn(B, L, E, seed=i, **like) for i in (1, 2))
+    shift, scale, gate, *_ = randn(B, 6 * E, seed=3, **like).chunk(6, dim=-1)
+    weight = randn(E, seed=4, **like) + 1
+    return [x, shift, scale, weight if rms else None, *([y, gate] if residual else [None, None])]
+
+
+def qknorm_rope(B, L, A, K, norm=True, spare=0, **like):
+    qkv = randn(B, L, 3, A, K + spare, seed=1, **like)[..., :K]
+    weights = [randn(K, seed=i, **like) + 1 for i in (2, 3)] if norm else [None, None]
+    angle = randn(L, K, seed=4, **like).to(torch.promote_types(like["dtype"], torch.float32))
+    return [qkv, *weights, angle.cos(), angle.sin()]
+
+
+def groupnorm_silu(B, C, H, W, groups, offset=0, channels_last=True, **like):
+    x = randn(B, H, W, C, seed=1, **like).permute(0, 3, 1, 2) + offset
+    x = x if channels_last else x.contiguous()
+    return [x, randn(C, seed=2, **like) + 1, randn(C, seed=3, **like), groups]
+
+
+def patch_embed(B, C, D, h, w, p, E, **like):
+    z, z_d = randn(B, C + D, h, w, seed=1, **like).split([C, D], dim=1)
+    weights = [randn(E, n, p, p, seed=2 + n, **like) for n in (C, D)]
+    return [z, z_d, *weights, randn(E, seed=4, **like), randn(1, h * w // p**2, E, seed=5, **like)]
+
+
+def attention(B, A, N, K, packed=True, **like):
+    if packed:
+        return list(randn(B, N, 3, A, K, seed=1, **like).permute(2, 0, 3, 1, 4))
+    return [randn(B, A, K, N, seed=i, **like).transpose(2, 3) for i in range(3)]
+
+
+MAKE = dict(norm_modulate=norm_modulate, qknorm_rope=qknorm_rope, patch_embed=patch_embed, groupnorm_silu=groupnorm_silu,
+            attention=attention)
+NO_GRAD = {"qknorm_rope": (3, 4), "groupnorm_silu": (3,)}               # positions of tables and numbers
+CASES = [
+    ("attention", dict(B=1, A=2, N=77, K=72)),     # 77 tokens: two blocks, the second not full; 72 = 64 + 8
+    ("attention", dict(B=2, A=1, N=16, K=64)),
+    ("attention", dict(B=1, A=1, N=5, K=24, packed=False)),
+    ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
+    ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
+    ("norm_modulate", dict(B=2, L=7, E=40, rms=False)),
+    ("norm_modulate", dict(B=2, L=7, E=64, residual=False)),
+    ("norm_modulate", dict(B=2, L=3, E=24, rms=False, residual=False)),
+    ("qknorm_rope", dict(B=2, L=9, A=3, K=72)),    # 9 tokens: one more than a program of the backward takes
+    ("qknorm_rope", dict(B=1, L=5, A=2, K=64, spare=8)),
+    ("qknorm_rope", dict(B=2, L=3, A=1, K=8, norm=False)),
+    ("patch_embed", dict(B=2, C=5, D=19, h=9, w=10, p=1, E=72)),           # 90 tokens: the second tile is not full
+    ("patch_embed", dict(B=1, C=4, D=12, h=6, w=8, p=2, E=33)),
+    ("groupnorm_silu", dict(B=2, C=96, H=25, W=21, groups=32)),            # 525 pixels: three runs of tiles, the last not full
+    ("groupnorm_silu", dict(B=1, C=64, H=5, W=3, groups=32, channels_last=False)),
+    ("groupnorm_silu", dict(B=2, C=6, H=3, W=4, groups=2)),
+]
+REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
+    "attention": ("attention", lambda *args: args),
+    "norm_modulate": ("norm_modulate", lambda *args: args),
+    "qknorm_rope": ("norm_rope", lambda qkv, weight, _, cos, sin: (qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin)),
+    "patch_embed": ("patch_embed", lambda *args: args),
+    "groupnorm_silu": ("groupnorm_silu", lambda *args: args),
+}
+TINY = [
+    ("attention", dict(B=1, A=1, N=3, K=20)),
+    ("norm_modulate", dict(B=2, L=3, E=5)),
+    ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
+    ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
+    ("patch_embed", dict(B=1, C=2, D=3, h=2, w=4, p=2, E=3)),
+    ("groupnorm_silu", dict(B=1, C=4, H=2, W=3, groups=2)),
+]
+
+
+def name(case):
+    return case[0] + "-" + "-".join(f"{k}{v}" for k, v in case[1].items())
+
+
+def both(op):
+    module = importlib.import_module(f"kernels.{op}")
+    return getattr(module, op), getattr(module, op + "_ref")
+
+
+def leaves_of(op, inputs, dtype=None):
+    """New tensors with the same values and strides, those that are not tables with requires_grad."""
+    return [t.detach().to(dtype or t.dtype).requires_grad_(i not in NO_GRAD.get(op, ())) if isinstance(t, torch.Tensor) else t
+            for i, t in enumerate(inputs)]
+
+
+def run(f, op, inputs, dtype=None):
+    """[outputs, gradients of every input that has one]; the gradients of the outputs are fixed, and not contiguous."""
+    inputs = leaves_of(op, inputs, dtype)
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    outputs = f(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    douts = [randn(*o.shape[::-1], dtype=o.dtype, device=o.device, seed=9 + i).permute(*range(o.dim() - 1, -1, -1))
+             for i, o in enumerate(outputs)]
+    return [t.detach() for t in (*outputs, *torch.autograd.grad(outputs, leaves, douts))]
+
+
+def errors(results, truth):
+    assert len(results) == len(truth)
+    return [((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in zip(results, truth)]
+
+
+# ---------------------------------------------------------------- the claims
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_float32_forward_and_every_gradient_are_within_1e_6_of_the_specification_in_float64(case, device):
+    op, sizes = case
+    kernel, ref = both(op)
+    inputs = MAKE[op](**sizes, dtype=torch.float32, device=device)
+    results = run(kernel, op, inputs)
+    assert {r.dtype for r in results} == {torch.float32}
+    assert max(errors(results, run(ref, op, inputs, torch.float64))) <= 1e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_bfloat16_is_at_most_twice_as_wrong_as_plain_pytorch_in_bfloat16(case, device):
+    op, sizes = case
+    kernel, ref = both(op)
+    inputs = MAKE[op](**sizes, dtype=torch.bfloat16, device=device)
+    results, plain = run(kernel, op, inputs), run(ref, op, inputs)
+    assert [r.dtype for r in results] == [r.dtype for r in plain]
+    truth = run(ref, op, inputs, torch.float64)
+    for ours, theirs in zip(errors(results, truth), errors(plain, truth)):
+        assert ours <= 2 * theirs + ROUNDING
+
+
+@pytest.mark.parametrize("case", TINY, ids=name)
+def test_gradcheck_in_float64(case, device):
+    op, sizes = case
+    inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float64, device=device))
+    assert torch.autograd.gradcheck(both(op)[0], inputs, fast_mode=True)
+
+
+def test_groupnorm_statistics_do_not_cancel_where_the_mean_is_a_hundred_times_the_deviation(device):
+    kernel, ref = both("groupnorm_silu")
+    inputs = groupnorm_silu(B=1, C=32, H=9, W=60, groups=4, offset=100, dtype=torch.float32, device=device)
+    results, truth = (run(f, "groupnorm_silu", inputs, dtype) for f, dtype in ((kernel, None), (ref, torch.float64)))
+    # Half a unit in 100's last place is 4e-6 deviations; the variance as E[x^2] - mean^2 would be off by 1e-3.
+    assert max(errors(results, truth)) <= 2e-5
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
+    sizes = dict(CASES)[op]                        # the last case of each kernel
+    inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float32, device=device))
+    both(op)                                       # registers the operator
+    operator, args = REGISTERED[op]
+    torch.library.opcheck(getattr(torch.ops.davae, operator), args(*inputs))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_ref_turns_triton_off(op, device, monkeypatch):
+    kernel, ref = both(op)
+    inputs = MAKE[op](**dict(CASES)[op], dtype=torch.float32, device=device)
+    monkeypatch.setattr(importlib.import_module("kernels").jit, "__getitem__", lambda *_: pytest.fail("Triton was launched"))
+    monkeypatch.setenv("KERNELS", "ref")
+    assert all(map(torch.equal, run(kernel, op, inputs), run(ref, op, inputs)))
+
+
+def test_every_kernel_has_cases():
+    assert set(OPS) == {op for op, _ in CASES} == {op for op, _ in TINY} == set(REGISTERED)
