@@ -104,8 +104,8 @@ PRESETS = {
                         steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
                         log_every=50, save_every=600),
     "photos": dict(out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128, flip=False,
-                   steps=400, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
-                   log_every=50, save_every=400),
+                   steps=300, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
+                   log_every=50, save_every=300),     # textures and scenes of the class, few objects: README (2026-11-21)
     "imagenet512": dict(out="out/imagenet512", vae="out/imagenet512-vae", base="lightningdit-xl-imagenet256-800ep.pt",
                         base_weights="model", data_dir="imagenet/train", image_size=512, D=96, clip=0.0),     # Tab. S1; not run
     "sd35m-1024": dict(out="out/sd35m-1024", vae="out/sd35m-vae", base="sd3.5-medium", text="out/text", data_dir="captioned",

@@ -88,6 +88,7 @@ PRESETS = {
     "photos": dict(out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, freeze_encoder=True, perceptual="none",
                    gan=0.0, align=0.05, adaptive_align=False, fit=True, stats=500, steps=1000, batch_size=8, micro_batch=8,
                    lr=1e-4, beta1=0.9, beta2=0.99, cooldown=0.5, log_every=100, save_every=500),
+    # TAEF2, imagenette128: 26.23 dB against 22.46 dB of the base channels alone; 25 CPU-minutes, 2 cores (2026-11-21)
     "imagenet512": dict(out="out/imagenet512-vae", base="vavae-imagenet256-f16d32-dinov2.pt", D=96, image_size=512,
                         data_dir="imagenet/train"),                                                     # Tab. S1; not run
     "sd35m": dict(out="out/sd35m-vae", base="sd3.5-medium", D=16, image_size=1024, data_dir="captioned", flip=False, kl=1e-7,

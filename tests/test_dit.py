@@ -577,15 +577,15 @@ def test_a_file_is_never_in_memory_twice(kind, tmp_path):
     sd = {k: v.to(dtype).contiguous() for k, v in dit.export_sd3(model).items()}
     torch.save(sd, file) if kind == "pt" else save_file(sd, file)
     code = f"""if True:
-        import threading, time, torch, dit
+        import threading, torch, dit
         anonymous = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
-        before, peak = anonymous(), [0.0]
+        before, peak, done = anonymous(), [0.0], threading.Event()
         def watch():
-            while peak[-1] >= 0: peak.append(anonymous()); time.sleep(0.002)
+            while not done.wait(0.002): peak.append(anonymous())
         thread = threading.Thread(target=watch); thread.start()
         model = dit.load_dit({str(file)!r})
-        seen = max(peak); peak.append(-1.0); thread.join()
-        print(seen - before)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True)
+        done.set(); thread.join()
+        print(max(peak) - before)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True, timeout=120)
     size = sum(v.numel() for v in sd.values()) * 4 / 2**20                       # in float32, as it is held
     assert size > 100 and float(done.stdout) < 1.25 * size
