@@ -356,7 +356,7 @@ def text_for(folder, prompts, out, rank, device, t5_tokens=256):
 
 def text_of(cfg, config, settings, out, rank, device):
     """What `generate` takes as `text`: a TextCache of the prompts, or None for a model of classes."""
-    if "prompts" not in settings:
+    if "context" not in config["model"]:
         return None
     own, prompts = config["config"], [*settings["prompts"], settings["negative"]]
     return text_for(cfg.text or own["text"], prompts, out, rank, device, own["t5_tokens"])
