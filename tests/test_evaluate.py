@@ -246,13 +246,13 @@ def test_only_fifty_thousand_samples_are_called_fid_50k(n, key, monkeypatch):
     class Run:                                                     # draws nothing: every sample is the same noise
         cfg = evaluate.Config(n=n, batch_size=n)
         vae = device = None
-        config = {"config": {"data_dir": "photos"}}
+        config = {"config": {"data_dir": "photos"}, "model": {}}
         class dit:
             class cfg:
                 D = 0
     x = torch.rand(100, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(evaluate, "feature_network", lambda *args: ("Inception", lambda x: (pool(x)[0], torch.zeros(len(x), 2))))
-    monkeypatch.setattr(evaluate.sample, "generate", lambda dit, vae, indices, s: [x.repeat(len(indices) // 100 + 1, 1, 1, 1)[:len(indices)]] * 2)
+    monkeypatch.setattr(evaluate.sample, "generate", lambda dit, vae, indices, s, text: [x.repeat(len(indices) // 100 + 1, 1, 1, 1)[:len(indices)]] * 2)
     monkeypatch.setattr(evaluate, "inception_metrics", lambda *args: {})
     assert key in evaluate.generation(Run, x, {"classes": [0]})["samples"]
 
