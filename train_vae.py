@@ -316,9 +316,9 @@ def make_if_missing(run, cfg):
 def training_batch(x, step, cfg):
     """(B, 3, H, W) as this step sees it: cropped; for a base VAE (D = 0) mostly at half size, as DAVAE will show it images.
 
-    Every fourth step keeps the full size, so that the base VAE also knows what four times the tokens would give it.
+    Every eighth step keeps the full size, so that the base VAE also knows what four times the tokens would give it.
     """
-    if cfg.D == 0 and step % 4:
+    if cfg.D == 0 and step % 8:
         x = half(x)
     return data.random_crop(x, cfg.crop) if cfg.crop else x
 
@@ -385,7 +385,8 @@ def main(cfg):
 
     # models: from the newest checkpoint if there is one
     resumed = common.checkpoints(cfg.out)[-1:]
-    vae = (load_davae(resumed[0]) if resumed else initial_vae(cfg)).to(device, memory_format=torch.channels_last).train()
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format     # the fast one of each
+    vae = (load_davae(resumed[0]) if resumed else initial_vae(cfg)).to(device, memory_format=layout).train()
     if cfg.D and cfg.freeze_encoder:
         vae.detail_encoder.requires_grad_(False)
     if cfg.fit and cfg.D and not resumed:
@@ -437,7 +438,7 @@ def main(cfg):
         common.seed_step(cfg.seed, rank, step)
         for group in (opt.param_groups + (opt_d.param_groups if disc else [])):
             group["lr"] = learning_rate(step, cfg)
-        x = training_batch(data.to_tensor(x).to(device), step, cfg).contiguous(memory_format=torch.channels_last)
+        x = training_batch(data.to_tensor(x).to(device), step, cfg).contiguous(memory_format=layout)
         gan_on = disc is not None and step >= cfg.disc_start
 
         # generator: accumulate over micro-batches, synchronise gradients on the last one only
