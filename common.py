@@ -1,36 +1,23 @@
-"""Command line, torchrun set-up, checkpoints, EMA and logging; nothing about images, latents or losses belongs here."""
-import dataclasses
-import difflib
-import json
-import os
-import pickle
-import shutil
-import sys
-import zipfile
+"""Command line, torchrun set-up, checkpoints and logging; nothing about images, latents or losses belongs here."""
+import contextlib, dataclasses, difflib, hashlib, json, os, pickle, re, shutil, signal, sys, zipfile
 from pathlib import Path
-
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- command line
-
-
 def cli(Config, presets=None, argv=None):
     """Fill the dataclass `Config` from `script.py [first field] --field=value ...`.
-
-    The first field is positional. With `presets` (name -> {field: value}) it names one of them, whose values are
-    applied before the flags. Unknown names and wrong types end the program with one sentence and the nearest names.
-    """
+    With `presets` (name -> {field: value}) the first field names one, whose values are applied before the flags."""
     argv, fields = list(sys.argv[1:] if argv is None else argv), {f.name: f for f in dataclasses.fields(Config)}
     first = next(iter(fields))
     if "-h" in argv or "--help" in argv:
-        print(f"{sys.modules[Config.__module__].__doc__}\nusage: [{first}] --field=value ...\n")
-        print(*(f"  --{f.name}={f.default}".ljust(34) + f.metadata["help"] for f in fields.values()), sep="\n")
-        print(f"\npresets: {', '.join(presets)}" if presets else "")
+        print(f"{sys.modules[Config.__module__].__doc__}\nusage: [{first}] --field=value ...\n",
+              *(f"  --{f.name}={f.default}".ljust(34) + f.metadata["help"] for f in fields.values()),
+              f"\npresets: {', '.join(presets)}" if presets else "", sep="\n")
         raise SystemExit(0)
     values = {first: argv.pop(0)} if argv and not argv[0].startswith("-") else {}
     for arg in argv:
@@ -47,31 +34,21 @@ def cli(Config, presets=None, argv=None):
         raise SystemExit(f"no preset {preset!r}{_nearest(preset, presets)}; there are {', '.join(presets)}")
     return Config(**{first: preset, **presets[preset], **values})
 
-
 def _nearest(name, names):
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
-
 def _parse(name, text, kind):
+    special = {bool: {"True": True, "False": False}.__getitem__, tuple: lambda t: tuple(int(n) for n in t.split(",") if n)}
     try:
-        if kind is bool:
-            return {"True": True, "False": False}[text]
-        if kind is tuple:
-            return tuple(int(part) for part in text.split(",") if part)
-        return kind(text)
+        return special.get(kind, kind)(text)
     except (KeyError, ValueError):
         wanted = {bool: "True or False", tuple: "whole numbers such as 1,2,4", int: "a whole number", float: "a number"}
         raise SystemExit(f"--{name}={text!r}: wanted {wanted[kind]}") from None
 
-
 def field(default, help):
     """A dataclass field with its one-line explanation, which --help prints."""
     return dataclasses.field(default=default, metadata={"help": help})
-
-
-# ---------------------------------------------------------------- processes and random numbers
-
 
 def setup(device="auto"):
     """Join torchrun's process group if there is one.  Returns (rank, world, device); (0, 1, device) without torchrun."""
@@ -86,12 +63,37 @@ def setup(device="auto"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
+def sum_over_ranks(x):
+    """x, turned in place into its sum over all ranks, which must all call this."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 def wait_for_all():
     """Hold every rank here until all have come, so that none reads what rank 0 still writes."""
     if dist.is_initialized():
         dist.barrier()
 
+def hold(run, rank):
+    """Take a run's folder for this job, as long as the object returned lives.   raises: SystemExit if it is taken."""
+    lock = FileLock(Path(run) / ".lock", blocking=False)
+    try:
+        with disk_may_fail(must=True):
+            Path(run).mkdir(parents=True, exist_ok=True)
+            return lock.acquire() if rank == 0 else lock
+    except Timeout:
+        raise SystemExit(f"{run}: another process is training here; wait for it, or give another --out") from None
+
+ASKED = []                                 # the signals that came while `heed_signals` was on
+
+def heed_signals(on=True):
+    """Let SIGTERM and Ctrl-C only ask for an end after the step at hand; a second one ends the program at once."""
+    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        signal.signal(number, (lambda n, _: (ASKED.append(n), heed_signals(False))) if on else default)
+
+def asked_to_stop(device):
+    """Was any rank asked to stop?  All ranks must call this after the same step."""
+    return sum_over_ranks(torch.tensor(len(ASKED), device=device)).item() > 0
 
 def micro_batches(batch_size, micro_batch, world):
     """How many forward passes of at most `micro_batch` images each rank accumulates for one step of `batch_size` in all."""
@@ -102,79 +104,90 @@ def micro_batches(batch_size, micro_batch, world):
                          f"give --batch_size={max(1, round(batch_size / world / micro_batch)) * micro_batch * world}")
     return count
 
-
-def seed_step(seed, rank, step):
-    """Reseed torch from (seed, rank, step), so that a resumed run draws what the unbroken one would have drawn."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]))
-
-
-# ---------------------------------------------------------------- logging
-
+def seed_step(seed, part, step):
+    """Reseed torch for micro-batch `part` of a step: neither resuming nor the number of ranks changes what is drawn."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, part, step)).generate_state(1, np.uint64)[0]))
 
 class Log:
-    """One aligned line to the terminal and the same numbers to <run>/log.jsonl, on rank 0 only.
-
-    Lines after step `start`, left by a run that was cut off after its last checkpoint, are dropped.
-    """
+    """One aligned line to the terminal and to <run>/log.jsonl; lines after `start`, left by a run cut off, are dropped."""
 
     def __init__(self, run, rank, start, total):
         self.path, self.on, self.total = Path(run) / "log.jsonl", rank == 0, total
         if self.on and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+            replace(self.path, "".join(k for k in lines if k.endswith("\n") and json.loads(k)["step"] <= start))
 
-    def __call__(self, step, **numbers):
-        if not self.on:
-            return
-        cells = [f"{k} {v:>8.4f}" if 1e-3 <= abs(v) < 1e4 or v == 0 else f"{k} {v:>8.1e}" for k, v in numbers.items()]
-        tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total} | " + " | ".join(cells))
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"step": step, **numbers}) + "\n")
-
+    def __call__(self, step, sums, **numbers):
+        """sums: {name: () tensor of this rank}, averaged over the ranks, that must all call this.  Returns the averages."""
+        values = sum_over_ranks(torch.stack([*sums.values(), torch.ones_like(next(iter(sums.values())))]).float())
+        means = dict(zip(sums, (values / values[-1]).tolist()))
+        numbers = means | numbers | ({"GB": torch.cuda.max_memory_allocated() / 1e9} if values.is_cuda else {})
+        if self.on:
+            cells = [f"{k} {v:>8.4f}" if 1e-3 <= abs(v) < 1e4 or v == 0 else f"{k} {v:>8.1e}" for k, v in numbers.items()]
+            tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total} | " + " | ".join(cells))
+            with disk_may_fail(), open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **numbers}) + "\n")
+        return means
 
 def write_json(path, obj):
-    """Write JSON beside `path` and rename it into place, so that a reader never sees half a file."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(obj, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace(path, json.dumps(obj, indent=1) + "\n")
 
+def replace(path, text):
+    """Write a text beside `path` and rename it into place, so that a reader never sees half a file."""
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
 
-# ---------------------------------------------------------------- checkpoints
+DISK = "No space left|Read-only|quota|File too large|Input/output error|inline_container|PytorchStreamWriter|IoError|I/O error"
 
+@contextlib.contextmanager
+def disk_may_fail(must=False):
+    """One sentence where the disk refuses what is written in here: then training goes on, or ends if it `must` be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:      # torch's and safetensors' writers wrap the system's error
+        if not re.search(DISK, str(error)):
+            raise
+        sentence = f"not written: {str(error).splitlines()[0]}. Make room or give another --out"
+        if must:
+            raise SystemExit(f"{sentence}, and run the same command again; earlier checkpoints are whole") from None
+        tqdm.write(f"{sentence}; training goes on, and the next save tries again", file=sys.stderr)
 
 def save_folder(final, weights, config, train_state=None):
-    """Write <name>.safetensors of {name: state dict}, config.json and train_state.pt aside, flush, rename: never half."""
+    """Write <name>.safetensors of {name: state dict}, config.json, train_state.pt and their SHA256SUMS aside, flush, rename."""
     final, temporary = Path(final), Path(f"{final}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, state in weights.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / f"{name}.safetensors")
-    if train_state is not None:
-        torch.save(train_state, temporary / "train_state.pt")
-    write_json(temporary / "config.json", config)
-    for path in [*temporary.iterdir(), temporary]:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    try:
+        for name, state in weights.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / f"{name}.safetensors")
+        if train_state is not None:
+            torch.save(train_state, temporary / "train_state.pt")
+        write_json(temporary / "config.json", config)
+        sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
+        replace(temporary / "SHA256SUMS", sums)
+        for path in temporary.iterdir():
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)               # on a full disk, its bytes are wanted
     return final
 
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 def save_checkpoint(run, step, weights, train_state, config, keep=2):
-    """Write <run>/step_<step>/ with `save_folder`, then prune all but the `keep` newest."""
+    """Write <run>/step_<step>/ with `save_folder`, then prune all but the `keep` newest, and what killed saves left."""
     final = save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
-    for old in checkpoints(run)[:-keep]:
+    for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
         shutil.rmtree(old)
     return final
 
-
 def checkpoints(run):
     """The complete checkpoints of a run, oldest first."""
-    found = [p for p in Path(run).glob("step_*") if p.name[5:].isdigit() and (p / "config.json").exists()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
+    return sorted((p for p in Path(run).glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
 def latest_checkpoint(run):
     """The newest complete checkpoint of a run (or `run` itself, if that is one)."""
@@ -184,34 +197,36 @@ def latest_checkpoint(run):
                          "wanted a run folder with step_*/config.json, or one such step folder")
     return found[-1]
 
-
 def step_of(run):
     """The step of a run's newest checkpoint, -1 if it has none."""
     return int(checkpoints(run)[-1].name[5:]) if checkpoints(run) else -1
 
+def check_whole(path):
+    """Refuse a file whose SHA-256 is not the one that the SHA256SUMS beside it holds, and offer the checkpoint before."""
+    sums = path.parent / "SHA256SUMS"      # which `sha256sum --check` reads, too
+    wanted = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines()) if sums.exists() else {}
+    if path.name in wanted and (not path.exists() or sha256(path) != wanted[path.name]):
+        before = [p for p in checkpoints(path.parent.parent) if p.name < path.parent.name]
+        raise SystemExit(f"{path}: damaged, it is not what SHA256SUMS beside it says; copy it again, or remove {path.parent} "
+                         f"{f'to go on from {before[-1]}' if before else 'to start afresh'}")
 
 def read_config(checkpoint):
     """The config.json of a checkpoint directory, as a dict."""
+    check_whole(Path(checkpoint) / "config.json")
     return json.loads((Path(checkpoint) / "config.json").read_text())
-
 
 def check_resume(saved, cfg, free):
     """Refuse to resume with other settings than the run was started with; fields named in `free` may change, aloud."""
     for name, new in dataclasses.asdict(cfg).items():
-        if json.dumps(old := saved.get(name, new)) == json.dumps(new):
-            continue
-        if name not in free:
-            raise SystemExit(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
-                             f"give --{name}={old} to go on, or another --out to start afresh")
-        tqdm.write(f"resuming with {name}={new} (was {old})")
-
+        if json.dumps(old := saved.get(name, new)) != json.dumps(new):
+            if name not in free:
+                raise SystemExit(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
+                                 f"give --{name}={old} to go on, or another --out to start afresh")
+            tqdm.write(f"resuming with {name}={new} (was {old})")
 
 def read_state_dict(source):
     """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.
-
-    Pickles are read with weights_only=True and memory-mapped, so nothing in them runs and nothing is held twice.
-    raises: SystemExit naming the file, what is wrong with it and what to do.
-    """
+    Pickles are memory-mapped, and nothing in them runs.   raises: SystemExit saying what is wrong with it."""
     if isinstance(source, dict):
         return source
     path = Path(source)
@@ -220,6 +235,7 @@ def read_state_dict(source):
         if len(files) != 1:
             raise SystemExit(f"{path}: holds {len(files)} weight files {[p.name for p in files]}; name the one you mean")
         path = files[0]
+    check_whole(path)
     if not path.exists():
         raise SystemExit(f"{path}: no such file or folder")
     try:
@@ -227,23 +243,7 @@ def read_state_dict(source):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
-        problem = ("holds more than tensors (a pickle that may run code), or is damaged, and is not opened; "
-                   "save its state dict as safetensors on a machine that trusts it")
+        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and is not opened; "
+                         "save its state dict as safetensors on a machine that trusts it") from None
     except (EOFError, OSError, RuntimeError, SafetensorError) as error:
-        problem = f"not a whole {path.suffix} file ({str(error).splitlines()[0]}); copy it again"
-    raise SystemExit(f"{path}: {problem}")
-
-
-@torch.no_grad()
-def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
-    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
-
-
-def stop_if_not_finite(norm, model, step):
-    """Raise before the update when the gradient norm is not finite, naming the first bad parameter."""
-    if not torch.isfinite(norm):
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        raise SystemExit(f"step {step}: gradient norm is {norm.item()}, first bad parameter {bad[0] if bad else 'none'}; "
-                         "the weights were not touched. Lower --lr or --clip and run the same command again")
+        raise SystemExit(f"{path}: not a whole {path.suffix} file ({str(error).splitlines()[0]}); copy it again") from None

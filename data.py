@@ -200,11 +200,12 @@ def permutation(length, seed, epoch):
     return np.random.default_rng((seed, 0, epoch)).permutation(length)
 
 def batch_plan(length, batch_size, seed, step, rank=0, world=1, flip=False):
-    """(indices, flips), int64 and bool, of rows rank::world of global batch `step`: a function of its arguments alone."""
+    """(indices, flips), int64 and bool, of this rank's part of global batch `step`: a function of its arguments alone."""
     assert batch_size % world == 0, f"batch_size {batch_size} does not split over {world} ranks; give a multiple"
-    places = np.arange(step * batch_size + rank, (step + 1) * batch_size, world)
+    part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    places = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     indices = [permutation(length, seed, int(epoch))[k] for epoch, k in zip(*divmod(places, length))]
-    return np.array(indices), np.random.default_rng((seed, 1, step)).random(batch_size)[rank::world] < flip / 2
+    return np.array(indices), np.random.default_rng((seed, 1, step)).random(batch_size)[part] < flip / 2
 
 def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, threads=8):
     """Endless (uint8 (batch_size / world, S, S, 3), int64 labels) from step `start`; threads read two batches ahead."""

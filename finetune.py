@@ -7,38 +7,25 @@
     python finetune.py sd35m-1024 --dry_run=True                   # what that would take; needs no weights
 
 What a preset needs and does not find (base VAE, DA-VAE, base DiT) is trained first. Writes to --out: log.jsonl, loss.png,
-warm_start.png (step 0: base model | widened model), samples_*.png, the VAE, and step_*/ checkpoints for sample.py and
-evaluate.py. The same command again resumes, or says that the run is finished.
+warm_start.png (base model | widened model), samples_*.png, the VAE, and step_*/ checkpoints. The same command again resumes.
 
 Time, here and everywhere: t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, v = data - noise.
 """
-import dataclasses
-import hashlib
-import itertools
-import json
-import math
-import shutil
-import time
+import dataclasses, hashlib, itertools, json, math, shutil, time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-
-import common
-import data
-import sample
-import train_vae
+import common, data, sample, train_vae
 from common import field
 from davae import load_davae
 from dit import DiTConfig, LightningDiT, MMDiT, MMDiTConfig, add_lora, load_dit
-
 
 @dataclass
 class Config:
@@ -47,7 +34,7 @@ class Config:
     device: str = field("auto", "auto, cpu or cuda")
     seed: int = field(0, "of the weights, the data order and every random draw")
     # data and latents
-    data_dir: str = field("procedural", "a folder of images, or 'procedural' for the built-in ones")
+    data_dir: str = field("procedural", "a folder of images, 'procedural' for the built-in ones, or LightningDiT's shards")
     image_size: int = field(512, "pixels; images are resized and centre-cropped to this square")
     images: int = field(4096, "how many procedural images")
     flip: bool = field(True, "mirror half of the images")
@@ -91,14 +78,13 @@ class Config:
     sample_steps: int = field(50, "Euler steps of the pictures")
     dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
 
-
 PRESETS = {
-    "tiny-base": dict(out="out/tiny-base", vae="out/tiny-vae", D=0, p=2, E=192, depth=6, A=3, image_size=64, flip=False,
-                      steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0,
-                      sample_steps=20, log_every=25, save_every=600),
-    "tiny": dict(out="out/tiny", vae="out/tiny-vae", base="out/tiny-base", D=24, N=100, image_size=64, flip=False, steps=500,
+    "tiny-base": dict(out="out/tiny-base", vae="out/tiny-vae", D=0, p=2, E=192, depth=4, A=3, image_size=64, flip=False,
+                      steps=350, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0,
+                      sample_steps=20, log_every=25, save_every=350),
+    "tiny": dict(out="out/tiny", vae="out/tiny-vae", base="out/tiny-base", D=24, N=100, image_size=64, flip=False, steps=300,
                  batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0, sample_steps=20,
-                 log_every=25, save_every=500),
+                 log_every=25, save_every=300),
     # every class recognised, 58 % judged sharp by the probe (60 % of the VAE's round trips); 3 minutes, 2 cores (2026-11-21)
     "photos-base": dict(out="out/photos-base", vae="out/photos-vae", D=0, E=256, depth=6, A=4, image_size=128, flip=False,
                         steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
@@ -118,14 +104,12 @@ MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "m
               "checkpointing", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}     # on resume
 # ---------------------------------------------------------------- the method
 
-
 def detail_weight(n, N):
     """w(n): 0 at step n = 0, 1/2 at N/2, 1 from N on; half a cosine.  Eq. (12).
 
     Differs from the paper: its text keeps w low for N steps and ramps after; its code, and this, ramp over the N steps.
     """
     return 0.5 * (1 - math.cos(math.pi * min(n / N, 1.0))) if N else 1.0
-
 
 def draw_time(B, weighting, device):
     """(t (B,), weight of the squared error at t (B,)); t = 0 is noise, 1 data.
@@ -143,7 +127,6 @@ def draw_time(B, weighting, device):
     s = torch.linspace(1, 1 - sample.shift_time(0.999, 1 / 3), 1000, device=device)[(1000 * u).long().clamp_max(999)]
     sigma = 4 * s / (1 + 3 * s)
     return 1 - sigma, sigma.square() * ((1 - sigma) / sigma).clamp_max(5)
-
 
 def flow_loss(model, z_all, cond, C, w, cosine=1.0, weighting="paper"):
     """Rectified-flow loss at random times, with weight w on the detail channels.  Eq. (13).
@@ -168,12 +151,6 @@ def flow_loss(model, z_all, cond, C, w, cosine=1.0, weighting="paper"):
         loss = loss + cosine * (1 - F.cosine_similarity(v, target, dim=1)).mean()
     return loss, base, detail
 
-
-def drop_labels(y, null, p):
-    """Each label becomes `null` with probability p, so that one model also learns the unconditional velocity."""
-    return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
-
-
 @torch.no_grad()
 def warm_start_difference(base, model, z, cond):
     """Largest |change| of the base velocity and largest |detail velocity| of a widened model, for random z_d and t.
@@ -186,55 +163,78 @@ def warm_start_difference(base, model, z, cond):
     v = model(torch.cat([z, z_d], dim=1), t, *cond)
     return (v[:, :C] - base(z, t, *cond)).abs().max().item(), v[:, C:].abs().max().item()
 
-
 # ---------------------------------------------------------------- latents
-
 
 SHARD = 1024                                       # images per file of cached latents
 
+class Latents(data.Dataset):
+    """Latents on disk as a data set: the shards of `write_cache`, or those that LightningDiT's own code extracts.
+
+    <folder>/*.safetensors, each with latents, latents_flip (n, C+D, h, w) and labels (n,). LightningDiT's are raw, and are
+    normalised here by the VAE's statistics; ours already are, and say so.   raises: SystemExit if the channels are others
+    """
+
+    def __init__(self, folder, vae, D):
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        self.shards = [load_file(path) for path in paths]          # mapped: read as they are used
+        self.labels = torch.cat([shard["labels"] for shard in self.shards]).numpy()
+        self.classes = [str(k) for k in range(self.labels.max() + 1)]
+        self.place = [(n, i) for n, shard in enumerate(self.shards) for i in range(len(shard["labels"]))]
+        self.mean, self.std = torch.zeros(vae.C + vae.D), torch.ones(vae.C + vae.D)
+        if "vae" not in (safe_open(paths[0], "pt").metadata() or {}):
+            self.mean, self.std = (torch.cat([getattr(m, name).cpu() for m in (vae.base, vae)[:1 + (vae.D > 0)]])
+                                   for name in ("mean", "std"))
+        self.channels = vae.C + D
+        if (found := self.shards[0]["latents"].shape[1]) < self.channels:
+            raise SystemExit(f"{folder}: latents of {found} channels; wanted {self.channels}, base first")
+
+    def batch(self, indices, flipped):
+        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`."""
+        rows = [self.shards[n]["latents_flip" if flip else "latents"][i, :self.channels]
+                for (n, i), flip in zip((self.place[k] for k in indices), flipped)]
+        mean, std = (x[:self.channels, None, None] for x in (self.mean, self.std))
+        return (torch.stack(rows).float() - mean) / std, torch.from_numpy(self.labels[indices])
 
 def latent_source(vae, train_set, cfg, device, rank, world):
     """A function start -> endless (z_all (b, C+D, h, w), y (b,)) batches of this rank, from a cache or encoded as we go."""
-    channels = vae.C + cfg.D
-
     def encode(x):
         return vae.encode(data.to_tensor(x).to(device), sample=cfg.detail_sample)
 
     def encoded(start):
-        for x, y in data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip):
-            yield encode(x)[:, :channels], y.to(device)
+        stream = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
+        for step, (x, y) in enumerate(stream, start):
+            common.seed_step(cfg.seed, rank, step)                 # of z_d's samples, where they are wanted
+            yield encode(x)[:, :vae.C + cfg.D], y.to(device)
 
     def cached(start):
         for step in itertools.count(start):
-            k, flipped = data.batch_plan(len(train_set), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
-            rows = [(shards[i // SHARD], int(flip), i % SHARD) for i, flip in zip(k.tolist(), flipped)]
-            z_all = torch.stack([shard["latents"][flip, i, :channels] for shard, flip, i in rows])
-            yield z_all.to(device).float(), torch.stack([shard["labels"][i] for shard, _, i in rows]).to(device)
+            plan = data.batch_plan(len(latents), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
+            yield tuple(x.to(device) for x in latents.batch(*plan))
 
-    if not cfg.cache:
-        return encoded
-    folder = cache_folder(vae, train_set, cfg)
-    write_cache(folder, vae, encode, train_set, cfg, rank, world)
-    common.wait_for_all()
-    shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]       # mapped: read as they are used
+    latents = train_set
+    if not isinstance(train_set, Latents):
+        if not cfg.cache:
+            return encoded
+        folder = write_cache(vae, encode, train_set, cfg, rank, world)
+        common.wait_for_all()
+        latents = Latents(folder, vae, cfg.D)
     return cached
 
+def write_cache(vae, encode, train_set, cfg, rank, world):
+    """Encode what is missing of <vae or out>/latents-<hash>, in shards as `Latents` reads them, half; returns the folder.
 
-def cache_folder(vae, train_set, cfg):
-    """<vae or out>/latents-<hash>; the hash covers the VAE's weights and all that fixes the images and their labels."""
-    digest = hashlib.sha256(json.dumps([cfg.data_dir, cfg.image_size, len(train_set), cfg.seed * (cfg.data_dir == "procedural"),
-                                        cfg.flip, cfg.detail_sample, bool(cfg.text)]).encode())
+    Each rank writes its own. The hash covers the VAE's weights and all that fixes images and labels, which each header names;
+    so a cache of another VAE or of other images is never read.   raises: SystemExit if the disk is too small.
+    """
+    about = dict(data_dir=cfg.data_dir, image_size=cfg.image_size, images=len(train_set), crop="centre", flip=cfg.flip,
+                 seed=cfg.seed if cfg.data_dir == "procedural" else None, detail="sample" if cfg.detail_sample else "mode",
+                 labels="image numbers" if cfg.text else "classes", dtype="float16", normalised=True)
+    digest = hashlib.sha256()
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    folder = Path(cfg.vae) if Path(cfg.vae).is_dir() and common.checkpoints(cfg.vae) else Path(cfg.out)
-    return folder / f"latents-{digest.hexdigest()[:12]}"
-
-
-def write_cache(folder, vae, encode, train_set, cfg, rank, world):
-    """Encode the shards that are not there yet, each rank its own: `latents` (1 or 2, n, C+D, h, w) half, `labels` (n,).
-
-    The second orientation, with cfg.flip, is the mirror image.   raises: SystemExit if the disk is too small.
-    """
+    header = {"vae": digest.hexdigest(), "about": json.dumps(about)}
+    key = hashlib.sha256("".join(header.values()).encode()).hexdigest()[:12]
+    folder = (Path(cfg.vae) if Path(cfg.vae).is_dir() and common.checkpoints(cfg.vae) else Path(cfg.out)) / f"latents-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     files = {n: folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))}
     missing = [n for n in files if not files[n].exists()]
@@ -245,19 +245,17 @@ def write_cache(folder, vae, encode, train_set, cfg, rank, world):
     if missing and rank == 0:
         print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; {free / 1e9:.0f} GB free")
     for n in tqdm([n for n in missing if n % world == rank], desc="encoding", disable=rank > 0, mininterval=1):
-        encoded, labels = [[], []][:1 + cfg.flip], []
+        shard = {name: [] for name in ("labels", "latents", "latents_flip")[:2 + cfg.flip]}
         for k in range(n * SHARD, min((n + 1) * SHARD, len(train_set)), 64):
             x, y = data.stack(train_set, range(k, min(k + 64, (n + 1) * SHARD, len(train_set))))
-            labels.append(y)
-            for flipped, part in enumerate(encoded):
-                part.append(encode(x.flip(2) if flipped else x).half().cpu())
+            for part, z in zip(shard.values(), (y, x, x.flip(2))):
+                part.append(z if part is shard["labels"] else encode(z).half().cpu())
         temporary = files[n].with_suffix(f".tmp{rank}")
-        save_file({"latents": torch.stack([torch.cat(part) for part in encoded]), "labels": torch.cat(labels)}, temporary)
+        save_file({name: torch.cat(part) for name, part in shard.items()}, temporary, header)
         temporary.replace(files[n])
-
+    return folder
 
 # ---------------------------------------------------------------- set-up
-
 
 def make_if_missing(run, cfg):
     """Train (or finish) the base DiT or VAE `run` if it is the folder of a preset here or in train_vae.py."""
@@ -266,7 +264,6 @@ def make_if_missing(run, cfg):
     if preset and common.step_of(run) < PRESETS[preset]["steps"]:
         print(f"\n{cfg.out} needs {run}, which is not there yet: running  python finetune.py {preset}")
         main(Config(**{"preset": preset, **PRESETS[preset], "device": cfg.device, "data_dir": cfg.data_dir}))
-
 
 def initial_dit(cfg, vae, num_classes):
     """(model, base): the transformer at step 0, and the pretrained one it was widened from (None if from scratch)."""
@@ -292,32 +289,25 @@ def initial_dit(cfg, vae, num_classes):
         add_lora(model, cfg.lora, cfg.lora)
     return model, base
 
+def check_statistics(z_all, C, run):
+    """Print mean and standard deviation of a batch of latents, base and detail apart, and say where they are not near 0, 1."""
+    for name, z in (("base", z_all[:, :C]), ("detail", z_all[:, C:]))[:2 if z_all.shape[1] > C else 1]:
+        mean, std = z.mean().item(), z.std().item()
+        tqdm.write(f"{run}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
+        if not (abs(mean) < 0.5 and 0.5 < std < 2):
+            tqdm.write("WARNING: wanted about 0 and 1, by the VAE's own statistics: other images, or another VAE?")
 
-class Conditioner:
-    """What a model takes after z_all and t, given y: (labels,), or the text embeddings of the captions of images y.
-    With probability p a label becomes the null class, a caption "". Makes a captioned data set's labels its image numbers."""
-
-    def __init__(self, dit, train_set, cfg, device, rank):
-        self.dit, self.captions, self.text = dit, train_set.captions, None
-        if cfg.text:
-            if not self.captions:
-                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or metadata.jsonl")
-            train_set.labels = np.arange(len(train_set))
-            self.text = sample.text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
-
-    def __call__(self, y, p):
-        if not self.text:
-            return (drop_labels(y, self.dit.cfg.num_classes, p),)
-        dropped = (torch.rand(len(y)) < p).tolist()
-        return self.text(["" if drop else self.captions[i] for i, drop in zip(y.tolist(), dropped)])
-
+@torch.no_grad()
+def ema_update(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
 def share_frozen(dit, ema):
     """Let the EMA use the model's own frozen matrices, in bfloat16 on a GPU, as autocast would see them anyway."""
     for p, e in zip(dit.parameters(), ema.parameters()):
         if not p.requires_grad:
             p.data = e.data = p.data.bfloat16() if p.is_cuda and p.ndim > 1 else p.data
-
 
 def prove_warm_start(base, model, vae, z, cond, uncond, cfg):
     """Print how far the widened model is from the base model (0.0) and save samples of both, base channels, side by side."""
@@ -337,7 +327,6 @@ def prove_warm_start(base, model, vae, z, cond, uncond, cfg):
     data.save_grid(x, Path(cfg.out) / "warm_start.png", len(noise), max(1, 96 // x.shape[-1]), labels)
     return change
 
-
 def save_samples(ema, vae, cfg, config, step, text):
     """samples_<step>.png: four images of each of the first ten classes (or prompts), each column the same noise."""
     n = min(10, len(config["classes"]) if cfg.text else ema.cfg.num_classes)
@@ -347,7 +336,6 @@ def save_samples(ema, vae, cfg, config, step, text):
     for name, x in {"samples": images, "samples_base_only": base}.items() if cfg.D else [("samples", images)]:
         for file in (f"{name}_{step:06d}.png", f"{name}.png"):
             data.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
-
 
 def dry_run(cfg):
     """Print what a run would be, from shapes alone, for the released VA-VAE + LightningDiT or SD3 models.  Returns numbers.
@@ -384,9 +372,7 @@ def dry_run(cfg):
           f"writes  {cfg.out}/: log.jsonl, pictures, vae/, {'frozen/, ' if cfg.lora else ''}and the two newest step_*/")
     return dict(parameters=total, trained=trained, tokens=tokens, forward=forward, step=step)
 
-
 # ---------------------------------------------------------------- the loop
-
 
 def main(cfg):
     """Train, draw and save as `cfg` says.  Returns the summary of the finished run, which is also in summary.json."""
@@ -397,12 +383,14 @@ def main(cfg):
         print(f"{cfg.out}: finished at step {common.step_of(cfg.out)}; give more --steps or another --out to go on")
         return json.loads(summary_file.read_text())
     rank, world, device = common.setup(cfg.device)
+    lock = common.hold(cfg.out, rank)                              # until this function returns
     accumulate = common.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     make_if_missing(cfg.vae, cfg)
     vae = load_davae(cfg.vae).to(device).requires_grad_(False)
     if cfg.D not in (0, vae.D):
         raise SystemExit(f"--D={cfg.D}, but {cfg.vae} has {vae.D} detail channels; give that, or 0 for a base model")
-    train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+    train_set = (Latents(cfg.data_dir, vae, cfg.D) if any(Path(cfg.data_dir).glob("*.safetensors")) else
+                 data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed))
 
     # model and EMA: from the newest checkpoint if there is one
     resumed, base = common.checkpoints(cfg.out)[-1:], None
@@ -418,11 +406,11 @@ def main(cfg):
     opt = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     start, seconds, extra = 0, 0.0, {}
     if resumed:
-        state = torch.load(resumed[0] / "train_state.pt", map_location=device, weights_only=True)
+        state = common.read_state_dict(resumed[0] / "train_state.pt")
         opt.load_state_dict(state["opt"])
         start, seconds, extra = state["step"], state["seconds"], state["extra"]
     model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 else dit
-    condition = Conditioner(dit, train_set, cfg, device, rank)
+    condition = sample.Conditioner(dit, train_set, cfg, device, rank)
     config = {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": dataclasses.asdict(dit.cfg), "classes":
               list(dict.fromkeys(filter(None, train_set.captions)))[:8] if cfg.text else train_set.classes}
 
@@ -432,56 +420,69 @@ def main(cfg):
               f"{sum(p.numel() for p in dit.parameters()):,} parameters; C={vae.C} D={cfg.D} p={dit.cfg.p}, "
               f"{(cfg.image_size // vae.f // dit.cfg.p)**2} tokens; batch {cfg.batch_size} = {world} ranks x "
               f"{cfg.batch_size // world // accumulate} x {accumulate}; steps {start} to {cfg.steps}, {device}")
-        common.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()}, {"source": cfg.vae, "model": vae.config()})
-        if cfg.lora and not resumed:
-            frozen = {k: v for k, v in dit.state_dict().items() if k not in trained}
-            common.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
     share_frozen(dit, ema)
     stream = latent_source(vae, train_set, cfg, device, rank, world)(start)
     log = common.Log(cfg.out, rank, start, cfg.steps)
 
     def save(step):
-        save_samples(ema, vae, cfg, config, step, condition.text)
+        if step == 0:                                              # what no step changes
+            common.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()}, {"source": cfg.vae, "model": vae.config()})
+            if cfg.lora:
+                frozen = {k: v for k, v in dit.state_dict().items() if k not in trained}
+                common.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
+        else:
+            save_samples(ema, vae, cfg, config, step, condition.text)
         state = {"step": step, "seconds": seconds + time.time() - since, "opt": opt.state_dict(), "extra": extra}
         weights = {name: {k: v for k, v in m.state_dict().items() if k in trained or not cfg.lora}
                    for name, m in (("model", dit), ("ema", ema))}
         common.save_checkpoint(cfg.out, step, weights, state, config)
 
+    if rank == 0 and not resumed:                                  # a disk that is too small shows now, not after hours
+        with common.disk_may_fail(must=True):
+            save(0)
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
+    common.heed_signals()
     for n, (z_all, y) in zip(bar, stream):
         if n == 0 and rank == 0:
-            z, z_d = z_all[:, :vae.C], z_all[:, vae.C:]
-            tqdm.write(f"{cfg.out}: latents of the first batch: base mean {z.mean():.2f} std {z.std():.2f}"
-                       + (f", detail mean {z_d.mean():.2f} std {z_d.std():.2f}" if cfg.D else ""))
+            check_statistics(z_all, vae.C, cfg.out)
             if base is not None and cfg.D:
-                extra["warm_start"] = prove_warm_start(base.to(device), dit, vae, z[:16], condition(y[:16], 0.0),
+                z = z_all[:16, :vae.C]
+                extra["warm_start"] = prove_warm_start(base.to(device), dit, vae, z, condition(y[:16], 0.0),
                                                        condition(y[:16], 1.0), cfg)
         base = None                                                # its memory is wanted
-        common.seed_step(cfg.seed, rank, n)
         for group in opt.param_groups:
             group["lr"] = lr = train_vae.learning_rate(n, cfg)
-        w = detail_weight(n, cfg.N)
-        cond = condition(y, cfg.label_dropout)
+        w, sums = detail_weight(n, cfg.N), {}
 
         # accumulate over micro-batches, synchronise gradients on the last one only
-        for i, (z_part, *parts) in enumerate(zip(z_all.chunk(accumulate), *(c.chunk(accumulate) for c in cond))):
+        for i, (z_part, y_part) in enumerate(zip(z_all.chunk(accumulate), y.chunk(accumulate))):
+            common.seed_step(cfg.seed, rank * accumulate + i, n)
+            cond = condition(y_part, cfg.label_dropout)
             model.require_backward_grad_sync = i == accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, base_loss, detail_loss = flow_loss(model, z_part, parts, vae.C, w, cfg.cosine, cfg.weighting)
+                loss, base_loss, detail_loss = flow_loss(model, z_part, cond, vae.C, w, cfg.cosine, cfg.weighting)
             (loss / accumulate).backward()
+            halves = {"base": base_loss, "detail": detail_loss} if cfg.D else {"base": base_loss}
+            train_vae.add_up(sums, {"loss": loss.detach(), **halves}, accumulate)
         norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf)
-        common.stop_if_not_finite(norm, dit, n)
+        train_vae.stop_if_not_finite(norm, loss, dit, n)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        common.ema_update(ema, dit, cfg.ema)
+        ema_update(ema, dit, cfg.ema)
 
         if (n + 1) % cfg.log_every == 0:
-            halves = {"base": base_loss.item(), "detail": detail_loss.item(), "w": w} if cfg.D else {"base": base_loss.item()}
-            extra.update(halves)
-            log(n + 1, loss=loss.item(), **halves, gnorm=norm.item(), lr=lr,
-                **{"img/s": (n + 1 - start) * cfg.batch_size / (time.time() - since)})
-        if rank == 0 and ((n + 1) % cfg.save_every == 0 or n + 1 == cfg.steps):
-            save(n + 1)
+            means = log(n + 1, sums, **({"w": w} if cfg.D else {}), gnorm=norm.item(), lr=lr,
+                        **{"img/s": (n + 1 - start) * cfg.batch_size / (time.time() - since)})
+            extra.update({name: means[name] for name in halves})
+        stop, last = common.asked_to_stop(device), n + 1 == cfg.steps
+        if rank == 0 and (stop or last or (n + 1) % cfg.save_every == 0):
+            with common.disk_may_fail(must=stop or last):
+                save(n + 1)
+        if stop and not last:
+            if rank == 0:
+                tqdm.write(f"{cfg.out}: stopped after step {n + 1}; the same command goes on from there")
+            raise SystemExit(0)
+    common.heed_signals(False)
 
     common.wait_for_all()
     summary = {"stage": "DA-VAE DiT" if cfg.D else "base DiT", "steps": cfg.steps, "seconds": seconds + time.time() - since,
@@ -494,6 +495,5 @@ def main(cfg):
         print(f"\npictures in {cfg.out}: {', '.join(pictures)}\nnext: python sample.py {cfg.out}; python evaluate.py {cfg.out}")
     return summary
 
-
 if __name__ == "__main__":
-    main(common.cli(Config, PRESETS))
+    train_vae.launch(main, common.cli(Config, PRESETS))

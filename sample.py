@@ -354,6 +354,30 @@ def text_for(folder, prompts, out, rank, device, t5_tokens=256):
     return TextCache(folder, device)
 
 
+def drop_labels(y, null, p):
+    """Each label becomes `null` with probability p, so that one model also learns the unconditional velocity."""
+    return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
+
+
+class Conditioner:
+    """What a model takes after z_all and t, given y: (labels,), or the text embeddings of the captions of images y.
+    With probability p a label becomes the null class, a caption "". Makes a captioned data set's labels its image numbers."""
+
+    def __init__(self, dit, train_set, cfg, device, rank):
+        self.dit, self.captions, self.text = dit, train_set.captions, None
+        if cfg.text:
+            if not self.captions:
+                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or metadata.jsonl")
+            train_set.labels = np.arange(len(train_set))
+            self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
+
+    def __call__(self, y, p):
+        if not self.text:
+            return (drop_labels(y, self.dit.cfg.num_classes, p),)
+        dropped = (torch.rand(len(y)) < p).tolist()
+        return self.text(["" if drop else self.captions[i] for i, drop in zip(y.tolist(), dropped)])
+
+
 def text_of(cfg, config, settings, out, rank, device):
     """What `generate` takes as `text`: a TextCache of the prompts, or None for a model of classes."""
     if "context" not in config["model"]:

@@ -7,26 +7,21 @@
 Writes to --out: log.jsonl, loss.png, recon.png (input | base only | DA-VAE | 4x error) and step_*/ checkpoints.
 The same command again resumes, or says that the run is finished.
 """
-import dataclasses
-import json
-import math
-import sys
-import time
-import urllib.error
+import dataclasses, json, math, sys, time, urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import common
-import data
+import common, data
 from common import field
 from davae import DAVAE, AutoencoderKL, KLConfig, align_loss, half, load_davae
-
 
 @dataclass
 class Config:
@@ -75,15 +70,14 @@ class Config:
     log_every: int = field(100, "steps")
     save_every: int = field(5000, "steps between checkpoints, each with a reconstruction strip")
 
-
 PRESETS = {
-    "tiny-base": dict(out="out/tiny-base-vae", D=0, C=8, ch=16, ch_mult=(1, 2, 2), blocks=1, groups=16, image_size=64,
-                      flip=False, perceptual="none", gan=0.0, stats=1024, steps=1500, batch_size=8, lr=3e-3, cooldown=0.5,
-                      log_every=50, save_every=750),
+    "tiny-base": dict(out="out/tiny-base-vae", D=0, C=8, ch=16, ch_mult=(1, 1, 2), blocks=1, groups=16, image_size=64,
+                      flip=False, perceptual="none", gan=0.0, stats=1024, steps=800, batch_size=8, lr=3e-3, beta1=0.9,
+                      beta2=0.99, cooldown=0.5, log_every=50, save_every=400),
     # 17.6 dB on 1,000 held-out images at full size; 1 minute on 2 cores (2026-11-21)
     "tiny": dict(out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none", stats=1024,
-                 gan=0.1, disc_start=850, disc_width=16, steps=1000, batch_size=8, lr=3e-3, cooldown=0.5, log_every=50,
-                 save_every=500),
+                 align=0.05, adaptive_align=False, gan=0.1, disc_start=550, disc_width=16, steps=650, batch_size=8, lr=3e-3,
+                 cooldown=0.5, log_every=50, save_every=325),
     # 19.9 dB against 17.2 dB of the base channels alone, same images; 1.5 minutes on 2 cores (2026-11-21)
     "photos": dict(out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, freeze_encoder=True, perceptual="none",
                    gan=0.0, align=0.05, adaptive_align=False, fit=True, stats=500, steps=1000, batch_size=8, micro_batch=8,
@@ -99,7 +93,6 @@ MAY_CHANGE = {"preset", "device", "data_dir", "val_dir", "base", "lpips_trunk", 
               "clip", "log_every", "save_every"}      # on resume; anything else would be another run
 
 # ---------------------------------------------------------------- losses
-
 
 class PatchGAN(nn.Sequential):
     """The discriminator of pix2pix and taming: one real/fake logit per overlapping patch, (B, 3, H, W) -> (B, 1, h, w)."""
@@ -119,11 +112,9 @@ class PatchGAN(nn.Sequential):
         super().__init__(*layer(3, w, 2, norm=False), nn.LeakyReLU(0.2), *layer(w, 2 * w, 2), *layer(2 * w, 4 * w, 2),
                          *layer(4 * w, 8 * w, 1), *layer(8 * w, 1, 1, norm=False))
 
-
 def hinge_loss(real, fake):
     """Discriminator's hinge loss of two logit maps: zero where real >= 1 and fake <= -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
 
 def adaptive_weight(nll, loss, weight, limit):
     """|grad nll| / |grad loss| at one weight tensor, clamped to [0, limit]: puts both losses on one scale there.
@@ -133,7 +124,6 @@ def adaptive_weight(nll, loss, weight, limit):
     a, = torch.autograd.grad(nll, weight, retain_graph=True)
     b, = torch.autograd.grad(loss, weight, retain_graph=True)
     return (a.norm() / (b.norm() + 1e-4)).clamp(0.0, limit).detach()
-
 
 def import_torchvision():
     """Import torchvision even where its wheel was built for CUDA and torch was not.
@@ -152,9 +142,7 @@ def import_torchvision():
         import torchvision
     return torchvision
 
-
 _library = []                                # it unregisters what it declared when it is collected, so it is kept
-
 
 def make_lpips(net, trunk=""):
     """LPIPS (Zhang et al., 2018) by the lpips package, frozen, in eval mode; takes (B, 3, H, W) in [-1, 1].
@@ -176,7 +164,6 @@ def make_lpips(net, trunk=""):
         for name, part in model.net.named_children():        # slice1, slice2, ...: each holds layers by their old numbers
             part.load_state_dict({k: v for k, v in loaded.items() if k.split(".")[0] in dict(part.named_children())})
     return model.eval().requires_grad_(False)
-
 
 def vae_loss(vae, rec, x, cfg, lpips, disc):
     """The generator's loss: L1 + LPIPS + KL + adaptive align + adaptive GAN (disc is None before its start).
@@ -203,20 +190,31 @@ def vae_loss(vae, rec, x, cfg, lpips, disc):
         loss = loss + cfg.gan * parts["d_w"] * parts["g"]
     return loss, {k: v.detach() for k, v in parts.items()}
 
+def add_up(sums, parts, count):
+    """sums[k] += parts[k] / count: the mean over a step's micro-batches, for the log, without waiting for the GPU."""
+    for name, value in parts.items():
+        sums[name] = sums.get(name, 0) + value / count
 
 def learning_rate(step, cfg):
     """cfg.lr, falling linearly to 0 over the last `cooldown` part of the run."""
     return cfg.lr * min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
 
+def stop_if_not_finite(norm, loss, model, step):
+    """Raise before the update when loss or gradient norm is not finite, naming the first bad parameter.
+
+    Ranks share gradients, so they stop together; one that lost only its loss takes the others along by ending.
+    """
+    if not torch.isfinite(norm + loss):
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise SystemExit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, first bad parameter "
+                         f"{bad[0] if bad else 'none'}; the weights were not touched. Lower --lr or --clip and run again")
 
 # ---------------------------------------------------------------- evaluation while training
-
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,)."""
     mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(mse.clamp_min(1e-12))
-
 
 @torch.no_grad()
 def reconstruct(vae, x):
@@ -226,7 +224,6 @@ def reconstruct(vae, x):
     if vae.D:
         base = F.interpolate(base, scale_factor=2.0, mode="bicubic", align_corners=False)
     return base.clamp(-1, 1), vae.decode(z_all).clamp(-1, 1)
-
 
 def validate(vae, val, out, step):
     """Save the strip of the first 8 images; return PSNR of base only and of the whole over `val` (N, 3, H, W)."""
@@ -241,9 +238,7 @@ def validate(vae, val, out, step):
     vae.train()
     return {"psnr_base": psnr(base, val).mean().item(), "psnr": psnr(full, val).mean().item()}
 
-
 # ---------------------------------------------------------------- set-up
-
 
 def initial_vae(cfg):
     """The DAVAE at step 0; a base that is missing but is the `out` of a preset here is trained first, and says so."""
@@ -254,7 +249,6 @@ def initial_vae(cfg):
     make_if_missing(cfg.base, cfg)
     return DAVAE(load_davae(cfg.base).base, cfg.D, cfg.detail_dropout, cfg.rescale)
 
-
 def ridge(pairs, strength=1e-3):
     """argmin_W of sum |X W - Y|^2 + strength * |W|^2 * mean column norm^2, from batches of X (N, in), Y (N, out); float64."""
     A = B = 0
@@ -262,7 +256,6 @@ def ridge(pairs, strength=1e-3):
         A, B = A + X.T @ X, B + X.T @ Y
     A.diagonal().add_(strength * A.diagonal().mean())
     return torch.linalg.solve(A, B)
-
 
 @torch.no_grad()
 def fit_new_blocks(vae, images):
@@ -302,7 +295,6 @@ def fit_new_blocks(vae, images):
     vae.up.conv.weight.copy_(W[:, :-1].reshape(vae.up.conv.weight.shape))
     vae.up.conv.bias.copy_(W[:, -1])
 
-
 def make_if_missing(run, cfg):
     """Train (or finish) `run` if it is the folder of one of this script's presets; anything else must exist already."""
     preset = next((name for name, values in PRESETS.items() if values["out"] == run), None)
@@ -311,7 +303,6 @@ def make_if_missing(run, cfg):
     if common.step_of(run) < PRESETS[preset]["steps"]:
         print(f"\n{cfg.out} needs {run}, which is not there yet: running  python train_vae.py {preset}")
         main(Config(**{"preset": preset, **PRESETS[preset], "device": cfg.device, "data_dir": cfg.data_dir}))
-
 
 def training_batch(x, step, cfg):
     """(B, 3, H, W) as this step sees it: cropped; for a base VAE (D = 0) mostly at half size, as DAVAE will show it images.
@@ -322,7 +313,6 @@ def training_batch(x, step, cfg):
         x = half(x)
     return data.random_crop(x, cfg.crop) if cfg.crop else x
 
-
 def validation_images(cfg, train_set, n=64):
     """(N, 3, H, W) in [-1, 1] of evenly spaced held-out images (training images where a folder has no --val_dir)."""
     held_out = train_set
@@ -330,7 +320,6 @@ def validation_images(cfg, train_set, n=64):
         held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
     index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
     return data.to_tensor(data.stack(held_out, index.tolist())[0])
-
 
 def plot_losses(out):
     """loss.png: every number of log.jsonl against the step, one panel each."""
@@ -352,7 +341,6 @@ def plot_losses(out):
     figure.savefig(Path(out) / "loss.png", dpi=110)
     plt.close(figure)
 
-
 def final_table(runs):
     """Print the summaries of runs of this script or finetune.py, and of a DA-VAE's base before it, one aligned line each."""
     bases = {run: common.read_config(common.checkpoints(run)[-1])["config"]["base"] for run in runs if common.checkpoints(run)}
@@ -369,9 +357,7 @@ def final_table(runs):
             result += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
         print(f"{s['stage']:<12}{run:<22}{s['steps']:>8}{s['seconds']:>9.0f}  {result}")
 
-
 # ---------------------------------------------------------------- the loop
-
 
 def main(cfg):
     """Train, validate and save as `cfg` says.  Returns the summary of the finished run, which is also in summary.json."""
@@ -380,11 +366,14 @@ def main(cfg):
         print(f"{cfg.out}: finished at step {common.step_of(cfg.out)}; give more --steps or another --out to go on")
         return json.loads(summary_file.read_text())
     rank, world, device = common.setup(cfg.device)
+    lock = common.hold(cfg.out, rank)                              # until this function returns
     accumulate = common.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
     # models: from the newest checkpoint if there is one
     resumed = common.checkpoints(cfg.out)[-1:]
+    if resumed:
+        common.check_resume(common.read_config(resumed[0])["config"], cfg, MAY_CHANGE)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format     # the fast one of each
     vae = (load_davae(resumed[0]) if resumed else initial_vae(cfg)).to(device, memory_format=layout).train()
     if cfg.D and cfg.freeze_encoder:
@@ -403,8 +392,7 @@ def main(cfg):
     opt_d = torch.optim.AdamW(disc.parameters(), **adam) if disc else None
     start, seconds = 0, 0.0
     if resumed:
-        state = torch.load(resumed[0] / "train_state.pt", map_location=device, weights_only=True)
-        common.check_resume(common.read_config(resumed[0])["config"], cfg, MAY_CHANGE)
+        state = common.read_state_dict(resumed[0] / "train_state.pt")
         opt.load_state_dict(state["opt"])
         if disc:
             disc.load_state_dict(state["disc"])
@@ -414,7 +402,6 @@ def main(cfg):
     judge = DistributedDataParallel(disc) if world > 1 and disc else disc
 
     if rank == 0:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         print(f"{cfg.out}: {train_set.summary()}\n  {sum(p.numel() for p in trained):,} trained of "
               f"{sum(p.numel() for p in vae.parameters()):,} parameters; C={vae.C} D={vae.D} f={vae.f}; batch "
               f"{cfg.batch_size} = {world} ranks x {cfg.batch_size // world // accumulate} x {accumulate}; "
@@ -432,46 +419,58 @@ def main(cfg):
         common.save_checkpoint(cfg.out, step, {"model": vae.state_dict()}, state,
                                {"script": "train_vae.py", "config": dataclasses.asdict(cfg), "model": vae.config()})
 
+    if rank == 0 and not resumed:                                  # a disk that is too small shows now, not after hours
+        with common.disk_may_fail(must=True):
+            save(0)
     stream = data.batches(train_set, cfg.batch_size, cfg.seed, start=start, rank=rank, world=world, flip=cfg.flip)
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
+    common.heed_signals()
     for step, (x, _) in zip(bar, stream):
-        common.seed_step(cfg.seed, rank, step)
         for group in (opt.param_groups + (opt_d.param_groups if disc else [])):
             group["lr"] = learning_rate(step, cfg)
-        x = training_batch(data.to_tensor(x).to(device), step, cfg).contiguous(memory_format=layout)
         gan_on = disc is not None and step >= cfg.disc_start
 
         # generator: accumulate over micro-batches, synchronise gradients on the last one only
-        pairs = []
-        for i, part in enumerate(x.chunk(accumulate)):
+        pairs, sums = [], {}
+        for i, part in enumerate(data.to_tensor(x).to(device).chunk(accumulate)):
+            common.seed_step(cfg.seed, rank * accumulate + i, step)
+            part = training_batch(part, step, cfg).contiguous(memory_format=layout)
             model.require_backward_grad_sync = i == accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 rec = model(part)
                 loss, parts = vae_loss(vae, rec, part, cfg, lpips, disc.requires_grad_(False) if gan_on else None)
             (loss / accumulate).backward()
             pairs.append((part, rec.x_hat.detach()))
+            add_up(sums, parts, accumulate)
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
-        common.stop_if_not_finite(norm, vae, step)
+        stop_if_not_finite(norm, loss, vae, step)
         opt.step()
         opt.zero_grad(set_to_none=True)
 
         # discriminator: on the same reconstructions, after the generator's step
         if gan_on:
             disc.requires_grad_(True)
-            for part, x_hat in pairs:
+            for i, (part, x_hat) in enumerate(pairs):
+                judge.require_backward_grad_sync = i == accumulate - 1
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     d_loss = hinge_loss(judge(part).float(), judge(x_hat.float()).float())
                 (d_loss / accumulate).backward()
+                add_up(sums, {"d": d_loss.detach()}, accumulate)
             opt_d.step()
             opt_d.zero_grad(set_to_none=True)
-            parts["d"] = d_loss.detach()
 
         if (step + 1) % cfg.log_every == 0:
-            numbers = {k: v.item() for k, v in parts.items()}
-            log(step + 1, **numbers, gnorm=norm.item(), lr=learning_rate(step, cfg),
+            log(step + 1, sums, gnorm=norm.item(), lr=learning_rate(step, cfg),
                 **{"img/s": (step + 1 - start) * cfg.batch_size / (time.time() - since)})
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
-            save(step + 1)
+        stop, last = common.asked_to_stop(device), step + 1 == cfg.steps
+        if rank == 0 and (stop or last or (step + 1) % cfg.save_every == 0):
+            with common.disk_may_fail(must=stop or last):
+                save(step + 1)
+        if stop and not last:
+            if rank == 0:
+                tqdm.write(f"{cfg.out}: stopped after step {step + 1}; the same command goes on from there")
+            raise SystemExit(0)
+    common.heed_signals(False)
 
     common.wait_for_all()
     summary = {"stage": "DA-VAE" if vae.D else "base VAE", "steps": cfg.steps, "seconds": seconds + time.time() - since,
@@ -484,6 +483,16 @@ def main(cfg):
               f"look at {cfg.out}/recon.png")
     return summary
 
+def launch(main, cfg):
+    """Run the main function of this script or of finetune.py as a program, under torchrun or not."""
+    try:
+        record(main)(cfg)                                          # torchrun then reports the rank that failed first
+    except torch.OutOfMemoryError as error:
+        less = [f"--micro_batch={cfg.micro_batch // 2} (the result stays the same)"] if cfg.micro_batch > 1 else []
+        less += ["--checkpointing=True"] if not getattr(cfg, "checkpointing", True) else []
+        raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {', '.join([*less, 'a smaller model'])}") from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
-    main(common.cli(Config, PRESETS))
+    launch(main, common.cli(Config, PRESETS))

@@ -1,5 +1,9 @@
 """Shared fixtures: where the small golden files are, and which tests are skipped, with the reason."""
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +84,49 @@ def tiny_run(tiny_vae, tiny_base):
 
 DIT = dict(image_size=64, images=64, flip=False, steps=3, batch_size=8, micro_batch=8, lr=1e-3, N=4, log_every=1, save_every=100,
            sample_steps=2, cfg=2.0, shift=1.0)
+
+
+# ---------------------------------------------------------------- faults, injected for real
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(main, cfg, fault="", ranks=1) -> Popen of a program that runs the script's main after the lines `fault`."""
+    started = []
+
+    def start(main, cfg, fault="", ranks=1):
+        module, program = main.__module__, tmp_path / f"program{len(started)}.py"
+        program.write_text(f"import os, signal, sys, torch, common, {module} as script\nRANK = int(os.environ.get('RANK', 0))\n"
+                           f"{fault}\nvalues = {dataclasses.asdict(cfg)}\n"
+                           f"getattr(script, 'train_vae', script).launch(script.main, script.Config(**values))\n")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        started.append(subprocess.Popen([sys.executable, *torchrun, str(program)], text=True, cwd=tmp_path,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=os.environ | {"PYTHONPATH": str(ROOT)}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kB) -> the folder of a new tmpfs of that size."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a small tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 # ---------------------------------------------------------------- Stable Diffusion 3.5 in miniature, as diffusers makes it

@@ -130,6 +130,7 @@ def test_truncated_weight_files_are_named(tmp_path):
     for name, sentence in whole.items():
         file = tmp_path / name
         file.write_bytes(file.read_bytes()[:-900])
+        (tmp_path / "a" / "SHA256SUMS").unlink(missing_ok=True)    # as in a file from elsewhere
         with pytest.raises(SystemExit, match=sentence):
             common.read_state_dict(file)
 
@@ -141,27 +142,12 @@ def test_json_files_are_replaced_whole(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_ema_follows_the_closed_form():
-    model, ema = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    start = [p.detach().clone() for p in ema.parameters()]
-    for _ in range(5):
-        common.ema_update(ema, model, 0.9)
-    for p, m, s in zip(ema.parameters(), model.parameters(), start):
-        assert torch.allclose(p, m + 0.9**5 * (s - m), atol=1e-6)
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_update_and_is_named():
-    model = torch.nn.Linear(2, 2)
-    model.weight.grad, model.bias.grad = torch.zeros(2, 2), torch.tensor([0.0, float("inf")])
-    with pytest.raises(SystemExit, match="step 7: gradient norm is inf, first bad parameter bias"):
-        common.stop_if_not_finite(torch.tensor(float("inf")), model, 7)
-    common.stop_if_not_finite(torch.tensor(1.0), model, 7)
-
-
 def test_resuming_drops_the_log_lines_that_will_be_written_again(tmp_path):
     log = common.Log(tmp_path, 0, 0, 30)
     for step in (10, 20, 30):
-        log(step, loss=1.0)
-    common.Log(tmp_path, 0, 20, 30)(30, loss=2.0)
+        log(step, {"loss": torch.tensor(1.0)})
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 40, "lo')                                # killed in the middle of a line
+    common.Log(tmp_path, 0, 20, 30)(30, {"loss": torch.tensor(2.0)})
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [(r["step"], r["loss"]) for r in rows] == [(10, 1.0), (20, 1.0), (30, 2.0)]

@@ -1,8 +1,10 @@
 """finetune.py: the schedule, the flow loss, the warm start, exact resume, and the main job end to end."""
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import evaluate
@@ -18,7 +20,7 @@ import finetune
 import sample
 from davae import load_davae
 from dit import DiTConfig, LightningDiT, load_dit
-from finetune import PRESETS, Config, detail_weight, drop_labels, flow_loss, warm_start_difference
+from finetune import PRESETS, Config, detail_weight, flow_loss, warm_start_difference
 
 
 def tiny_dit(D=0):
@@ -83,11 +85,20 @@ def test_the_cosine_term_sees_all_channels_whatever_the_weight():
     assert torch.allclose(with_cosine - without, cosine.mean(), atol=1e-6)
 
 
+def test_ema_follows_the_closed_form():
+    model, ema = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    start = [p.detach().clone() for p in ema.parameters()]
+    for _ in range(5):
+        finetune.ema_update(ema, model, 0.9)
+    for p, m, s in zip(ema.parameters(), model.parameters(), start):
+        assert torch.allclose(p, m + 0.9**5 * (s - m), atol=1e-6)
+
+
 def test_labels_are_dropped_to_the_null_class_at_the_given_rate():
     torch.manual_seed(0)
-    y = drop_labels(torch.zeros(20_000).long(), 7, 0.1)
+    y = sample.drop_labels(torch.zeros(20_000).long(), 7, 0.1)
     assert set(y.tolist()) == {0, 7} and abs((y == 7).float().mean() - 0.1) < 0.01
-    assert (drop_labels(y, 9, 0.0) == y).all()
+    assert (sample.drop_labels(y, 9, 0.0) == y).all()
 
 
 def test_warm_start_difference_is_zero_and_the_check_fails_with_a_random_P_new():
@@ -173,6 +184,26 @@ def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
 
 
+def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(tiny_vae, tiny_base, tmp_path):
+    """Raw fp32 latents of both orientations with labels, as its extract_features.py saves them."""
+    vae, drawn = load_davae(tiny_vae), finetune.data.open_dataset("procedural", 64, 20, 0)
+    x = finetune.data.to_tensor(finetune.data.stack(drawn, range(20))[0])
+    mean, std = (torch.cat([getattr(vae.base, name), getattr(vae, name)]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    both = [vae.encode(v) for v in (x, x.flip(3))]
+    for n, part in enumerate((slice(0, 12), slice(12, 20))):
+        save_file({"latents": (both[0] * std + mean)[part].contiguous(), "latents_flip": (both[1] * std + mean)[part].contiguous(),
+                   "labels": torch.from_numpy(drawn.labels[part])}, tmp_path / f"latents_rank00_shard{n:03d}.safetensors")
+    cfg = config(tiny_vae, tiny_base, tmp_path / "run", data_dir=str(tmp_path), flip=True, steps=2)
+    for D in (0, 12):
+        latents = finetune.Latents(tmp_path, vae, D)
+        z, y = latents.batch([3, 15, 19], [False, True, False])
+        wanted = torch.stack([both[0][3], both[1][15], both[0][19]])[:, :4 + D]
+        assert torch.allclose(z, wanted, atol=1e-5) and y.tolist() == [3, 5, 9]
+    assert finetune.main(cfg)["warm_start"] == 0.0
+    with pytest.raises(SystemExit, match="latents of 16 channels; wanted 28"):
+        finetune.Latents(tmp_path, vae, 24)
+
+
 def test_accumulated_micro_batches_make_one_optimizer_step(tiny_vae, tiny_base, tmp_path):
     finetune.main(config(tiny_vae, tiny_base, tmp_path / "a", micro_batch=2, steps=1))
     state = torch.load(common.latest_checkpoint(tmp_path / "a") / "train_state.pt", weights_only=True)
@@ -194,15 +225,49 @@ def test_presets_name_fields_and_their_own_folders():
     assert len({v["out"] for v in PRESETS.values()}) == len(PRESETS)
 
 
-def test_a_run_started_by_two_processes_is_continued_by_one(tiny_vae, tiny_base, tmp_path):
-    cfg = config(tiny_vae, tiny_base, tmp_path / "run", steps=2)
-    flags = [f"--{k}={v}" for k, v in cfg.__dict__.items() if k != "preset"]
+def test_two_processes_lose_what_one_does_and_one_continues_their_run(tiny_vae, tiny_base, tmp_path):
+    one, two = (config(tiny_vae, tiny_base, tmp_path / name, steps=2, micro_batch=4) for name in ("one", "two"))
+    flags = [f"--{k}={v}" for k, v in two.__dict__.items() if k != "preset"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launcher, finetune.__file__, "tiny", *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "batch 8 = 2 ranks x 4 x 1" in done.stdout and done.stdout.count("batch 8 =") == 1      # rank 0 prints
-    finetune.main(replace(cfg, steps=3))
-    assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
+    finetune.main(one)
+    rows = [[json.loads(line) for line in open(Path(cfg.out) / "log.jsonl")] for cfg in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("loss", "base", "detail", "gnorm")), (a, b)
+    finetune.main(replace(two, steps=3))
+    assert [json.loads(line)["step"] for line in open(tmp_path / "two" / "log.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_stopped_by_ctrl_c_or_killed_in_a_save_goes_on_bit_for_bit(tiny_vae, tiny_base, tmp_path, launch):
+    straight, broken = (config(tiny_vae, tiny_base, tmp_path / name, steps=400, save_every=1000) for name in ("a", "b"))
+    process, log = launch(finetune.main, broken), tmp_path / "b" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    step = common.step_of(broken.out)
+    assert process.returncode == 0 and 2 < step < 400 and f"stopped after step {step}" in out, err
+    process = launch(finetune.main, replace(broken, steps=step + 1), """
+def save(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+common.torch.save = save""")
+    assert process.wait() == -signal.SIGKILL and common.step_of(broken.out) == step
+    for cfg in (straight, broken):
+        finetune.main(replace(cfg, steps=step + 2))
+    for name in ("model", "ema"):
+        x, y = (load_file(common.latest_checkpoint(cfg.out) / f"{name}.safetensors") for cfg in (straight, broken))
+        assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_latents_that_are_not_what_the_statistics_say_are_noticed(capsys):
+    z_all = torch.randn(16, 12, 4, 4)
+    finetune.check_statistics(z_all, 4, "run")
+    assert "WARNING" not in capsys.readouterr().out
+    z_all[:, 4:] *= 5
+    finetune.check_statistics(z_all, 4, "run")
+    assert "detail mean" in capsys.readouterr().out.split("WARNING")[0]
 
 
 # ---------------------------------------------------------------- SD3.5

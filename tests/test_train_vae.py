@@ -1,7 +1,11 @@
 """train_vae.py: the losses against closed forms and by hand, the discriminator, exact resume."""
 import json
 import math
+import signal
+import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +49,16 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_is_clamped():
     assert math.isclose(adaptive_weight(a, b, w, 1e4).item(), 3 * math.sqrt(2) / (4 + 1e-4), rel_tol=1e-6)
     assert adaptive_weight(a, b, w, 0.5).item() == 0.5
     assert not adaptive_weight(a, b, w, 1e4).requires_grad
+
+
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update_and_is_named():
+    model, one, inf = torch.nn.Linear(2, 2), torch.tensor(1.0), torch.tensor(float("inf"))
+    model.weight.grad, model.bias.grad = torch.zeros(2, 2), torch.tensor([0.0, float("inf")])
+    with pytest.raises(SystemExit, match="step 7: loss 1.0, gradient norm inf, first bad parameter bias"):
+        train_vae.stop_if_not_finite(inf, one, model, 7)
+    with pytest.raises(SystemExit, match="loss inf, gradient norm 1.0"):
+        train_vae.stop_if_not_finite(one, inf, torch.nn.Linear(2, 2), 7)
+    train_vae.stop_if_not_finite(one, one, model, 7)
 
 
 def test_patch_discriminator_has_the_published_layers():
@@ -133,6 +147,172 @@ def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(base_run, tmp_path):
     assert all(torch.equal(states[0]["disc"][k], states[1]["disc"][k]) for k in states[0]["disc"])
 
 
+# ---------------------------------------------------------------- faults
+
+
+def same_weights(a, b):
+    states = [load_file(common.latest_checkpoint(cfg.out) / "model.safetensors") for cfg in (a, b)]
+    return all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+KILLED_SAVES = {
+    "in the middle of a file": f"""
+write = common.save_file
+def save_file(state, path):
+    write(state, path)
+    if 'step_000002' in str(path):
+        open(path, 'rb+').truncate(os.path.getsize(path) // 2)
+        {DIE}
+common.save_file = save_file""",
+    "before the rename": f"""
+rename = os.replace
+def replace(a, b):
+    {DIE} if str(b).endswith('step_000002') else rename(a, b)
+os.replace = replace""",
+    "before the old one is pruned": f"""
+remove = common.shutil.rmtree
+def rmtree(path, **kw):
+    {DIE} if str(path).endswith('step_000000') and os.path.isdir(str(path)[:-1] + '2') else remove(path, **kw)
+common.shutil.rmtree = rmtree"""}
+
+
+@pytest.mark.parametrize("moment", KILLED_SAVES)
+def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(base_run, tmp_path, launch, moment):
+    straight, killed = (detail(base_run, tmp_path / name, save_every=1, image_size=32, disc_start=1) for name in "ab")
+    process = launch(train_vae.main, killed, KILLED_SAVES[moment])
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert common.step_of(killed.out) == (2 if "pruned" in moment else 1)
+    train_vae.main(straight)
+    train_vae.main(killed)
+    assert same_weights(straight, killed) and not list((tmp_path / "b").glob("*.tmp"))
+    assert [p.name for p in common.checkpoints(killed.out)] == ["step_000003", "step_000004"]
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_zero(base_run, tmp_path, launch):
+    straight, stopped = (detail(base_run, tmp_path / name, steps=300, image_size=16, gan=0.0) for name in "ab")
+    process, log = launch(train_vae.main, stopped), tmp_path / "b" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    step = common.step_of(stopped.out)
+    assert process.returncode == 0 and 2 < step < 300 and f"stopped after step {step}" in out, err
+    for cfg in (straight, stopped):
+        train_vae.main(replace(cfg, steps=step + 2, cooldown=0.0))
+    assert same_weights(straight, stopped)
+
+
+def test_two_jobs_do_not_train_in_one_folder(base_run, tmp_path):
+    lock = common.hold(tmp_path / "a", 0)
+    with pytest.raises(SystemExit, match="another process is training here"):
+        train_vae.main(detail(base_run, tmp_path / "a"))
+    del lock
+    train_vae.main(detail(base_run, tmp_path / "a", steps=1, image_size=16))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state.pt", "config.json"])
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_is_offered(base_run, tmp_path, name):
+    cfg = detail(base_run, tmp_path / "a", steps=2, save_every=1, image_size=16, gan=0.0)
+    train_vae.main(cfg)
+    file = tmp_path / "a" / "step_000002" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"step_000002/{name}: damaged, .* to go on from .*step_000001"):
+        train_vae.main(replace(cfg, steps=3))
+    common.shutil.rmtree(file.parent)
+    train_vae.main(replace(cfg, steps=3))                          # as it said
+    assert common.step_of(cfg.out) == 3
+
+
+def test_a_disk_too_small_shows_at_step_zero_in_one_sentence(base_run, small_disk, launch):
+    process = launch(train_vae.main, detail(base_run, small_disk(100) / "run", image_size=16))
+    out, err = process.communicate()
+    assert process.returncode == 1 and "not written: " in err and "Make room" in err and "Traceback" not in err
+
+
+def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(base_run, small_disk, monkeypatch, capsys):
+    disk, validate = small_disk(4000), train_vae.validate
+
+    def filling(vae, val, out, step):                              # full when step 2 is saved, empty again at step 3
+        (disk / "filler").unlink(missing_ok=True)
+        if step == 2:
+            with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as f:
+                while True:
+                    f.write(bytes(4096))
+        return validate(vae, val, out, step)
+
+    monkeypatch.setattr(train_vae, "validate", filling)
+    train_vae.main(detail(base_run, disk / "run", save_every=1, image_size=16, steps=3, gan=0.0))
+    assert "training goes on, and the next save tries again" in capsys.readouterr().err
+    assert [p.name for p in common.checkpoints(disk / "run")] == ["step_000001", "step_000003"]
+
+
+def test_a_read_only_disk_is_one_sentence_and_the_run_goes_on(base_run, small_disk, monkeypatch, capsys):
+    run, loss = small_disk(4000) / "run", train_vae.vae_loss
+    commands = iter([["true"], ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", run], ["true"], ["umount", run]])
+
+    def mounting(*args):                                           # steps 2 and 3 find a read-only disk where the run was
+        subprocess.run(next(commands), check=True)
+        return loss(*args)
+
+    monkeypatch.setattr(train_vae, "vae_loss", mounting)
+    train_vae.main(detail(base_run, run, save_every=1, image_size=16, steps=4, gan=0.0))
+    assert capsys.readouterr().err.count("Read-only file system") >= 2
+    assert [p.name for p in common.checkpoints(run)] == ["step_000001", "step_000004"]
+    subprocess.run(["mount", "-o", "remount,ro", run.parent], check=True)
+    with pytest.raises(SystemExit, match="not written: .*Read-only file system"):
+        train_vae.main(detail(base_run, run.parent / "other", image_size=16))
+
+
+def test_out_of_memory_is_answered_with_the_flags_to_try_in_order(base_run, tmp_path):
+    def main(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(SystemExit, match="(?s)Tried to allocate 20 GiB.*--micro_batch=8 .*, a smaller model"):
+        train_vae.launch(main, small(tmp_path))
+
+
+def losses_of(out):
+    return [{k: v for k, v in json.loads(line).items() if k not in ("img/s", "GB")} for line in open(Path(out) / "log.jsonl")]
+
+
+def test_two_processes_lose_what_one_does_and_resume_each_others_runs(base_run, tmp_path, launch):
+    one, two = (detail(base_run, tmp_path / name, micro_batch=2, image_size=32, crop=24, disc_start=1, steps=3) for name in "ab")
+    process = launch(train_vae.main, two, ranks=2)
+    out, err = process.communicate()
+    assert process.returncode == 0 and "batch 4 = 2 ranks x 2 x 1" in out, err[-3000:]
+    train_vae.main(one)
+    for a, b in zip(losses_of(one.out), losses_of(two.out), strict=True):
+        assert a.keys() == b.keys() and all(math.isclose(a[k], b[k], rel_tol=2e-3, abs_tol=1e-5) for k in a), (a, b)
+    train_vae.main(replace(two, steps=4))                          # two, then one
+    process = launch(train_vae.main, replace(one, steps=4), ranks=2)                               # one, then two
+    out, err = process.communicate()
+    assert process.returncode == 0 and losses_of(one.out)[-1]["step"] == losses_of(two.out)[-1]["step"] == 4, err[-3000:]
+
+
+@pytest.mark.parametrize("fault, sentence", [
+    ("raise ZeroDivisionError('a rank that dies')", "ZeroDivisionError: a rank that dies"),
+    ("loss = loss * torch.tensor(float('nan'))", "first bad parameter")])
+def test_one_rank_that_fails_ends_all_within_seconds_and_says_why(base_run, tmp_path, launch, fault, sentence):
+    cfg = detail(base_run, tmp_path / "a", micro_batch=2, image_size=16, steps=100_000, gan=0.0, log_every=10_000)
+    process = launch(train_vae.main, cfg, f"""
+original, count = script.vae_loss, []
+def vae_loss(*args):
+    loss, parts = original(*args)
+    count.append(1)
+    if RANK == 1 and len(count) == 5:
+        {fault}
+    return loss, parts
+script.vae_loss = vae_loss""", ranks=2)
+    start = time.time()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and sentence in err and common.step_of(cfg.out) == 0, err[-3000:]
+    assert time.time() - start < 40, "of which 10 are for Python to start"
+
+
 def test_the_same_command_again_says_that_it_is_finished(base_run, capsys):
     before = common.latest_checkpoint(base_run).stat().st_mtime
     train_vae.main(small(base_run))
@@ -162,9 +342,9 @@ def test_ridge_is_least_squares_over_all_batches():
 
 
 @torch.no_grad()
-def test_fitted_blocks_start_with_three_quarters_of_the_full_size_latent_and_find_the_rest(base_run):
+def test_fitted_blocks_start_with_three_quarters_of_the_full_size_latent_and_find_the_rest():
     torch.manual_seed(0)
-    vae = DAVAE(load_davae(base_run).base, 12).train()
+    vae = DAVAE(AutoencoderKL(KLConfig(C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4)), 12).train()
     head = vae.base.to_moments[0]
     head.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0       # a 1x1 head: the shortcut can be exact
     x = torch.nn.functional.interpolate(torch.rand(40, 3, 8, 8) * 2 - 1, scale_factor=4, mode="bicubic")
@@ -181,7 +361,7 @@ def test_fitted_blocks_start_with_three_quarters_of_the_full_size_latent_and_fin
     assert (posterior.logvar == -6).all()
     assert left_over(posterior.mean) < 0.2 * left_over(torch.zeros_like(posterior.mean))
     with pytest.raises(SystemExit, match="needs D = 3C"):
-        train_vae.fit_new_blocks(DAVAE(load_davae(base_run).base, 8), x.split(8))
+        train_vae.fit_new_blocks(DAVAE(vae.base, 8), x.split(8))
 
 
 def test_a_fitted_run_resumes_without_fitting_again(base_run, tmp_path, monkeypatch):
