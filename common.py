@@ -60,7 +60,7 @@ def setup(device="auto"):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 def sum_over_ranks(x):
@@ -91,9 +91,9 @@ def heed_signals(on=True):
     for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, (lambda n, _: (ASKED.append(n), heed_signals(False))) if on else default)
 
-def asked_to_stop(device):
-    """Was any rank asked to stop?  All ranks must call this after the same step."""
-    return sum_over_ranks(torch.tensor(len(ASKED), device=device)).item() > 0
+def asked_to_stop():
+    """Was any rank asked to stop?  All ranks must call this after the same step; on the CPU, so that no GPU is waited for."""
+    return sum_over_ranks(torch.tensor(len(ASKED))).item() > 0
 
 def micro_batches(batch_size, micro_batch, world):
     """How many forward passes of at most `micro_batch` images each rank accumulates for one step of `batch_size` in all."""

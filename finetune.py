@@ -474,7 +474,7 @@ def main(cfg):
             means = log(n + 1, sums, **({"w": w} if cfg.D else {}), gnorm=norm.item(), lr=lr,
                         **{"img/s": (n + 1 - start) * cfg.batch_size / (time.time() - since)})
             extra.update({name: means[name] for name in halves})
-        stop, last = common.asked_to_stop(device), n + 1 == cfg.steps
+        stop, last = common.asked_to_stop(), n + 1 == cfg.steps
         if rank == 0 and (stop or last or (n + 1) % cfg.save_every == 0):
             with common.disk_may_fail(must=stop or last):
                 save(n + 1)

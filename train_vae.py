@@ -462,7 +462,7 @@ def main(cfg):
         if (step + 1) % cfg.log_every == 0:
             log(step + 1, sums, gnorm=norm.item(), lr=learning_rate(step, cfg),
                 **{"img/s": (step + 1 - start) * cfg.batch_size / (time.time() - since)})
-        stop, last = common.asked_to_stop(device), step + 1 == cfg.steps
+        stop, last = common.asked_to_stop(), step + 1 == cfg.steps
         if rank == 0 and (stop or last or (step + 1) % cfg.save_every == 0):
             with common.disk_may_fail(must=stop or last):
                 save(step + 1)
