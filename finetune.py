@@ -400,6 +400,7 @@ def main(cfg):
     else:
         dit, base = initial_dit(cfg, vae, max(1, len(train_set.classes)))
         ema = deepcopy(dit)
+    condition = sample.Conditioner(dit, train_set, cfg, device, rank)     # T5, if it must run, has the GPU for itself
     dit, ema = dit.to(device).train(), ema.to(device).eval().requires_grad_(False)
     dit.checkpointing = cfg.checkpointing
     trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
@@ -410,7 +411,6 @@ def main(cfg):
         opt.load_state_dict(state["opt"])
         start, seconds, extra = state["step"], state["seconds"], state["extra"]
     model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 else dit
-    condition = sample.Conditioner(dit, train_set, cfg, device, rank)
     config = {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": dataclasses.asdict(dit.cfg), "classes":
               list(dict.fromkeys(filter(None, train_set.captions)))[:8] if cfg.text else train_set.classes}
 

@@ -343,6 +343,13 @@ def test_sd3_goes_from_captions_to_a_folder_that_diffusers_loads(sd3_folder, tmp
     finetune.main(replace(cfg, steps=4))                                                          # resumes, adapters and all
     assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
 
+    whole = replace(cfg, out=str(tmp_path / "whole"), lora=0, steps=1)
+    finetune.main(whole)                                            # every weight trained: nothing is left in a frozen/
+    saved, start = load_dit(common.latest_checkpoint(whole.out), "model"), load_dit(sd3_folder)
+    assert torch.equal(saved.pos_embed, start.pos_embed) and not (tmp_path / "whole" / "frozen").exists()
+    moved = [not torch.equal(p, saved.get_parameter(name)) for name, p in start.named_parameters()]
+    assert sum(moved) > 0.8 * len(moved)
+
     drawn = sample.Config(run=cfg.out, prompts="a fox|two owls", text=str(sd3_folder), n=3, steps=2, height=32, width=48,
                           out=str(tmp_path / "images"), weights="model")
     assert Image.open(sample.main(drawn) / "000002.png").size == (48, 32)
