@@ -1,40 +1,32 @@
-"""Measure a run: reconstruction of held-out images, and the distance of its samples from them.
+"""Measure a run: reconstruction of held-out images, and the distance of its samples from them; and the paper's analyses.
 
     python evaluate.py out/tiny                                     # a run of finetune.py: both
     python evaluate.py out/photos-vae --data_dir=photos/eval --perceptual=squeeze --lpips_trunk=squeezenet1_1.pth
-    python evaluate.py out/imagenet512 --reference=VIRTUAL_imagenet512.npz --inception_weights=inception.pth --n=50000
+    torchrun --nproc_per_node=8 evaluate.py out/imagenet512 --data_dir=imagenet/val --images=50000 --n=50000 \\
+        --inception_weights=inception.pth --reference=VIRTUAL_imagenet512.npz
     python evaluate.py compare out/photos out/other                 # the latest measurements of two runs, side by side
-    python evaluate.py analyse sensitivity out/tiny-vae             # one of the paper's figures, and its numbers
+    python evaluate.py analyse tsne out/tiny-vae --other=out/no-align       # one of the paper's figures, and its numbers
 
-Reconstruction has three rows: the base channels alone, doubled; the DA-VAE; and the base VAE on the full-size image, which
-takes four times the tokens. Generation sets the samples beside the same latents through the base decoder, doubled (Tab. S2's
-upsampling); distances are named for their features. Both are added, with every setting, to <run>/metrics.json. Analyses
-(sensitivity, spectrum, timebins, latents) write analysis_<name>.json and PNGs into the run's folder.
+Reconstruction: base channels alone, doubled; DA-VAE; base VAE on the full-size image, with four times the tokens. Generation:
+samples, and the same latents through the base decoder alone, doubled (bilinear: Tab. S2's row). Both go to <run>/metrics.json,
+with all settings and hashes of weights and images. Analyses write analysis_<name>.json and PNGs into the run's folder.
 """
-import dataclasses
-import json
-import platform
-import re
-import sys
-import zipfile
+import dataclasses, hashlib, json, platform, re, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import common
-import data
-import sample
+import common, data, sample
 from common import field
 from davae import half, load_davae
-from train_vae import import_torchvision, make_lpips, psnr, reconstruct
-
+from train_vae import import_torchvision, make_lpips, psnr, ridge
 
 @dataclass
 class Config(sample.Config):
@@ -49,318 +41,312 @@ class Config(sample.Config):
     reference: str = field("", "npz to measure samples against: mu and sigma, or images arr_0; empty: the held-out images")
     keep_reference: str = field("", "npz to keep the statistics of the held-out images in, for --reference= of other runs")
     inception_weights: str = field("", "torch-fidelity's pt_inception-2015-12-05-6726825d.pth")
+    clip: str = field("", "folder of a CLIP model, to score samples of a model of texts against their prompts")
+    other: str = field("", "analyses of latents: a second DA-VAE, for example one trained with --align=0")
 
+def gather(parts):
+    """Batches of rows of every rank, where rank r holds rows r::world, as one CPU tensor (n, ...) in order, on all ranks."""
+    ranks = [mine := torch.cat(parts).cpu()]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+    rows = torch.empty(sum(map(len, ranks)), *mine.shape[1:], dtype=mine.dtype)
+    for r, part in enumerate(ranks):
+        rows[r::len(ranks)] = part
+    return rows
 
-# ---------------------------------------------------------------- reconstruction
+def hash_of(thing):
+    """Sixteen digits of the SHA-256 of bytes, an array, or a module: every name and weight."""
+    digest = hashlib.sha256()
+    for name, x in thing.state_dict().items() if isinstance(thing, nn.Module) else [("", thing)]:
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if isinstance(x, torch.Tensor) else x)
+    return digest.hexdigest()[:16]
 
+def doubled(base):
+    """The baselines without details, {row: (B, 3, H, W)} of half-size images: Tab. S2's bilinear upsampling, and bicubic."""
+    return {f"base only, {mode}": F.interpolate(base, scale_factor=2.0, mode=mode, align_corners=False).clamp(-1, 1)
+            for mode in ("bilinear", "bicubic")}
 
 def ssim(x, y):
     """Structural similarity of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,).  (Wang et al., 2004.)
-
-    RGB, 11x11 Gaussian window of sigma 1.5 without padding, data range 2, K = (0.01, 0.03).
-    """
+    RGB, 11x11 Gaussian window of sigma 1.5 without padding, data range 2, K = (0.01, 0.03)."""
     x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()
-    g = torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2 / (2 * 1.5**2))
-    rows, columns = ((g / g.sum()).view(shape).expand(3, 1, *shape[2:]) for shape in ((1, 1, 11, 1), (1, 1, 1, 11)))
-
-    def blur(image):
-        return F.conv2d(F.conv2d(image, rows, groups=3), columns, groups=3)
-
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    g = F.normalize(torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2 / (2 * 1.5**2)), p=1, dim=0)
+    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1).unsqueeze(1)                    # (15B, 1, H, W)
+    mx, my, xx, yy, xy = F.conv2d(F.conv2d(maps, g.view(1, 1, 1, 11)), g.view(1, 1, 11, 1)).unflatten(0, (5, *x.shape[:2]))
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    value = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return value.mean(dim=(1, 2, 3))
-
+    value = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))
+    return value.mean(dim=(1, 2, 3, 4))
 
 @torch.no_grad()
-def image_table(decodings, batches, lpips=None):
-    """{row: {psnr, ssim, lpips, images}}, averages over images; decodings(x (B, 3, H, W)) yields (row, what became of x)."""
-    parts = {}
-    for x in batches:
-        for name, y in decodings(x):
-            values = [psnr(x, y), ssim(x, y)] + ([lpips(x, y).flatten()] if lpips is not None else [])
-            parts.setdefault(name, []).append(torch.stack([v.double().cpu() for v in values]))
-    rows = {name: torch.cat(values, dim=1) for name, values in parts.items()}                  # (metrics, images)
-    return {name: {**dict(zip(("psnr", "ssim", "lpips"), row.mean(1).tolist())), "images": row.shape[1]}
-            for name, row in rows.items()}
+def image_table(run, decodings, batches):
+    """({row: averages over images}, features of the images (n, d)); settles run.features, notes it and the images' hash.
+    decodings(x (B, 3, H, W)) yields (row, what became of x); batches: this rank's share of the images, in [-1, 1]."""
+    run.features, run.network, run.settings["features"] = feature_network(run)
+    seen, parts, table = [], {}, {}
+    for x in (x.to(run.device) for x in batches):
+        seen.append((torch.tensor([int(hash_of(image)[:15], 16) for image in data.to_uint8(x)]), run.network(x)[0]))
+        for row, y in decodings(x):
+            scores = [psnr(x, y), ssim(x, y)] + ([run.lpips(x, y).flatten()] if run.lpips is not None else [])
+            parts.setdefault(row, []).append((torch.stack([s.double() for s in scores], dim=1), run.network(y)[0]))
+    digits, real = map(gather, zip(*seen))
+    run.settings["held_out"] = f"{len(real)} images, sha256 {hash_of(digits)}"
+    for row, batches in parts.items():
+        scores, f = map(gather, zip(*batches))
+        table[row] = {**dict(zip(("psnr", "ssim", "lpips"), scores.mean(0).tolist())), "images": len(f)}
+        table[row] |= distances(run.features, f, moments(real)) if run.features else {}
+    return table, real
 
-
-def reconstruction(vae, batches, lpips=None):
-    """image_table of batches (B, 3, H, W) in [-1, 1] as the VAE gives them back, with the number of latent positions."""
+def reconstruction(run, batches):
+    """`image_table` of what the VAE gives back, with the number of latent positions."""
     def decodings(x):
-        positions["base VAE, full size"] = tokens = x.shape[2] // vae.base.f * (x.shape[3] // vae.base.f)
+        z_all, rows = vae.encode(x), {}
         if vae.D:
-            positions["base only, doubled"] = positions["DA-VAE"] = tokens // 4
-            yield from zip(("base only, doubled", "DA-VAE"), reconstruct(vae, x))
-        yield "base VAE, full size", vae.base.decode(vae.base.encode(x)).clamp(-1, 1)
-
-    positions = {}
-    table = image_table(decodings, batches, lpips)
-    return {name: {**row, "positions": positions[name]} for name, row in table.items()}
-
-
-# ---------------------------------------------------------------- distances between sets of features
-
+            rows = {**doubled(vae.decode_base(z_all[:, :vae.C])), "DA-VAE": vae.decode(z_all).clamp(-1, 1)}
+        rows["base VAE, full size"] = vae.base.decode(z_full := vae.base.encode(x)).clamp(-1, 1)
+        positions.update({row: (z_full if "full" in row else z_all)[0, 0].numel() for row in rows})
+        return rows.items()
+    vae, positions = run.vae, {}
+    table, real = image_table(run, decodings, batches)
+    return {row: {**values, "positions": positions[row]} for row, values in table.items()}, real
 
 def moments(features):
     """Mean (d,) and unbiased covariance (d, d) of features (n, d), float64."""
     return features.double().mean(0), torch.cov(features.double().T)
 
-
 def frechet_distance(a, b):
     """Squared Frechet distance of two Gaussians given by their `moments`, in float64.
-
     |mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), the last trace from the eigenvalues of a symmetric matrix, so
-    that rank-deficient covariances (n < d) stay finite.
-    """
+    that rank-deficient covariances (n < d) stay finite."""
     (mu_a, A), (mu_b, B) = a, b
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
     return ((mu_a - mu_b).square().sum() + A.trace() + B.trace() - 2 * cross).item()
 
-
-def kernel_distance(a, b, subsets=100, size=1000, seed=0):
-    """KID (Binkowski et al., 2018): unbiased MMD^2, kernel (x.y/d + 1)^3, mean over random subsets of (n, d) features."""
-    a, b, d = a.double(), b.double(), a.shape[1]
-    m, generator, values = min(size, len(a), len(b)), torch.Generator().manual_seed(seed), []
-    for _ in range(subsets):
-        x, y = (s[torch.randperm(len(s), generator=generator)[:m]] for s in (a, b))
-        xx, yy, xy = ((p @ q.T / d + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-        values.append((xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1)) - 2 * xy.mean())
-    return torch.stack(values).mean().item()
-
-
-def inception_metrics(features, logits, real=None):
-    """{IS, precision, recall} of Inception features (n, d) and logits by torch-fidelity; the last two need real features."""
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_prc import calculate_precision_recall_part
-    values = {"IS": isc_features_to_metric(logits, splits=max(1, len(logits) // 5000))["inception_score_mean"]}
+def distances(name, f, reference, logits=None, real=None):
+    """{metric: value} of features f (n, d) against the moments `reference`, and where they are known, the features `real`.
+    Only Inception's distance is called FID, and FID-50k only from 50,000 images on. The others are torch-fidelity's."""
+    fd = "FD" if name != "Inception" else "FID-50k" if len(f) >= 50_000 else f"FID@{len(f)}"
+    values = {f"{name}-{fd}": frechet_distance(moments(f), reference)}
     if real is not None:
-        values |= zip(("precision", "recall"), calculate_precision_recall_part(features, real))
+        from torch_fidelity.metric_kid import kid_features_to_metric
+        kid = kid_features_to_metric(f, real, kid_subset_size=min(1000, len(f), len(real)), verbose=False)
+        values[f"{name}-KID"] = kid["kernel_inception_distance_mean"]
+    if name == "Inception" and logits is not None:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+        from torch_fidelity.metric_prc import calculate_precision_recall_part
+        values["IS"] = isc_features_to_metric(logits, splits=max(1, len(logits) // 5000))["inception_score_mean"]
+        values |= zip(("precision", "recall"), calculate_precision_recall_part(f, real)) if real is not None else ()
     return values
 
-
-# ---------------------------------------------------------------- features, each named for what it is
-
-
-class Probe(nn.Module):
-    """A small network trained on the procedural images to name the class and to tell whether fine detail is there.
-
-    Features are its 128 pooled activations; returned with the class logits. A ruler for the built-in images and no others.
-    """
-
-    def __init__(self, classes=10):
-        super().__init__()
-        widths = (3, 32, 64, 128)
-        self.body = nn.Sequential(*(layer for i, o in zip(widths, widths[1:])
-                                    for layer in (nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU())))
-        self.label, self.sharp = nn.Linear(128, classes), nn.Linear(128, 1)
-
-    def forward(self, x):
-        h = self.body(x).mean(dim=(2, 3))
-        return h, self.label(h)
-
-
-def train_probe(path, size, steps=200):
-    """The Probe for procedural images of `size` pixels, read from `path` or trained (10 s on 2 cores) and written there."""
-    probe = Probe()
-    if path.exists():
-        probe.load_state_dict(load_file(path))
-        return probe.eval()
+def make_probe(size):
+    """A ruler for the procedural images, and for no others: 128 pooled activations of random convolutions (fixed seed), then
+    a layer found by least squares: eleven logits, the ten classes and whether fine detail is there (> 0)."""
     torch.manual_seed(0)
-    opt = torch.optim.AdamW(probe.parameters(), lr=2e-3)
-    stream = data.batches(data.open_dataset("procedural", size, 2048, seed=12345), 32, seed=0)
-    for _, (x, y) in zip(tqdm(range(steps), desc="training the probe", mininterval=1), stream):
-        x = data.to_tensor(x)
-        blurred = F.interpolate(half(x), scale_factor=2.0, mode="bicubic", align_corners=False).clamp(-1, 1)
-        h, logits = probe(torch.cat([x, blurred]))
-        sharp = torch.cat([torch.ones(len(x)), torch.zeros(len(x))])
-        loss = (F.cross_entropy(logits, torch.cat([y, y]))
-                + F.binary_cross_entropy_with_logits(probe.sharp(h).squeeze(1), sharp))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    save_file(probe.state_dict(), path)
-    return probe.eval()
-
-
-def feature_network(cfg, run, size, procedural, device="cpu"):
-    """(name, function (B, 3, H, W) in [-1, 1] -> features (B, d), logits (B, classes)); the name goes before every distance.
-
-    SqueezeNet: the last map, each position scaled to one length as in LPIPS (mean square 1), then averaged; logits (B, 0).
-    Inception: torch-fidelity's, pool3 and the logits without bias, of images rounded to uint8.
-    """
-    kind = cfg.features
-    if kind == "auto":
-        kind = "inception" if cfg.inception_weights else "squeeze" if cfg.lpips_trunk else "probe" if procedural else "none"
-    if kind == "none":
-        return None, None
-    if kind == "probe":
-        if not procedural:
-            raise SystemExit("--features=probe knows the procedural images only; give --inception_weights or --lpips_trunk")
-        return "Probe", train_probe(Path(run) / "probe.safetensors", size).to(device)
-    if kind == "squeeze":
-        net = make_lpips("squeeze", cfg.lpips_trunk).to(device)
-
-        def squeeze(x):
-            pooled = F.normalize(net.net(net.scaling_layer(x))[-1], dim=1).mean(dim=(2, 3)) * 512**0.5
-            return pooled, pooled[:, :0]
-        return "SqueezeNet", squeeze
-    if kind != "inception" or not cfg.inception_weights:
-        raise SystemExit(f"--features={kind!r}: wanted inception (with --inception_weights=), squeeze, probe or none")
-    common.read_state_dict(cfg.inception_weights)          # refuses a file that holds code; torch-fidelity would run it
-    import_torchvision()
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
-                                      feature_extractor_weights_path=cfg.inception_weights).to(device)
-    return "Inception", lambda x: net(torch.as_tensor(data.to_uint8(x)).permute(0, 3, 1, 2).to(x.device))
-
+    convs = [nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in ((3, 32), (32, 64), (64, 128))]
+    for conv in convs:
+        nn.init.kaiming_normal_(conv.weight)
+    layers = [m for conv in convs for m in (conv, nn.ReLU())]
+    probe = nn.Sequential(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(128, 11))
+    x, y = map(torch.cat, zip(*read(data.open_dataset("procedural", size, 1000, seed=12345), range(1000))))
+    wanted, pairs = 2 * F.one_hot(y, 11).double() - 1, []
+    for images, sharp in ((x, 1), (doubled(half(x))["base only, bicubic"], -1)):
+        f = torch.cat([probe[0](part) for part in images.split(100)]).double()
+        pairs.append((F.pad(f, (0, 1), value=1.0), wanted.index_fill(1, torch.tensor(10), sharp)))
+    W = ridge(pairs, 1e-6).float()                                                              # (128 + 1, 11)
+    probe[1].weight.copy_(W[:-1].T), probe[1].bias.copy_(W[-1])
+    return probe
 
 @torch.no_grad()
-def features_of(network, batches, device="cpu"):
-    """(features (n, d), logits (n, classes)) of image batches, on the CPU: images are not kept, so any n fits."""
-    return [torch.cat(parts) for parts in zip(*([y.cpu() for y in network(x.to(device))] for x in batches))]
+def feature_network(run):
+    """(name, function (B, 3, H, W) in [-1, 1] -> features (B, d), logits (B, classes); the name with its weights' hash).
+    SqueezeNet: the last map, each position scaled to one length as in LPIPS (mean square 1), then averaged; logits (B, 0).
+    Inception: torch-fidelity's, pool3 and the logits without bias, of images rounded to uint8. No name: both (B, 0)."""
+    import_torchvision()                                   # for whichever of lpips, torch-fidelity, transformers is used
+    cfg, own, kind = run.cfg, run.config["config"], "none" if run.cfg.whole else run.cfg.features
+    if kind == "auto":
+        kind = ("inception" if cfg.inception_weights else "squeeze" if cfg.lpips_trunk
+                else "probe" if own["data_dir"] == "procedural" else "none")
+    if kind == "none":
+        return "", lambda x: (x.new_empty(len(x), 0),) * 2, ""
+    if kind == "probe" and own["data_dir"] == "procedural":
+        name, net = "Probe", make_probe(own["image_size"]).to(run.device)
+        network = lambda x: (f := net[0](x), net[1](f))                                         # noqa: E731
+    elif kind == "squeeze":
+        name, net = "SqueezeNet", make_lpips("squeeze", cfg.lpips_trunk).to(run.device)
+        pooled = lambda x: F.normalize(net.net(net.scaling_layer(x))[-1], dim=1).mean((2, 3)) * 512**0.5     # noqa: E731
+        network = lambda x: (f := pooled(x), f[:, :0])                                          # noqa: E731
+    elif kind == "inception" and cfg.inception_weights:
+        common.read_state_dict(cfg.inception_weights)      # refuses a file that holds code; torch-fidelity would run it
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        name, outputs = "Inception", ["2048", "logits_unbiased"]
+        net = FeatureExtractorInceptionV3("inception-v3-compat", outputs, cfg.inception_weights).to(run.device)
+        network = lambda x: net(torch.as_tensor(data.to_uint8(x)).permute(0, 3, 1, 2).to(run.device))        # noqa: E731
+    else:
+        raise SystemExit(f"--features={kind}, on {own['data_dir']}: wanted inception (with --inception_weights=), squeeze, "
+                         "none, or probe, which knows the procedural images only")
+    return name, network, f"{name}, sha256 {hash_of(net)}"
 
+def clip_scorer(folder, device):
+    """(function (images (B, 3, H, W) in [-1, 1], B texts) -> (B,), hash of the model): 100 max(cos, 0) of CLIP's embeddings.
+    (Hessel et al., 2021.)   folder: a CLIPModel and its processor, as transformers saves them."""
+    if not (Path(folder) / "config.json").exists():
+        raise SystemExit(f"--clip={folder}: wanted a local folder of a CLIP model: config.json, weights, tokenizer, processor")
+    from transformers import CLIPModel, CLIPProcessor
+    processor, model = CLIPProcessor.from_pretrained(folder), CLIPModel.from_pretrained(folder).to(device).eval()
 
-def read_reference(path, name, network, device="cpu"):
-    """(moments, features or None, count) of guided-diffusion's npz: images `arr_0` (N, H, W, 3) uint8, or `mu` and `sigma`."""
+    def score(x, texts):
+        inputs = processor(text=texts, images=list(data.to_uint8(x)), return_tensors="pt", padding=True, truncation=True)
+        found = model(**inputs.to(device))                                      # embeddings of length 1
+        return 100 * (found.image_embeds * found.text_embeds).sum(1).clamp_min(0)
+    return score, hash_of(model)
+
+def read_reference(path, features, network, device="cpu"):
+    """(moments, features or None, what it is) of guided-diffusion's npz: images `arr_0` (N, H, W, 3), or `mu` and `sigma`.
+    features: the network's name and hash; statistics must be of the same, and are of Inception if they do not say."""
     try:
         with np.load(path) as f:
             arrays = {k: f[k] for k in f.files if k in ("arr_0", "mu", "sigma", "features", "count")}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise SystemExit(f"--reference={path}: not an npz file of arrays ({error})") from None
-    if "arr_0" in arrays:
-        f, _ = features_of(network, map(data.to_tensor, torch.as_tensor(arrays["arr_0"]).split(50)), device)
-        return moments(f), f, len(f)
-    if not {"mu", "sigma"} <= set(arrays):
-        raise SystemExit(f"--reference={path}: wanted arr_0 (images), or mu and sigma; found {sorted(arrays)} of these")
-    if (made_with := str(arrays.get("features", "Inception"))) != name:             # the published files do not say
-        raise SystemExit(f"--reference={path}: statistics of {made_with} features; the samples' are of {name}")
-    return tuple(torch.as_tensor(arrays[k]).double() for k in ("mu", "sigma")), None, int(arrays.get("count", 0))
+    images, made_with = arrays.get("arr_0", ()), str(arrays.get("features", "Inception"))
+    named = f"{len(images) or arrays.get('count', '?')} images, sha256 {hash_of(Path(path).read_bytes())}"
+    if len(images):
+        real = torch.cat([network(data.to_tensor(part).to(device))[0].cpu() for part in torch.as_tensor(images).split(50)])
+        return moments(real), real, named
+    if not {"mu", "sigma"} <= set(arrays) or not features.startswith(made_with):
+        raise SystemExit(f"--reference={path}: wanted arr_0 (images), or mu and sigma, of {features} features; found "
+                         f"{sorted(arrays)}, {made_with}")
+    return tuple(torch.as_tensor(arrays[k]).double() for k in ("mu", "sigma")), None, named
 
-
-def generation(run, real, settings):
-    """{row: distances} of n samples, the same latents through the base decoder alone, and round trips; adds to the settings."""
-    cfg, vae, device, procedural = run.cfg, run.vae, run.device, run.config["config"]["data_dir"] == "procedural"
-    name, network = feature_network(cfg, cfg.run, real.shape[-1], procedural, device)
-    if network is None:
-        return {}
+@torch.no_grad()
+def generation(run, real):
+    """{row: distances} of cfg.n samples, and of the same latents through the base decoder alone, doubled; adds to settings.
+    real: features (N, d) of the held-out images. img/s: sampling and both decoders on all ranks, after a batch of warm-up.
+    A run with D = 0 on a DA-VAE has the doubled rows only: Tab. S2's model of half the size with upsampling."""
+    cfg, vae, settings, parts, table, seconds = run.cfg, run.vae, run.settings, {}, {}, []
+    settings.update(sample.settings_of(cfg, run.config, run.checkpoint), reference=settings["held_out"])
+    reference, clip = moments(real), lambda x, texts: x.new_empty(len(x))
     if cfg.reference:
-        reference, real_features, count = read_reference(cfg.reference, name, network, device)
-    else:
-        real_features, count = features_of(network, real.split(50), device)[0], len(real)
-        reference = moments(real_features)
-    if cfg.keep_reference:
-        np.savez(cfg.keep_reference, mu=reference[0], sigma=reference[1], features=name, count=count)
-    settings.update(features=name, reference=f"{count or ''} images of {cfg.reference or cfg.data_dir or 'procedural'}".strip())
-    parts, table, fd = {}, {}, "FD" if name != "Inception" else "FID-50k" if cfg.n >= 50_000 else f"FID@{cfg.n}"
-
-    text = sample.text_of(cfg, run.config, settings, Path(cfg.run), 0, device)
-    def look(row, x):
-        parts.setdefault(row, []).append(features_of(network, [x], device))
-
-    for k in tqdm(range(0, cfg.n, cfg.batch_size), desc="sampling", mininterval=1):
-        full, base = sample.generate(run.dit, vae, range(k, min(k + cfg.batch_size, cfg.n)), settings, text)
-        look("samples", full if full.shape[-1] == real.shape[-1] else double(full))
-        if run.dit.cfg.D:
-            look("same latents, base only, doubled", double(base))
-    for x in real.split(10) if run.dit.cfg.D else ():
-        look("round trip of the real images", reconstruct(vae, x.to(device))[1])
-    for row, pairs in parts.items():
-        f, logits = (torch.cat(p) for p in zip(*pairs))
-        table[row] = {f"{name}-{fd}": frechet_distance(moments(f), reference)}
-        if real_features is not None:
-            table[row][f"{name}-KID"] = kernel_distance(f, real_features)
-        if name == "Inception":
-            table[row].update(inception_metrics(f, logits, real_features))
-        if name == "Probe":
-            table[row]["judged sharp"] = (network.sharp(f.to(device)) > 0).float().mean().item()
-            if row != "round trip of the real images":
-                labels = sample.sample_labels(range(cfg.n), settings["classes"])
-                table[row]["class recognised"] = (logits.argmax(1) == labels).float().mean().item()
+        reference, real, settings["reference"] = read_reference(cfg.reference, settings["features"], run.network, run.device)
+    if cfg.clip and "prompts" not in settings:
+        raise SystemExit(f"--clip={cfg.clip}: {cfg.run} draws classes, not texts")
+    if cfg.clip:
+        clip, settings["clip"] = clip_scorer(cfg.clip, run.device)
+    text = sample.text_of(cfg, run.config, settings, Path(cfg.run), run.rank, run.device)
+    mine, prompts = range(run.rank, cfg.n, run.world), settings.get("prompts", [""])
+    for k in tqdm(range(0, len(mine), cfg.batch_size), desc="sampling", disable=run.rank > 0, mininterval=1):
+        start, indices = time.perf_counter(), mine[k:k + cfg.batch_size]
+        full, base = (x.cpu() for x in sample.generate(run.dit, vae, indices, settings, text))
+        seconds.append(time.perf_counter() - start)
+        rows = ({"samples": full} if run.dit.cfg.D or not vae.D else {}) | (doubled(base) if vae.D else {})
+        for row, x in rows.items():
+            x, texts = x.to(run.device), [prompts[i % len(prompts)] for i in indices]
+            parts.setdefault(row, []).append((*run.network(x), clip(x, texts)))
+    for row, batches in parts.items():
+        f, logits, score = map(gather, zip(*batches))
+        values = table[row] = distances(run.features, f, reference, logits, real) if run.features else {}
+        if run.features == "Probe":
+            labels = sample.sample_labels(range(cfg.n), settings["classes"])
+            values["judged sharp"] = (logits[:, 10] > 0).float().mean().item()
+            values["class recognised"] = (logits[:, :10].argmax(1) == labels).float().mean().item()
+        values |= {"CLIP": score.mean().item()} if cfg.clip else {}
+        values |= {"img/s": (len(mine) - cfg.batch_size) * run.world / sum(seconds[1:])} if seconds[1:] else {}
     return table
 
-
-def double(x):
-    return F.interpolate(x, scale_factor=2.0, mode="bicubic", align_corners=False).clamp(-1, 1)
-
-
 # ---------------------------------------------------------------- the paper's analyses
-# Each takes a run (config, dit or None, vae, device, lpips; held-out x, y, classes, z_all) and returns what it found: "table",
-# {row: numbers}; "panels", [(x label, y label, line style, {curve: [x, y]})], lists of numbers; "pictures", {row: images}.
-
+# Each takes a run (see `load` and `look`) and returns what it found: "table", {row: numbers}; "panels", [(x label, y label,
+# line style, {curve: [x, y]})]; "pictures", {row: images}.
 
 def sensitivity(run):
     """Fig. S2: decoding with the true details, with z_d = 0 as in detail dropout, and with N(0, I) in normalised units."""
-    vae = run.vae
-
     def decodings(x):
-        z, z_d = vae.encode(x).split([vae.C, vae.D], dim=1)
-        zero = (-vae.mean / vae.std).view(1, -1, 1, 1).expand_as(z_d)           # the raw 0 that dropout shows the decoder
+        z, z_d = run.vae.encode(x).split([run.vae.C, run.vae.D], dim=1)
         noise = sample.sample_noise(0, range(len(x)), z_d.shape[1:]).to(x.device)
-        for row, details in (("full details", z_d), ("zero details", zero), ("random details", noise)):
-            yield row, vae.decode(torch.cat([z, details], dim=1)).clamp(-1, 1)
+        for row, details in (("full", z_d), ("zero", run.zero.expand_as(z_d)), ("random", noise)):
+            yield f"{row} details", run.vae.decode(torch.cat([z, details], dim=1)).clamp(-1, 1)
+    pictures = {"input": run.x[:6], **dict(decodings(run.x[:6].to(run.device)))}
+    return {"table": image_table(run, decodings, run.x.split(10))[0], "pictures": pictures}
 
-    table = image_table(decodings, (x.to(run.device) for x in run.x.split(10)), run.lpips)
-    return {"table": table, "pictures": {"input": run.x[:6], **dict(decodings(run.x[:6].to(run.device)))}}
-
-
-def radial_power(z):
-    """(frequencies [cycles per latent pixel], power), each (bins,): radially averaged spectrum of latents (N, K, h, w).
-
-    Each image's channel loses its mean; each channel's power, averaged over images, is normalised to a mean of 1 over the
-    frequencies left (white noise is 1 everywhere); then rings of width 1 / min(h, w), up to 1/2, and channels are averaged.
-    """
-    (h, w), z = z.shape[2:], z.double()
-    power = torch.fft.fft2(z - z.mean((2, 3), keepdim=True)).abs().square().mean(0)            # (K, h, w)
-    power = power / power.sum((1, 2), keepdim=True).clamp_min(1e-30) * (h * w - 1)
-    radius = torch.hypot(torch.fft.fftfreq(h).view(-1, 1), torch.fft.fftfreq(w).view(1, -1))
-    ring, bins = (radius * min(h, w)).round(), torch.arange(1, min(h, w) // 2 + 1)
-    return bins / min(h, w), torch.stack([power[:, ring == k].mean() for k in bins])
-
+def knockout(run):
+    """PSNR lost without one group of Eq. 3's detail channels at a time, and PSNR with the first k of the D channels alone."""
+    vae, width = run.vae, run.vae.D // run.vae.C
+    zero, group = F.pad(run.zero, (0, 0, 0, 0, vae.C, 0)), torch.arange(-vae.C, vae.D, device=run.device) // width
+    def score(lost):                                # (C+D,) bool
+        pairs = zip(run.x.split(10), run.z_all.to(run.device).split(10))
+        return torch.cat([psnr(x, vae.decode(zero.where(lost.view(1, -1, 1, 1), z)).cpu()) for x, z in pairs]).mean().item()
+    kept = [score(group >= c) for c in range(vae.C + 1)]
+    lost = [kept[-1] - score(group == c) for c in range(vae.C)]
+    rows = {"all details": kept[-1], "none": kept[0], f"all but group {np.argmax(lost)}, the worst": kept[-1] - max(lost)}
+    return {"table": {row: {"psnr": value} for row, value in rows.items()}, "panels": [
+        (f"group of {width} detail channels left out", "PSNR lost [dB]", "o", {"one group": [list(range(vae.C)), lost]}),
+        (f"first k of {vae.D} detail channels kept", "PSNR [dB]", "o-", {"k": [list(range(0, vae.D + 1, width)), kept]})]}
 
 def spectrum(run):
-    """Fig. S5: power of base and detail latents against spatial frequency, see `radial_power`."""
-    z, z_d = run.z_all.split([run.vae.C, run.vae.D], dim=1)
-    return {"panels": [("spatial frequency [cycles per latent pixel]", "power (1: the mean over frequencies)", "o-",
-                        {k: [v.tolist() for v in radial_power(x)] for k, x in (("base", z), ("detail", z_d))})]}
+    """Fig. S5: radially averaged power of base and detail latents against spatial frequency.
+    Each image's channel loses its mean; each channel's power, averaged over images, is normalised to a mean of 1 over the
+    frequencies left (white noise is 1 everywhere); then rings of width 1 / min(h, w), up to 1/2, and channels are averaged."""
+    curves, (h, w) = {}, run.z_all.shape[2:]
+    radius = torch.hypot(torch.fft.fftfreq(h).view(-1, 1), torch.fft.fftfreq(w).view(1, -1))
+    ring, bins = (radius * min(h, w)).round(), torch.arange(1, min(h, w) // 2 + 1)
+    for name, z in run.groups.items():
+        power = torch.fft.fft2(z.double() - z.double().mean((2, 3), keepdim=True)).abs().square().mean(0)       # (K, h, w)
+        power = power / power.sum((1, 2), keepdim=True).clamp_min(1e-30) * (h * w - 1)
+        curves[name] = [(bins / min(h, w)).tolist(), [power[:, ring == k].mean().item() for k in bins]]
+    return {"panels": [("spatial frequency [cycles per latent pixel]", "power (1: the mean over frequencies)", "o-", curves)]}
 
+def losses(run):
+    """Fig. S3: base and detail loss of a run of finetune.py, as logged and smoothed: the mean of neighbouring log lines."""
+    path = run.checkpoint.parent / "log.jsonl"
+    rows = [r for r in map(json.loads, path.read_text().splitlines()) if "detail" in r] if path.exists() else []
+    if not rows:
+        raise SystemExit(f"{path}: wanted the log of a DA-VAE run of finetune.py, with at least one line")
+    steps, window, panels = [r["step"] for r in rows], np.ones(len(rows) // 10 * 2 + 1), []
+    for name in ("base", "detail"):
+        raw = np.array([r[name] for r in rows])
+        mean = np.convolve(raw, window, "same") / np.convolve(np.ones_like(raw), window, "same")
+        curves = {"as logged": [steps, raw.tolist()], f"mean of {len(window)}": [steps, mean.tolist()]}
+        panels.append(("step", f"{name}: mean (v - v*)^2", "-", curves))
+    return {"panels": panels}
 
-def loss_by_time(model, z_all, cond, C, bins=10, seed=0):
-    """(bins, 2): mean (v - v*)^2 on base and detail channels for t uniform in each bin, each latent once in each.
-
-    model, z_all (N, C+D, h, w), cond: as `finetune.flow_loss` takes them.
-    """
-    table, generator = [], torch.Generator().manual_seed(seed)
-    for k in range(bins):
-        t = ((k + torch.rand(len(z_all), generator=generator)) / bins).to(z_all.device)
-        noise, s = torch.randn(z_all.shape, generator=generator).to(z_all.device), t.view(-1, 1, 1, 1)
-        inputs = zip(*(part.split(50) for part in (s * z_all + (1 - s) * noise, t, *cond)))
-        error = (torch.cat([model(*parts).float() for parts in inputs]) - (z_all - noise)).square()
-        table.append(torch.stack([error[:, :C].mean(), error[:, C:].mean()]))
-    return torch.stack(table)
-
-
-def timebins(run):
-    """Loss by time and channel group on held-out latents, with their own labels."""
+def timebins(run, bins=10):
+    """Mean (v - v*)^2 of base and detail channels by time, t uniform in each bin, each held-out latent once in each bin."""
     if run.dit is None or "context" in run.config["model"] or run.classes != run.config["classes"]:
         raise SystemExit(f"{run.cfg.run}: wanted a class-conditional run of finetune.py, and held-out images of its classes")
-    table = loss_by_time(run.dit, run.z_all.to(run.device), [run.y.to(run.device)], run.vae.C).T.tolist()
-    curves = {k: [[(2 * i + 1) / 20 for i in range(10)], values] for k, values in zip(("base", "detail"), table)}
+    curves, generator = {"base": [[], []], "detail": [[], []]}, torch.Generator().manual_seed(0)
+    for k in range(bins):
+        error = []
+        for z_all, y in zip(run.z_all.split(50), run.y.split(50)):
+            t = (k + torch.rand(len(z_all), generator=generator)) / bins
+            noise, s = torch.randn(z_all.shape, generator=generator), t.view(-1, 1, 1, 1)
+            v = run.dit(*(a.to(run.device) for a in (s * z_all + (1 - s) * noise, t, y))).float().cpu()
+            error.append((v - (z_all - noise)).square())
+        for name, part in zip(curves, torch.cat(error).split([run.vae.C, run.vae.D], dim=1)):
+            curves[name][0].append((k + 0.5) / bins)
+            curves[name][1].append(part.mean().item())
     return {"panels": [("time t, bins of 0.1 (0: noise, 1: data)", "mean (v - v*)^2", "o-", curves)]}
-
 
 def latents(run):
     """Fig. 3: the first three principal components of base and of detail latents as RGB beside the images."""
     pictures = {"input": run.x[:6]}
-    for name, z in zip(("base", "detail"), run.z_all.split([run.vae.C, run.vae.D], dim=1)):
+    for name, z in run.groups.items():
         x = z.movedim(1, 3).double() - z.mean((0, 2, 3))                        # (N, h, w, channels)
         rgb = x @ torch.linalg.eigh(torch.cov(x.flatten(0, 2).T))[1][:, -3:].flip(1)        # shown up to 2 sigma
         pictures[f"{name}, PCA"] = F.interpolate((rgb / rgb.std((0, 1, 2)) / 2).movedim(3, 1)[:6].float(), run.x.shape[2:])
     return {"pictures": pictures}
 
+def tsne(run):
+    """Fig. 3: t-SNE of whole latents, coloured by class; the table: how often the nearest other latent is of the same class."""
+    from sklearn.manifold import TSNE
+    table, panels = {}, []
+    for name, z in ((name, z.flatten(1)) for name, z in run.groups.items()):
+        nearest = torch.cdist(z, z).fill_diagonal_(torch.inf).argmin(1)
+        table[name] = {"nearest of same class": (run.y[nearest] == run.y).float().mean().item()}
+        points = TSNE(perplexity=min(30, len(z) / 4), random_state=0).fit_transform(z.numpy())         # (N, 2)
+        panels.append((name, "", ".", {c: points[run.y == k].T.tolist() for k, c in enumerate(run.classes[:10] or [""])}))
+    return {"table": table, "panels": panels}
 
 def plot(panels, path):
     """One PNG, 900 pixels wide, of the panels that an analysis returns, which share a legend; power on a logarithmic scale."""
@@ -371,28 +357,25 @@ def plot(panels, path):
         for name, (x, y) in curves.items():
             axis.plot(x, y, style, label=name)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel.startswith("power") else "linear")
+        axis.set(**{} if ylabel else dict(xticks=[], yticks=[]))            # the axes of an embedding have no meaning
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    if len(panels[0][3]) > 1:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path)
     plt.close(figure)
-
 
 @torch.no_grad()
 def analyse(name, cfg):
     """Run one of the analyses; write its numbers to analysis_<name>.json, curves to .png, pictures to _images.png."""
-    analyses = {f.__name__: f for f in (sensitivity, spectrum, timebins, latents)}
+    analyses = {f.__name__: f for f in (sensitivity, knockout, spectrum, losses, timebins, latents, tsne)}
     if name not in analyses:
         raise SystemExit(f"analyse {name!r}: wanted one of {', '.join(analyses)}, then a run")
     run, path = load(cfg), Path(cfg.out or cfg.run)
-    if not run.vae.D:
-        raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
-    run.x, run.y, run.classes = held_out(cfg, run.config["config"])
-    run.z_all = torch.cat([run.vae.encode(x.to(run.device)).cpu() for x in run.x.split(10)])
-    settings = {**dataclasses.asdict(cfg), "checkpoint": str(run.checkpoint), "images": len(run.x)}
-    found = {"settings": settings, **analyses[name](run)}
+    if name != "losses":
+        look(run)
+    found = {"settings": run.settings, **analyses[name](run)}
     path.mkdir(parents=True, exist_ok=True)
-    if "table" in found:
-        print_table(name, found["table"])
+    print_table(name, found.get("table", {}))
     if "panels" in found:
         plot(found["panels"], path / f"analysis_{name}.png")
     if pictures := found.pop("pictures", None):
@@ -402,99 +385,116 @@ def analyse(name, cfg):
     print(f"\nwrote {path}/analysis_{name}*")
     return found
 
-
-# ---------------------------------------------------------------- the script
-
+def look(run):
+    """Add to the run: held-out x, y and classes, their z_all, and groups {base, detail, the other VAE's detail: latents}."""
+    if not run.vae.D:
+        raise SystemExit(f"{run.cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
+    dataset, index = held_out(run.cfg, run.config["config"])
+    run.x, run.y = map(torch.cat, zip(*read(dataset, index)))
+    run.zero = (-run.vae.mean / run.vae.std).view(1, -1, 1, 1)             # the raw z_d = 0 of detail dropout, normalised
+    vaes = [run.vae] + ([load_davae(run.cfg.other).to(run.device)] if run.cfg.other else [])
+    run.z_all, *other = (torch.cat([v.encode(x.to(run.device)).cpu() for x in run.x.split(10)]) for v in vaes)
+    run.classes, run.groups = dataset.classes, {"base": run.z_all[:, :run.vae.C], "detail": run.z_all[:, run.vae.C:]}
+    run.groups |= {f"detail of {Path(run.cfg.other).name}": z_all[:, run.vae.C:] for z_all in other}
 
 def load(cfg):
-    """A run of finetune.py or train_vae.py: its checkpoint, config, dit (or None) and vae; and the device and LPIPS to use."""
-    device, checkpoint = common.setup(cfg.device)[2], common.latest_checkpoint(cfg.run)
-    config, dit, vae = common.read_config(checkpoint), None, None
+    """A run of finetune.py or train_vae.py: checkpoint, config, dit (or None), vae, lpips (or None), rank, world, device.
+    And settings: everything that its numbers depend on, as far as it is known by now."""
+    (rank, world, device), checkpoint, dit, lpips = common.setup(cfg.device), common.latest_checkpoint(cfg.run), None, None
+    config = common.read_config(checkpoint)
     if config["script"] == "finetune.py":
         dit, vae, _ = sample.load_run(cfg.run, cfg.weights, device)
-    lpips = make_lpips(cfg.perceptual, cfg.lpips_trunk).to(device) if cfg.perceptual != "none" else None
-    return SimpleNamespace(cfg=cfg, checkpoint=checkpoint, config=config, dit=dit, vae=vae or load_davae(cfg.run).to(device),
-                           device=device, lpips=lpips)
-
+    else:
+        vae = load_davae(cfg.run).to(device)
+    if cfg.perceptual != "none":
+        lpips = make_lpips(cfg.perceptual, cfg.lpips_trunk).to(device)
+    settings = {**dataclasses.asdict(cfg), "checkpoint": str(checkpoint), "torch": torch.__version__, "processes": world,
+                "python": platform.python_version(), "image_size": "whole" if cfg.whole else config["config"]["image_size"],
+                "ran_on": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+                **{f"{k}_hash": m and hash_of(m) for k, m in (("vae", vae), ("dit", dit), ("lpips", lpips))}}
+    return SimpleNamespace(cfg=cfg, checkpoint=checkpoint, config=config, dit=dit, vae=vae, lpips=lpips, rank=rank, world=world,
+                           device=device, settings=settings)
 
 def held_out(cfg, trained_on):
-    """(images (N, 3, H, W) in [-1, 1], labels (N,), class names): cfg.images that the run was not trained on, at its size."""
-    if not cfg.data_dir and trained_on["data_dir"] != "procedural":
+    """(data set, indices): cfg.images that the run was not trained on, at its size, spread evenly; or with --whole, all."""
+    if not cfg.data_dir and (cfg.whole or trained_on["data_dir"] != "procedural"):
         raise SystemExit(f"{cfg.run} was trained on {trained_on['data_dir']}: give held-out images with --data_dir=")
     dataset = data.open_dataset(cfg.data_dir or "procedural", trained_on["image_size"], cfg.images, trained_on["seed"] + 1)
-    x, y = data.stack(dataset, torch.linspace(0, len(dataset) - 1, min(cfg.images, len(dataset))).long().tolist())
-    return data.to_tensor(x), y, dataset.classes
+    n = len(dataset) if cfg.whole else min(cfg.images, len(dataset))
+    return dataset, np.linspace(0, len(dataset) - 1, n).astype(int).tolist()
 
-
-def whole_images(folder, f):
-    """Every image of a folder at its own size, cropped to multiples of f: (1, 3, H, W) in [-1, 1] each."""
-    for path in data.ImageFolder(folder, 0).paths:
-        x = data.to_tensor(np.array(data.load_image(path))[None])
-        H, W = (side // f * f for side in x.shape[2:])
-        top, left = (x.shape[2] - H) // 2, (x.shape[3] - W) // 2
-        yield x[:, :, top:top + H, left:left + W]
-
+def read(dataset, index, whole=0):
+    """Batches (x (B, 3, H, W) in [-1, 1], y (B,)) of images `index`; whole: at their own sizes, cropped to multiples of it."""
+    for i in index if whole else ():
+        x = np.array(data.load_image(dataset.paths[i]))[None]
+        (top, H), (left, W) = ((side % whole // 2, side // whole * whole) for side in x.shape[1:3])
+        yield data.to_tensor(x[:, top:top + H, left:left + W]), torch.tensor(dataset.labels[i:i + 1])
+    for k in () if whole else range(0, len(index), 10):
+        x, y = data.stack(dataset, index[k:k + 10])
+        yield data.to_tensor(x), y
 
 def print_table(title, table):
-    columns = sorted({c for row in table.values() for c in row})
-    print(f"\n{title:<34}" + "".join(f"{c:>18}" for c in columns))
+    columns = {c: max(8, len(c)) + 2 for c in sorted({c for row in table.values() for c in row})}
+    print(f"\n{title:<34}" + "".join(f"{c:>{width}}" for c, width in columns.items()) if table else "")
     for name, row in table.items():
-        print(f"{name:<34}" + "".join(f"{row[c]:>18.4g}" if c in row else " " * 18 for c in columns))
-
+        print(f"{name:<34}" + "".join(f"{row[c]:>{width}.4g}" if c in row else " " * width for c, width in columns.items()))
 
 def main(cfg):
-    """Measure, print two tables and add them to metrics.json.  Returns the new entry."""
+    """Measure, print two tables and add them to metrics.json.  Returns the new entry.  Each rank takes its share of images."""
     run = load(cfg)
-    if cfg.whole and not cfg.data_dir:
-        raise SystemExit("--whole=True needs a folder of images: give --data_dir=")
-    real = None if cfg.whole else held_out(cfg, run.config["config"])[0]
-    batches = whole_images(cfg.data_dir, run.vae.f) if cfg.whole else real.split(10)
-    batches = (x.to(run.device) for x in tqdm(batches, desc=f"reconstructing with {run.checkpoint}", mininterval=1))
-
-    settings = {**dataclasses.asdict(cfg), "checkpoint": str(run.checkpoint), "torch": torch.__version__,
-                "python": platform.python_version(), "image_size": "whole" if cfg.whole else run.config["config"]["image_size"]}
-    entry = {"settings": settings, "reconstruction": reconstruction(run.vae, batches, run.lpips)}
-    print_table(f"held-out images ({cfg.data_dir or 'procedural'})", entry["reconstruction"])
+    dataset, index = held_out(cfg, run.config["config"])
+    batches = (x for x, _ in read(dataset, index[run.rank::run.world], cfg.whole * run.vae.f))
+    if run.world > min(len(index), cfg.n):
+        raise SystemExit(f"{run.world} processes, {len(index)} images, {cfg.n} samples: wanted at least one for each process")
+    table, real = reconstruction(run, tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1))
+    entry = {"settings": run.settings, "reconstruction": table}
     if run.dit is not None and not cfg.whole:
-        settings.update(sample.settings_of(cfg, run.config, run.checkpoint))
-        entry["generation"] = generation(run, real, settings)
-        print_table(f"{cfg.n} samples", entry["generation"])
-
+        entry["generation"] = generation(run, real)
+    if cfg.keep_reference and run.rank == 0:
+        mu, sigma = moments(real)
+        np.savez(cfg.keep_reference, mu=mu, sigma=sigma, features=run.settings["features"], count=len(real))
+    if run.rank:
+        return entry
+    print_table(f"held-out images ({cfg.data_dir or 'procedural'})", entry["reconstruction"])
+    print_table(f"{cfg.n} samples", entry.get("generation", {}))
     path = Path(cfg.out or Path(cfg.run) / "metrics.json")
     entries = json.loads(path.read_text()) if path.exists() else []
     common.write_json(path, [e for e in entries if e["settings"] != entry["settings"]] + [entry])
     print(f"\nadded to {path}")
     return entry
 
-
 def compare(a, b):
-    """Print the latest entries of two runs; * marks the better value, where all that it depends on is equal.  Returns lines."""
-    higher = ("psnr", "ssim", "IS", "precision", "recall", "judged sharp", "class recognised")
-    depends_on = {"reconstruction": ("data_dir", "images"), "generation": ("n", "features", "reference")}   # and image_size
+    """Print the latest entries of two runs; * marks the better value, where all that it depends on is known and equal.
+    The last line has every setting in which the two differ.  Returns the lines."""
+    higher = ("psnr", "ssim", "IS", "precision", "recall", "judged sharp", "class recognised", "CLIP")
+    rulers = {"psnr": (), "ssim": (), "lpips": ("perceptual", "lpips_hash"), "CLIP": ("clip", "prompts")}
     lines, entries = [f"{'':<52}{a[-14:]:>14}  {b[-14:]:>14}"], []
     for path in (Path(run) / "metrics.json" for run in (a, b)):
         if not path.exists():
             raise SystemExit(f"{path}: not there; make it with: python evaluate.py {path.parent}")
         entries.append(json.loads(path.read_text())[-1])
-    for section, keys in depends_on.items():
+    def differing(keys):
+        pairs = ((k, *(e["settings"].get(k, "unknown") for e in entries)) for k in keys)
+        return [f"{k} {x} / {y}" for k, x, y in pairs if x != y or x == "unknown"]
+    for section, keys in (("reconstruction", ("image_size", "held_out")), ("generation", ("image_size", "n", "reference"))):
         one, two = ({(row, re.sub(r"FID(@\d+|-50k)", "FID", metric)): value for row, values in e.get(section, {}).items()
                      for metric, value in values.items()} for e in entries)
         for row, metric in (k for k in one if k in two and k[1].endswith((*higher, "lpips", "FD", "FID", "KID"))):
-            used = ("image_size", *keys) + ("perceptual",) * (metric == "lpips") + ("images",) * row.startswith("round trip")
-            pairs = [(k, *(e["settings"].get(k) for e in entries)) for k in used]
-            differ = [f"{k} {x} / {y}" for k, x, y in pairs if x != y]
-            x, y = one[row, metric], two[row, metric]
+            differ, x, y = differing((*keys, *rulers.get(metric, ("features",)))), one[row, metric], two[row, metric]
             marks = "  " if differ or x == y else "* " if (x > y) == metric.endswith(higher) else " *"
             lines.append(f"{row:<34}{metric:>18}{x:>14.4g}{marks[0]} {y:>14.4g}{marks[1]}"
                          + (f"  not ranked: {', '.join(differ)}" if differ else ""))
+    lines.append(f"they differ in: {'; '.join(differing(sorted({k for e in entries for k in e['settings']})))}")
     print(*lines, sep="\n")
     return lines
 
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["compare"] and len(sys.argv) == 4:
-        compare(*sys.argv[2:])
-    elif sys.argv[1:2] == ["analyse"]:
-        analyse("".join(sys.argv[2:3]), common.cli(Config, argv=sys.argv[3:]))
-    else:
-        main(common.cli(Config))
+    try:
+        if sys.argv[1:2] == ["compare"] and len(sys.argv) == 4:
+            compare(*sys.argv[2:])
+        elif sys.argv[1:2] == ["analyse"]:
+            analyse("".join(sys.argv[2:3]), common.cli(Config, argv=sys.argv[3:]))
+        else:
+            main(common.cli(Config))
+    except ImportError as error:                    # torch-fidelity, transformers, scikit-learn, lpips, matplotlib
+        raise SystemExit(f"{error}; install what is missing with: pip install -r requirements.txt") from None
