@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import latest_checkpoint, read_config, read_state_dict
+from kernels.groupnorm_silu import groupnorm_silu
 
 # ---------------------------------------------------------------- the method: alignment, posterior, blocks
 
@@ -124,21 +125,28 @@ class UpBlock(nn.Module):
 #   encoder (B, 3, H, W) -> features, to_moments -> latent;  from_latent -> features, decoder -> (B, 3, H, W)
 
 
+class NormSiLU(nn.GroupNorm):
+    """SiLU(GroupNorm(x))."""
+
+    def forward(self, x):
+        return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
 class ResBlock(nn.Module):
     """conv(silu(norm(.))) twice, plus the input."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = NormSiLU(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = NormSiLU(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -237,14 +245,14 @@ class Encoder(nn.Module):
         for level, w in zip(self.down[:-1], widths):
             level.resample = Down(w)
         self.mid = Mid(widths[-1], cfg.groups)
-        self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
+        self.norm_out = NormSiLU(cfg.groups, widths[-1], eps=1e-6)
         self.width = widths[-1]
 
     def forward(self, x):                          # (B, 3, H, W)
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return F.silu(self.norm_out(self.mid(x)))  # (B, width, H/f, W/f)
+        return self.norm_out(self.mid(x))          # (B, width, H/f, W/f)
 
 
 class Decoder(nn.Module):
@@ -258,7 +266,7 @@ class Decoder(nn.Module):
                                 for i, w in enumerate(widths))
         for level, w in zip(self.up[1:], widths[1:]):
             level.resample = Up(w)
-        self.norm_out = nn.GroupNorm(cfg.groups, widths[0], eps=1e-6)
+        self.norm_out = NormSiLU(cfg.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         self.width = widths[-1]
 
@@ -266,7 +274,7 @@ class Decoder(nn.Module):
         x = self.mid(x)
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))    # (B, 3, H, W), unbounded
+        return self.conv_out(self.norm_out(x))            # (B, 3, H, W), unbounded
 
 
 class BaseVAE(nn.Module):

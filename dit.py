@@ -14,6 +14,7 @@ Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   
                 T text tokens   C base channels   D detail channels   z_all = [z, z_d] is (B, C+D, h, w), normalised, base first
 Paper symbols:  P, O patch embedder and output head of the base;  P_new, O_new are its P', O' for the details
 Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, and the model predicts v = data - noise.
+kernels/ says in plain PyTorch, and computes faster if asked to (KERNELS=triton), what stands between the matrix products.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -25,6 +26,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import read_config, read_state_dict
+from kernels import attention as short, use_triton
+from kernels.norm_modulate import norm_modulate
+from kernels.patch_embed import patch_embed
+from kernels.qknorm_rope import qknorm_rope
 
 # ---------------------------------------------------------------- widening: the method
 
@@ -48,21 +53,33 @@ def widen(in_proj, out_proj, D):
 
 
 class DiT(nn.Module):
-    """What every transformer here has: cfg with C, D, p; P, O; and, once widened, P_new, O_new (None before)."""
+    """What every transformer here has: P, O, the time's embedder, the last norm; once widened, P_new, O_new (None before)."""
     checkpointing = False                          # True: recompute each block in the backward pass, to save memory
+
+    def __init__(self, cfg, rms):
+        super().__init__()
+        self.cfg = cfg
+        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
+        self.t_embedder = mlp(256, cfg.E)
+        self.norm_final, self.adaLN_final = Norm(cfg.E, rms), nn.Linear(cfg.E, 2 * cfg.E)
+        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
+        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
 
     def run(self, block, *args):
         return checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
 
-    def tokens(self, z_all):
-        """P(z) + P_new(z_d): (B, C+D, h, w) -> (B, L, E), row-major."""
-        x = self.P(z_all[:, :self.cfg.C])
+    def tokens(self, z_all, pos):
+        """P(z) + P_new(z_d) + pos, in the dtype of P(z): (B, C+D, h, w), (1, L, E) -> (B, L, E), row-major."""
         if self.cfg.D:
-            x = x + self.P_new(z_all[:, self.cfg.C:])
-        return x.flatten(2).transpose(1, 2)
+            z, z_d = z_all[:, :self.cfg.C], z_all[:, self.cfg.C:]
+            return patch_embed(z, z_d, self.P.weight, self.P_new.weight, self.P.bias, pos)
+        x = self.P(z_all).flatten(2).transpose(1, 2)
+        return (x + pos).to(x.dtype)
 
-    def velocity(self, x, h, w):
-        """[O(x), O_new(x)], each unpatchified by itself: (B, L, E) -> (B, C+D, h, w) float32."""
+    def velocity(self, x, y, gate, c, h, w):
+        """[O(x), O_new(x)] of the final norm of x + gate * y, each unpatchified by itself: -> (B, C+D, h, w) float32."""
+        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
+        _, x = norm_modulate(x, shift, scale, self.norm_final.weight, y, gate)              # (B, L, E), read by both heads
         heads = [self.O, self.O_new] if self.cfg.D else [self.O]
         return torch.cat([unpatchify(O(x), self.cfg.p, h, w) for O in heads], dim=1).float()
 
@@ -89,23 +106,13 @@ def timestep_embedding(t, width=256):
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def modulate(x, shift, scale):
-    """x * (1 + scale) + shift, the same for every token.  x: (B, L, E); shift, scale: (B, E)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+SHORT = {72: 256}           # K: the most tokens that the kernel takes, where kernels are on. By its design; not measured yet
 
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(K)) v over all tokens.  q, k, v: (B, A, L, K) -> (B, A, L, K)."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def rope(x, cos, sin):
-    """Rotate each pair of adjacent channels: (a, b) -> (a cos - b sin, b cos + a sin).
-
-    x: (B, A, L, K); cos, sin: (L, K) float32, so the result is float32 whatever x is.
-    """
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+    own = use_triton(q) and q.shape[2] <= SHORT.get(q.shape[3], 0)
+    return short.attention(q, k, v) if own else F.scaled_dot_product_attention(q, k, v)
 
 
 def unpatchify(x, p, h, w):
@@ -138,17 +145,17 @@ def rope_table(grid, K):
     return angle.cos().float(), angle.sin().float()
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times a learned scale."""
+def mlp(E_in, E):
+    """Embedder of the time, or of a pooled text."""
+    return nn.Sequential(nn.Linear(E_in, E), nn.SiLU(), nn.Linear(E, E))
 
-    def __init__(self, E, eps=1e-6):
+
+class Norm(nn.Module):
+    """The learned scale of an RMSNorm; or none, `weight` None, of a LayerNorm. kernels/ has the formulas, for both."""
+
+    def __init__(self, E, rms=True):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(E))
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight
+        self.weight = nn.Parameter(torch.ones(E)) if rms else None
 
 
 # ---------------------------------------------------------------- LightningDiT
@@ -186,20 +193,15 @@ class Attention(nn.Module):
         super().__init__()
         self.A = A
         self.qkv = nn.Linear(E, 3 * E)
-        self.q_norm = RMSNorm(E // A) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(E // A) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = Norm(E // A, qk_norm), Norm(E // A, qk_norm)
         self.proj = nn.Linear(E, E) if proj else None
 
-    def heads(self, x, tables=None):
-        """(B, L, E) -> q, k, v, each (B, A, L, K)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.A, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if tables is not None:
-            q, k = rope(q, *tables), rope(k, *tables)
-        return q.to(v.dtype), k.to(v.dtype), v
+    def heads(self, x, *tables):
+        """(B, L, E) -> q, k, v, each (B, A, L, K); tables: cos and sin of RoPE, or nothing."""
+        return qknorm_rope(self.qkv(x).unflatten(-1, (3, self.A, -1)), self.q_norm.weight, self.k_norm.weight, *tables)
 
-    def forward(self, x, tables=None):
-        return self.proj(attention(*self.heads(x, tables)).transpose(1, 2).flatten(2))    # (B, L, E)
+    def forward(self, x, *tables):
+        return self.proj(attention(*self.heads(x, *tables)).transpose(1, 2).flatten(2))   # (B, L, E)
 
 
 class SwiGLU(nn.Module):
@@ -223,25 +225,23 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def layer_norm(E):
-    """LayerNorm without learned scale and shift: what follows modulates."""
-    return nn.LayerNorm(E, eps=1e-6, elementwise_affine=False)
-
-
 class Block(nn.Module):
-    """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023)."""
+    """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023).
+
+    Each addition is left to the norm after it, the last one to the next block: blocks hand on x, y, gate for x + gate * y.
+    """
 
     def __init__(self, cfg):
         super().__init__()
-        norm = RMSNorm if cfg.rms_norm else layer_norm
-        self.norm1, self.attn = norm(cfg.E), Attention(cfg.E, cfg.A, cfg.qk_norm)
-        self.norm2, self.mlp = norm(cfg.E), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
+        self.norm1, self.attn = Norm(cfg.E, cfg.rms_norm), Attention(cfg.E, cfg.A, cfg.qk_norm)
+        self.norm2, self.mlp = Norm(cfg.E, cfg.rms_norm), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
         self.adaLN = nn.Linear(cfg.E, 6 * cfg.E)
 
-    def forward(self, x, c, tables):
+    def forward(self, x, y, gate, c, *tables):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)     # each (B, E)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), tables)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))     # (B, L, E)
+        x, h = norm_modulate(x, shift1, scale1, self.norm1.weight, y, gate)               # x + gate * y, its norm modulated
+        x, h = norm_modulate(x, shift2, scale2, self.norm2.weight, self.attn(h, *tables), gate1)
+        return x, self.mlp(h), gate2                                                      # (B, L, E), (B, L, E), (B, E)
 
 
 class LightningDiT(DiT):
@@ -254,16 +254,9 @@ class LightningDiT(DiT):
     """
 
     def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
-        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        super().__init__(cfg, cfg.rms_norm)
         self.y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.norm_final = (RMSNorm if cfg.rms_norm else layer_norm)(cfg.E)
-        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
-        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
-        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
         self.init_weights()
         self.build_tables(self.P.weight.device)
 
@@ -271,15 +264,12 @@ class LightningDiT(DiT):
         cfg = self.cfg
         if tuple(z_all.shape[1:]) != (wanted := (cfg.C + cfg.D, cfg.grid * cfg.p, cfg.grid * cfg.p)):
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = {wanted}")
-        x = self.tokens(z_all) + self.pos_embed                     # (B, L, E)
+        x, branch, gate = self.tokens(z_all, self.pos_embed), None, None                  # (B, L, E)
         c = self.t_embedder(timestep_embedding(t)) + self.y_embedder(y)
         c = F.silu(c)                                               # (B, E), every adaLN starts with this SiLU
-        tables = (self.rope_cos, self.rope_sin) if cfg.rope else None
         for block in self.blocks:
-            x = self.run(block, x, c, tables)                       # (B, L, E)
-        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
-        x = modulate(self.norm_final(x), shift, scale)              # (B, L, E), read by both heads
-        return self.velocity(x, *z_all.shape[2:])
+            x, branch, gate = self.run(block, x, branch, gate, c, self.rope_cos, self.rope_sin)
+        return self.velocity(x, branch, gate, c, *z_all.shape[2:])
 
     def init_weights(self):
         # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero bias.
@@ -328,7 +318,6 @@ class Stream(nn.Module):
 
     def __init__(self, cfg, dual=False, last=False):
         super().__init__()
-        self.norm = layer_norm(cfg.E)              # one for all places: nothing is learned in it
         self.mods = 2 if last else 9 if dual else 6
         self.adaLN = nn.Linear(cfg.E, self.mods * cfg.E)
         self.attn = Attention(cfg.E, cfg.A, qk_norm=True, proj=not last)
@@ -347,23 +336,24 @@ class JointBlock(nn.Module):
         """x: (B, L, E), text: (B, T, E), c: (B, E) -> new x and text."""
         streams, tokens = (self.x, self.text), (x, text)
         mods = [s.adaLN(c).chunk(s.mods, dim=-1) for s in streams]
-        normed = [s.norm(n) for s, n in zip(streams, tokens)]
-        heads = [s.attn.heads(modulate(n, m[0], m[1])) for s, n, m in zip(streams, normed, mods)]
+        heads = [s.attn.heads(norm_modulate(n, m[0], m[1])[1]) for s, n, m in zip(streams, tokens, mods)]
         q, k, v = (torch.cat(both, dim=2) for both in zip(*heads))                          # (B, A, L+T, K)
         attended = attention(q, k, v).transpose(1, 2).flatten(2).split([x.shape[1], text.shape[1]], dim=1)
-        return [self.update(*args) for args in zip(streams, tokens, normed, attended, mods)]
+        return [self.update(*args) for args in zip(streams, tokens, attended, mods)]
 
     @staticmethod
-    def update(s, x, normed, attended, mod):
+    def update(s, x, attended, mod):
         """shift, scale, gate of attention, MLP and second attention: in the order of the checkpoint, not of their use."""
         if s.mlp is None:                          # the last block's text only gave its q, k, v: nothing reads it after
             return x
-        _, _, gate1, shift_mlp, scale_mlp, gate_mlp = mod[:6]
-        x = x + gate1[:, None] * s.attn.proj(attended)
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp = mod[:6]
+        y = s.attn.proj(attended)
         if s.attn2 is not None:
             shift2, scale2, gate2 = mod[6:]
-            x = x + gate2[:, None] * s.attn2(modulate(normed, shift2, scale2))              # of the x before both updates
-        return x + gate_mlp[:, None] * s.mlp(modulate(s.norm(x), shift_mlp, scale_mlp))
+            y2 = s.attn2(norm_modulate(x, shift2, scale2)[1])                               # of the x before both updates
+            x, y, gate = x + gate[:, None] * y, y2, gate2
+        x, h = norm_modulate(x, shift_mlp, scale_mlp, None, y, gate)
+        return x + gate_mlp[:, None] * s.mlp(h)
 
 
 class MMDiT(DiT):
@@ -376,17 +366,10 @@ class MMDiT(DiT):
     """
 
     def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
-        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
-        self.y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        super().__init__(cfg, rms=False)
+        self.y_embedder = mlp(cfg.pooled, cfg.E)
         self.context_embedder = nn.Linear(cfg.context, cfg.E)
         self.blocks = nn.ModuleList(JointBlock(cfg, i < cfg.dual, i == cfg.depth - 1) for i in range(cfg.depth))
-        self.norm_final = layer_norm(cfg.E)
-        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
-        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
-        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
         # Saved, unlike LightningDiT's: nobody has shown that the released table is what the formula gives.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
         self.register_buffer("pos_embed", table if table.is_meta else sincos_table(cfg.pos_size, cfg.E, 64 / cfg.pos_size))
@@ -398,7 +381,7 @@ class MMDiT(DiT):
         if z_all.shape[1] != cfg.C + cfg.D or h % cfg.p or w % cfg.p or max(h, w) > cfg.p * cfg.pos_size:
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {cfg.C + cfg.D}, h, w) with h and w multiples of "
                              f"{cfg.p}, up to {cfg.p * cfg.pos_size}")
-        x = self.tokens(z_all) + self.positions(h // cfg.p, w // cfg.p)
+        x = self.tokens(z_all, self.positions(h // cfg.p, w // cfg.p))
         # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data: here, and in
         # the sign of the result, and nowhere else, are the two conventions exchanged.
         c = self.t_embedder(timestep_embedding(1000 * (1 - t))) + self.y_embedder(pooled)
@@ -406,8 +389,7 @@ class MMDiT(DiT):
         for i, block in enumerate(self.blocks):
             if i not in skip:
                 x, text = self.run(block, x, text, c)
-        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
-        return -self.velocity(modulate(self.norm_final(x), shift, scale), h, w)
+        return -self.velocity(x, None, None, c, h, w)
 
     def positions(self, rows, columns):
         """The middle rows x columns of the position table, as tokens: (1, L, E)."""

@@ -1,13 +1,21 @@
-"""What every kernel file needs: when to use Triton, and how to compile without importing Triton before the first launch."""
+"""What every kernel file needs: when to use Triton, and how to compile without importing Triton before the first launch.
+
+The environment variable KERNELS says what the models compute with:
+    ref     (default) the specifications, plain PyTorch: no kernel has been measured on a GPU yet, so none is on by itself
+    triton  all kernels, on CUDA; on the CPU where Triton interprets them (TRITON_INTERPRET=1); on "meta", for counting
+"""
 import os
 
 import torch
 
+KERNELS, INTERPRETED = os.environ.get("KERNELS", "ref"), os.environ.get("TRITON_INTERPRET") == "1"
+if KERNELS not in ("ref", "triton"):
+    raise SystemExit(f"KERNELS={KERNELS!r}: wanted ref or triton")
+
 
 def use_triton(x):
-    """On CUDA, or on the CPU where Triton interprets its kernels (TRITON_INTERPRET=1).  KERNELS=ref: never."""
-    return os.environ.get("KERNELS") != "ref" and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
+    """Whether an operation on x is one of the kernels, see above."""
+    return KERNELS == "triton" and (x.is_cuda or x.is_meta or INTERPRETED)
 
 
 class jit:
@@ -16,13 +24,20 @@ class jit:
     def __init__(self, fn):
         self.fn, self.compiled = fn, None
 
-    def __getitem__(self, grid):
+    def compile(self):
         if self.compiled is None:
             import triton
             import triton.language as tl
-            self.fn.__globals__["tl"] = tl
+            names = self.fn.__globals__
+            names["tl"] = tl
+            for name in self.fn.__code__.co_names:             # the functions that a kernel calls
+                if isinstance(names.get(name), jit):
+                    names[name] = names[name].compile()
             self.compiled = triton.jit(self.fn)
-        return self.compiled[grid]
+        return self.compiled
+
+    def __getitem__(self, grid):
+        return self.compile()[grid]
 
 
 def power_of_2(n):

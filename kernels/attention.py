@@ -5,7 +5,7 @@
 Libraries pad K = 72, LightningDiT-XL's head width, to 96 or 128. Here a width is split into a power of two and the rest,
 64 + 16 (of which 8 are zeros): each product over K becomes two, and 72 costs as much as 80.
 Shapes:    q, k, v (B, A, N, K), any strides with the last one 1, so also views of the packed qkv;  out (B, A, N, K)
-Replaces:  dit.attention for LightningDiT's 256 tokens. For longer sequences use scaled_dot_product_attention.
+Used by:   dit.attention, for LightningDiT's 256 tokens; longer sequences take scaled_dot_product_attention.
 Rounding:  scores and softmax in float32; the probabilities are rounded to v's dtype for the second product.
 Bytes, U = B*A*N*K elements:
     forward   read q, k, v, write out: 4 U; nothing else is kept for the backward
@@ -16,11 +16,9 @@ Measured:  not run on a GPU. As compiled for Hopper in bfloat16 (Triton 3.9, K =
 """
 from __future__ import annotations
 
-import os
-
 import torch
 
-from kernels import jit, power_of_2, precision, use_triton
+from kernels import INTERPRETED, jit, power_of_2, precision, use_triton
 
 BLOCK = 64         # queries of a program; keys, for dk and dv
 MAX_N = 256        # tokens: a tile of BLOCK x 256 scores in float32 still fits into the registers
@@ -38,12 +36,18 @@ def attention_ref(q, k, v):
 
 
 @jit
+def _rows(X, row, A, stride_b, stride_a, stride_n):
+    """Pointers to the given rows of this program's head."""
+    head = tl.program_id(1).to(tl.int64)
+    return X + head // A * stride_b + head % A * stride_a + row * stride_n
+
+
+@jit
 def _forward(Q, KEYS, V, OUT, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr,
              K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
-    q_, k_, v_ = (Q + head // A * qb + head % A * qa + m * qn, KEYS + head // A * kb + head % A * ka + n * kn,
-                  V + head // A * vb + head % A * va + n * vn)
+    q_, k_, v_ = _rows(Q, m, A, qb, qa, qn), _rows(KEYS, n, A, kb, ka, kn), _rows(V, n, A, vb, va, vn)
     out_ = OUT + (head * N + m) * K
     c = tl.arange(0, K1)[None, :]
     q, k, v = tl.load(q_ + c, m < N, 0.0), tl.load(k_ + c, n < N, 0.0), tl.load(v_ + c, n < N, 0.0)
@@ -74,8 +78,7 @@ def _backward_q(Q, KEYS, V, DOUT, DQ, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb,
     """ds = p * (dp - delta), dp = dout v^T, delta = sum over keys of p * dp;  dq = ds k / sqrt(K)."""
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
-    q_, k_, v_ = (Q + head // A * qb + head % A * qa + m * qn, KEYS + head // A * kb + head % A * ka + n * kn,
-                  V + head // A * vb + head % A * va + n * vn)
+    q_, k_, v_ = _rows(Q, m, A, qb, qa, qn), _rows(KEYS, n, A, kb, ka, kn), _rows(V, n, A, vb, va, vn)
     at = (head * N + m) * K
     c = tl.arange(0, K1)[None, :]
     q, k, v = tl.load(q_ + c, m < N, 0.0), tl.load(k_ + c, n < N, 0.0), tl.load(v_ + c, n < N, 0.0)
@@ -113,8 +116,7 @@ def _backward_kv(Q, KEYS, V, DOUT, DK, DV, LSE, DELTA, A, qb, qa, qn, kb, ka, kn
     """The same with keys as rows and queries as columns:  dv = p^T dout,  dk = ds^T q / sqrt(K)."""
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
-    q_, k_, v_ = (Q + head // A * qb + head % A * qa + n * qn, KEYS + head // A * kb + head % A * ka + m * kn,
-                  V + head // A * vb + head % A * va + m * vn)
+    q_, k_, v_ = _rows(Q, n, A, qb, qa, qn), _rows(KEYS, m, A, kb, ka, kn), _rows(V, m, A, vb, va, vn)
     at, dout_ = (head * N + m) * K, DOUT + (head * N + n) * K
     c = tl.arange(0, K1)[None, :]
     q, k, v = tl.load(q_ + c, n < N, 0.0), tl.load(k_ + c, m < N, 0.0), tl.load(v_ + c, m < N, 0.0)
@@ -153,9 +155,8 @@ def _launch(q, k, v):
     B, A, N, K = q.shape
     K1 = power_of_2(K) if power_of_2(K) == K else power_of_2(K) // 2
     sizes = dict(N=N, K=K, K1=K1, K2=max(16, power_of_2(K - K1)) if K > K1 else 0, BLOCK=BLOCK, BLOCK_N=max(16, power_of_2(N)))
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return (q, k, v), (-(-N // BLOCK), B * A), (A, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K**-0.5), dict(
-        **sizes, UPCAST=interpreted, ACC=precision(q), num_warps=8)
+        **sizes, UPCAST=INTERPRETED, ACC=precision(q), num_warps=8)
 
 
 @torch.library.custom_op("davae::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor")

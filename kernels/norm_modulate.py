@@ -4,8 +4,9 @@
     h     = norm(x_new) * (1 + scale) + shift         RMSNorm with a learned weight, or LayerNorm without (weight=None)
 
 Shapes:    x, y, x_new, h (B, L, E);  gate, shift, scale (B, E), also as views of one (B, 6E);  weight (E,)
-Replaces:  in dit.Block, x + gate1[:, None] * ..., norm2 and modulate; across blocks, the second residual and norm1.
-Rounding:  x_new is rounded to its dtype, as in the reference; all else stays in float32 until h is rounded, once.
+Used by:   dit.Block, twice: its second residual is left to the norm of the block after it; dit.JointBlock, both streams.
+Rounding:  x_new is rounded to its dtype, as in the reference; all else stays in float32 until h is rounded to it too, once.
+           Under autocast that dtype is bfloat16, though the weight is float32: the residual stream is one of bfloat16.
 Bytes, U = B*L*E elements:
     forward   read x, y, write x_new, h: 4 U (2 U without y). Separate PyTorch operations: about 20 U
     backward  read dx_new, dh, x_new, y, write dx, dy: 6 U, and in the same pass all five column sums
@@ -34,7 +35,7 @@ def norm_modulate_ref(x, shift, scale, weight=None, y=None, gate=None):
         n = x.to(torch.promote_types(x.dtype, torch.float32))
         n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + EPS)
         n = n.to(x.dtype) * weight
-    return x, n * (1 + scale[:, None]) + shift[:, None]
+    return x, (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
 
 # ---------------------------------------------------------------- Triton
@@ -115,12 +116,6 @@ def _backward(DX_NEW, DH, X_NEW, Y, GATE, SCALE, WEIGHT, DX, DY, SUM_DH, SUM_DHN
 # ---------------------------------------------------------------- PyTorch operators
 
 
-def _dtypes(x, shift, scale, weight, y, gate):
-    """dtypes of x_new and h, by PyTorch's promotion."""
-    x_new = reduce(torch.promote_types, [t.dtype for t in (x, y, gate) if t is not None])
-    return x_new, reduce(torch.promote_types, [t.dtype for t in (shift, scale, weight) if t is not None], x_new)
-
-
 def _rows(t):
     """(B, E) with contiguous rows: itself if it is a chunk of a wider tensor."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
@@ -144,9 +139,9 @@ def _op(x, shift, scale, weight, y, gate):
 @_op.register_fake
 def _op_shapes(x, shift, scale, weight, y, gate):
     """Without y, x_new is x, which an operator may not return; it returns an empty tensor in its place."""
-    x_new, h = _dtypes(x, shift, scale, weight, y, gate)
-    h = torch.empty(x.shape, dtype=h, device=x.device)
-    return h.new_empty(0 if y is None else x.shape, dtype=x_new), h
+    dtype = reduce(torch.promote_types, [t.dtype for t in (x, y, gate) if t is not None])
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return h.new_empty(0 if y is None else x.shape), h
 
 
 @torch.library.custom_op("davae::norm_modulate_backward", mutates_args=(), schema=(
