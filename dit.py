@@ -72,9 +72,13 @@ class DiT(nn.Module):
         """P(z) + P_new(z_d) + pos, in the dtype of P(z): (B, C+D, h, w), (1, L, E) -> (B, L, E), row-major."""
         if self.cfg.D:
             z, z_d = z_all[:, :self.cfg.C], z_all[:, self.cfg.C:]
-            return patch_embed(z, z_d, self.P.weight, self.P_new.weight, self.P.bias, pos)
-        x = self.P(z_all).flatten(2).transpose(1, 2)
-        return (x + pos).to(x.dtype)
+            x = patch_embed(z, z_d, self.P.weight, self.P_new.weight, self.P.bias, pos)
+        else:
+            x = self.P(z_all).flatten(2).transpose(1, 2)
+            x = (x + pos).to(x.dtype)
+        # A convolution's layout would stay through all blocks, and be copied before each product. On a CPU it does stay:
+        # another order of the same sums would change the last bits of every result recorded so far.
+        return x if x.is_cpu else x.contiguous()
 
     def velocity(self, x, y, gate, c, h, w):
         """[O(x), O_new(x)] of the final norm of x + gate * y, each unpatchified by itself: -> (B, C+D, h, w) float32."""

@@ -58,6 +58,7 @@ class Config:
     cfg_end: float = field(1.0, "see cfg_start")
     cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's published figures")
     slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9 in early steps; Stability AI uses 2.5")
+    compile: bool = field(False, "torch.compile the transformer's blocks and the decoder: for many images on a GPU; not run")
     weights: str = field("ema", "ema or model")
     device: str = field("auto", "auto, cpu or cuda")
 
@@ -326,6 +327,9 @@ def conditions(dit, indices, s, text=None):
     return (y,), (torch.full_like(y, dit.cfg.num_classes),)
 
 
+DECODE = 8                                         # images per pass of the decoder
+
+
 def generate(dit, vae, indices, s, text=None):
     """(images, previews): samples `indices` through the whole decoder and through the base decoder, in [-1, 1].
 
@@ -339,9 +343,12 @@ def generate(dit, vae, indices, s, text=None):
         z_all = sample_flow(dit, noise.to(device), time_grid(s["steps"], s["shift"], s["grid"] == "sd3"),
                             *conditions(dit, indices, s, text), s["cfg"], (s["cfg_start"], s["cfg_end"]),
                             s["cfg_channels"] or None, s.get("slg", 0.0))
-    with torch.no_grad():
-        base = vae.decode_base(z_all[:, :vae.C])
-        return (vae.decode(z_all) if dit.cfg.D or not vae.D else base).clamp(-1, 1), base.clamp(-1, 1)
+    with torch.no_grad():                          # a few at a time: the decoder's activations are the largest there are
+        base, images = [], []
+        for z in z_all.split(DECODE):
+            base.append(vae.decode_base(z[:, :vae.C]).clamp(-1, 1))
+            images.append(vae.decode(z).clamp(-1, 1) if dit.cfg.D or not vae.D else base[-1])
+        return torch.cat(images), torch.cat(base)
 
 
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
@@ -371,6 +378,8 @@ def main(cfg):
         settings = settings_of(cfg, config, checkpoint)
         text = text_of(cfg, config, settings, out, rank, device)
     dit, vae, config = load_run(cfg.run, cfg.weights, device)
+    for part in [*dit.blocks, vae.decoder if vae.D else vae.base.decoder] if cfg.compile else ():
+        part.compile()
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():
         old = json.loads((out / "settings.json").read_text())

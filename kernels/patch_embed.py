@@ -123,7 +123,7 @@ def patch_embed(z, z_d, weight, weight_new, bias, pos):
     """P(z) + P_new(z_d) + pos: (B, C, h, w), (B, D, h, w) -> (B, L, E)."""
     if not use_triton(z):
         return patch_embed_ref(z, z_d, weight, weight_new, bias, pos)
-    if torch.is_autocast_enabled(z.device.type):   # what it would do to a convolution
+    if not z.is_meta and torch.is_autocast_enabled(z.device.type):                         # what it would do to a convolution
         dtype = torch.get_autocast_dtype(z.device.type)
         z, z_d, weight, weight_new = (t.to(dtype) for t in (z, z_d, weight, weight_new))
     return _op(z, z_d, weight, weight_new, bias, pos)

@@ -263,3 +263,34 @@ def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_
         sample.cache_text(other, ["owl"], folder, cpu, t5_tokens=24)
     with pytest.raises(SystemExit, match="no text_"):
         sample.TextCache(tmp_path)
+
+
+# ---------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize("weighting", ["paper", "sigma"])
+def test_neither_a_sampler_nor_the_loss_ever_waits_for_the_device(weighting):
+    """On the meta device there is nothing to read: an .item(), or an `if` on a tensor, would raise."""
+    from finetune import flow_loss
+    with torch.device("meta"):
+        dit = LightningDiT(DiTConfig(C=4, D=4, grid=4, E=32, A=4, depth=2, num_classes=5))
+        text = MMDiT(MMDiTConfig(C=4, D=4, E=32, A=2, depth=3, dual=1, context=12, pooled=8, pos_size=6))
+        z_all, y, cond = torch.empty(2, 8, 4, 4), torch.zeros(2, dtype=torch.long), (torch.empty(2, 3, 12), torch.empty(2, 8))
+    for model, c in ((dit, (y,)), (text, cond)):
+        v = sample_flow(model, z_all, time_grid(4, 0.3), c, c, 4.0, (0.2, 1.0))
+        loss, _, _ = flow_loss(model, z_all, c, 4, 0.5, weighting=weighting)
+        loss.backward()
+        assert v.shape == z_all.shape and all(p.grad is not None for n, p in model.named_parameters() if "text.mlp" not in n)
+    assert sample_flow(text, z_all, time_grid(20), cond, cond, 4.0, slg=2.5, skip=(1,)).is_meta
+
+
+def test_the_decoder_sees_a_few_images_at_a_time(tiny_run, monkeypatch):
+    dit, vae, config = sample.load_run(tiny_run)
+    settings = sample.settings_of(sample.Config(steps=2), config, "")
+    whole, base = sample.generate(dit, vae, range(5), settings)
+    seen = []
+    monkeypatch.setattr(sample, "DECODE", 2)
+    vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    sliced, sliced_base = sample.generate(dit, vae, range(5), settings)
+    assert seen == [2, 2, 1] and len(whole) == 5
+    assert torch.allclose(sliced, whole, atol=1e-5) and torch.allclose(sliced_base, base, atol=1e-5)
