@@ -60,7 +60,7 @@ class DiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
-        self.t_embedder = mlp(256, cfg.E)
+        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         self.norm_final, self.adaLN_final = Norm(cfg.E, rms), nn.Linear(cfg.E, 2 * cfg.E)
         self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
         self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
@@ -76,9 +76,7 @@ class DiT(nn.Module):
         else:
             x = self.P(z_all).flatten(2).transpose(1, 2)
             x = (x + pos).to(x.dtype)
-        # A convolution's layout would stay through all blocks, and be copied before each product. On a CPU it does stay:
-        # another order of the same sums would change the last bits of every result recorded so far.
-        return x if x.is_cpu else x.contiguous()
+        return x if x.is_cpu else x.contiguous()   # else all blocks would copy it; on a CPU that changes the last bits
 
     def velocity(self, x, y, gate, c, h, w):
         """[O(x), O_new(x)] of the final norm of x + gate * y, each unpatchified by itself: -> (B, C+D, h, w) float32."""
@@ -147,11 +145,6 @@ def rope_table(grid, K):
     f = 10000 ** (-2 * torch.arange(K // 4, dtype=torch.float64, device="cpu") / (K // 2))
     angle = torch.cat([torch.outer(n, f.repeat_interleave(2)) for n in grid_positions(grid)], dim=1)
     return angle.cos().float(), angle.sin().float()
-
-
-def mlp(E_in, E):
-    """Embedder of the time, or of a pooled text."""
-    return nn.Sequential(nn.Linear(E_in, E), nn.SiLU(), nn.Linear(E, E))
 
 
 class Norm(nn.Module):
@@ -371,7 +364,7 @@ class MMDiT(DiT):
 
     def __init__(self, cfg):
         super().__init__(cfg, rms=False)
-        self.y_embedder = mlp(cfg.pooled, cfg.E)
+        self.y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         self.context_embedder = nn.Linear(cfg.context, cfg.E)
         self.blocks = nn.ModuleList(JointBlock(cfg, i < cfg.dual, i == cfg.depth - 1) for i in range(cfg.depth))
         # Saved, unlike LightningDiT's: nobody has shown that the released table is what the formula gives.

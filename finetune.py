@@ -68,7 +68,7 @@ class Config:
     t5_tokens: int = field(256, "tokens given to T5")
     lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight")
     checkpointing: bool = field(False, "recompute each block in the backward pass: less memory, a third more time")
-    compile: bool = field(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU (by how much: not run)")
+    compile: bool = field(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU (not run)")
     # loss (Sec. 3.3, Tab. S1)
     N: int = field(10_000, "steps over which the weight w(n) of the detail channels rises from 0 to 1")
     cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)")
@@ -116,7 +116,7 @@ PRESETS = {
 }   # Tab. S1; clip and beta2 of SD3.5 from the authors' code; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps", "cooldown", "clip",
-              "checkpointing", "compile", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}     # on resume
+              "checkpointing", "compile", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}  # on resume
 # ---------------------------------------------------------------- the method
 
 

@@ -327,9 +327,6 @@ def conditions(dit, indices, s, text=None):
     return (y,), (torch.full_like(y, dit.cfg.num_classes),)
 
 
-DECODE = 8                                         # images per pass of the decoder
-
-
 def generate(dit, vae, indices, s, text=None):
     """(images, previews): samples `indices` through the whole decoder and through the base decoder, in [-1, 1].
 
@@ -345,7 +342,7 @@ def generate(dit, vae, indices, s, text=None):
                             s["cfg_channels"] or None, s.get("slg", 0.0))
     with torch.no_grad():                          # a few at a time: the decoder's activations are the largest there are
         base, images = [], []
-        for z in z_all.split(DECODE):
+        for z in z_all.split(8):
             base.append(vae.decode_base(z[:, :vae.C]).clamp(-1, 1))
             images.append(vae.decode(z).clamp(-1, 1) if dit.cfg.D or not vae.D else base[-1])
         return torch.cat(images), torch.cat(base)

@@ -413,9 +413,8 @@ def main(cfg):
         start, seconds = state["step"], state["seconds"]
     if cfg.compile:                  # level by level: the adaptive weights differentiate by the last convolution alone, twice
         torch._dynamo.config.recompile_limit, torch._functorch.config.donated_buffer = 64, False
-        for part in vae.modules():
-            if isinstance(part, (Level, Mid, TinyBlock)):
-                part.compile()
+        for part in (m for m in vae.modules() if isinstance(m, (Level, Mid, TinyBlock))):
+            part.compile()
     model = DistributedDataParallel(vae) if world > 1 else vae
     judge = DistributedDataParallel(disc) if world > 1 and disc else disc
 

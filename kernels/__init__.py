@@ -27,12 +27,10 @@ class jit:
     def compile(self):
         if self.compiled is None:
             import triton
-            import triton.language as tl
             names = self.fn.__globals__
-            names["tl"] = tl
-            for name in self.fn.__code__.co_names:             # the functions that a kernel calls
-                if isinstance(names.get(name), jit):
-                    names[name] = names[name].compile()
+            names["tl"] = triton.language
+            for name in set(self.fn.__code__.co_names) & {k for k, v in names.items() if isinstance(v, jit)}:
+                names[name] = names[name].compile()            # a function that this kernel calls
             self.compiled = triton.jit(self.fn)
         return self.compiled
 

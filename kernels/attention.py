@@ -43,23 +43,25 @@ def _rows(X, row, A, stride_b, stride_a, stride_n):
 
 
 @jit
+def _load(at, inside, UP: tl.constexpr):
+    x = tl.load(at, inside, 0.0)
+    return x if UP is None else x.to(UP)           # tl.dot on bfloat16 is wrong in the interpreter
+
+
+@jit
 def _forward(Q, KEYS, V, OUT, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr,
-             K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr):
+             K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
     q_, k_, v_ = _rows(Q, m, A, qb, qa, qn), _rows(KEYS, n, A, kb, ka, kn), _rows(V, n, A, vb, va, vn)
     out_ = OUT + (head * N + m) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = tl.load(q_ + c, m < N, 0.0), tl.load(k_ + c, n < N, 0.0), tl.load(v_ + c, n < N, 0.0)
-    if UPCAST:                                     # tl.dot on bfloat16 is wrong in the interpreter
-        q, k, v = q.to(ACC), k.to(ACC), v.to(ACC)
+    q, k, v = _load(q_ + c, m < N, UP), _load(k_ + c, n < N, UP), _load(v_ + c, n < N, UP)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     if K2:
         c2 = K1 + tl.arange(0, K2)[None, :]
-        q2, k2 = tl.load(q_ + c2, (m < N) & (c2 < K), 0.0), tl.load(k_ + c2, (n < N) & (c2 < K), 0.0)
-        v2 = tl.load(v_ + c2, (n < N) & (c2 < K), 0.0)
-        if UPCAST:
-            q2, k2, v2 = q2.to(ACC), k2.to(ACC), v2.to(ACC)
+        q2, k2 = _load(q_ + c2, (m < N) & (c2 < K), UP), _load(k_ + c2, (n < N) & (c2 < K), UP)
+        v2 = _load(v_ + c2, (n < N) & (c2 < K), UP)
         s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee", out_dtype=ACC)
     s = tl.where(tl.arange(0, BLOCK_N)[None, :] < N, s * SCALE, -float("inf"))
     p = tl.exp(s - tl.max(s, axis=1, keep_dims=True))
@@ -74,25 +76,21 @@ def _forward(Q, KEYS, V, OUT, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: t
 @jit
 def _backward_q(Q, KEYS, V, DOUT, DQ, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: tl.constexpr,
                 K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-                UPCAST: tl.constexpr, ACC: tl.constexpr):
+                UP: tl.constexpr, ACC: tl.constexpr):
     """ds = p * (dp - delta), dp = dout v^T, delta = sum over keys of p * dp;  dq = ds k / sqrt(K)."""
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
     q_, k_, v_ = _rows(Q, m, A, qb, qa, qn), _rows(KEYS, n, A, kb, ka, kn), _rows(V, n, A, vb, va, vn)
     at = (head * N + m) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = tl.load(q_ + c, m < N, 0.0), tl.load(k_ + c, n < N, 0.0), tl.load(v_ + c, n < N, 0.0)
-    dout = tl.load(DOUT + at + c, m < N, 0.0)
-    if UPCAST:
-        q, k, v, dout = q.to(ACC), k.to(ACC), v.to(ACC), dout.to(ACC)
+    q, k, v = _load(q_ + c, m < N, UP), _load(k_ + c, n < N, UP), _load(v_ + c, n < N, UP)
+    dout = _load(DOUT + at + c, m < N, UP)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
     if K2:
         c2 = K1 + tl.arange(0, K2)[None, :]
-        q2, dout2 = tl.load(q_ + c2, (m < N) & (c2 < K), 0.0), tl.load(DOUT + at + c2, (m < N) & (c2 < K), 0.0)
-        k2, v2 = tl.load(k_ + c2, (n < N) & (c2 < K), 0.0), tl.load(v_ + c2, (n < N) & (c2 < K), 0.0)
-        if UPCAST:
-            q2, k2, v2, dout2 = q2.to(ACC), k2.to(ACC), v2.to(ACC), dout2.to(ACC)
+        q2, dout2 = _load(q_ + c2, (m < N) & (c2 < K), UP), _load(DOUT + at + c2, (m < N) & (c2 < K), UP)
+        k2, v2 = _load(k_ + c2, (n < N) & (c2 < K), UP), _load(v_ + c2, (n < N) & (c2 < K), UP)
         s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee", out_dtype=ACC)
         dp = tl.dot(dout2, tl.trans(v2), dp, input_precision="ieee", out_dtype=ACC)
     s = tl.where(tl.arange(0, BLOCK_N)[None, :] < N, s * SCALE, -float("inf"))
@@ -112,25 +110,21 @@ def _backward_q(Q, KEYS, V, DOUT, DQ, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb,
 @jit
 def _backward_kv(Q, KEYS, V, DOUT, DK, DV, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: tl.constexpr,
                  K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-                 UPCAST: tl.constexpr, ACC: tl.constexpr):
+                 UP: tl.constexpr, ACC: tl.constexpr):
     """The same with keys as rows and queries as columns:  dv = p^T dout,  dk = ds^T q / sqrt(K)."""
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
     q_, k_, v_ = _rows(Q, n, A, qb, qa, qn), _rows(KEYS, m, A, kb, ka, kn), _rows(V, m, A, vb, va, vn)
     at, dout_ = (head * N + m) * K, DOUT + (head * N + n) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = tl.load(q_ + c, n < N, 0.0), tl.load(k_ + c, m < N, 0.0), tl.load(v_ + c, m < N, 0.0)
-    dout = tl.load(dout_ + c, n < N, 0.0)
-    if UPCAST:
-        q, k, v, dout = q.to(ACC), k.to(ACC), v.to(ACC), dout.to(ACC)
+    q, k, v = _load(q_ + c, n < N, UP), _load(k_ + c, m < N, UP), _load(v_ + c, m < N, UP)
+    dout = _load(dout_ + c, n < N, UP)
     s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=ACC)
     if K2:
         c2 = K1 + tl.arange(0, K2)[None, :]
-        q2, dout2 = tl.load(q_ + c2, (n < N) & (c2 < K), 0.0), tl.load(dout_ + c2, (n < N) & (c2 < K), 0.0)
-        k2, v2 = tl.load(k_ + c2, (m < N) & (c2 < K), 0.0), tl.load(v_ + c2, (m < N) & (c2 < K), 0.0)
-        if UPCAST:
-            q2, k2, v2, dout2 = q2.to(ACC), k2.to(ACC), v2.to(ACC), dout2.to(ACC)
+        q2, dout2 = _load(q_ + c2, (n < N) & (c2 < K), UP), _load(dout_ + c2, (n < N) & (c2 < K), UP)
+        k2, v2 = _load(k_ + c2, (m < N) & (c2 < K), UP), _load(v_ + c2, (m < N) & (c2 < K), UP)
         s = tl.dot(k2, tl.trans(q2), s, input_precision="ieee", out_dtype=ACC)
         dp = tl.dot(v2, tl.trans(dout2), dp, input_precision="ieee", out_dtype=ACC)
     query = tl.arange(0, BLOCK_N)[None, :]
@@ -156,7 +150,7 @@ def _launch(q, k, v):
     K1 = power_of_2(K) if power_of_2(K) == K else power_of_2(K) // 2
     sizes = dict(N=N, K=K, K1=K1, K2=max(16, power_of_2(K - K1)) if K > K1 else 0, BLOCK=BLOCK, BLOCK_N=max(16, power_of_2(N)))
     return (q, k, v), (-(-N // BLOCK), B * A), (A, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K**-0.5), dict(
-        **sizes, UPCAST=INTERPRETED, ACC=precision(q), num_warps=8)
+        **sizes, UP=precision(q) if INTERPRETED else None, ACC=precision(q), num_warps=8)
 
 
 @torch.library.custom_op("davae::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor")

@@ -108,8 +108,8 @@ def _launch(x, weight, cos, sin):
     x = x if x.stride(-1) == 1 else x.contiguous()
     _, L, A, K = x.shape
     tables = (x if t is None else t.contiguous() for t in (weight, cos, sin))
-    return x, tables, (L, *x.stride()[:3]), dict(A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), EPS=EPS, ACC=precision(x),
-                                                 NORM=weight is not None, ROPE=cos is not None)
+    return x, tables, (L, *x.stride()[:3]), dict(A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), EPS=EPS,
+                                                 ACC=precision(x), NORM=weight is not None, ROPE=cos is not None)
 
 
 @torch.library.custom_op("davae::norm_rope", mutates_args=(), schema=(
@@ -161,7 +161,7 @@ _op.register_autograd(_grads, setup_context=_save)
 
 
 def qknorm_rope(qkv, q_weight, k_weight, cos=None, sin=None):
-    """(B, L, 3, A, K) -> q, k, v, each (B, A, L, K), q and k normalised (if they have a weight) and rotated (if there is cos)."""
+    """(B, L, 3, A, K) -> q, k, v, each (B, A, L, K); q and k normalised if they have a weight, rotated if there is cos."""
     if not use_triton(qkv):
         return qknorm_rope_ref(qkv, q_weight, k_weight, cos, sin)
     q, k, v = qkv.unbind(2)
