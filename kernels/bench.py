@@ -114,7 +114,7 @@ def training(cuda):
         opt.zero_grad(set_to_none=True)
         project("common").ema_update(ema, model, 0.999)
 
-    yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), {"images": B, "cost": 712e9}      # FLOPs of an XL/1
+    yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), {"images": B, "cost": 712e9 * cuda}       # FLOPs
 
 
 def sampling(cuda):
