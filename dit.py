@@ -71,8 +71,7 @@ class DiT(nn.Module):
     def tokens(self, z_all, pos):
         """P(z) + P_new(z_d) + pos, in the dtype of P(z): (B, C+D, h, w), (1, L, E) -> (B, L, E), row-major."""
         if self.cfg.D:
-            z, z_d = z_all[:, :self.cfg.C], z_all[:, self.cfg.C:]
-            x = patch_embed(z, z_d, self.P.weight, self.P_new.weight, self.P.bias, pos)
+            x = patch_embed(*z_all.split([self.cfg.C, self.cfg.D], 1), self.P.weight, self.P_new.weight, self.P.bias, pos)
         else:
             x = self.P(z_all).flatten(2).transpose(1, 2)
             x = (x + pos).to(x.dtype)
@@ -224,9 +223,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023).
-
-    Each addition is left to the norm after it, the last one to the next block: blocks hand on x, y, gate for x + gate * y.
-    """
+    Each addition is left to the norm after it, the last to the next block: blocks hand on x, y, gate for x + gate * y."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -116,7 +116,7 @@ PRESETS = {
 }   # Tab. S1; clip and beta2 of SD3.5 from the authors' code; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps", "cooldown", "clip",
-              "checkpointing", "compile", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}  # on resume
+              "checkpointing", "compile", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}
 # ---------------------------------------------------------------- the method
 
 

@@ -341,11 +341,8 @@ def generate(dit, vae, indices, s, text=None):
                             *conditions(dit, indices, s, text), s["cfg"], (s["cfg_start"], s["cfg_end"]),
                             s["cfg_channels"] or None, s.get("slg", 0.0))
     with torch.no_grad():                          # a few at a time: the decoder's activations are the largest there are
-        base, images = [], []
-        for z in z_all.split(8):
-            base.append(vae.decode_base(z[:, :vae.C]).clamp(-1, 1))
-            images.append(vae.decode(z).clamp(-1, 1) if dit.cfg.D or not vae.D else base[-1])
-        return torch.cat(images), torch.cat(base)
+        base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in z_all.split(8)]).clamp(-1, 1)
+        return (torch.cat([vae.decode(z) for z in z_all.split(8)]).clamp(-1, 1) if dit.cfg.D or not vae.D else base), base
 
 
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):

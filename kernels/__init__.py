@@ -1,8 +1,7 @@
 """What every kernel file needs: when to use Triton, and how to compile without importing Triton before the first launch.
 
-The environment variable KERNELS says what the models compute with:
-    ref     (default) the specifications, plain PyTorch: no kernel has been measured on a GPU yet, so none is on by itself
-    triton  all kernels, on CUDA; on the CPU where Triton interprets them (TRITON_INTERPRET=1); on "meta", for counting
+Environment variable KERNELS: `ref`, the default, is plain PyTorch, the specifications, because no kernel has been measured on
+a GPU; `triton` is all kernels, on CUDA, on the CPU where they are interpreted (TRITON_INTERPRET=1), on "meta" for counting.
 """
 import os
 

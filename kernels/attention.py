@@ -81,15 +81,14 @@ def _backward_q(Q, KEYS, V, DOUT, DQ, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb,
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
     q_, k_, v_ = _rows(Q, m, A, qb, qa, qn), _rows(KEYS, n, A, kb, ka, kn), _rows(V, n, A, vb, va, vn)
-    at = (head * N + m) * K
+    at, dout_ = (head * N + m) * K, DOUT + (head * N + m) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = _load(q_ + c, m < N, UP), _load(k_ + c, n < N, UP), _load(v_ + c, n < N, UP)
-    dout = _load(DOUT + at + c, m < N, UP)
+    q, k, v, dout = _load(q_ + c, m < N, UP), _load(k_ + c, n < N, UP), _load(v_ + c, n < N, UP), _load(dout_ + c, m < N, UP)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
     if K2:
         c2 = K1 + tl.arange(0, K2)[None, :]
-        q2, dout2 = _load(q_ + c2, (m < N) & (c2 < K), UP), _load(DOUT + at + c2, (m < N) & (c2 < K), UP)
+        q2, dout2 = _load(q_ + c2, (m < N) & (c2 < K), UP), _load(dout_ + c2, (m < N) & (c2 < K), UP)
         k2, v2 = _load(k_ + c2, (n < N) & (c2 < K), UP), _load(v_ + c2, (n < N) & (c2 < K), UP)
         s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee", out_dtype=ACC)
         dp = tl.dot(dout2, tl.trans(v2), dp, input_precision="ieee", out_dtype=ACC)
@@ -117,8 +116,7 @@ def _backward_kv(Q, KEYS, V, DOUT, DK, DV, LSE, DELTA, A, qb, qa, qn, kb, ka, kn
     q_, k_, v_ = _rows(Q, n, A, qb, qa, qn), _rows(KEYS, m, A, kb, ka, kn), _rows(V, m, A, vb, va, vn)
     at, dout_ = (head * N + m) * K, DOUT + (head * N + n) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = _load(q_ + c, n < N, UP), _load(k_ + c, m < N, UP), _load(v_ + c, m < N, UP)
-    dout = _load(dout_ + c, n < N, UP)
+    q, k, v, dout = _load(q_ + c, n < N, UP), _load(k_ + c, m < N, UP), _load(v_ + c, m < N, UP), _load(dout_ + c, n < N, UP)
     s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=ACC)
     if K2:
@@ -146,8 +144,7 @@ def _backward_kv(Q, KEYS, V, DOUT, DK, DV, LSE, DELTA, A, qb, qa, qn, kb, ka, kn
 def _launch(q, k, v):
     """(q, k, v with contiguous channels, the grid, positional and keyword arguments that the kernels share)."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    B, A, N, K = q.shape
-    K1 = power_of_2(K) if power_of_2(K) == K else power_of_2(K) // 2
+    (B, A, N, K), K1 = q.shape, power_of_2(q.shape[3] + 1) // 2      # K1: the largest power of two that is not above K
     sizes = dict(N=N, K=K, K1=K1, K2=max(16, power_of_2(K - K1)) if K > K1 else 0, BLOCK=BLOCK, BLOCK_N=max(16, power_of_2(N)))
     return (q, k, v), (-(-N // BLOCK), B * A), (A, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K**-0.5), dict(
         **sizes, UP=precision(q) if INTERPRETED else None, ACC=precision(q), num_warps=8)

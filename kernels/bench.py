@@ -9,8 +9,8 @@ import argparse
 import importlib
 import json
 import time
+from collections import defaultdict
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ import triton
 import kernels
 
 PEAK = 989e12                                      # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
-FAILURES = RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError      # out of memory: a RuntimeError
 project = importlib.import_module   # imports in this house run one way, kernels first; a benchmark sits beside what it measures
 
 
@@ -29,7 +28,6 @@ def measure(variants, cuda, deadline):
     for n in range(11 if cuda else 3):             # the first round compiles, the second finds how often 5 ms hold the call
         for name, row in list(rows.items())[::-1 if n % 2 else 1]:
             if "error" in row or time.time() > deadline:
-                row |= {} if times[name] or "error" in row else {"error": "skipped: out of time"}
                 continue
             try:
                 torch.cuda.reset_peak_memory_stats() if cuda else None
@@ -40,39 +38,32 @@ def measure(variants, cuda, deadline):
                 times[name].append((time.perf_counter() - since) / row["repeats"] * 1e3)
                 row |= {"GiB": torch.cuda.max_memory_allocated() / 2**30} if cuda else {}
                 row["repeats"] = 1 + int(5 / times[name][-1])
-            except FAILURES as error:
+            except (RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError) as error:
                 row["error"] = f"{type(error).__name__}: {str(error)[:90]!r}"
-    for name in [name for name in rows if len(times[name]) > 2]:
-        rows[name]["ms"] = torch.tensor(times[name][2:]).quantile(torch.tensor([0.5, 0.25, 0.75])).tolist()
-    return rows
+    quartiles = torch.tensor([0.5, 0.25, 0.75])
+    return {name: row | ({"ms": torch.tensor(times[name][2:]).quantile(quartiles).tolist()} if len(times[name]) > 2 else
+                         {"error": row.get("error", "skipped: out of time")}) for name, row in rows.items()}
 
 
 def models(parts, f, cuda):
     """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels."""
-    def variant(stance, mode):
-        def run():
-            kernels.KERNELS = mode
-            with torch.compiler.set_stance(stance), torch.autocast("cuda" if cuda else "cpu", torch.bfloat16):
-                f()
-        return run
-
+    def run(stance, mode):
+        kernels.KERNELS = mode
+        with torch.compiler.set_stance(stance), torch.autocast("cuda" if cuda else "cpu", torch.bfloat16):
+            f()
     for part in parts:
         part.compile(backend="inductor" if cuda else "aot_eager")
-    return {"plain": variant("force_eager", "ref"), "plain, compiled": variant("default", "ref"),
-            "kernels, compiled": variant("default", "triton")}
-
-
-def ceilings(cuda):
-    """Like each section below, it yields what is measured, its variants, and the work of a call."""
-    n = 8192 if cuda else 256
-    (a, b), (x, y) = torch.randn(2, n, n).bfloat16(), torch.empty(2, 16 * n * n, dtype=torch.int8)
-    yield "bfloat16 product", {"": lambda: a @ b}, {"unit": "GFLOP/s", "work": 2 * n**3}
-    yield "copy", {"": lambda: y.copy_(x)}, {"unit": "GB/s", "work": 2 * len(x)}
+    return {"plain": partial(run, "force_eager", "ref"), "plain, compiled": partial(run, "default", "ref"),
+            "kernels, compiled": partial(run, "default", "triton")}
 
 
 def operations(cuda):
-    """Each kernel, its specification (for attention: PyTorch's own), and that compiled; forward, and with the backward."""
-    randn = partial(torch.randn, dtype=torch.bfloat16)
+    """The ceilings; each kernel, its specification (for attention: PyTorch's own), and that compiled; and with the backward.
+    Like each section it yields what is measured, its variants, and the work of a call."""
+    randn, n = partial(torch.randn, dtype=torch.bfloat16), 8192 if cuda else 256
+    (a, b), (x, y) = randn(2, n, n), torch.empty(2, 16 * n * n, dtype=torch.int8)
+    yield "bfloat16 product", {"": lambda: a @ b}, {"unit": "GFLOP/s", "work": 2 * n**3}
+    yield "copy", {"": lambda: y.copy_(x)}, {"unit": "GB/s", "work": 2 * len(x)}
     B, L, E, A, S = (128, 256, 1152, 16, 1024) if cuda else (2, 16, 72, 1, 32)            # S: SD3.5's tokens, the image's side
     tables, image = randn(2, L, 72).float(), randn(4, 128, S, S).to(memory_format=torch.channels_last)
     u, v, i = (2 * n for n in (B * L * E, 20 * S * 1536, image.numel()))                  # bytes of tokens, and of the image
@@ -83,7 +74,7 @@ def operations(cuda):
             ("qknorm_rope", [randn(20, S, 3, 24, 64), randn(64), randn(64)], 4 * v, 12 * v),
             ("groupnorm_silu", [image, randn(128), randn(128)], 3 * i, 5 * i),
             ("attention", randn(B, L, 3, A, 72).permute(2, 0, 3, 1, 4).unbind(), 2 * u * L, 5 * u * L),
-            ("patch_embed", [randn(B, 32, 16, 16), randn(B, 96, 16, 16), randn(E, 32, 1, 1), randn(E, 96, 1, 1), randn(E),
+            ("patch_embed", [*randn(B, 128, 16, 16).split([32, 96], 1), *randn(E, 128, 1, 1).split([32, 96], 1), randn(E),
                              randn(1, 256, E)], 512 * B * (128 + E), 512 * B * (128 + 3 * E))]:
         module, unit = project(f"kernels.{op}"), "GFLOP/s" if op == "attention" else "GB/s"
         ref = F.scaled_dot_product_attention if op == "attention" else getattr(module, f"{op}_ref")
@@ -93,17 +84,17 @@ def operations(cuda):
         def step(f):
             out = [t for t in torch.utils._pytree.tree_leaves(f(*leaves)) if t.grad_fn]
             torch.autograd.grad(out, [t for t in leaves if t.requires_grad], [torch.ones_like(t) for t in out])
-
         kernels.KERNELS, what = "triton", f"{op} {'x'.join(map(str, inputs[0].shape))}"
         variants = {"ref": ref, "ref, compiled": compiled, "kernel": getattr(module, op)}
-        yield what, {k: lambda f=f: f(*inputs) for k, f in variants.items()}, dict(unit=unit, work=forward)
-        yield f"{what}, and back", {k: lambda f=f: step(f) for k, f in variants.items()}, dict(unit=unit, work=forward + backward)
+        yield what, {k: lambda f=f: f(*inputs) for k, f in variants.items()}, {"unit": unit, "work": forward}
+        back = {k: lambda f=f: step(f) for k, f in variants.items()}
+        yield f"{what}, and back", back, {"unit": unit, "work": forward + backward}
 
 
 def training(cuda):
     """A training step of LightningDiT-XL/1 with 96 detail channels: forward, backward, fused AdamW, EMA."""
     dit, B = project("dit"), 128 if cuda else 2
-    cfg = dit.DiTConfig(D=96, **({} if cuda else dict(E=72, A=1, depth=2, grid=4)))
+    cfg = dit.DiTConfig(D=96) if cuda else dit.DiTConfig(D=96, E=72, A=1, depth=2, grid=4)
     model, ema = dit.LightningDiT(cfg), dit.LightningDiT(cfg)
     (z_all, target), t, y = torch.randn(2, B, 128, cfg.grid, cfg.grid), torch.rand(B), torch.randint(1000, (B,))
     opt = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -113,7 +104,6 @@ def training(cuda):
         opt.step()
         opt.zero_grad(set_to_none=True)
         project("common").ema_update(ema, model, 0.999)
-
     yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), {"images": B, "cost": 712e9 * cuda}       # FLOPs
 
 
@@ -121,34 +111,26 @@ def sampling(cuda):
     """DA-VAE on SD3's VAE; then SD3.5-M with guidance on its latent (D = 16) and on the original's: 2 of 30 Euler steps."""
     davae, dit, sample = map(project, ("davae", "dit", "sample"))
     base = davae.AutoencoderKL(davae.KLConfig() if cuda else davae.KLConfig(ch=32, ch_mult=(1, 1, 1, 1), blocks=1))
-    vae, small = davae.DAVAE(base, 16).to(memory_format=torch.channels_last), dict(E=64, A=1, depth=2, dual=1, pos_size=16, context=32)
-    for side, B in ((1024, 10), (2048, 2)) if cuda else ((32, 1),):
+    vae = davae.DAVAE(base, 16).to(memory_format=torch.channels_last)
+    sizes, small = (((1024, 10), (2048, 2)), {}) if cuda else (((32, 1),), dict(E=64, A=1, depth=2, dual=1, context=32))
+    for side, B in sizes:
         x, z_all, parts = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16), [vae.decoder]
         yield f"encode {side} px", models([vae.detail_encoder, base.encoder], lambda: vae.encode(x), cuda), {"images": 1}
         yield f"decode {side} px", models(parts, torch.no_grad()(lambda: vae.decode(z_all)), cuda), {"images": 1}
         for D, h in ((16, side // 16), (0, side // 8)):
-            model, grid = dit.MMDiT(dit.MMDiTConfig(D=D, **({} if cuda else small))), sample.time_grid(30, 1 / 3)[:3]
+            model, grid = dit.MMDiT(dit.MMDiTConfig(D=D, **small)), sample.time_grid(30, 1 / 3)[:3]
             noise, *cond = torch.randn(B, 16 + D, h, h), torch.randn(B, 333, model.cfg.context), torch.randn(B, 2048)
             run = models(model.blocks, lambda: sample.sample_flow(model, noise, grid, cond, cond, 4.0), cuda)
             yield f"SD3.5-M {side} px, {h * h // 4} tokens, 2 steps of {B}", run, {"batch": B, "decode": f"decode {side} px"}
 
 
-def rates(s, known, name, images=0, cost=0, batch=0, decode=None, unit=None, work=0):
-    """What a call of s seconds comes to; SD3.5's image rate is an estimate: 15 calls make the 30 steps, then one decoding."""
-    found = {unit: work / s / 1e9, "of the ceiling": work / s / known.setdefault(unit, max(work, 1) / s), "img/s": images / s,
-             "MFU": images * cost / s / PEAK}
-    if (decode, name) in known:
-        found["img/s of 30 steps and decoding (estimate)"] = 1 / (15 * s / batch + known[decode, name])
-    return {k: v for k, v in found.items() if v}
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", default="", help="a JSON file for the same numbers")
+    parser.add_argument("--out", default="bench.json")
     args = parser.parse_args()
     begin, rows, known, torch._dynamo.config.recompile_limit = time.time(), [], {}, 64
-    for part, limit in ((ceilings, 20), (operations, 110), (training, 140), (sampling, 230)):                  # seconds
+    for part, limit in ((operations, 120), (training, 140), (sampling, 230)):                  # seconds
         deadline = time.time() + limit
         torch.set_default_device(args.device)
         for what, variants, work in part(args.device == "cuda"):
@@ -156,14 +138,18 @@ def main():
             for name, row in measure(variants, args.device == "cuda", deadline).items():
                 rows.append({"section": part.__name__, "what": what, "variant": name} | row)
                 if "ms" in row:
-                    known[what, name] = row["ms"][0] / 1e3
-                    rows[-1] |= rates(known[what, name], known, name, **work)
+                    known[what, name] = s = row["ms"][0] / 1e3
+                    w = defaultdict(float, work)   # 15 calls of sampling, then decoding, are an image: an estimate
+                    done, image = w["work"] / s, 15 * s / max(w["batch"], 1) + known.get((w["decode"], name), float("inf"))
+                    rates = {w["unit"]: done / 1e9, "of the ceiling": done / known.setdefault(w["unit"], done or 1),
+                             "img/s": w["images"] / s, "MFU": w["images"] * w["cost"] / s / PEAK, "img/s (estimate)": 1 / image}
+                    rows[-1] |= {k: v for k, v in rates.items() if v}
             torch.set_default_device(args.device)
     torch.set_default_device(None)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU at toy size: a rehearsal, not a measurement"
     head = f"{where}; torch {torch.__version__}, triton {triton.__version__}; {time.strftime('%Y-%m-%d')}"
-    if args.out:
-        Path(args.out).write_text(json.dumps({"machine": head, "rows": rows}, indent=1))
+    with open(args.out, "w") as f:
+        json.dump({"machine": head, "rows": rows}, f, indent=1)
     print(f"{head}, {time.time() - begin:.0f} s\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")
     for r in rows:
         ms = "{:.3f} ({:.3f} to {:.3f})".format(*r["ms"]) if "ms" in r else r["error"]

@@ -5,8 +5,8 @@
 
 Shapes:    x, out (B, C, H, W), C fastest in memory (other layouts are copied into that one first);  weight, bias (C,)
 Used by:   davae.NormSiLU, before every 3x3 convolution of an AutoencoderKL but the first.
-Two passes, forward and backward alike: statistics (one mean and one sum of squared deviations per tile and channel; a tile
-holds all channels of a few pixels, so that memory is read in order), combined by a few small PyTorch operations; then apply.
+Two passes, forward and backward alike: statistics (mean and sum of squared deviations per tile and channel; a tile is all
+channels of a few pixels, so that memory is read in order), combined by a few small PyTorch operations; then apply.
 Bytes, U = B*C*H*W elements:
     forward   read x twice, write out: 3 U. Separate PyTorch operations: 6 U, with a strided GroupNorm for channels_last
     backward  read x, dout twice, write dx: 5 U; u is recomputed, and nothing but x and the statistics is kept

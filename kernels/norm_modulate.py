@@ -5,8 +5,7 @@
 
 Shapes:    x, y, x_new, h (B, L, E);  gate, shift, scale (B, E), also as views of one (B, 6E);  weight (E,)
 Used by:   dit.Block, twice: its second residual is left to the norm of the block after it; dit.JointBlock, both streams.
-Rounding:  x_new is rounded to its dtype, as in the reference; all else stays in float32 until h is rounded to it too, once.
-           Under autocast that dtype is bfloat16, though the weight is float32: the residual stream is one of bfloat16.
+Rounding:  x_new is rounded to its dtype (under autocast bfloat16), all else stays in float32 until h is rounded to it, once.
 Bytes, U = B*L*E elements:
     forward   read x, y, write x_new, h: 4 U (2 U without y). Separate PyTorch operations: about 20 U
     backward  read dx_new, dh, x_new, y, write dx, dy: 6 U, and in the same pass all five column sums

@@ -5,8 +5,7 @@
 Shapes:    z (B, C, h, w), z_d (B, D, h, w), any strides, so also the two slices of one z_all;  weight (E, C, p, p),
            weight_new (E, D, p, p), bias (E,), pos (1, L, E)  ->  tokens (B, L, E), row-major, L = h w / p^2
 Used by:   dit.DiT.tokens, once widened.
-Rounding:  the products are summed in float32, with bias and pos, and rounded once, to the dtype of the convolutions:
-           under autocast the tokens are bfloat16, though pos is float32.
+Rounding:  summed in float32, with bias and pos, and rounded once, to the convolutions' dtype: bfloat16 under autocast.
 Bytes:     forward reads the latents and the weights, and writes B L E tokens, nothing in between; two convolutions, an addition
            and the position embedding move about ten times as much. LightningDiT at batch 128: 0.09 GB, 0.03 % of a training
            step. This kernel is here because it is the method's first layer, not because a model gets faster by it.

@@ -342,5 +342,5 @@ def test_bytes_and_launches_of_a_block_do_not_grow(monkeypatch):
     """The goals, 70 U and 40 operators, are missed: 48 U are SwiGLU's and 10 the biases' gradients, in plain PyTorch, which
     torch.compile fuses; 18 operators turn the sums of norm_modulate's backward into gradients of (B, E)."""
     plain, with_kernels = traffic_of_a_block("ref", monkeypatch), traffic_of_a_block("triton", monkeypatch)
-    assert plain == (pytest.approx(288.6, rel=0.02), 128)
+    assert plain == (pytest.approx(288.6, rel=0.02), 126)
     assert with_kernels == (pytest.approx(96.7, rel=0.02), 58)
