@@ -21,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import latest_checkpoint, read_config, read_state_dict
+from kernels.groupnorm_silu import groupnorm_silu
 
 # ---------------------------------------------------------------- the method: alignment, posterior, blocks
-
 
 def group_mean(z_d, C):
     """Average each run of D/C adjacent detail channels: (B, D, h, w) -> (B, C, h, w).  Eq. (3).
@@ -35,7 +35,6 @@ def group_mean(z_d, C):
         raise ValueError(f"detail channels D={D} must be a multiple of base channels C={C}, so that they form equal groups")
     return z_d.view(B, C, D // C, h, w).mean(dim=2)
 
-
 def align_loss(z, z_d):
     """Mean squared distance between the grouped details and the base latent, which stays as it is.  Eq. (4).
 
@@ -43,14 +42,12 @@ def align_loss(z, z_d):
     """
     return F.mse_loss(group_mean(z_d, z.shape[1]).float(), z.detach().float())
 
-
 def half(x):
     """Halve an image: (B, 3, H, W) -> (B, 3, H/2, W/2), bicubic, no antialiasing, as the authors do (method of Sec. 3.1).
 
     Exactly the separable 4-tap filter [-3, 19, 19, -3] / 32. Another filter (PIL's, say) would change z.
     """
     return F.interpolate(x, scale_factor=0.5, mode="bicubic", align_corners=False)
-
 
 class Posterior:
     """Diagonal Gaussian over a latent: mean and clamped logvar, each (B, channels, h, w)."""
@@ -66,7 +63,6 @@ class Posterior:
         """Mean over all elements of mu^2 + sigma^2 - 1 - log sigma^2 (no factor 1/2, mean not sum: the authors' scale)."""
         mean, logvar = self.mean.float(), self.logvar.float()
         return (mean.square() + logvar.exp() - 1 - logvar).mean()
-
 
 class DownBlock(nn.Module):
     """Residual pixel-unshuffle (after DC-AE): features (B, F, 2h, 2w) -> moments (B, O, h, w).
@@ -96,7 +92,6 @@ class DownBlock(nn.Module):
             shortcut = self.proj(shortcut)
         return F.pixel_unshuffle(self.conv(x), 2) + shortcut
 
-
 class UpBlock(nn.Module):
     """Residual pixel-shuffle, the mirror of DownBlock: latents (B, C+D, h, w) -> features (B, F, 2h, 2w).
 
@@ -118,29 +113,32 @@ class UpBlock(nn.Module):
         shortcut = z_all.repeat_interleave(self.repeats, dim=1) if self.proj is None else self.proj(z_all)
         return F.pixel_shuffle(self.conv(z_all) + shortcut, 2)
 
-
 # ---------------------------------------------------------------- base VAEs
 # Both have the same four parts, so that DAVAE can take them apart:
 #   encoder (B, 3, H, W) -> features, to_moments -> latent;  from_latent -> features, decoder -> (B, 3, H, W)
 
+class NormSiLU(nn.GroupNorm):
+    """SiLU(GroupNorm(x))."""
+
+    def forward(self, x):
+        return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 class ResBlock(nn.Module):
     """conv(silu(norm(.))) twice, plus the input."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = NormSiLU(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = NormSiLU(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
 
 class AttnBlock(nn.Module):
     """Single-head self-attention over all h*w positions, plus the input."""
@@ -157,7 +155,6 @@ class AttnBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)                # (B, hw, width)
         return x + self.proj_out(y.transpose(1, 2).reshape(B, width, h, w))
 
-
 class Down(nn.Module):
     """3x3 convolution of stride 2 on an image padded by one row below and one column on the right."""
 
@@ -168,7 +165,6 @@ class Down(nn.Module):
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-
 class Up(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
@@ -178,7 +174,6 @@ class Up(nn.Module):
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
 
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where `attn`, and the change of resolution."""
@@ -196,7 +191,6 @@ class Level(nn.Module):
                 x = self.attn[j](x)
         return self.resample(x)
 
-
 class Mid(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
@@ -208,7 +202,6 @@ class Mid(nn.Module):
 
     def forward(self, x):
         return self.block_2(self.attn_1(self.block_1(x)))
-
 
 @dataclass
 class KLConfig:
@@ -224,7 +217,6 @@ class KLConfig:
     def __post_init__(self):
         self.ch_mult, self.attn = tuple(self.ch_mult), tuple(self.attn)       # JSON knows lists only
 
-
 class Encoder(nn.Module):
     """Image -> features after the last norm and SiLU, just before the latent head."""
 
@@ -237,15 +229,14 @@ class Encoder(nn.Module):
         for level, w in zip(self.down[:-1], widths):
             level.resample = Down(w)
         self.mid = Mid(widths[-1], cfg.groups)
-        self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
+        self.norm_out = NormSiLU(cfg.groups, widths[-1], eps=1e-6)
         self.width = widths[-1]
 
     def forward(self, x):                          # (B, 3, H, W)
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return F.silu(self.norm_out(self.mid(x)))  # (B, width, H/f, W/f)
-
+        return self.norm_out(self.mid(x))          # (B, width, H/f, W/f)
 
 class Decoder(nn.Module):
     """Features at the latent's resolution -> image; levels are stored as the encoder's and run from the last to the first."""
@@ -258,7 +249,7 @@ class Decoder(nn.Module):
                                 for i, w in enumerate(widths))
         for level, w in zip(self.up[1:], widths[1:]):
             level.resample = Up(w)
-        self.norm_out = nn.GroupNorm(cfg.groups, widths[0], eps=1e-6)
+        self.norm_out = NormSiLU(cfg.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         self.width = widths[-1]
 
@@ -266,8 +257,7 @@ class Decoder(nn.Module):
         x = self.mid(x)
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))    # (B, 3, H, W), unbounded
-
+        return self.conv_out(self.norm_out(x))            # (B, 3, H, W), unbounded
 
 class BaseVAE(nn.Module):
     """What DAVAE asks of a base: four parts, C, f, and per-channel statistics `mean`, `std` of the pretrained pipeline."""
@@ -288,7 +278,6 @@ class BaseVAE(nn.Module):
     def decode(self, z):
         """Image of a normalised latent: (B, C, h, w) -> (B, 3, f*h, f*w), nominally in [-1, 1]."""
         return self.decoder(self.from_latent(z * self.std.view(1, -1, 1, 1) + self.mean.view(1, -1, 1, 1)))
-
 
 class AutoencoderKL(BaseVAE):
     """The convolutional VAE of latent diffusion; its config covers VA-VAE f16d32 and the SD3 VAE f8c16.
@@ -311,7 +300,6 @@ class AutoencoderKL(BaseVAE):
         """Posterior of the raw latent of x."""
         return Posterior(self.to_moments(self.encoder(x)))
 
-
 class TinyBlock(nn.Module):
     """TAEF2's residual block: three 3x3 convolutions, ReLU; `wide` ones first add a 1x1 bottleneck of 4x the width."""
 
@@ -328,7 +316,6 @@ class TinyBlock(nn.Module):
             x = x + self.pool(x)
         return F.relu(self.conv(x) + x)
 
-
 class Affine(nn.Module):
     """x -> a*x + b, for the step between pixel ranges."""
 
@@ -339,13 +326,11 @@ class Affine(nn.Module):
     def forward(self, x):
         return self.a * x + self.b
 
-
 class SoftClamp(nn.Module):
     """x -> 3 tanh(x / 3), the range that TAEF2's decoder takes."""
 
     def forward(self, x):
         return 3 * torch.tanh(x / 3)
-
 
 class TAEF2(BaseVAE):
     """The tiny autoencoder of FLUX.2's latents: f8, 32 channels, no posterior.  (B, 3, H, W) <-> (B, 32, H/8, W/8)
@@ -377,9 +362,7 @@ class TAEF2(BaseVAE):
     def decode(self, z):
         return super().decode(z).clamp(-1, 1)
 
-
 # ---------------------------------------------------------------- DA-VAE
-
 
 @dataclass
 class Reconstruction:
@@ -388,7 +371,6 @@ class Reconstruction:
     posterior: Posterior
     z: torch.Tensor = None
     z_d: torch.Tensor = None
-
 
 class DAVAE(nn.Module):
     """A frozen base VAE on the half-size image, D detail channels from the full-size image, one decoder.  Sec. 3.1.
@@ -492,9 +474,7 @@ class DAVAE(nn.Module):
             base.update(dataclasses.asdict(self.base.cfg))
         return {"base": base, "D": self.D, "detail_dropout": self.detail_dropout, "rescale": self.rescale}
 
-
 # ---------------------------------------------------------------- loading
-
 
 def load_davae(source):
     """A DAVAE in eval mode, from a run or step folder of train_vae.py; any base VAE file gives its D = 0 form."""
@@ -510,11 +490,9 @@ def load_davae(source):
     vae.load_state_dict(read_state_dict(checkpoint / "model.safetensors"), strict=True, assign=True)
     return vae.eval()
 
-
 def _is_ours(folder):
     path = Path(folder) / "config.json"
     return path.exists() and "base" in json.loads(path.read_text()).get("model", {})
-
 
 def load_base_vae(source):
     """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
@@ -549,7 +527,6 @@ def load_base_vae(source):
     vae.load_state_dict(sd, strict=True, assign=True)
     return vae.float().eval()
 
-
 def _pipeline_statistics(cfg, config, source):
     """Per-channel mean and std by which the pretrained pipeline normalises: z -> (z - mean) / std.
 
@@ -567,7 +544,6 @@ def _pipeline_statistics(cfg, config, source):
               "LightningDiT there to warm-start from it")
     return {"mean": torch.full((cfg.C,), shift), "std": torch.full((cfg.C,), 1 / scale)}
 
-
 def kl_config(sd):
     """Read an AutoencoderKL's sizes off a state dict in our names."""
     def count(prefix):
@@ -579,7 +555,6 @@ def kl_config(sd):
                     blocks=count("encoder.down.0.block."),
                     attn=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in sd),
                     quant="to_moments.1.weight" in sd)
-
 
 DROPPED = {                  # first components of keys that a base VAE checkpoint may carry beside the autoencoder
     "loss": "perceptual loss and discriminator of VA-VAE's training",
@@ -597,7 +572,6 @@ DIFFUSERS = ((".down_blocks.", ".down."), (".mid_block.attentions.0.group_norm."
              (".upsamplers.0.", ".upsample."), (".conv_shortcut.", ".nin_shortcut."), (".conv_norm_out.", ".norm_out."),
              (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."),
              (".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."))
-
 
 def import_kl(sd, where="state dict"):
     """Original (LDM) or diffusers names of an AutoencoderKL -> ours; pure, and only DROPPED is left out."""
@@ -621,7 +595,6 @@ def import_kl(sd, where="state dict"):
         ours[k.replace(".downsample.", ".resample.").replace(".upsample.", ".resample.")] = v
     return ours
 
-
 def export_kl(vae, diffusers=False):
     """Our AutoencoderKL -> original names (VA-VAE, SD3 without its prefix), or diffusers'; without the statistics."""
     stem, cfg = (1, vae.cfg) if vae.cfg.quant else (0, vae.cfg)
@@ -644,7 +617,6 @@ def export_kl(vae, diffusers=False):
         theirs[k] = v
     return theirs
 
-
 def _from_diffusers(sd):
     """diffusers names -> original names: the decoder's levels are counted from the other end, attention is linear."""
     levels = len({k.split(".")[2] for k in sd if k.startswith("encoder.down_blocks.")})
@@ -659,7 +631,6 @@ def _from_diffusers(sd):
             v = v[:, :, None, None]
         original[k] = v
     return original
-
 
 def import_taef2(sd):
     """TAEF2's two Sequentials, `encoder.i` and `decoder.i`, -> our four parts; statistics stay 0 and 1."""

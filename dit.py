@@ -14,6 +14,7 @@ Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   
                 T text tokens   C base channels   D detail channels   z_all = [z, z_d] is (B, C+D, h, w), normalised, base first
 Paper symbols:  P, O patch embedder and output head of the base;  P_new, O_new are its P', O' for the details
 Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, and the model predicts v = data - noise.
+kernels/ says in plain PyTorch, and computes faster if asked to (KERNELS=triton), what stands between the matrix products.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -25,9 +26,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import read_config, read_state_dict
+from kernels import attention as short, use_triton
+from kernels.norm_modulate import norm_modulate
+from kernels.patch_embed import patch_embed
+from kernels.qknorm_rope import qknorm_rope
 
 # ---------------------------------------------------------------- widening: the method
-
 
 def widen(in_proj, out_proj, D):
     """Zero-initialised companions of a transformer's first and last layer, for D new channels.  P', O' of Sec. 3.2.
@@ -46,23 +50,35 @@ def widen(in_proj, out_proj, D):
         nn.init.zeros_(weight)
     return P_new, O_new
 
-
 class DiT(nn.Module):
-    """What every transformer here has: cfg with C, D, p; P, O; and, once widened, P_new, O_new (None before)."""
+    """What every transformer here has: P, O, the time's embedder, the last norm; once widened, P_new, O_new (None before)."""
     checkpointing = False                          # True: recompute each block in the backward pass, to save memory
+
+    def __init__(self, cfg, rms):
+        super().__init__()
+        self.cfg = cfg
+        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
+        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        self.norm_final, self.adaLN_final = Norm(cfg.E, rms), nn.Linear(cfg.E, 2 * cfg.E)
+        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
+        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
 
     def run(self, block, *args):
         return checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
 
-    def tokens(self, z_all):
-        """P(z) + P_new(z_d): (B, C+D, h, w) -> (B, L, E), row-major."""
-        x = self.P(z_all[:, :self.cfg.C])
+    def tokens(self, z_all, pos):
+        """P(z) + P_new(z_d) + pos, in the dtype of P(z): (B, C+D, h, w), (1, L, E) -> (B, L, E), row-major."""
         if self.cfg.D:
-            x = x + self.P_new(z_all[:, self.cfg.C:])
-        return x.flatten(2).transpose(1, 2)
+            x = patch_embed(*z_all.split([self.cfg.C, self.cfg.D], 1), self.P.weight, self.P_new.weight, self.P.bias, pos)
+        else:
+            x = self.P(z_all).flatten(2).transpose(1, 2)
+            x = (x + pos).to(x.dtype)
+        return x if x.is_cpu else x.contiguous()   # else all blocks would copy it; on a CPU that changes the last bits
 
-    def velocity(self, x, h, w):
-        """[O(x), O_new(x)], each unpatchified by itself: (B, L, E) -> (B, C+D, h, w) float32."""
+    def velocity(self, x, y, gate, c, h, w):
+        """[O(x), O_new(x)] of the final norm of x + gate * y, each unpatchified by itself: -> (B, C+D, h, w) float32."""
+        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
+        _, x = norm_modulate(x, shift, scale, self.norm_final.weight, y, gate)              # (B, L, E), read by both heads
         heads = [self.O, self.O_new] if self.cfg.D else [self.O]
         return torch.cat([unpatchify(O(x), self.cfg.p, h, w) for O in heads], dim=1).float()
 
@@ -75,9 +91,7 @@ class DiT(nn.Module):
         self.P_new, self.O_new = widen(self.P, self.O, D)
         self.cfg = replace(self.cfg, D=D)
 
-
 # ---------------------------------------------------------------- small pieces, one equation each
-
 
 def timestep_embedding(t, width=256):
     """[cos(t f_k), sin(t f_k)] with f_k = 10000^(-k / (width/2)).  (B,) -> (B, width) float32.
@@ -88,37 +102,22 @@ def timestep_embedding(t, width=256):
     angle = t.float()[:, None] * f
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
-
-def modulate(x, shift, scale):
-    """x * (1 + scale) + shift, the same for every token.  x: (B, L, E); shift, scale: (B, E)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
+SHORT = {72: 256}           # K: the most tokens that the kernel takes, where kernels are on. By its design; not measured yet
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(K)) v over all tokens.  q, k, v: (B, A, L, K) -> (B, A, L, K)."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def rope(x, cos, sin):
-    """Rotate each pair of adjacent channels: (a, b) -> (a cos - b sin, b cos + a sin).
-
-    x: (B, A, L, K); cos, sin: (L, K) float32, so the result is float32 whatever x is.
-    """
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
-
+    own = use_triton(q) and q.shape[2] <= SHORT.get(q.shape[3], 0)
+    return short.attention(q, k, v) if own else F.scaled_dot_product_attention(q, k, v)
 
 def unpatchify(x, p, h, w):
     """Tokens back to a latent.  (B, L, p*p*C), channel fastest -> (B, C, h, w)."""
     x = x.view(len(x), h // p, w // p, p, p, -1)   # row, column, row in patch, column in patch, channel
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h, w)
 
-
 def grid_positions(grid):
     """Row and column of each token, row-major.  Two (L,) float64 tensors: only the finished tables are rounded."""
     i = torch.arange(grid, dtype=torch.float64, device="cpu")
     return i.repeat_interleave(grid), i.repeat(grid)
-
 
 def sincos_table(grid, E, spacing=1.0):
     """[sin(col w), cos(col w), sin(row w), cos(row w)], w_j = 10000^(-j / (E/4)): the fixed embedding, (1, L, E)."""
@@ -126,7 +125,6 @@ def sincos_table(grid, E, spacing=1.0):
     w = 10000 ** (-torch.arange(E // 4, dtype=torch.float64, device="cpu") / (E // 4))
     parts = [f(torch.outer(n, w)) for n in (col, row) for f in (torch.sin, torch.cos)]
     return torch.cat(parts, dim=1).float()[None]
-
 
 def rope_table(grid, K):
     """cos and sin of the rotary angles: the row turns the first K/2 channels, the column the rest.  Two (L, K) tensors.
@@ -137,24 +135,16 @@ def rope_table(grid, K):
     angle = torch.cat([torch.outer(n, f.repeat_interleave(2)) for n in grid_positions(grid)], dim=1)
     return angle.cos().float(), angle.sin().float()
 
+class Norm(nn.Module):
+    """The learned scale of an RMSNorm; or none, `weight` None, of a LayerNorm. kernels/ has the formulas, for both."""
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times a learned scale."""
-
-    def __init__(self, E, eps=1e-6):
+    def __init__(self, E, rms=True):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(E))
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight
-
+        self.weight = nn.Parameter(torch.ones(E)) if rms else None
 
 # ---------------------------------------------------------------- LightningDiT
 
 SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)}
-
 
 @dataclass
 class DiTConfig:
@@ -180,27 +170,20 @@ class DiTConfig:
             raise ValueError("qk_norm without rms_norm is left out: set rms_norm=True")
         self.hidden = self.hidden or (int(2 / 3 * int(4 * self.E)) if self.swiglu else 4 * self.E)
 
-
 class Attention(nn.Module):
     def __init__(self, E, A, qk_norm, proj=True):
         super().__init__()
         self.A = A
         self.qkv = nn.Linear(E, 3 * E)
-        self.q_norm = RMSNorm(E // A) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(E // A) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = Norm(E // A, qk_norm), Norm(E // A, qk_norm)
         self.proj = nn.Linear(E, E) if proj else None
 
-    def heads(self, x, tables=None):
-        """(B, L, E) -> q, k, v, each (B, A, L, K)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.A, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if tables is not None:
-            q, k = rope(q, *tables), rope(k, *tables)
-        return q.to(v.dtype), k.to(v.dtype), v
+    def heads(self, x, *tables):
+        """(B, L, E) -> q, k, v, each (B, A, L, K); tables: cos and sin of RoPE, or nothing."""
+        return qknorm_rope(self.qkv(x).unflatten(-1, (3, self.A, -1)), self.q_norm.weight, self.k_norm.weight, *tables)
 
-    def forward(self, x, tables=None):
-        return self.proj(attention(*self.heads(x, tables)).transpose(1, 2).flatten(2))    # (B, L, E)
-
+    def forward(self, x, *tables):
+        return self.proj(attention(*self.heads(x, *tables)).transpose(1, 2).flatten(2))   # (B, L, E)
 
 class SwiGLU(nn.Module):
     """w3(SiLU(a) * b), where w12 computes a and b side by side (Shazeer, 2020)."""
@@ -213,7 +196,6 @@ class SwiGLU(nn.Module):
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
 
-
 class MLP(nn.Module):
     def __init__(self, E, hidden):
         super().__init__()
@@ -222,27 +204,21 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
-
-def layer_norm(E):
-    """LayerNorm without learned scale and shift: what follows modulates."""
-    return nn.LayerNorm(E, eps=1e-6, elementwise_affine=False)
-
-
 class Block(nn.Module):
-    """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023)."""
+    """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023).
+    Each addition is left to the norm after it, the last to the next block: blocks hand on x, y, gate for x + gate * y."""
 
     def __init__(self, cfg):
         super().__init__()
-        norm = RMSNorm if cfg.rms_norm else layer_norm
-        self.norm1, self.attn = norm(cfg.E), Attention(cfg.E, cfg.A, cfg.qk_norm)
-        self.norm2, self.mlp = norm(cfg.E), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
+        self.norm1, self.attn = Norm(cfg.E, cfg.rms_norm), Attention(cfg.E, cfg.A, cfg.qk_norm)
+        self.norm2, self.mlp = Norm(cfg.E, cfg.rms_norm), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
         self.adaLN = nn.Linear(cfg.E, 6 * cfg.E)
 
-    def forward(self, x, c, tables):
+    def forward(self, x, y, gate, c, *tables):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)     # each (B, E)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), tables)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))     # (B, L, E)
-
+        x, h = norm_modulate(x, shift1, scale1, self.norm1.weight, y, gate)               # x + gate * y, its norm modulated
+        x, h = norm_modulate(x, shift2, scale2, self.norm2.weight, self.attn(h, *tables), gate1)
+        return x, self.mlp(h), gate2                                                      # (B, L, E), (B, L, E), (B, E)
 
 class LightningDiT(DiT):
     """Velocity of a latent, given the time and a class.
@@ -254,16 +230,9 @@ class LightningDiT(DiT):
     """
 
     def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
-        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        super().__init__(cfg, cfg.rms_norm)
         self.y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.norm_final = (RMSNorm if cfg.rms_norm else layer_norm)(cfg.E)
-        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
-        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
-        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
         self.init_weights()
         self.build_tables(self.P.weight.device)
 
@@ -271,15 +240,12 @@ class LightningDiT(DiT):
         cfg = self.cfg
         if tuple(z_all.shape[1:]) != (wanted := (cfg.C + cfg.D, cfg.grid * cfg.p, cfg.grid * cfg.p)):
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = {wanted}")
-        x = self.tokens(z_all) + self.pos_embed                     # (B, L, E)
+        x, branch, gate = self.tokens(z_all, self.pos_embed), None, None                  # (B, L, E)
         c = self.t_embedder(timestep_embedding(t)) + self.y_embedder(y)
         c = F.silu(c)                                               # (B, E), every adaLN starts with this SiLU
-        tables = (self.rope_cos, self.rope_sin) if cfg.rope else None
         for block in self.blocks:
-            x = self.run(block, x, c, tables)                       # (B, L, E)
-        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
-        x = modulate(self.norm_final(x), shift, scale)              # (B, L, E), read by both heads
-        return self.velocity(x, *z_all.shape[2:])
+            x, branch, gate = self.run(block, x, branch, gate, c, self.rope_cos, self.rope_sin)
+        return self.velocity(x, branch, gate, c, *z_all.shape[2:])
 
     def init_weights(self):
         # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero bias.
@@ -302,9 +268,7 @@ class LightningDiT(DiT):
         for name, table in {"pos_embed": sincos_table(cfg.grid, cfg.E), "rope_cos": cos, "rope_sin": sin}.items():
             self.register_buffer(name, None if table is None else table.to(device), persistent=False)
 
-
 # ---------------------------------------------------------------- MMDiT
-
 
 @dataclass
 class MMDiTConfig:
@@ -322,19 +286,16 @@ class MMDiTConfig:
     lora: int = 0               # rank of the adapters, 0: none
     alpha: float = 256.0        # their scale is alpha / rank
 
-
 class Stream(nn.Module):
     """What one joint block holds for one kind of token, image or text: adaLN, attention projections, MLP."""
 
     def __init__(self, cfg, dual=False, last=False):
         super().__init__()
-        self.norm = layer_norm(cfg.E)              # one for all places: nothing is learned in it
         self.mods = 2 if last else 9 if dual else 6
         self.adaLN = nn.Linear(cfg.E, self.mods * cfg.E)
         self.attn = Attention(cfg.E, cfg.A, qk_norm=True, proj=not last)
         self.attn2 = Attention(cfg.E, cfg.A, qk_norm=True) if dual else None
         self.mlp = None if last else MLP(cfg.E, 4 * cfg.E)
-
 
 class JointBlock(nn.Module):
     """Image and text tokens attend to all of both, each kind with its own weights; dual blocks add image self-attention."""
@@ -347,24 +308,24 @@ class JointBlock(nn.Module):
         """x: (B, L, E), text: (B, T, E), c: (B, E) -> new x and text."""
         streams, tokens = (self.x, self.text), (x, text)
         mods = [s.adaLN(c).chunk(s.mods, dim=-1) for s in streams]
-        normed = [s.norm(n) for s, n in zip(streams, tokens)]
-        heads = [s.attn.heads(modulate(n, m[0], m[1])) for s, n, m in zip(streams, normed, mods)]
+        heads = [s.attn.heads(norm_modulate(n, m[0], m[1])[1]) for s, n, m in zip(streams, tokens, mods)]
         q, k, v = (torch.cat(both, dim=2) for both in zip(*heads))                          # (B, A, L+T, K)
         attended = attention(q, k, v).transpose(1, 2).flatten(2).split([x.shape[1], text.shape[1]], dim=1)
-        return [self.update(*args) for args in zip(streams, tokens, normed, attended, mods)]
+        return [self.update(*args) for args in zip(streams, tokens, attended, mods)]
 
     @staticmethod
-    def update(s, x, normed, attended, mod):
+    def update(s, x, attended, mod):
         """shift, scale, gate of attention, MLP and second attention: in the order of the checkpoint, not of their use."""
         if s.mlp is None:                          # the last block's text only gave its q, k, v: nothing reads it after
             return x
-        _, _, gate1, shift_mlp, scale_mlp, gate_mlp = mod[:6]
-        x = x + gate1[:, None] * s.attn.proj(attended)
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp = mod[:6]
+        y = s.attn.proj(attended)
         if s.attn2 is not None:
             shift2, scale2, gate2 = mod[6:]
-            x = x + gate2[:, None] * s.attn2(modulate(normed, shift2, scale2))              # of the x before both updates
-        return x + gate_mlp[:, None] * s.mlp(modulate(s.norm(x), shift_mlp, scale_mlp))
-
+            y2 = s.attn2(norm_modulate(x, shift2, scale2)[1])                               # of the x before both updates
+            x, y, gate = x + gate[:, None] * y, y2, gate2
+        x, h = norm_modulate(x, shift_mlp, scale_mlp, None, y, gate)
+        return x + gate_mlp[:, None] * s.mlp(h)
 
 class MMDiT(DiT):
     """Velocity of a latent, given the time and a text.
@@ -376,17 +337,10 @@ class MMDiT(DiT):
     """
 
     def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
-        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        super().__init__(cfg, rms=False)
         self.y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         self.context_embedder = nn.Linear(cfg.context, cfg.E)
         self.blocks = nn.ModuleList(JointBlock(cfg, i < cfg.dual, i == cfg.depth - 1) for i in range(cfg.depth))
-        self.norm_final = layer_norm(cfg.E)
-        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
-        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
-        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
         # Saved, unlike LightningDiT's: nobody has shown that the released table is what the formula gives.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
         self.register_buffer("pos_embed", table if table.is_meta else sincos_table(cfg.pos_size, cfg.E, 64 / cfg.pos_size))
@@ -398,7 +352,7 @@ class MMDiT(DiT):
         if z_all.shape[1] != cfg.C + cfg.D or h % cfg.p or w % cfg.p or max(h, w) > cfg.p * cfg.pos_size:
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {cfg.C + cfg.D}, h, w) with h and w multiples of "
                              f"{cfg.p}, up to {cfg.p * cfg.pos_size}")
-        x = self.tokens(z_all) + self.positions(h // cfg.p, w // cfg.p)
+        x = self.tokens(z_all, self.positions(h // cfg.p, w // cfg.p))
         # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data: here, and in
         # the sign of the result, and nowhere else, are the two conventions exchanged.
         c = self.t_embedder(timestep_embedding(1000 * (1 - t))) + self.y_embedder(pooled)
@@ -406,8 +360,7 @@ class MMDiT(DiT):
         for i, block in enumerate(self.blocks):
             if i not in skip:
                 x, text = self.run(block, x, text, c)
-        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
-        return -self.velocity(modulate(self.norm_final(x), shift, scale), h, w)
+        return -self.velocity(x, None, None, c, h, w)
 
     def positions(self, rows, columns):
         """The middle rows x columns of the position table, as tokens: (1, L, E)."""
@@ -415,11 +368,9 @@ class MMDiT(DiT):
         top, left = (n - rows) // 2, (n - columns) // 2
         return self.pos_embed.view(1, n, n, -1)[:, top:top + rows, left:left + columns].flatten(1, 2)
 
-
 # ---------------------------------------------------------------- LoRA
 
 LORA_TARGETS = ("x.attn.qkv", "x.attn.proj", "x.attn2.qkv", "x.attn2.proj", "x.mlp.fc2", "x.adaLN")     # in every block
-
 
 class LoRA(nn.Module):
     """y = W x + b + alpha/r B A x, W and b frozen (Hu et al., 2022); q, k, v, stacked in one W, each have their A and B."""
@@ -435,7 +386,6 @@ class LoRA(nn.Module):
         low = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])                     # (..., parts, r)
         return self.linear(x) + self.scale * torch.einsum("...pr,por->...po", low, self.B).flatten(-2)
 
-
 def add_lora(model, r=256, alpha=256.0):
     """Put adapters of rank r into an MMDiT, in place, and freeze all but them, P, P_new, O and O_new.  Sec. 4, method of SD3.5.
 
@@ -450,7 +400,6 @@ def add_lora(model, r=256, alpha=256.0):
             setattr(block.get_submodule(parent), leaf, LoRA(linear, r, alpha, 3 if leaf == "qkv" else 1))
     model.cfg = replace(model.cfg, lora=r, alpha=float(alpha))
 
-
 @torch.no_grad()
 def merge_lora(model):
     """W <- W + alpha/r B A, in place, exact up to float32 rounding; the adapters are gone after it."""
@@ -461,9 +410,7 @@ def merge_lora(model):
     model.cfg = replace(model.cfg, lora=0)
     return model
 
-
 # ---------------------------------------------------------------- weights: loading, upstream names in and out
-
 
 def load_dit(source, weights=None):
     """Build the transformer that a checkpoint holds; sizes and options are read off it.
@@ -492,7 +439,6 @@ def load_dit(source, weights=None):
         model.build_tables("cpu")
     return model.eval()
 
-
 def _read_own(folder, weights):
     """(state dict, config) of one of our checkpoint folders; None if it is not one."""
     config = read_config(folder) if (folder / "config.json").exists() else {}
@@ -509,7 +455,6 @@ def _read_own(folder, weights):
     frozen = folder.parent / "frozen"              # what LoRA never changes is saved once for all steps of a run
     return (read_state_dict(frozen) if frozen.is_dir() else {}) | read_state_dict(found[0]), kind(**config["model"])
 
-
 def pick_weights(state, weights=None):
     """The state dict in a checkpoint: its `ema`, `model`, `state_dict` or itself, in this order; `weights` insists."""
     if not isinstance(state, dict):
@@ -523,7 +468,6 @@ def pick_weights(state, weights=None):
         sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd.items()}
     return sd
 
-
 def import_dit(sd):
     """Released names of either model -> (our state dict, its config).  raises: ValueError saying what `sd` looks like."""
     prefix = "model.diffusion_model."              # beside it, a single-file checkpoint may hold the VAE and text encoders
@@ -536,12 +480,10 @@ def import_dit(sd):
         return ours, _mmdit_config(ours)
     return import_lightningdit(sd)
 
-
 RENAME = [("x_embedder.proj.", "P."), ("final_layer.linear.", "O."), ("final_layer.norm_final.", "norm_final."),
           ("final_layer.adaLN_modulation.1.", "adaLN_final."), (".adaLN_modulation.1.", ".adaLN."),
           ("t_embedder.mlp.", "t_embedder."), ("y_embedder.embedding_table.", "y_embedder.")]    # upstream, ours
 TABLES = ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"]     # upstream saves them; ours come from a formula
-
 
 def import_lightningdit(sd):
     """Upstream LightningDiT names -> (our state dict, DiTConfig).  Drops `TABLES`, once they are seen to be ours."""
@@ -555,13 +497,11 @@ def import_lightningdit(sd):
                              f"{cfg.grid}x{cfg.grid} grid; only tokens at whole positions 0, 1, 2 ... can be loaded")
     return {_rename(k, RENAME): v for k, v in sd.items() if k not in TABLES}, cfg
 
-
 def export_lightningdit(model):
     """Our model -> upstream names, of a stock LightningDiT with in_channels C + D.  Inverse of the import if D = 0."""
     sd = {_rename(k, RENAME, back=True): v for k, v in merged(model).items()}
     tables = [model.pos_embed, model.rope_cos, model.rope_sin]
     return sd | {name: table for name, table in zip(TABLES, tables) if table is not None}
-
 
 def merged(model):
     """Our state dict with P_new inside P and O_new inside O, as one wider layer each."""
@@ -573,14 +513,12 @@ def merged(model):
             sd[f"O.{name}"] = torch.cat([o.unflatten(0, (p**2, -1)) for o in heads], dim=1).flatten(0, 1)
     return sd
 
-
 def _rename(key, pairs, back=False):
     """`key` with every (upstream, ours) replaced, or replaced back; without a leading dot, only where a key begins."""
     for pair in pairs:
         old, new = pair[::-1] if back else pair
         key = key.replace(old, new) if old.startswith(".") or key.startswith(old) else key
     return key
-
 
 def _dit_config(sd):
     """DiTConfig from the names and shapes of an upstream state dict."""
@@ -606,7 +544,6 @@ def _dit_config(sd):
                      num_classes=sd["y_embedder.embedding_table.weight"].shape[0] - 1,
                      swiglu=swiglu, qk_norm=qk_norm, rms_norm="blocks.0.norm1.weight" in sd, rope=rope_on)
 
-
 def _looks_like(sd):
     """A few words for a state dict that is not a LightningDiT's."""
     signs = {"a LoRA": ("lora_",), "an incomplete SD3 transformer": ("joint_blocks.", "transformer_blocks."),
@@ -615,7 +552,6 @@ def _looks_like(sd):
         if any(part in k for k in sd for part in parts):
             return what
     return f"something else (it holds {', '.join(map(str, list(sd)[:4]))} ...)"
-
 
 SD3_RENAME = [("x_embedder.proj.", "P."), ("final_layer.linear.", "O."), ("final_layer.adaLN_modulation.1.", "adaLN_final."),
               (".adaLN_modulation.1.", ".adaLN."), ("t_embedder.mlp.", "t_embedder."), ("y_embedder.mlp.", "y_embedder."),
@@ -634,14 +570,12 @@ for _a in ("attn", "attn2"):
     DIFFUSERS_BLOCK |= {f"x.{_a}.qkv": f"{_a}.to_q {_a}.to_k {_a}.to_v", f"x.{_a}.proj": f"{_a}.to_out.0",
                         f"x.{_a}.q_norm": f"{_a}.norm_q", f"x.{_a}.k_norm": f"{_a}.norm_k"}
 
-
 def _diffusers_layers(depth):
     """(our layer, its diffusers layers, halves swapped?): diffusers has scale before shift in its two 2-way adaLN layers."""
     last = f"blocks.{depth - 1}.text.adaLN"
     layers = DIFFUSERS | {f"blocks.{i}.{ours}": " ".join(f"transformer_blocks.{i}.{name}" for name in theirs.split())
                           for i in range(depth) for ours, theirs in DIFFUSERS_BLOCK.items()}
     return [(ours, theirs.split(), ours in ("adaLN_final", last)) for ours, theirs in layers.items()]
-
 
 def import_diffusers(sd):
     """diffusers' SD3Transformer2DModel names -> (our state dict, MMDiTConfig).  Nothing is dropped."""
@@ -656,11 +590,9 @@ def import_diffusers(sd):
         raise ValueError(f"an SD3 transformer with layers that are not known here: {', '.join(list(sd)[:3])} ...")
     return ours, _mmdit_config(ours)
 
-
 def export_sd3(model):
     """Our MMDiT without adapters -> the single-file names, for channels C + D.  Inverse of the import if D = 0."""
     return {"model.diffusion_model." + _rename(k, SD3_RENAME, back=True): v for k, v in merged(model).items()}
-
 
 def export_lora(model):
     """Adapters under peft's names, and beside them the trained first and last layer, merged as in `export_diffusers`."""
@@ -672,7 +604,6 @@ def export_lora(model):
     heads = {f"base_model.model.{DIFFUSERS[k]}.{n}": ours[f"{k}.{n}"] for k in "PO" for n in ("weight", "bias")}
     return lora | heads
 
-
 def export_diffusers(model):
     """Our MMDiT without adapters -> the state dict of a stock SD3Transformer2DModel with in_channels = C + D."""
     ours, theirs = merged(model), {"pos_embed.pos_embed": model.pos_embed}
@@ -683,7 +614,6 @@ def export_diffusers(model):
                 w = torch.cat(w.chunk(2)[::-1]) if swapped else w
                 theirs |= {f"{n}.{name}": part.contiguous() for n, part in zip(names, w.chunk(len(names)))}
     return theirs
-
 
 def _mmdit_config(ours):
     """MMDiTConfig from the names and shapes of a state dict in our names."""

@@ -36,7 +36,6 @@ from common import field
 from davae import load_davae
 from dit import MMDiT, export_diffusers, export_lightningdit, export_lora, load_dit, merge_lora
 
-
 @dataclass
 class Config:
     run: str = field("out/tiny", "a run of finetune.py, or one of its step folders")
@@ -58,12 +57,11 @@ class Config:
     cfg_end: float = field(1.0, "see cfg_start")
     cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's published figures")
     slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9 in early steps; Stability AI uses 2.5")
+    compile: bool = field(False, "torch.compile the transformer's blocks and the decoder: for many images on a GPU; not run")
     weights: str = field("ema", "ema or model")
     device: str = field("auto", "auto, cpu or cuda")
 
-
 # ---------------------------------------------------------------- the sampler
-
 
 def shift_time(t, s):
     """t' = s t / (1 - t + s t): s < 1 spends more steps near the noise, s = 1 changes nothing, 0 and 1 stay.
@@ -71,7 +69,6 @@ def shift_time(t, s):
     SD3's "shift 3.0" is s = 1/3 here, where time runs the other way; LightningDiT's 0.3 is 0.3.
     """
     return s * t / (1 - t + s * t)
-
 
 def time_grid(steps, shift=1.0, twice=False):
     """steps + 1 floats from 0 to 1, computed in float64 and kept as Python numbers, so that no step waits for a GPU.
@@ -84,7 +81,6 @@ def time_grid(steps, shift=1.0, twice=False):
         return shift_time(even, shift).tolist() + [1.0]
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
-
 def guided_velocity(model, x, t, cond, uncond, scale, channels=None):
     """(v, c): v = u + scale * (c - u) on the first `channels` channels (None: all), c on the others; c is unguided.
 
@@ -94,7 +90,6 @@ def guided_velocity(model, x, t, cond, uncond, scale, channels=None):
     c, u = model(torch.cat([x, x]), torch.cat([t, t]), *map(torch.cat, zip(cond, uncond))).chunk(2)
     k = channels or x.shape[1]
     return torch.cat([u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]], dim=1), c
-
 
 @torch.no_grad()
 def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1.0), channels=None, slg=0.0, skip=(7, 8, 9)):
@@ -117,7 +112,6 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
         x = x + (following - now) * v
     return x
 
-
 def sample_noise(seed, indices, shape):
     """Standard normal (len(indices), *shape), row i from a generator seeded with (seed, indices[i]) alone.
 
@@ -126,11 +120,9 @@ def sample_noise(seed, indices, shape):
     rows = [np.random.default_rng((seed, int(i))).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
-
 def sample_labels(indices, classes):
     """Label of sample i: the classes in turn, so that any n is as balanced as it can be."""
     return torch.tensor([classes[int(i) % len(classes)] for i in indices])
-
 
 def cost(model, inputs):
     """(FLOPs of a forward pass, of a forward and backward pass, numbers kept for the backward pass but no parameters).
@@ -154,9 +146,7 @@ def cost(model, inputs):
     forward, backward = forward.get_total_flops(), backward.get_total_flops()
     return forward, forward + backward, sum(kept.values())
 
-
 # ---------------------------------------------------------------- text
-
 
 @dataclass
 class TextConfig:
@@ -169,13 +159,11 @@ class TextConfig:
     shard: int = field(1024, "texts per file")
     device: str = field("auto", "auto, cpu or cuda")
 
-
 def read_prompts(prompts):
     """The texts of `a|b|c`, or the lines of a file of that name."""
     if prompts and Path(prompts).is_file():
         return [line.strip() for line in Path(prompts).read_text("utf-8").splitlines() if line.strip()]
     return [part.strip() for part in prompts.split("|") if part.strip()]
-
 
 def load_text_encoders(folder, device):
     """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5."""
@@ -191,7 +179,6 @@ def load_text_encoders(folder, device):
         parts.append((AutoTokenizer.from_pretrained(path.with_name(f"tokenizer{suffix}")),
                       kind.from_pretrained(path, dtype=dtype).to(device).eval()) if path.is_dir() else None)
     return parts
-
 
 @torch.no_grad()
 def encode_text(encoders, prompts, t5_tokens=256, width=4096):
@@ -212,7 +199,6 @@ def encode_text(encoders, prompts, t5_tokens=256, width=4096):
     return (torch.cat([F.pad(clip, (0, tokens.shape[-1] - clip.shape[-1])), tokens], dim=1),
             torch.cat([o.text_embeds for o in outputs], dim=-1))
 
-
 def fingerprint(folder):
     """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
     digest = hashlib.sha256()
@@ -220,7 +206,6 @@ def fingerprint(folder):
         with open(path, "rb") as f:
             digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode() + f.read(1 << 20))
     return digest.hexdigest()[:16]
-
 
 def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, shard=1024):
     """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...; says how large it will be.
@@ -257,7 +242,6 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
         save_file({"context": context, "pooled": pooled}, f"{path}.tmp", {**made_by, "prompts": json.dumps(chunk)})
         Path(f"{path}.tmp").replace(path)
 
-
 class TextCache:
     """The shards of a folder: cache(prompts) -> context (B, T, W), pooled (B, P), float32, on `device`."""
 
@@ -279,9 +263,7 @@ class TextCache:
         both = (torch.cat([f.get_slice(name)[i:i + 1] for f, i in rows]) for name in ("context", "pooled"))
         return tuple(x.float().to(self.device) for x in both)
 
-
 # ---------------------------------------------------------------- the script
-
 
 def load_run(run, weights="ema", device="cpu"):
     """(dit, vae, config) of a run of finetune.py or one of its step folders, in eval mode."""
@@ -291,7 +273,6 @@ def load_run(run, weights="ema", device="cpu"):
         raise SystemExit(f"{run}: holds a checkpoint of {config.get('script')}; wanted a run of finetune.py")
     vae = load_davae(checkpoint.parent / "vae")
     return load_dit(checkpoint, weights).to(device), vae.to(device), config
-
 
 def settings_of(cfg, config, checkpoint):
     """Everything the images depend on, with the run's own defaults filled in.  raises: SystemExit on impossible values."""
@@ -316,7 +297,6 @@ def settings_of(cfg, config, checkpoint):
                          f"({config['model']['num_classes']} draws without a class)")
     return values | dict(classes=classes, height=own["image_size"], width=own["image_size"])
 
-
 def conditions(dit, indices, s, text=None):
     """(cond, uncond) of samples `indices`, as `sample_flow` takes them: labels, or text tokens and pooled text."""
     if isinstance(dit, MMDiT):
@@ -324,7 +304,6 @@ def conditions(dit, indices, s, text=None):
         return text(prompts), text([s["negative"]] * len(prompts))
     y = sample_labels(indices, s["classes"]).to(dit.P.weight.device)
     return (y,), (torch.full_like(y, dit.cfg.num_classes),)
-
 
 def generate(dit, vae, indices, s, text=None):
     """(images, previews): samples `indices` through the whole decoder and through the base decoder, in [-1, 1].
@@ -339,10 +318,9 @@ def generate(dit, vae, indices, s, text=None):
         z_all = sample_flow(dit, noise.to(device), time_grid(s["steps"], s["shift"], s["grid"] == "sd3"),
                             *conditions(dit, indices, s, text), s["cfg"], (s["cfg_start"], s["cfg_end"]),
                             s["cfg_channels"] or None, s.get("slg", 0.0))
-    with torch.no_grad():
-        base = vae.decode_base(z_all[:, :vae.C])
-        return (vae.decode(z_all) if dit.cfg.D or not vae.D else base).clamp(-1, 1), base.clamp(-1, 1)
-
+    with torch.no_grad():                          # a few at a time: the decoder's activations are the largest there are
+        base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in z_all.split(8)]).clamp(-1, 1)
+        return (torch.cat([vae.decode(z) for z in z_all.split(8)]).clamp(-1, 1) if dit.cfg.D or not vae.D else base), base
 
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
     """The TextCache that holds the prompts; if `folder` is one of encoders, they are encoded into <out>/text first."""
@@ -353,11 +331,9 @@ def text_for(folder, prompts, out, rank, device, t5_tokens=256):
         folder = Path(out) / "text"
     return TextCache(folder, device)
 
-
 def drop_labels(y, null, p):
     """Each label becomes `null` with probability p, so that one model also learns the unconditional velocity."""
     return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
-
 
 class Conditioner:
     """What a model takes after z_all and t, given y: (labels,), or the text embeddings of the captions of images y.
@@ -377,14 +353,12 @@ class Conditioner:
         dropped = (torch.rand(len(y)) < p).tolist()
         return self.text(["" if drop else self.captions[i] for i, drop in zip(y.tolist(), dropped)])
 
-
 def text_of(cfg, config, settings, out, rank, device):
     """What `generate` takes as `text`: a TextCache of the prompts, or None for a model of classes."""
     if "context" not in config["model"]:
         return None
     own, prompts = config["config"], [*settings["prompts"], settings["negative"]]
     return text_for(cfg.text or own["text"], prompts, out, rank, device, own["t5_tokens"])
-
 
 def main(cfg):
     """Draw cfg.n images into a folder.  Returns that folder."""
@@ -395,6 +369,8 @@ def main(cfg):
         settings = settings_of(cfg, config, checkpoint)
         text = text_of(cfg, config, settings, out, rank, device)
     dit, vae, config = load_run(cfg.run, cfg.weights, device)
+    for part in [*dit.blocks, vae.decoder if vae.D else vae.base.decoder] if cfg.compile else ():
+        part.compile()
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():
         old = json.loads((out / "settings.json").read_text())
@@ -417,13 +393,11 @@ def main(cfg):
         write_overview(dit, vae, config, settings, out, cfg.n, text)
     return out
 
-
 def save_png(image, path):
     """Write uint8 (H, W, 3) beside `path` and rename it, so that a folder holds whole images only."""
     temporary = path.with_suffix(".tmp")
     Image.fromarray(image).save(temporary, format="png")
     temporary.replace(path)
-
 
 def write_overview(dit, vae, config, settings, out, n, text=None):
     """samples.npz of all images, and for up to ten classes (or prompts) x eight images grid.png and base_preview.png."""
@@ -441,7 +415,6 @@ def write_overview(dit, vae, config, settings, out, n, text=None):
     for name, x in (("grid.png", images), ("base_preview.png", base)):
         data.save_grid(x, out / name, columns, max(1, 128 // x.shape[-1]), [names[i % len(turn)] for i in indices])
 
-
 def main_text(cfg):
     """`sample.py text`: encode the captions of a folder and the given prompts."""
     captions = (data.open_dataset(cfg.data_dir, 64, 0, 0).captions or []) if cfg.data_dir else []
@@ -450,13 +423,11 @@ def main_text(cfg):
     cache_text(cfg.encoders, [*captions, *read_prompts(cfg.prompts)], cfg.out, common.setup(cfg.device)[2], cfg.t5_tokens,
                cfg.batch_size, cfg.shard)
 
-
 @dataclass
 class ExportConfig:
     run: str = field("", "a run of finetune.py, or one of its step folders")
     out: str = field("", "a folder that does not exist yet")
     weights: str = field("ema", "ema or model")
-
 
 def main_export(cfg):
     """`sample.py export`: the DA-VAE, and the transformer under its public names with P_new, O_new and adapters merged.
@@ -487,7 +458,6 @@ def main_export(cfg):
         torch.save({"ema": export_lightningdit(dit)}, temporary / "lightningdit.pt")
     temporary.replace(out)
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
-
 
 if __name__ == "__main__":
     commands = {"text": (main_text, TextConfig), "export": (main_export, ExportConfig)}

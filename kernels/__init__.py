@@ -1,14 +1,19 @@
-"""What every kernel file needs: when to use Triton, and how to compile without importing Triton before the first launch."""
+"""What every kernel file needs: when to use Triton, and how to compile without importing Triton before the first launch.
+
+Environment variable KERNELS: `ref`, the default, is plain PyTorch, the specifications, because no kernel has been measured on
+a GPU; `triton` is all kernels, on CUDA, on the CPU where they are interpreted (TRITON_INTERPRET=1), on "meta" for counting.
+"""
 import os
 
 import torch
 
+KERNELS, INTERPRETED = os.environ.get("KERNELS", "ref"), os.environ.get("TRITON_INTERPRET") == "1"
+if KERNELS not in ("ref", "triton"):
+    raise SystemExit(f"KERNELS={KERNELS!r}: wanted ref or triton")
 
 def use_triton(x):
-    """On CUDA, or on the CPU where Triton interprets its kernels (TRITON_INTERPRET=1).  KERNELS=ref: never."""
-    return os.environ.get("KERNELS") != "ref" and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
-
+    """Whether an operation on x is one of the kernels, see above."""
+    return KERNELS == "triton" and (x.is_cuda or x.is_meta or INTERPRETED)
 
 class jit:
     """triton.jit at the first launch; until then `tl` in the kernel's file is only a name."""
@@ -16,19 +21,22 @@ class jit:
     def __init__(self, fn):
         self.fn, self.compiled = fn, None
 
-    def __getitem__(self, grid):
+    def compile(self):
         if self.compiled is None:
             import triton
-            import triton.language as tl
-            self.fn.__globals__["tl"] = tl
+            names = self.fn.__globals__
+            names["tl"] = triton.language
+            for name in set(self.fn.__code__.co_names) & {k for k, v in names.items() if isinstance(v, jit)}:
+                names[name] = names[name].compile()            # a function that this kernel calls
             self.compiled = triton.jit(self.fn)
-        return self.compiled[grid]
+        return self.compiled
 
+    def __getitem__(self, grid):
+        return self.compile()[grid]
 
 def power_of_2(n):
     """The smallest power of two that is not below n: what tl.arange can count."""
     return 1 << (n - 1).bit_length()
-
 
 def precision(*tensors):
     """The dtype kernels compute in: float32, or float64 if any tensor is (gradcheck)."""

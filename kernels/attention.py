@@ -5,7 +5,7 @@
 Libraries pad K = 72, LightningDiT-XL's head width, to 96 or 128. Here a width is split into a power of two and the rest,
 64 + 16 (of which 8 are zeros): each product over K becomes two, and 72 costs as much as 80.
 Shapes:    q, k, v (B, A, N, K), any strides with the last one 1, so also views of the packed qkv;  out (B, A, N, K)
-Replaces:  dit.attention for LightningDiT's 256 tokens. For longer sequences use scaled_dot_product_attention.
+Used by:   dit.attention, for LightningDiT's 256 tokens; longer sequences take scaled_dot_product_attention.
 Rounding:  scores and softmax in float32; the probabilities are rounded to v's dtype for the second product.
 Bytes, U = B*A*N*K elements:
     forward   read q, k, v, write out: 4 U; nothing else is kept for the backward
@@ -16,46 +16,47 @@ Measured:  not run on a GPU. As compiled for Hopper in bfloat16 (Triton 3.9, K =
 """
 from __future__ import annotations
 
-import os
-
 import torch
 
-from kernels import jit, power_of_2, precision, use_triton
+from kernels import INTERPRETED, jit, power_of_2, precision, use_triton
 
 BLOCK = 64         # queries of a program; keys, for dk and dv
 MAX_N = 256        # tokens: a tile of BLOCK x 256 scores in float32 still fits into the registers
 MIN_K = 16         # channels: the smallest product of the tensor cores
-
 
 def attention_ref(q, k, v):
     """The specification."""
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / q.shape[-1]**0.5
     return scores.softmax(-1).to(v.dtype) @ v
 
-
 # ---------------------------------------------------------------- Triton
 # In each kernel m counts the BLOCK rows of the program, n all N tokens; 1 is the first K1 channels, 2 the K2 of the rest.
 
+@jit
+def _rows(X, row, A, stride_b, stride_a, stride_n):
+    """Pointers to the given rows of this program's head."""
+    head = tl.program_id(1).to(tl.int64)
+    return X + head // A * stride_b + head % A * stride_a + row * stride_n
+
+@jit
+def _load(at, inside, UP: tl.constexpr):
+    x = tl.load(at, inside, 0.0)
+    return x if UP is None else x.to(UP)           # tl.dot on bfloat16 is wrong in the interpreter
 
 @jit
 def _forward(Q, KEYS, V, OUT, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr,
-             K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr):
+             K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
-    q_, k_, v_ = (Q + head // A * qb + head % A * qa + m * qn, KEYS + head // A * kb + head % A * ka + n * kn,
-                  V + head // A * vb + head % A * va + n * vn)
+    q_, k_, v_ = _rows(Q, m, A, qb, qa, qn), _rows(KEYS, n, A, kb, ka, kn), _rows(V, n, A, vb, va, vn)
     out_ = OUT + (head * N + m) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = tl.load(q_ + c, m < N, 0.0), tl.load(k_ + c, n < N, 0.0), tl.load(v_ + c, n < N, 0.0)
-    if UPCAST:                                     # tl.dot on bfloat16 is wrong in the interpreter
-        q, k, v = q.to(ACC), k.to(ACC), v.to(ACC)
+    q, k, v = _load(q_ + c, m < N, UP), _load(k_ + c, n < N, UP), _load(v_ + c, n < N, UP)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     if K2:
         c2 = K1 + tl.arange(0, K2)[None, :]
-        q2, k2 = tl.load(q_ + c2, (m < N) & (c2 < K), 0.0), tl.load(k_ + c2, (n < N) & (c2 < K), 0.0)
-        v2 = tl.load(v_ + c2, (n < N) & (c2 < K), 0.0)
-        if UPCAST:
-            q2, k2, v2 = q2.to(ACC), k2.to(ACC), v2.to(ACC)
+        q2, k2 = _load(q_ + c2, (m < N) & (c2 < K), UP), _load(k_ + c2, (n < N) & (c2 < K), UP)
+        v2 = _load(v_ + c2, (n < N) & (c2 < K), UP)
         s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee", out_dtype=ACC)
     s = tl.where(tl.arange(0, BLOCK_N)[None, :] < N, s * SCALE, -float("inf"))
     p = tl.exp(s - tl.max(s, axis=1, keep_dims=True))
@@ -66,30 +67,23 @@ def _forward(Q, KEYS, V, OUT, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: t
         out = tl.dot(p, v2, input_precision="ieee", out_dtype=ACC)
         tl.store(out_ + c2, out.to(OUT.dtype.element_ty), (m < N) & (c2 < K))
 
-
 @jit
 def _backward_q(Q, KEYS, V, DOUT, DQ, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: tl.constexpr,
                 K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-                UPCAST: tl.constexpr, ACC: tl.constexpr):
+                UP: tl.constexpr, ACC: tl.constexpr):
     """ds = p * (dp - delta), dp = dout v^T, delta = sum over keys of p * dp;  dq = ds k / sqrt(K)."""
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
-    q_, k_, v_ = (Q + head // A * qb + head % A * qa + m * qn, KEYS + head // A * kb + head % A * ka + n * kn,
-                  V + head // A * vb + head % A * va + n * vn)
-    at = (head * N + m) * K
+    q_, k_, v_ = _rows(Q, m, A, qb, qa, qn), _rows(KEYS, n, A, kb, ka, kn), _rows(V, n, A, vb, va, vn)
+    at, dout_ = (head * N + m) * K, DOUT + (head * N + m) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = tl.load(q_ + c, m < N, 0.0), tl.load(k_ + c, n < N, 0.0), tl.load(v_ + c, n < N, 0.0)
-    dout = tl.load(DOUT + at + c, m < N, 0.0)
-    if UPCAST:
-        q, k, v, dout = q.to(ACC), k.to(ACC), v.to(ACC), dout.to(ACC)
+    q, k, v, dout = _load(q_ + c, m < N, UP), _load(k_ + c, n < N, UP), _load(v_ + c, n < N, UP), _load(dout_ + c, m < N, UP)
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=ACC)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee", out_dtype=ACC)
     if K2:
         c2 = K1 + tl.arange(0, K2)[None, :]
-        q2, dout2 = tl.load(q_ + c2, (m < N) & (c2 < K), 0.0), tl.load(DOUT + at + c2, (m < N) & (c2 < K), 0.0)
-        k2, v2 = tl.load(k_ + c2, (n < N) & (c2 < K), 0.0), tl.load(v_ + c2, (n < N) & (c2 < K), 0.0)
-        if UPCAST:
-            q2, k2, v2, dout2 = q2.to(ACC), k2.to(ACC), v2.to(ACC), dout2.to(ACC)
+        q2, dout2 = _load(q_ + c2, (m < N) & (c2 < K), UP), _load(dout_ + c2, (m < N) & (c2 < K), UP)
+        k2, v2 = _load(k_ + c2, (n < N) & (c2 < K), UP), _load(v_ + c2, (n < N) & (c2 < K), UP)
         s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee", out_dtype=ACC)
         dp = tl.dot(dout2, tl.trans(v2), dp, input_precision="ieee", out_dtype=ACC)
     s = tl.where(tl.arange(0, BLOCK_N)[None, :] < N, s * SCALE, -float("inf"))
@@ -105,30 +99,23 @@ def _backward_q(Q, KEYS, V, DOUT, DQ, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb,
         dq = tl.dot(ds, k2, input_precision="ieee", out_dtype=ACC)
         tl.store(DQ + at + c2, dq.to(DQ.dtype.element_ty), (m < N) & (c2 < K))
 
-
 @jit
 def _backward_kv(Q, KEYS, V, DOUT, DK, DV, LSE, DELTA, A, qb, qa, qn, kb, ka, kn, vb, va, vn, SCALE, N: tl.constexpr,
                  K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-                 UPCAST: tl.constexpr, ACC: tl.constexpr):
+                 UP: tl.constexpr, ACC: tl.constexpr):
     """The same with keys as rows and queries as columns:  dv = p^T dout,  dk = ds^T q / sqrt(K)."""
     head = tl.program_id(1).to(tl.int64)
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
-    q_, k_, v_ = (Q + head // A * qb + head % A * qa + n * qn, KEYS + head // A * kb + head % A * ka + m * kn,
-                  V + head // A * vb + head % A * va + m * vn)
+    q_, k_, v_ = _rows(Q, n, A, qb, qa, qn), _rows(KEYS, m, A, kb, ka, kn), _rows(V, m, A, vb, va, vn)
     at, dout_ = (head * N + m) * K, DOUT + (head * N + n) * K
     c = tl.arange(0, K1)[None, :]
-    q, k, v = tl.load(q_ + c, n < N, 0.0), tl.load(k_ + c, m < N, 0.0), tl.load(v_ + c, m < N, 0.0)
-    dout = tl.load(dout_ + c, n < N, 0.0)
-    if UPCAST:
-        q, k, v, dout = q.to(ACC), k.to(ACC), v.to(ACC), dout.to(ACC)
+    q, k, v, dout = _load(q_ + c, n < N, UP), _load(k_ + c, m < N, UP), _load(v_ + c, m < N, UP), _load(dout_ + c, n < N, UP)
     s = tl.dot(k, tl.trans(q), input_precision="ieee", out_dtype=ACC)
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee", out_dtype=ACC)
     if K2:
         c2 = K1 + tl.arange(0, K2)[None, :]
-        q2, dout2 = tl.load(q_ + c2, (n < N) & (c2 < K), 0.0), tl.load(dout_ + c2, (n < N) & (c2 < K), 0.0)
-        k2, v2 = tl.load(k_ + c2, (m < N) & (c2 < K), 0.0), tl.load(v_ + c2, (m < N) & (c2 < K), 0.0)
-        if UPCAST:
-            q2, k2, v2, dout2 = q2.to(ACC), k2.to(ACC), v2.to(ACC), dout2.to(ACC)
+        q2, dout2 = _load(q_ + c2, (n < N) & (c2 < K), UP), _load(dout_ + c2, (n < N) & (c2 < K), UP)
+        k2, v2 = _load(k_ + c2, (m < N) & (c2 < K), UP), _load(v_ + c2, (m < N) & (c2 < K), UP)
         s = tl.dot(k2, tl.trans(q2), s, input_precision="ieee", out_dtype=ACC)
         dp = tl.dot(v2, tl.trans(dout2), dp, input_precision="ieee", out_dtype=ACC)
     query = tl.arange(0, BLOCK_N)[None, :]
@@ -143,20 +130,15 @@ def _backward_kv(Q, KEYS, V, DOUT, DK, DV, LSE, DELTA, A, qb, qa, qn, kb, ka, kn
         dk = tl.dot(ds, q2, input_precision="ieee", out_dtype=ACC)
         tl.store(DK + at + c2, dk.to(DK.dtype.element_ty), (m < N) & (c2 < K))
 
-
 # ---------------------------------------------------------------- PyTorch operators
-
 
 def _launch(q, k, v):
     """(q, k, v with contiguous channels, the grid, positional and keyword arguments that the kernels share)."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    B, A, N, K = q.shape
-    K1 = power_of_2(K) if power_of_2(K) == K else power_of_2(K) // 2
+    (B, A, N, K), K1 = q.shape, power_of_2(q.shape[3] + 1) // 2      # K1: the largest power of two that is not above K
     sizes = dict(N=N, K=K, K1=K1, K2=max(16, power_of_2(K - K1)) if K > K1 else 0, BLOCK=BLOCK, BLOCK_N=max(16, power_of_2(N)))
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return (q, k, v), (-(-N // BLOCK), B * A), (A, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], K**-0.5), dict(
-        **sizes, UPCAST=interpreted, ACC=precision(q), num_warps=8)
-
+        **sizes, UP=precision(q) if INTERPRETED else None, ACC=precision(q), num_warps=8)
 
 @torch.library.custom_op("davae::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor")
 def _op(q, k, v):
@@ -165,11 +147,9 @@ def _op(q, k, v):
     _forward[grid](*qkv, out, *strides, **sizes)
     return out
 
-
 @_op.register_fake
 def _op_shape(q, k, v):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
 
 @torch.library.custom_op("davae::attention_backward", mutates_args=(), schema=(
     "(Tensor dout, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)"))
@@ -182,15 +162,12 @@ def _op_backward(dout, q, k, v):
     _backward_kv[grid](*qkv, dout, dk, dv, lse, delta, *strides, **sizes)
     return dq, dk, dv
 
-
 @_op_backward.register_fake
 def _op_backward_shapes(dout, q, k, v):
     return tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
 
-
 _op.register_autograd(lambda ctx, dout: _op_backward(dout, *ctx.saved_tensors),
                       setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(K)) v, all (B, A, N, K) of one dtype."""

@@ -4,9 +4,9 @@
     u = weight * n + bias,    out = u * sigmoid(u)
 
 Shapes:    x, out (B, C, H, W), C fastest in memory (other layouts are copied into that one first);  weight, bias (C,)
-Replaces:  F.silu(self.norm(x)) in davae.ResBlock, and before its output convolutions.
-Two passes, forward and backward alike: statistics (one mean and one sum of squared deviations per tile and channel; a tile
-holds all channels of a few pixels, so that memory is read in order), combined by a few small PyTorch operations; then apply.
+Used by:   davae.NormSiLU, before every 3x3 convolution of an AutoencoderKL but the first.
+Two passes, forward and backward alike: statistics (mean and sum of squared deviations per tile and channel; a tile is all
+channels of a few pixels, so that memory is read in order), combined by a few small PyTorch operations; then apply.
 Bytes, U = B*C*H*W elements:
     forward   read x twice, write out: 3 U. Separate PyTorch operations: 6 U, with a strided GroupNorm for channels_last
     backward  read x, dout twice, write dx: 5 U; u is recomputed, and nothing but x and the statistics is kept
@@ -19,18 +19,14 @@ import torch.nn.functional as F
 
 from kernels import jit, power_of_2, precision, use_triton
 
-EPS = 1e-6
 TILES = 4          # per program of the statistics
 ELEMENTS = 8192    # of a tile, padding included
 
-
-def groupnorm_silu_ref(x, weight, bias, groups=32):
+def groupnorm_silu_ref(x, weight, bias, groups=32, eps=1e-6):
     """The specification."""
-    return F.silu(F.group_norm(x, groups, weight, bias, EPS))
-
+    return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
 # ---------------------------------------------------------------- Triton
-
 
 @jit
 def _moments(X, MEAN, M2, N, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
@@ -61,6 +57,10 @@ def _moments(X, MEAN, M2, N, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.co
     tl.store(MEAN + at, mean, c < C)
     tl.store(M2 + at, m2, c < C)
 
+@jit
+def _of_group(X, b, c, C: tl.constexpr, GROUPS: tl.constexpr):
+    """For each channel of image b, the number in X (B, GROUPS) of its group."""
+    return tl.load(X + b * GROUPS + c // (C // GROUPS), c < C, 0.0)
 
 @jit
 def _apply(X, MEAN, RSTD, WEIGHT, BIAS, OUT, N, C: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
@@ -70,12 +70,10 @@ def _apply(X, MEAN, RSTD, WEIGHT, BIAS, OUT, N, C: tl.constexpr, GROUPS: tl.cons
     c = tl.arange(0, BLOCK)[None, :]
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
     at, inside = (b * N + pixel) * C + c, (pixel < N) & (c < C)
-    group = b * GROUPS + c // (C // GROUPS)
-    mean, rstd = tl.load(MEAN + group, c < C, 0.0), tl.load(RSTD + group, c < C, 0.0)
+    mean, rstd = _of_group(MEAN, b, c, C, GROUPS), _of_group(RSTD, b, c, C, GROUPS)
     weight, bias = tl.load(WEIGHT + c, c < C, 0.0).to(ACC), tl.load(BIAS + c, c < C, 0.0).to(ACC)
     u = (tl.load(X + at, inside, 0.0).to(ACC) - mean) * rstd * weight + bias
     tl.store(OUT + at, (u / (1 + tl.exp(-u))).to(OUT.dtype.element_ty), inside)
-
 
 @jit
 def _backward_sums(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, SUM_DU, SUM_DUN, N, C: tl.constexpr, GROUPS: tl.constexpr,
@@ -83,8 +81,7 @@ def _backward_sums(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, SUM_DU, SUM_DUN, N, C: tl.
     """Sums of du and du * n, per channel, over TILES * PIXELS pixels."""
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)[None, :]
-    group = b * GROUPS + c // (C // GROUPS)
-    mean, rstd = tl.load(MEAN + group, c < C, 0.0), tl.load(RSTD + group, c < C, 0.0)
+    mean, rstd = _of_group(MEAN, b, c, C, GROUPS), _of_group(RSTD, b, c, C, GROUPS)
     weight, bias = tl.load(WEIGHT + c, c < C, 0.0).to(ACC), tl.load(BIAS + c, c < C, 0.0).to(ACC)
     sum_du = tl.zeros((1, BLOCK), ACC)
     sum_dun = tl.zeros((1, BLOCK), ACC)
@@ -101,7 +98,6 @@ def _backward_sums(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, SUM_DU, SUM_DUN, N, C: tl.
     tl.store(SUM_DU + at, sum_du, c < C)
     tl.store(SUM_DUN + at, sum_dun, c < C)
 
-
 @jit
 def _backward_apply(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, MEAN_DN, MEAN_DNN, DX, N, C: tl.constexpr, GROUPS: tl.constexpr,
                     PIXELS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
@@ -110,9 +106,8 @@ def _backward_apply(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, MEAN_DN, MEAN_DNN, DX, N,
     c = tl.arange(0, BLOCK)[None, :]
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
     at, inside = (b * N + pixel) * C + c, (pixel < N) & (c < C)
-    group = b * GROUPS + c // (C // GROUPS)
-    mean, rstd = tl.load(MEAN + group, c < C, 0.0), tl.load(RSTD + group, c < C, 0.0)
-    mean_dn, mean_dnn = tl.load(MEAN_DN + group, c < C, 0.0), tl.load(MEAN_DNN + group, c < C, 0.0)
+    mean, rstd = _of_group(MEAN, b, c, C, GROUPS), _of_group(RSTD, b, c, C, GROUPS)
+    mean_dn, mean_dnn = _of_group(MEAN_DN, b, c, C, GROUPS), _of_group(MEAN_DNN, b, c, C, GROUPS)
     weight, bias = tl.load(WEIGHT + c, c < C, 0.0).to(ACC), tl.load(BIAS + c, c < C, 0.0).to(ACC)
     n = (tl.load(X + at, inside, 0.0).to(ACC) - mean) * rstd
     u = n * weight + bias
@@ -120,13 +115,10 @@ def _backward_apply(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, MEAN_DN, MEAN_DNN, DX, N,
     dn = tl.load(DOUT + at, inside, 0.0).to(ACC) * s * (1 + u * (1 - s)) * weight
     tl.store(DX + at, ((dn - mean_dn - n * mean_dnn) * rstd).to(DX.dtype.element_ty), inside)
 
-
 # ---------------------------------------------------------------- PyTorch operators
-
 
 def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
-
 
 def _tiling(x):
     """(grid over tiles, grid over runs of TILES tiles, keyword arguments of a tile)"""
@@ -136,8 +128,7 @@ def _tiling(x):
     tiles = -(-H * W // pixels)
     return (tiles, B), (-(-tiles // TILES), B), dict(C=C, PIXELS=pixels, BLOCK=block, ACC=precision(x), num_warps=8)
 
-
-def _merge(mean, m2, per_part, N, groups):
+def _merge(mean, m2, per_part, N, groups, eps):
     """Moments of each part and channel, (B, parts, C), to mean and 1 / std of each group, (B, groups)."""
     parts = mean.shape[1]
     count = (N - per_part * torch.arange(parts, device=mean.device)).clamp(max=per_part).to(mean.dtype)[:, None, None]
@@ -145,29 +136,26 @@ def _merge(mean, m2, per_part, N, groups):
     size = N * mean.shape[3]
     group_mean = (count * mean).sum((1, 3), keepdim=True) / size
     var = (m2 + count * (mean - group_mean).square()).sum((1, 3)) / size
-    return group_mean[:, 0, :, 0].contiguous(), torch.rsqrt(var + EPS)
-
+    return group_mean[:, 0, :, 0].contiguous(), torch.rsqrt(var + eps)
 
 @torch.library.custom_op("davae::groupnorm_silu", mutates_args=(), schema=(
-    "(Tensor x, Tensor weight, Tensor bias, int groups) -> (Tensor, Tensor, Tensor)"))
-def _op(x, weight, bias, groups):
+    "(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor, Tensor)"))
+def _op(x, weight, bias, groups, eps):
     (B, C, H, W), x = x.shape, _channels_last(x)
-    out, mean, _ = _op_shapes(x, weight, bias, groups)
+    out, mean, _ = _op_shapes(x, weight, bias, groups, eps)
     tiles, runs, tile = _tiling(x)
     moments = mean.new_empty(2, B, runs[0], C)
     _moments[runs](x, moments[0], moments[1], H * W, TILES=TILES, **tile)
-    mean, rstd = _merge(*moments, TILES * tile["PIXELS"], H * W, groups)
+    mean, rstd = _merge(*moments, TILES * tile["PIXELS"], H * W, groups, eps)
     _apply[tiles](x, mean, rstd, weight.contiguous(), bias.contiguous(), out, H * W, GROUPS=groups, **tile)
     return out, mean, rstd
 
-
 @_op.register_fake
-def _op_shapes(x, weight, bias, groups):
+def _op_shapes(x, weight, bias, groups, eps):
     """out (B, C, H, W) channels_last; mean and 1 / std (B, groups) float32, for the backward."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     mean = torch.empty(len(x), groups, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return out, mean, torch.empty_like(mean)
-
 
 @torch.library.custom_op("davae::groupnorm_silu_backward", mutates_args=(), schema=(
     "(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)"))
@@ -183,28 +171,23 @@ def _op_backward(dout, x, mean, rstd, weight, bias):
     _backward_apply[tiles](*args, means[0], means[1], dx, H * W, GROUPS=groups, **tile)
     return dx, dweight.copy_(sums[1].sum(0)), dbias.copy_(sums[0].sum(0))
 
-
 @_op_backward.register_fake
 def _op_backward_shapes(dout, x, mean, rstd, weight, bias):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return dx, torch.empty_like(weight), torch.empty_like(bias)
 
-
 def _save(ctx, inputs, output):
-    x, weight, bias, _ = inputs
+    x, weight, bias, *_ = inputs
     ctx.save_for_backward(x, *output[1:], weight, bias)
-
 
 def _grads(ctx, dout, dmean, drstd):
     """The statistics are no outputs to the caller: their gradients are zero."""
-    return *_op_backward(dout, *ctx.saved_tensors), None
-
+    return *_op_backward(dout, *ctx.saved_tensors), None, None
 
 _op.register_autograd(_grads, setup_context=_save)
 
-
-def groupnorm_silu(x, weight, bias, groups=32):
+def groupnorm_silu(x, weight, bias, groups=32, eps=1e-6):
     """SiLU(GroupNorm(x)), (B, C, H, W), in channels_last."""
     if not use_triton(x):
-        return groupnorm_silu_ref(x, weight, bias, groups)
-    return _op(x, weight, bias, groups)[0]
+        return groupnorm_silu_ref(x, weight, bias, groups, eps)
+    return _op(x, weight, bias, groups, eps)[0]

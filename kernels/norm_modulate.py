@@ -4,8 +4,8 @@
     h     = norm(x_new) * (1 + scale) + shift         RMSNorm with a learned weight, or LayerNorm without (weight=None)
 
 Shapes:    x, y, x_new, h (B, L, E);  gate, shift, scale (B, E), also as views of one (B, 6E);  weight (E,)
-Replaces:  in dit.Block, x + gate1[:, None] * ..., norm2 and modulate; across blocks, the second residual and norm1.
-Rounding:  x_new is rounded to its dtype, as in the reference; all else stays in float32 until h is rounded, once.
+Used by:   dit.Block, twice: its second residual is left to the norm of the block after it; dit.JointBlock, both streams.
+Rounding:  x_new is rounded to its dtype (under autocast bfloat16), all else stays in float32 until h is rounded to it, once.
 Bytes, U = B*L*E elements:
     forward   read x, y, write x_new, h: 4 U (2 U without y). Separate PyTorch operations: about 20 U
     backward  read dx_new, dh, x_new, y, write dx, dy: 6 U, and in the same pass all five column sums
@@ -23,7 +23,6 @@ from kernels import jit, power_of_2, precision, use_triton
 EPS = 1e-6
 ROWS = 16          # tokens per program of the backward: its 3 partial sums in float32 cost 6 % of the other bytes in bf16
 
-
 def norm_modulate_ref(x, shift, scale, weight=None, y=None, gate=None):
     """The specification.  -> (x_new, h)"""
     if y is not None:
@@ -34,11 +33,9 @@ def norm_modulate_ref(x, shift, scale, weight=None, y=None, gate=None):
         n = x.to(torch.promote_types(x.dtype, torch.float32))
         n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + EPS)
         n = n.to(x.dtype) * weight
-    return x, n * (1 + scale[:, None]) + shift[:, None]
-
+    return x, (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
 # ---------------------------------------------------------------- Triton
-
 
 @jit
 def _forward(X, Y, GATE, SHIFT, SCALE, WEIGHT, X_NEW, H, L, stride_gate, stride_shift, stride_scale,
@@ -64,7 +61,6 @@ def _forward(X, Y, GATE, SHIFT, SCALE, WEIGHT, X_NEW, H, L, stride_gate, stride_
     scale = tl.load(SCALE + b * stride_scale + e, inside, 0.0).to(ACC)
     shift = tl.load(SHIFT + b * stride_shift + e, inside, 0.0).to(ACC)
     tl.store(H + token * E + e, (n * (1 + scale) + shift).to(H.dtype.element_ty), inside)
-
 
 @jit
 def _backward(DX_NEW, DH, X_NEW, Y, GATE, SCALE, WEIGHT, DX, DY, SUM_DH, SUM_DHN, SUM_DXY, L, stride_gate, stride_scale,
@@ -111,20 +107,11 @@ def _backward(DX_NEW, DH, X_NEW, Y, GATE, SCALE, WEIGHT, DX, DY, SUM_DH, SUM_DHN
     if RESIDUAL:
         tl.store(SUM_DXY + at, sum_dxy, inside)
 
-
 # ---------------------------------------------------------------- PyTorch operators
-
-
-def _dtypes(x, shift, scale, weight, y, gate):
-    """dtypes of x_new and h, by PyTorch's promotion."""
-    x_new = reduce(torch.promote_types, [t.dtype for t in (x, y, gate) if t is not None])
-    return x_new, reduce(torch.promote_types, [t.dtype for t in (shift, scale, weight) if t is not None], x_new)
-
 
 def _rows(t):
     """(B, E) with contiguous rows: itself if it is a chunk of a wider tensor."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
 
 @torch.library.custom_op("davae::norm_modulate", mutates_args=(), schema=(
     "(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate) -> (Tensor, Tensor)"))
@@ -140,14 +127,12 @@ def _op(x, shift, scale, weight, y, gate):
         RMS=weight is not None, ACC=precision(x), num_warps=8 if E > 1024 else 4)
     return x_new, h
 
-
 @_op.register_fake
 def _op_shapes(x, shift, scale, weight, y, gate):
     """Without y, x_new is x, which an operator may not return; it returns an empty tensor in its place."""
-    x_new, h = _dtypes(x, shift, scale, weight, y, gate)
-    h = torch.empty(x.shape, dtype=h, device=x.device)
-    return h.new_empty(0 if y is None else x.shape, dtype=x_new), h
-
+    dtype = reduce(torch.promote_types, [t.dtype for t in (x, y, gate) if t is not None])
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return h.new_empty(0 if y is None else x.shape), h
 
 @torch.library.custom_op("davae::norm_modulate_backward", mutates_args=(), schema=(
     "(Tensor dx_new, Tensor dh, Tensor x_new, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate, ScalarType dtype)"
@@ -165,7 +150,6 @@ def _op_backward(dx_new, dh, x_new, scale, weight, y, gate, dtype):
     torch.sum(partial, 2, out=sums)
     return dx, dy, sums
 
-
 @_op_backward.register_fake
 def _op_backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
     """dx, dy, and the sums over tokens of dh, dh * n and, if there is a y, dx * y: (2 or 3, B, E) float32."""
@@ -174,12 +158,10 @@ def _op_backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
     dy = dx.new_empty(0) if y is None else torch.empty(B, L, E, dtype=y.dtype, device=x_new.device)
     return dx, dy, dx.new_empty(n, B, E, dtype=torch.promote_types(x_new.dtype, torch.float32))
 
-
 def _save(ctx, inputs, output):
     x, shift, scale, weight, y, gate = inputs
     ctx.save_for_backward(x if y is None else output[0], scale, weight, y, gate)
     ctx.dtypes = x.dtype, shift.dtype
-
 
 def _grads(ctx, dx_new, dh):
     """With S = sum over tokens of dh * n:  dscale = weight * S  and  dweight = sum over images of (1 + scale) * S."""
@@ -191,9 +173,7 @@ def _grads(ctx, dx_new, dh):
     dy, dgate = (None, None) if y is None else (dy, sums[2].to(gate.dtype))
     return dx, dshift, dscale, dweight, dy, dgate
 
-
 _op.register_autograd(_grads, setup_context=_save)
-
 
 def norm_modulate(x, shift, scale, weight=None, y=None, gate=None):
     """x_new = x + gate * y;  h = norm(x_new) * (1 + scale) + shift.  -> (x_new, h), both (B, L, E)"""

@@ -1,11 +1,11 @@
 """QK-norm and rotary embedding, read straight from the output of the qkv Linear and written as attention wants it.
 
     u = norm(x) = weight * x / sqrt(mean(x^2) + eps)            over the K channels of a head; left out if weight is None
-    (a, b) -> (a cos - b sin, b cos + a sin)                    on each pair of adjacent channels of u
+    (a, b) -> (a cos - b sin, b cos + a sin)                    on each pair of adjacent channels of u; left out if cos is None
 
 Shapes:    qkv (B, L, 3, A, K), any strides with the last one 1;  weights (K,);  cos, sin (L, K) float32
            -> q, k, v (B, A, L, K);  q and k are written anew, v is a view of qkv
-Replaces:  dit.Attention.heads after the Linear: RMSNorm twice, dit.rope twice, and the casts back to qkv's dtype.
+Used by:   dit.Attention.heads: LightningDiT rotates and may normalise, SD3.5 normalises and does not rotate.
 Rounding:  once, at the end; the norm's result stays in float32 between norm and rotation.
 Bytes, U = B*L*A*K elements:
     forward   reads q, k from qkv, writes q, k: 4 U. Separate PyTorch operations: about 30 U
@@ -22,6 +22,10 @@ from kernels import jit, power_of_2, precision, use_triton
 EPS = 1e-6
 TOKENS = 8         # per program of the backward: one partial sum of K float32 for every TOKENS*A*K elements
 
+def rope(x, cos, sin):
+    """Rotate each pair of adjacent channels of x (B, A, L, K) by the angle of its token and pair; float32."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
 
 def norm_rope_ref(x, weight, cos, sin):
     """The specification for q or k: (B, L, A, K) -> (B, A, L, K)."""
@@ -30,23 +34,19 @@ def norm_rope_ref(x, weight, cos, sin):
         u = u.to(torch.promote_types(x.dtype, torch.float32))
         u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + EPS)
         u = u.to(x.dtype) * weight
-    a, b = u.unflatten(-1, (-1, 2)).unbind(-1)
-    return (u * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin).to(x.dtype)
+    return (u if cos is None else rope(u, cos, sin)).to(x.dtype)
 
-
-def qknorm_rope_ref(qkv, q_weight, k_weight, cos, sin):
+def qknorm_rope_ref(qkv, q_weight, k_weight, cos=None, sin=None):
     """The specification.  -> q, k, v"""
     q, k, v = qkv.unbind(2)
     return norm_rope_ref(q, q_weight, cos, sin), norm_rope_ref(k, k_weight, cos, sin), v.transpose(1, 2)
 
-
 # ---------------------------------------------------------------- Triton
-
 
 @jit
 def _forward(X, WEIGHT, COS, SIN, OUT, L, stride_b, stride_l, stride_a,
              A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, EPS: tl.constexpr,
-             NORM: tl.constexpr, ACC: tl.constexpr):
+             NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr):
     """All heads of one token: a tile of BLOCK_A x BLOCK_K, both rounded up to powers of two."""
     b, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     a, k = tl.arange(0, BLOCK_A)[:, None], tl.arange(0, BLOCK_K)[None, :]
@@ -55,17 +55,17 @@ def _forward(X, WEIGHT, COS, SIN, OUT, L, stride_b, stride_l, stride_a,
     if NORM:
         r = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) / K + EPS)
         u = u * r * tl.load(WEIGHT + k, k < K, 0.0).to(ACC)
-    cos = tl.load(COS + row * K + k, k < K, 0.0).to(ACC)
-    sin = tl.load(SIN + row * K + k, k < K, 0.0).to(ACC)
-    even, odd = tl.split(tl.reshape(u, (BLOCK_A, BLOCK_K // 2, 2)))
-    u = u * cos + tl.reshape(tl.join(-odd, even), (BLOCK_A, BLOCK_K)) * sin
+    if ROPE:
+        cos = tl.load(COS + row * K + k, k < K, 0.0).to(ACC)
+        sin = tl.load(SIN + row * K + k, k < K, 0.0).to(ACC)
+        even, odd = tl.split(tl.reshape(u, (BLOCK_A, BLOCK_K // 2, 2)))
+        u = u * cos + tl.reshape(tl.join(-odd, even), (BLOCK_A, BLOCK_K)) * sin
     tl.store(OUT + ((b * A + a) * L + row) * K + k, u.to(OUT.dtype.element_ty), inside)
-
 
 @jit
 def _backward(DOUT, X, WEIGHT, COS, SIN, DX, DWEIGHT, L, stride_b, stride_l, stride_a,
               A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr,
-              EPS: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+              EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr):
     """All heads of TOKENS tokens, one after the other: their dx, and the sum over them of du * n for dweight."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     a, k = tl.arange(0, BLOCK_A)[:, None], tl.arange(0, BLOCK_K)[None, :]
@@ -76,11 +76,12 @@ def _backward(DOUT, X, WEIGHT, COS, SIN, DX, DWEIGHT, L, stride_b, stride_l, str
         row = part * TOKENS + i
         width = tl.where(row < L, K, 0)            # nothing is read or written past the last token
         inside = (a < A) & (k < width)
-        cos = tl.load(COS + row * K + k, k < width, 0.0).to(ACC)
-        sin = tl.load(SIN + row * K + k, k < width, 0.0).to(ACC)
         du = tl.load(DOUT + ((b * A + a) * L + row) * K + k, inside, 0.0).to(ACC)
-        even, odd = tl.split(tl.reshape(du * sin, (BLOCK_A, BLOCK_K // 2, 2)))
-        du = du * cos + tl.reshape(tl.join(odd, -even), (BLOCK_A, BLOCK_K))       # the rotation, transposed
+        if ROPE:
+            cos = tl.load(COS + row * K + k, k < width, 0.0).to(ACC)
+            sin = tl.load(SIN + row * K + k, k < width, 0.0).to(ACC)
+            even, odd = tl.split(tl.reshape(du * sin, (BLOCK_A, BLOCK_K // 2, 2)))
+            du = du * cos + tl.reshape(tl.join(odd, -even), (BLOCK_A, BLOCK_K))   # the rotation, transposed
         if NORM:
             n = tl.load(X + b * stride_b + row * stride_l + a * stride_a + k, inside, 0.0).to(ACC)
             r = tl.rsqrt(tl.sum(n * n, axis=1, keep_dims=True) / K + EPS)
@@ -92,45 +93,39 @@ def _backward(DOUT, X, WEIGHT, COS, SIN, DX, DWEIGHT, L, stride_b, stride_l, str
     if NORM:
         tl.store(DWEIGHT + (b * tl.num_programs(1) + part) * K + k, dweight, k < K)
 
-
 # ---------------------------------------------------------------- PyTorch operators
 
-
-def _last_contiguous(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
-
+def _launch(x, weight, cos, sin):
+    """(x with contiguous channels, what the kernels share: pointers, strides, keywords); x stands in for what is None."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    _, L, A, K = x.shape
+    tables = (x if t is None else t.contiguous() for t in (weight, cos, sin))
+    return x, tables, (L, *x.stride()[:3]), dict(A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), EPS=EPS,
+                                                 ACC=precision(x), NORM=weight is not None, ROPE=cos is not None)
 
 @torch.library.custom_op("davae::norm_rope", mutates_args=(), schema=(
-    "(Tensor x, Tensor? weight, Tensor cos, Tensor sin) -> Tensor"))
+    "(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> Tensor"))
 def _op(x, weight, cos, sin):
-    B, L, A, K = x.shape
-    x, out = _last_contiguous(x), _op_shape(x, weight, cos, sin)
-    _forward[(B, L)](
-        x, cos if weight is None else weight.contiguous(), cos.contiguous(), sin.contiguous(), out, L, *x.stride()[:3],
-        A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), EPS=EPS, NORM=weight is not None, ACC=precision(x))
+    out = _op_shape(x, weight, cos, sin)
+    x, tables, strides, sizes = _launch(x, weight, cos, sin)
+    _forward[tuple(x.shape[:2])](x, *tables, out, *strides, **sizes)
     return out
-
 
 @_op.register_fake
 def _op_shape(x, weight, cos, sin):
     B, L, A, K = x.shape
     return torch.empty(B, A, L, K, dtype=x.dtype, device=x.device)
 
-
 @torch.library.custom_op("davae::norm_rope_backward", mutates_args=(), schema=(
-    "(Tensor dout, Tensor x, Tensor? weight, Tensor cos, Tensor sin) -> (Tensor, Tensor)"))
+    "(Tensor dout, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)"))
 def _op_backward(dout, x, weight, cos, sin):
-    B, L, A, K = x.shape
-    x, (dx, dweight) = _last_contiguous(x), _op_backward_shapes(dout, x, weight, cos, sin)
-    partial = dweight.new_empty(B, -(-L // TOKENS), K)
-    _backward[tuple(partial.shape[:2])](
-        dout.contiguous(), x, cos if weight is None else weight.contiguous(), cos.contiguous(), sin.contiguous(), dx, partial,
-        L, *x.stride()[:3], A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), TOKENS=TOKENS, EPS=EPS,
-        NORM=weight is not None, ACC=precision(x))
+    dx, dweight = _op_backward_shapes(dout, x, weight, cos, sin)
+    x, tables, strides, sizes = _launch(x, weight, cos, sin)
+    partial = dweight.new_empty(len(x), -(-x.shape[1] // TOKENS), x.shape[3])
+    _backward[tuple(partial.shape[:2])](dout.contiguous(), x, *tables, dx, partial, *strides, TOKENS=TOKENS, **sizes)
     if weight is not None:
         torch.sum(partial, (0, 1), out=dweight)
     return dx, dweight
-
 
 @_op_backward.register_fake
 def _op_backward_shapes(dout, x, weight, cos, sin):
@@ -138,23 +133,19 @@ def _op_backward_shapes(dout, x, weight, cos, sin):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return dx, dx.new_empty(0 if weight is None else x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32))
 
-
 def _save(ctx, inputs, output):
     x, weight, cos, sin = inputs
     ctx.save_for_backward(x, weight, cos, sin)
-
 
 def _grads(ctx, dout):
     x, weight, cos, sin = ctx.saved_tensors
     dx, dweight = _op_backward(dout, x, weight, cos, sin)
     return dx, None if weight is None else dweight.to(weight.dtype), None, None
 
-
 _op.register_autograd(_grads, setup_context=_save)
 
-
-def qknorm_rope(qkv, q_weight, k_weight, cos, sin):
-    """(B, L, 3, A, K) -> q, k, v, each (B, A, L, K), q and k normalised (unless their weight is None) and rotated."""
+def qknorm_rope(qkv, q_weight, k_weight, cos=None, sin=None):
+    """(B, L, 3, A, K) -> q, k, v, each (B, A, L, K); q and k normalised if they have a weight, rotated if there is cos."""
     if not use_triton(qkv):
         return qknorm_rope_ref(qkv, q_weight, k_weight, cos, sin)
     q, k, v = qkv.unbind(2)

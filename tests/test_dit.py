@@ -11,7 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dit
+import kernels.qknorm_rope
+import sample
 from dit import DiTConfig, LightningDiT, export_lightningdit, import_lightningdit, load_dit, widen
+from kernels.norm_modulate import norm_modulate_ref
 from train_vae import import_torchvision
 
 torch.set_num_threads(1)
@@ -80,7 +83,7 @@ def test_rotating_halves_instead_of_adjacent_pairs_is_noticed(monkeypatch):
     def rotate_halves(x, cos, sin):
         a, b = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-b, a], dim=-1) * sin
-    monkeypatch.setattr(dit, "rope", rotate_halves)
+    monkeypatch.setattr(kernels.qknorm_rope, "rope", rotate_halves)
     assert velocity_error() > 1e-2
 
 
@@ -171,9 +174,11 @@ def test_a_token_is_read_as_rows_columns_channels():
 
 
 def test_rms_norm_rounds_before_it_scales():
-    norm, x = randomise(dit.RMSNorm(64)), torch.randn(5, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+    weight, x = torch.rand(64), torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert norm(x).dtype == torch.float32 and torch.equal(norm(x), exact.float().bfloat16() * norm.weight)
+    zero = torch.zeros(1, 64).bfloat16()
+    _, h = norm_modulate_ref(x, zero, zero, weight)
+    assert torch.equal(h, (exact.float().bfloat16() * weight).bfloat16())
 
 
 # ---------------------------------------------------------------- the warm start
@@ -365,16 +370,43 @@ def test_half_precision_files_become_float32_models():
     assert torch.equal(loaded.pos_embed, model.pos_embed)           # the table is ours, not the rounded copy
 
 
-def test_bfloat16_autocast_keeps_the_residual_stream_and_the_output_in_float32():
+def test_under_bfloat16_autocast_the_residual_stream_is_bfloat16_and_the_output_float32():
     model, (z, t, y) = tiny(qk_norm=False), inputs(1)
     seen = []
-    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.extend(tensor.dtype for tensor in (args[0], *out)))
     with torch.no_grad():
         exact = model(z, t, y)
+        seen.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             v = model(z, t, y)
-    assert seen == [torch.float32, torch.float32] and v.dtype == torch.float32
+    assert seen == 8 * [torch.bfloat16] and v.dtype == torch.float32
     assert 0 < error(v, exact) < 0.1
+
+
+# ---------------------------------------------------------------- what they cost, counted
+
+
+def test_the_cost_of_an_xl_is_the_closed_formula():
+    with torch.device("meta"):
+        model = LightningDiT(DiTConfig(D=96))
+        forward, step, _ = sample.cost(model, (torch.empty(1, 128, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.long)))
+    L, E, hidden = 256, 1152, 3072
+    per_token = 3 * E * E + E * E + 2 * L * E + 2 * E * hidden + hidden * E     # qkv, proj, attention, w12, w3
+    conditioning = 28 * 6 * E * E + 2 * E * E + 256 * E + E * E                 # adaLN of blocks and head, time embedder
+    assert forward == 2 * (28 * L * per_token + conditioning + 2 * L * E * 128)
+    assert forward == pytest.approx(237.4e9, rel=5e-4)
+    assert step == pytest.approx(3 * forward, rel=0.005)
+
+
+def test_four_times_the_tokens_cost_sd3_more_than_four_times_as_much():
+    costs = []
+    for side in (64, 128, 256):                    # latents of 1,024 (DA-VAE), 4,096 (native at 1024 px), 16,384 tokens
+        with torch.device("meta"):
+            model = dit.MMDiT(dit.MMDiTConfig(D=16))
+            args = torch.empty(1, 32, side, side), torch.empty(1), torch.empty(1, 333, 4096), torch.empty(1, 2048)
+            costs.append(sample.cost(model, args)[0])
+    assert costs[1] / costs[0] == pytest.approx(4.61, rel=0.01) and costs[2] / costs[1] == pytest.approx(7.95, rel=0.01)
 
 
 # ---------------------------------------------------------------- MMDiT (SD3.5)

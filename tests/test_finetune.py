@@ -1,6 +1,7 @@
 """finetune.py: the schedule, the flow loss, the warm start, exact resume, and the main job end to end."""
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,20 @@ def test_sigma_weighted_loss_is_the_error_of_the_denoised_latent():
     m = torch.tensor([1.0] * 4 + [w] * 2).view(1, -1, 1, 1)
     ref = ((denoised - z_all) ** 2 * m).sum((1, 2, 3)) / ((C + w * 2) * 9) * ((1 - sigma) / sigma).clamp(max=5).flatten()
     assert loss.item() == pytest.approx(ref.mean().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, here g++")
+def test_compiled_blocks_give_the_same_losses_and_the_same_names(tiny_vae, tiny_base, tmp_path):
+    rows, names = [], []
+    for compile in (False, True):
+        cfg = Config(preset="tiny", out=str(tmp_path / str(compile)), vae=tiny_vae, base=tiny_base, compile=compile, D=12, steps=3,
+                     image_size=64, images=64, flip=False, batch_size=8, micro_batch=8, lr=1e-3, N=4, log_every=1, sample_steps=2,
+                     checkpointing=True)
+        finetune.main(cfg)
+        rows.append([json.loads(line)["loss"] for line in open(f"{cfg.out}/log.jsonl")])
+        names.append(sorted(load_file(common.latest_checkpoint(cfg.out) / "model.safetensors")))
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4) and names[0] == names[1]
 
 
 @pytest.mark.parametrize("preset, changes, forward, parameters", [

@@ -54,6 +54,14 @@ def test_importing_a_script_does_nothing_and_needs_none_of_the_optional_packages
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_importing_everything_takes_a_moment_beside_torch():
+    scripts = ", ".join(p.stem for p in SOURCES if p.parent == ROOT)
+    code = f"import time, torch; since = time.perf_counter(); import {scripts}; print(time.perf_counter() - since)"
+    seconds = sorted(float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+                     for _ in range(3))
+    assert seconds[1] < 0.9                        # 0.3 s is the goal; a busy machine takes longer
+
+
 def test_every_file_and_function_that_the_readme_names_exists_and_its_line_counts_are_right():
     readme = (ROOT / "README.md").read_text()
     references = re.findall(r"`(\w+\.py):([\w.]+)`", readme)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import sample
 from davae import load_base_vae
-from dit import load_dit
+from dit import DiTConfig, LightningDiT, MMDiT, MMDiTConfig, load_dit
 from train_vae import import_torchvision
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
 
@@ -263,3 +263,33 @@ def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_
         sample.cache_text(other, ["owl"], folder, cpu, t5_tokens=24)
     with pytest.raises(SystemExit, match="no text_"):
         sample.TextCache(tmp_path)
+
+
+# ---------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize("weighting", ["paper", "sigma"])
+def test_neither_a_sampler_nor_the_loss_ever_waits_for_the_device(weighting):
+    """On the meta device there is nothing to read: an .item(), or an `if` on a tensor, would raise."""
+    from finetune import flow_loss
+    with torch.device("meta"):
+        dit = LightningDiT(DiTConfig(C=4, D=4, grid=4, E=32, A=4, depth=2, num_classes=5))
+        text = MMDiT(MMDiTConfig(C=4, D=4, E=32, A=2, depth=3, dual=1, context=12, pooled=8, pos_size=6))
+        z_all, y, cond = torch.empty(2, 8, 4, 4), torch.zeros(2, dtype=torch.long), (torch.empty(2, 3, 12), torch.empty(2, 8))
+    for model, c in ((dit, (y,)), (text, cond)):
+        v = sample_flow(model, z_all, time_grid(4, 0.3), c, c, 4.0, (0.2, 1.0))
+        loss, _, _ = flow_loss(model, z_all, c, 4, 0.5, weighting=weighting)
+        loss.backward()
+        assert v.shape == z_all.shape and all(p.grad is not None for n, p in model.named_parameters() if "text.mlp" not in n)
+    assert sample_flow(text, z_all, time_grid(20), cond, cond, 4.0, slg=2.5, skip=(1,)).is_meta
+
+
+def test_the_decoder_sees_a_few_images_at_a_time(tiny_run):
+    dit, vae, config = sample.load_run(tiny_run)
+    settings = sample.settings_of(sample.Config(steps=2), config, "")
+    parts = [sample.generate(dit, vae, range(k, k + 3), settings) for k in (0, 3, 6)]
+    seen = []
+    vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    together = sample.generate(dit, vae, range(9), settings)
+    assert seen == [8, 1]
+    assert all(torch.allclose(whole, torch.cat(three), atol=1e-5) for whole, three in zip(together, zip(*parts)))

@@ -1,0 +1,154 @@
+"""Times of the kernels and of the models, against what this machine can do at most:  python -m kernels.bench [--out=bench.json]
+
+Random weights and data; the variants of a row alternate, in one process, after a warm-up; medians with quartiles. Ceilings,
+measured first: a bfloat16 product of 8192 x 8192 matrices, and a copy. A section that has used up its time skips the rest; what
+fails is a line of text in the table, not the end.  --device=cpu: the same at toy size, compiled without code generation, and
+without TRITON_INTERPRET=1 the kernels are their specifications: a rehearsal, its times mean nothing.  Not run on a GPU.
+"""
+import argparse
+import importlib
+import json
+import time
+from collections import defaultdict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import triton
+
+import kernels
+
+PEAK = 989e12                                      # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
+project = importlib.import_module   # imports in this house run one way, kernels first; a benchmark sits beside what it measures
+
+def measure(variants, cuda, deadline):
+    """For each variant {"ms": (median, quartiles), "GiB"}, or {"error"}."""
+    rows, times = {name: {"repeats": 1} for name in variants}, {name: [] for name in variants}
+    for n in range(11 if cuda else 3):             # the first round compiles, the second finds how often 5 ms hold the call
+        for name, row in list(rows.items())[::-1 if n % 2 else 1]:
+            if "error" in row or time.time() > deadline:
+                continue
+            try:
+                torch.cuda.reset_peak_memory_stats() if cuda else None
+                since = time.perf_counter()
+                for _ in range(row["repeats"]):
+                    variants[name]()
+                torch.cuda.synchronize() if cuda else None
+                times[name].append((time.perf_counter() - since) / row["repeats"] * 1e3)
+                row |= {"GiB": torch.cuda.max_memory_allocated() / 2**30} if cuda else {}
+                row["repeats"] = 1 + int(5 / times[name][-1])
+            except (RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError) as error:
+                row["error"] = f"{type(error).__name__}: {str(error)[:90]!r}"
+    quartiles = torch.tensor([0.5, 0.25, 0.75])
+    return {name: row | ({"ms": torch.tensor(times[name][2:]).quantile(quartiles).tolist()} if len(times[name]) > 2 else
+                         {"error": row.get("error", "skipped: out of time")}) for name, row in rows.items()}
+
+def models(parts, f, cuda):
+    """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels."""
+    def run(stance, mode):
+        kernels.KERNELS = mode
+        with torch.compiler.set_stance(stance), torch.autocast("cuda" if cuda else "cpu", torch.bfloat16):
+            f()
+    for part in parts:
+        part.compile(backend="inductor" if cuda else "aot_eager")
+    return {"plain": partial(run, "force_eager", "ref"), "plain, compiled": partial(run, "default", "ref"),
+            "kernels, compiled": partial(run, "default", "triton")}
+
+def operations(cuda):
+    """The ceilings; each kernel, its specification (for attention: PyTorch's own), and that compiled; and with the backward.
+    Like each section it yields what is measured, its variants, and the work of a call."""
+    randn, n = partial(torch.randn, dtype=torch.bfloat16), 8192 if cuda else 256
+    (a, b), (x, y) = randn(2, n, n), torch.empty(2, 16 * n * n, dtype=torch.int8)
+    yield "bfloat16 product", {"": lambda: a @ b}, {"unit": "GFLOP/s", "work": 2 * n**3}
+    yield "copy", {"": lambda: y.copy_(x)}, {"unit": "GB/s", "work": 2 * len(x)}
+    B, L, E, A, S = (128, 256, 1152, 16, 1024) if cuda else (2, 16, 72, 1, 32)            # S: SD3.5's tokens, the image's side
+    tables, image = randn(2, L, 72).float(), randn(4, 128, S, S).to(memory_format=torch.channels_last)
+    u, v, i = (2 * n for n in (B * L * E, 20 * S * 1536, image.numel()))                  # bytes of tokens, and of the image
+    for op, inputs, forward, backward in [         # and the bytes that each pass of the kernel moves; attention: its FLOPs
+            ("norm_modulate", [randn(B, L, E), randn(B, E), randn(B, E), randn(E), randn(B, L, E), randn(B, E)], 4 * u, 6 * u),
+            ("norm_modulate", [randn(20, S, 1536), randn(20, 1536), randn(20, 1536)], 2 * v, 3 * v),
+            ("qknorm_rope", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 4 * u, 12 * u),
+            ("qknorm_rope", [randn(20, S, 3, 24, 64), randn(64), randn(64)], 4 * v, 12 * v),
+            ("groupnorm_silu", [image, randn(128), randn(128)], 3 * i, 5 * i),
+            ("attention", randn(B, L, 3, A, 72).permute(2, 0, 3, 1, 4).unbind(), 2 * u * L, 5 * u * L),
+            ("patch_embed", [*randn(B, 128, 16, 16).split([32, 96], 1), *randn(E, 128, 1, 1).split([32, 96], 1), randn(E),
+                             randn(1, 256, E)], 512 * B * (128 + E), 512 * B * (128 + 3 * E))]:
+        module, unit = project(f"kernels.{op}"), "GFLOP/s" if op == "attention" else "GB/s"
+        ref = F.scaled_dot_product_attention if op == "attention" else getattr(module, f"{op}_ref")
+        compiled = torch.compile(ref, backend="inductor" if cuda else "aot_eager", dynamic=False)
+        leaves = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs]
+
+        def step(f):
+            out = [t for t in torch.utils._pytree.tree_leaves(f(*leaves)) if t.grad_fn]
+            torch.autograd.grad(out, [t for t in leaves if t.requires_grad], [torch.ones_like(t) for t in out])
+        kernels.KERNELS, what = "triton", f"{op} {'x'.join(map(str, inputs[0].shape))}"
+        variants = {"ref": ref, "ref, compiled": compiled, "kernel": getattr(module, op)}
+        yield what, {k: lambda f=f: f(*inputs) for k, f in variants.items()}, {"unit": unit, "work": forward}
+        back = {k: lambda f=f: step(f) for k, f in variants.items()}
+        yield f"{what}, and back", back, {"unit": unit, "work": forward + backward}
+
+def training(cuda):
+    """A training step of LightningDiT-XL/1 with 96 detail channels: forward, backward, fused AdamW, EMA."""
+    dit, B = project("dit"), 128 if cuda else 2
+    cfg = dit.DiTConfig(D=96) if cuda else dit.DiTConfig(D=96, E=72, A=1, depth=2, grid=4)
+    model, ema = dit.LightningDiT(cfg), dit.LightningDiT(cfg)
+    (z_all, target), t, y = torch.randn(2, B, 128, cfg.grid, cfg.grid), torch.rand(B), torch.randint(1000, (B,))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def step():
+        (model(z_all, t, y) - target).square().mean().backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        project("common").ema_update(ema, model, 0.999)
+    yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), {"images": B, "cost": 712e9 * cuda}       # FLOPs
+
+def sampling(cuda):
+    """DA-VAE on SD3's VAE; then SD3.5-M with guidance on its latent (D = 16) and on the original's: 2 of 30 Euler steps."""
+    davae, dit, sample = map(project, ("davae", "dit", "sample"))
+    base = davae.AutoencoderKL(davae.KLConfig() if cuda else davae.KLConfig(ch=32, ch_mult=(1, 1, 1, 1), blocks=1))
+    vae = davae.DAVAE(base, 16).to(memory_format=torch.channels_last)
+    sizes, small = (((1024, 10), (2048, 2)), {}) if cuda else (((32, 1),), dict(E=64, A=1, depth=2, dual=1, context=32))
+    for side, B in sizes:
+        x, z_all, parts = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16), [vae.decoder]
+        yield f"encode {side} px", models([vae.detail_encoder, base.encoder], lambda: vae.encode(x), cuda), {"images": 1}
+        yield f"decode {side} px", models(parts, torch.no_grad()(lambda: vae.decode(z_all)), cuda), {"images": 1}
+        for D, h in ((16, side // 16), (0, side // 8)):
+            model, grid = dit.MMDiT(dit.MMDiTConfig(D=D, **small)), sample.time_grid(30, 1 / 3)[:3]
+            noise, *cond = torch.randn(B, 16 + D, h, h), torch.randn(B, 333, model.cfg.context), torch.randn(B, 2048)
+            run = models(model.blocks, lambda: sample.sample_flow(model, noise, grid, cond, cond, 4.0), cuda)
+            yield f"SD3.5-M {side} px, {h * h // 4} tokens, 2 steps of {B}", run, {"batch": B, "decode": f"decode {side} px"}
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", default="bench.json")
+    args = parser.parse_args()
+    begin, rows, known, torch._dynamo.config.recompile_limit = time.time(), [], {}, 64
+    for part, limit in ((operations, 120), (training, 140), (sampling, 230)):                  # seconds
+        deadline = time.time() + limit
+        torch.set_default_device(args.device)
+        for what, variants, work in part(args.device == "cuda"):
+            torch.set_default_device(None)         # it would cost time in each operation
+            for name, row in measure(variants, args.device == "cuda", deadline).items():
+                rows.append({"section": part.__name__, "what": what, "variant": name} | row)
+                if "ms" in row:
+                    known[what, name] = s = row["ms"][0] / 1e3
+                    w = defaultdict(float, work)   # 15 calls of sampling, then decoding, are an image: an estimate
+                    done, image = w["work"] / s, 15 * s / max(w["batch"], 1) + known.get((w["decode"], name), float("inf"))
+                    rates = {w["unit"]: done / 1e9, "of the ceiling": done / known.setdefault(w["unit"], done or 1),
+                             "img/s": w["images"] / s, "MFU": w["images"] * w["cost"] / s / PEAK, "img/s (estimate)": 1 / image}
+                    rows[-1] |= {k: v for k, v in rates.items() if v}
+            torch.set_default_device(args.device)
+    torch.set_default_device(None)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU at toy size: a rehearsal, not a measurement"
+    head = f"{where}; torch {torch.__version__}, triton {triton.__version__}; {time.strftime('%Y-%m-%d')}"
+    with open(args.out, "w") as f:
+        json.dump({"machine": head, "rows": rows}, f, indent=1)
+    print(f"{head}, {time.time() - begin:.0f} s\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")
+    for r in rows:
+        ms = "{:.3f} ({:.3f} to {:.3f})".format(*r["ms"]) if "ms" in r else r["error"]
+        rate = ", ".join(f"{r[k]:.3g} {k}" for k in r if k in ("MFU", "of the ceiling") or "/s" in k)
+        print(f"| {r['what']} | {r['variant']} | {ms} | {rate} | {r.get('GiB', 0):.1f} |")
+
+if __name__ == "__main__":
+    main()
