@@ -470,7 +470,7 @@ def main(cfg):
                 loss, base_loss, detail_loss = flow_loss(model, z_part, parts, vae.C, w, cfg.cosine, cfg.weighting)
             (loss / accumulate).backward()
         norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf)
-        common.stop_if_not_finite(norm, dit, n)
+        common.stop_if_not_finite(norm, dit, n)                    # the one place where a step waits for the device
         opt.step()
         opt.zero_grad(set_to_none=True)
         common.ema_update(ema, dit, cfg.ema)

@@ -456,7 +456,7 @@ def main(cfg):
             (loss / accumulate).backward()
             pairs.append((part, rec.x_hat.detach()))
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
-        common.stop_if_not_finite(norm, vae, step)
+        common.stop_if_not_finite(norm, vae, step)                 # the one place where a step waits for the device
         opt.step()
         opt.zero_grad(set_to_none=True)
 
