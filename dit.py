@@ -54,11 +54,14 @@ class DiT(nn.Module):
     """What every transformer here has: P, O, the time's embedder, the last norm; once widened, P_new, O_new (None before)."""
     checkpointing = False                          # True: recompute each block in the backward pass, to save memory
 
-    def __init__(self, cfg, rms):
-        super().__init__()
+    def __init__(self, cfg, rms, blocks, **embedders):
+        super().__init__()                         # the optimizer's saved state goes by this order of the layers
         self.cfg = cfg
         self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
         self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        for name, embedder in embedders.items():
+            self.add_module(name, embedder)
+        self.blocks = nn.ModuleList(blocks)
         self.norm_final, self.adaLN_final = Norm(cfg.E, rms), nn.Linear(cfg.E, 2 * cfg.E)
         self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
         self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
@@ -230,9 +233,8 @@ class LightningDiT(DiT):
     """
 
     def __init__(self, cfg):
-        super().__init__(cfg, cfg.rms_norm)
-        self.y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
+        super().__init__(cfg, cfg.rms_norm, [Block(cfg) for _ in range(cfg.depth)], y_embedder=y_embedder)
         self.init_weights()
         self.build_tables(self.P.weight.device)
 
@@ -337,10 +339,9 @@ class MMDiT(DiT):
     """
 
     def __init__(self, cfg):
-        super().__init__(cfg, rms=False)
-        self.y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
-        self.context_embedder = nn.Linear(cfg.context, cfg.E)
-        self.blocks = nn.ModuleList(JointBlock(cfg, i < cfg.dual, i == cfg.depth - 1) for i in range(cfg.depth))
+        y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        super().__init__(cfg, False, [JointBlock(cfg, i < cfg.dual, i == cfg.depth - 1) for i in range(cfg.depth)],
+                         y_embedder=y_embedder, context_embedder=nn.Linear(cfg.context, cfg.E))
         # Saved, unlike LightningDiT's: nobody has shown that the released table is what the formula gives.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
         self.register_buffer("pos_embed", table if table.is_meta else sincos_table(cfg.pos_size, cfg.E, 64 / cfg.pos_size))

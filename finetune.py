@@ -466,7 +466,7 @@ def main(cfg):
             halves = {"base": base_loss, "detail": detail_loss} if cfg.D else {"base": base_loss}
             train_vae.add_up(sums, {"loss": loss.detach(), **halves}, accumulate)
         norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf)
-        train_vae.stop_if_not_finite(norm, loss, dit, n)
+        train_vae.stop_if_not_finite(norm, loss, dit, n)           # the one place where a step waits for the device
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema_update(ema, dit, cfg.ema)

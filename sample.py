@@ -98,7 +98,7 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
     noise: (B, C+D, h, w); ts: increasing floats, 0 to 1; cond, uncond: see guided_velocity; returns the latent at ts[-1],
     float32. Outside the interval, and with scale 1, the unconditional pass is not computed at all: len(ts) - 1 passes of B
     plus one per guided step. slg: skip-layer guidance (Stability AI, for SD3.5), v += slg * (c - c without the blocks
-    `skip`) in steps 0.01 N < n < 0.2 N: one more pass in each of them.
+    `skip`) in steps 0.01 N < n < 0.2 N: one more pass in each of them. Nothing in the loop waits for the device.
     """
     x, N = noise, len(ts) - 1
     for n, (now, following) in enumerate(zip(ts[:-1], ts[1:])):

@@ -445,7 +445,7 @@ def main(cfg):
             pairs.append((part, rec.x_hat.detach()))
             add_up(sums, parts, accumulate)
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
-        stop_if_not_finite(norm, loss, vae, step)
+        stop_if_not_finite(norm, loss, vae, step)                    # the one place where a step waits for the device
         opt.step()
         opt.zero_grad(set_to_none=True)
 

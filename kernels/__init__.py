@@ -2,6 +2,7 @@
 
 Environment variable KERNELS: `ref`, the default, is plain PyTorch, the specifications, because no kernel has been measured on
 a GPU; `triton` is all kernels, on CUDA, on the CPU where they are interpreted (TRITON_INTERPRET=1), on "meta" for counting.
+Counted: a block of LightningDiT then moves 96.7 U (goal: 70) in 58 operators (goal: 40); see tests/test_kernels.py.
 """
 import os
 

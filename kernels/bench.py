@@ -8,6 +8,7 @@ without TRITON_INTERPRET=1 the kernels are their specifications: a rehearsal, it
 import argparse
 import importlib
 import json
+import pathlib
 import time
 from collections import defaultdict
 from functools import partial
@@ -39,9 +40,8 @@ def measure(variants, cuda, deadline):
                 row["repeats"] = 1 + int(5 / times[name][-1])
             except (RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError) as error:
                 row["error"] = f"{type(error).__name__}: {str(error)[:90]!r}"
-    quartiles = torch.tensor([0.5, 0.25, 0.75])
-    return {name: row | ({"ms": torch.tensor(times[name][2:]).quantile(quartiles).tolist()} if len(times[name]) > 2 else
-                         {"error": row.get("error", "skipped: out of time")}) for name, row in rows.items()}
+    return {name: row | ({"ms": torch.tensor(t[2:]).quantile(torch.tensor([0.5, 0.25, 0.75])).tolist()} if len(t) > 2 else
+            {"error": row.get("error", "skipped: out of time")}) for (name, row), t in zip(rows.items(), times.values())}
 
 def models(parts, f, cuda):
     """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels."""
@@ -142,8 +142,7 @@ def main():
     torch.set_default_device(None)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU at toy size: a rehearsal, not a measurement"
     head = f"{where}; torch {torch.__version__}, triton {triton.__version__}; {time.strftime('%Y-%m-%d')}"
-    with open(args.out, "w") as f:
-        json.dump({"machine": head, "rows": rows}, f, indent=1)
+    pathlib.Path(args.out).write_text(json.dumps({"machine": head, "rows": rows}, indent=1))
     print(f"{head}, {time.time() - begin:.0f} s\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")
     for r in rows:
         ms = "{:.3f} ({:.3f} to {:.3f})".format(*r["ms"]) if "ms" in r else r["error"]

@@ -2,7 +2,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -231,6 +231,19 @@ def test_widening_an_expanded_or_by_nothing_is_refused():
     with pytest.raises(ValueError, match="already expanded by D=2"):
         model.expand_channels(2)
     assert model.cfg.D == 2
+
+
+@pytest.mark.parametrize("kind, cfg", [(LightningDiT, DiTConfig(C=4, grid=2, E=32, A=4, depth=2)),
+                                       (dit.MMDiT, dit.MMDiTConfig(C=4, E=32, A=4, depth=2, dual=1, context=8, pooled=8, pos_size=4))])
+def test_a_widened_model_and_one_built_wide_have_their_parameters_in_one_order(kind, cfg):
+    """The optimizer's saved state goes by it, and a resumed model is built wide; the order is that of earlier checkpoints."""
+    widened, built = kind(cfg), kind(replace(cfg, D=8))
+    widened.expand_channels(8)
+    names = [n for n, _ in built.named_parameters()]
+    assert [n for n, _ in widened.named_parameters()] == names
+    assert [k for i, k in enumerate(n.split(".")[0] for n in names) if i == 0 or k != names[i - 1].split(".")[0]] == [
+        "P", "t_embedder", "y_embedder", *(["context_embedder"] if kind is dit.MMDiT else []), "blocks",
+        *(["norm_final"] if kind is LightningDiT else []), "adaLN_final", "O", "P_new", "O_new"]
 
 
 def test_widen_serves_any_patchifier_and_head():

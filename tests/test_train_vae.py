@@ -1,6 +1,7 @@
 """train_vae.py: the losses against closed forms and by hand, the discriminator, exact resume."""
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -119,6 +120,20 @@ def test_training_writes_log_pictures_statistics_and_a_whole_checkpoint(base_run
     assert vae.std.min() > 0 and (vae.std != 1).all() and summary["psnr"] > 0
     base = load_davae(base_run).base
     assert all(torch.equal(a, b) for a, b in zip(vae.base.state_dict().values(), base.state_dict().values()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, here g++")
+def test_compiled_levels_give_the_same_losses_and_the_same_names(base_run, tmp_path):
+    rows, names = [], []
+    for compile in (False, True):
+        cfg = detail(base_run, tmp_path / str(compile), steps=3, disc_start=2, image_size=32, compile=compile)
+        train_vae.main(cfg)
+        rows.append([json.loads(line) for line in open(f"{cfg.out}/log.jsonl")])
+        names.append(sorted(load_file(common.latest_checkpoint(cfg.out) / "model.safetensors")))
+    assert "d_w" in rows[1][2] and names[0] == names[1]
+    for key in ("l1", "kl", "align"):
+        assert [row[key] for row in rows[1]] == pytest.approx([row[key] for row in rows[0]], rel=1e-4)
 
 
 def test_the_discriminator_is_untouched_before_its_start_and_trained_after(base_run, tmp_path):
