@@ -21,8 +21,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from common import read_config, read_state_dict
@@ -93,6 +95,18 @@ class DiT(nn.Module):
             raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
         self.P_new, self.O_new = widen(self.P, self.O, D)
         self.cfg = replace(self.cfg, D=D)
+
+@torch.no_grad()
+def warm_start_difference(base, model, z, cond):
+    """Largest |change| of the base velocity and largest |detail velocity| of a widened model, for random z_d and t.
+
+    z: (B, C, h, w); cond: see flow_loss. Both are 0.0 at step 0: details neither disturb the base nor move yet.  Sec. 3.2.
+    """
+    B, C, h, w = z.shape
+    t = torch.rand(B, device=z.device)
+    z_d = torch.randn(B, model.cfg.D, h, w, device=z.device)
+    v = model(torch.cat([z, z_d], dim=1), t, *cond)
+    return (v[:, :C] - base(z, t, *cond)).abs().max().item(), v[:, C:].abs().max().item()
 
 # ---------------------------------------------------------------- small pieces, one equation each
 
@@ -410,6 +424,41 @@ def merge_lora(model):
         model.get_submodule(parent).add_module(leaf, m.linear)
     model.cfg = replace(model.cfg, lora=0)
     return model
+
+@torch.no_grad()
+def ema_update(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
+
+# ---------------------------------------------------------------- sharding: for models that do not fit on one GPU
+
+def shard(model, device):
+    """Split a model's parameters, and so its gradients and its optimizer's state, over torchrun's ranks (FSDP2), by blocks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+def whole(state, keep=True):
+    """A nested state with its sharded tensors whole, on the CPU of the ranks that `keep` it; all ranks must call this."""
+    def gather(x):
+        if not hasattr(x, "full_tensor"):
+            return x
+        x = x.full_tensor()
+        return x.cpu() if keep else None
+    return tree_map(gather, state)
+
+def spread(opt_state, parameters):
+    """An optimizer's state dict as `whole` made it, each tensor sharded like its parameter, if that is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    for i, p in enumerate(parameters):
+        if isinstance(p, DTensor):
+            opt_state["state"][i] = {k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if v.dim() else v
+                                     for k, v in opt_state["state"][i].items()}
+    return opt_state
 
 # ---------------------------------------------------------------- weights: loading, upstream names in and out
 

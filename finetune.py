@@ -25,7 +25,8 @@ from tqdm import tqdm
 import common, data, sample, train_vae
 from common import field
 from davae import load_davae
-from dit import DiTConfig, LightningDiT, MMDiT, MMDiTConfig, add_lora, load_dit
+from dit import (DiTConfig, LightningDiT, MMDiT, MMDiTConfig, add_lora, ema_update, load_dit, shard, spread,
+                 warm_start_difference, whole)
 
 @dataclass
 class Config:
@@ -55,6 +56,7 @@ class Config:
     t5_tokens: int = field(256, "tokens given to T5")
     lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight")
     checkpointing: bool = field(False, "recompute each block in the backward pass: less memory, a third more time")
+    shard: bool = field(False, "under torchrun: split weights, gradients and optimizer over the ranks (FSDP2)")
     compile: bool = field(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU (not run)")
     # loss (Sec. 3.3, Tab. S1)
     N: int = field(10_000, "steps over which the weight w(n) of the detail channels rises from 0 to 1")
@@ -102,7 +104,7 @@ PRESETS = {
 }   # Tab. S1; clip and beta2 of SD3.5 from the authors' code; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps", "cooldown", "clip",
-              "checkpointing", "compile", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}
+              "checkpointing", "shard", "compile", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}
 # ---------------------------------------------------------------- the method
 
 def detail_weight(n, N):
@@ -151,18 +153,6 @@ def flow_loss(model, z_all, cond, C, w, cosine=1.0, weighting="paper"):
     if cosine:
         loss = loss + cosine * (1 - F.cosine_similarity(v, target, dim=1)).mean()
     return loss, base, detail
-
-@torch.no_grad()
-def warm_start_difference(base, model, z, cond):
-    """Largest |change| of the base velocity and largest |detail velocity| of a widened model, for random z_d and t.
-
-    z: (B, C, h, w); cond: see flow_loss. Both are 0.0 at step 0: details neither disturb the base nor move yet.  Sec. 3.2.
-    """
-    B, C, h, w = z.shape
-    t = torch.rand(B, device=z.device)
-    z_d = torch.randn(B, model.cfg.D, h, w, device=z.device)
-    v = model(torch.cat([z, z_d], dim=1), t, *cond)
-    return (v[:, :C] - base(z, t, *cond)).abs().max().item(), v[:, C:].abs().max().item()
 
 # ---------------------------------------------------------------- latents
 
@@ -298,23 +288,18 @@ def check_statistics(z_all, C, run):
         if not (abs(mean) < 0.5 and 0.5 < std < 2):
             tqdm.write("WARNING: wanted about 0 and 1, by the VAE's own statistics: other images, or another VAE?")
 
-@torch.no_grad()
-def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
-    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
-
 def share_frozen(dit, ema):
     """Let the EMA use the model's own frozen matrices, in bfloat16 on a GPU, as autocast would see them anyway."""
     for p, e in zip(dit.parameters(), ema.parameters()):
         if not p.requires_grad:
             p.data = e.data = p.data.bfloat16() if p.is_cuda and p.ndim > 1 else p.data
 
-def prove_warm_start(base, model, vae, z, cond, uncond, cfg):
+def prove_warm_start(base, model, vae, z, cond, uncond, cfg, rank):
     """Print how far the widened model is from the base model (0.0) and save samples of both, base channels, side by side."""
     with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
         change, detail = warm_start_difference(base, model, z, cond)
-    tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random details: max |v - v_base| = {change}, max |v_d| = {detail}")
+    if rank == 0:
+        tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, max |v_d| = {detail}")
     if max(change, detail) > 1e-5:
         raise SystemExit("the widened model is not the base model: P_new or O_new is not zero")
     cond, uncond = ([x[:8] for x in part] for part in (cond, uncond))
@@ -325,18 +310,21 @@ def prove_warm_start(base, model, vae, z, cond, uncond, cfg):
                 for m, k in ((base, vae.C), (model, vae.C + cfg.D))]
         x = vae.decode_base(torch.cat(rows)).clamp(-1, 1)
     labels = ["base model"] * len(noise) + ["widened, step 0"] * len(noise)
-    data.save_grid(x, Path(cfg.out) / "warm_start.png", len(noise), max(1, 96 // x.shape[-1]), labels)
+    if rank == 0:
+        data.save_grid(x, Path(cfg.out) / "warm_start.png", len(noise), max(1, 96 // x.shape[-1]), labels)
     return change
 
-def save_samples(ema, vae, cfg, config, step, text):
+def save_samples(ema, vae, cfg, config, step, text, rank):
     """samples_<step>.png: four images of each of the first ten classes (or prompts), each column the same noise."""
     n = min(10, len(config["classes"]) if cfg.text else ema.cfg.num_classes)
     settings = sample.settings_of(sample.Config(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n))), config, "")
     images, base = sample.generate(ema, vae, range(4 * n), settings, text)
     labels = [config["classes"][k][:24] if k < len(config["classes"]) else str(k) for k in range(n)] * 4
-    for name, x in {"samples": images, "samples_base_only": base}.items() if cfg.D else [("samples", images)]:
-        for file in (f"{name}_{step:06d}.png", f"{name}.png"):
-            data.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
+    grids = {"samples": images, "samples_base_only": base} if cfg.D else {"samples": images}
+    with common.disk_may_fail():
+        for name, x in grids.items() if rank == 0 else ():
+            for file in (f"{name}_{step:06d}.png", f"{name}.png"):
+                data.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
 
 def dry_run(cfg):
     """Print what a run would be, from shapes alone, for the released VA-VAE + LightningDiT or SD3 models.  Returns numbers.
@@ -386,6 +374,8 @@ def main(cfg):
     rank, world, device = common.setup(cfg.device)
     lock = common.hold(cfg.out, rank)                              # until this function returns
     accumulate = common.micro_batches(cfg.batch_size, cfg.micro_batch, world)
+    if cfg.shard and world == 1:
+        raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     make_if_missing(cfg.vae, cfg)
     vae = load_davae(cfg.vae).to(device).requires_grad_(False)
     if cfg.D not in (0, vae.D):
@@ -402,6 +392,8 @@ def main(cfg):
         dit, base = initial_dit(cfg, vae, max(1, len(train_set.classes)))
         ema = deepcopy(dit)
     condition = sample.Conditioner(dit, train_set, cfg, device, rank)     # T5, if it must run, has the GPU for itself
+    if cfg.shard:
+        dit, ema, base = (m and shard(m, device) for m in (dit, ema, base))
     dit, ema = dit.to(device).train(), ema.to(device).eval().requires_grad_(False)
     dit.checkpointing = cfg.checkpointing
     for block in dit.blocks if cfg.compile else ():                # in place: no name in a checkpoint changes
@@ -411,9 +403,9 @@ def main(cfg):
     start, seconds, extra = 0, 0.0, {}
     if resumed:
         state = common.read_state_dict(resumed[0] / "train_state.pt")
-        opt.load_state_dict(state["opt"])
+        opt.load_state_dict(spread(state["opt"], trained.values()))
         start, seconds, extra = state["step"], state["seconds"], state["extra"]
-    model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 else dit
+    model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
     config = {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": dataclasses.asdict(dit.cfg), "classes":
               list(dict.fromkeys(filter(None, train_set.captions)))[:8] if cfg.text else train_set.classes}
     if rank == 0:
@@ -424,32 +416,36 @@ def main(cfg):
     stream = latent_source(vae, train_set, cfg, device, rank, world)(start)
     log, since = common.Log(cfg.out, rank, start, cfg.steps), time.time()
 
-    def save(step):
-        if step == 0:                                              # what no step changes
-            common.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()}, {"source": cfg.vae, "model": vae.config()})
-            if cfg.lora:
-                frozen = {k: v for k, v in dit.state_dict().items() if k not in trained}
-                common.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
-        else:
-            save_samples(ema, vae, cfg, config, step, condition.text)
+    def save(step, must):
+        """By all ranks, because a sharded model needs them all; rank 0 writes."""
+        if step:
+            save_samples(ema, vae, cfg, config, step, condition.text, rank)
         state = {"step": step, "seconds": seconds + time.time() - since, "opt": opt.state_dict(), "extra": extra}
         weights = {name: {k: v for k, v in m.state_dict().items() if k in trained or not cfg.lora}
                    for name, m in (("model", dit), ("ema", ema))}
-        common.save_checkpoint(cfg.out, step, weights, state, config)
+        frozen = {k: v for k, v in dit.state_dict().items() if k not in trained and cfg.lora and step == 0}
+        state, weights, frozen = whole((state, weights, frozen), keep=rank == 0)
+        if rank == 0:
+            with common.disk_may_fail(must):
+                if step == 0:                                      # what no step changes
+                    common.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()},
+                                       {"source": cfg.vae, "model": vae.config()})
+                if frozen:
+                    common.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
+                common.save_checkpoint(cfg.out, step, weights, state, config)
 
-    if rank == 0 and not resumed:                                  # a disk that is too small shows now, not after hours
-        with common.disk_may_fail(must=True):
-            save(0)
+    if not resumed:                                                # a disk that is too small shows now, not after hours
+        save(0, must=True)
     share_frozen(dit, ema)                                         # after they were saved as they came
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
     common.heed_signals()
     for n, (z_all, y) in zip(bar, stream):
-        if n == 0 and rank == 0:
-            check_statistics(z_all, vae.C, cfg.out)
+        if n == 0:
+            if rank == 0:
+                check_statistics(z_all, vae.C, cfg.out)
             if base is not None and cfg.D:
-                z = z_all[:16, :vae.C]
-                extra["warm_start"] = prove_warm_start(base.to(device), dit, vae, z, condition(y[:16], 0.0),
-                                                       condition(y[:16], 1.0), cfg)
+                z, cond, uncond = z_all[:16, :vae.C], condition(y[:16], 0.0), condition(y[:16], 1.0)
+                extra["warm_start"] = prove_warm_start(base.to(device), dit, vae, z, cond, uncond, cfg, rank)
         base = None                                                # its memory is wanted
         for group in opt.param_groups:
             group["lr"] = lr = train_vae.learning_rate(n, cfg)
@@ -459,13 +455,15 @@ def main(cfg):
         for i, (z_part, y_part) in enumerate(zip(z_all.chunk(accumulate), y.chunk(accumulate))):
             common.seed_step(cfg.seed, rank * accumulate + i, n)
             cond = condition(y_part, cfg.label_dropout)
-            model.require_backward_grad_sync = i == accumulate - 1
+            model.require_backward_grad_sync = sync = i == accumulate - 1
+            if cfg.shard:
+                dit.set_requires_gradient_sync(sync)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, base_loss, detail_loss = flow_loss(model, z_part, cond, vae.C, w, cfg.cosine, cfg.weighting)
             (loss / accumulate).backward()
             halves = {"base": base_loss, "detail": detail_loss} if cfg.D else {"base": base_loss}
             train_vae.add_up(sums, {"loss": loss.detach(), **halves}, accumulate)
-        norm = nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf))
         train_vae.stop_if_not_finite(norm, loss, dit, n)           # the one place where a step waits for the device
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -476,9 +474,8 @@ def main(cfg):
                         **{"img/s": (n + 1 - start) * cfg.batch_size / (time.time() - since)})
             extra.update({name: means[name] for name in halves})
         stop, last = common.asked_to_stop(), n + 1 == cfg.steps
-        if rank == 0 and (stop or last or (n + 1) % cfg.save_every == 0):
-            with common.disk_may_fail(must=stop or last):
-                save(n + 1)
+        if stop or last or (n + 1) % cfg.save_every == 0:
+            save(n + 1, must=stop or last)
         if stop and not last:
             if rank == 0:
                 tqdm.write(f"{cfg.out}: stopped after step {n + 1}; the same command goes on from there")

@@ -491,7 +491,7 @@ def launch(main, cfg):
         record(main)(cfg)                                          # torchrun then reports the rank that failed first
     except torch.OutOfMemoryError as error:
         less = [f"--micro_batch={cfg.micro_batch // 2} (the result stays the same)"] if cfg.micro_batch > 1 else []
-        less += ["--checkpointing=True"] if not getattr(cfg, "checkpointing", True) else []
+        less += [f"--{name}=True" for name in ("checkpointing", "shard") if not getattr(cfg, name, True)]
         raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {', '.join([*less, 'a smaller model'])}") from None
     if dist.is_initialized():
         dist.destroy_process_group()

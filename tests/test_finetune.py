@@ -241,6 +241,24 @@ def test_two_processes_lose_what_one_does_and_one_continues_their_run(tiny_vae, 
     assert [json.loads(line)["step"] for line in open(tmp_path / "two" / "log.jsonl")] == [1, 2, 3]
 
 
+def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(tiny_vae, tiny_base, tmp_path, launch):
+    whole, shards = (config(tiny_vae, tiny_base, tmp_path / name, steps=2, micro_batch=2) for name in ("whole", "shards"))
+    process = launch(finetune.main, replace(shards, shard=True), ranks=2)
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.count("max |v - v_base| = 0.0") == 1, err[-3000:]
+    finetune.main(whole)
+    process = launch(finetune.main, replace(whole, steps=3, shard=True), ranks=2)                  # whole, then sharded
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    finetune.main(replace(shards, steps=3))                                                        # and the other way round
+    for step in (2, 3):
+        for name in ("model", "ema"):
+            a, b = (load_file(Path(cfg.out) / f"step_{step:06d}" / f"{name}.safetensors") for cfg in (whole, shards))
+            assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=3e-4) for k in a)
+    with pytest.raises(SystemExit, match="start it with torchrun"):
+        finetune.main(replace(whole, out=str(tmp_path / "one"), shard=True))
+
+
 def test_a_run_stopped_by_ctrl_c_or_killed_in_a_save_goes_on_bit_for_bit(tiny_vae, tiny_base, tmp_path, launch):
     straight, broken = (config(tiny_vae, tiny_base, tmp_path / name, steps=400, save_every=1000) for name in ("a", "b"))
     process, log = launch(finetune.main, broken), tmp_path / "b" / "log.jsonl"
