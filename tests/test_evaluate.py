@@ -313,8 +313,9 @@ def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path,
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
     tokenizer, small = CLIPTokenizer.from_pretrained(sd3_folder / "tokenizer"), dict(hidden_size=16, intermediate_size=32)
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(dict(vocab_size=len(tokenizer), num_attention_heads=2, eos_token_id=1, **small),
-                                 dict(image_size=28, patch_size=14, num_attention_heads=2, **small), projection_dim=8)).eval()
+    small |= dict(num_hidden_layers=2, num_attention_heads=2)
+    model = CLIPModel(CLIPConfig(text_config=dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1, **small),
+                                 vision_config=dict(image_size=28, patch_size=14, **small), projection_dim=8)).eval()
     processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer)
     model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
     score, _ = evaluate.clip_scorer(tmp_path, "cpu")
@@ -333,7 +334,7 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
                    settings={"held_out": "", "features": ""})
     seen = []
     monkeypatch.setattr(evaluate.sample, "settings_of", lambda *args: {"prompts": ["a", "b", "c"]})
-    monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: None)
+    monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: "a cache of texts")
     monkeypatch.setattr(evaluate.sample, "generate", lambda dit, vae, indices, *args: (
         torch.tensor(list(indices)).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).float(), torch.zeros(len(indices), 3, 2, 2)))
 
