@@ -2,7 +2,7 @@
 
     python evaluate.py out/tiny                                     # a run of finetune.py: both
     python evaluate.py out/photos-vae --data_dir=photos/eval --perceptual=squeeze --lpips_trunk=squeezenet1_1.pth
-    torchrun --nproc_per_node=8 evaluate.py out/imagenet512 --data_dir=imagenet/val --images=50000 --n=50000 \\
+    torchrun --nproc_per_node=8 -- evaluate.py out/imagenet512 --data_dir=imagenet/val --images=50000 --n=50000 \\
         --inception_weights=inception.pth --reference=VIRTUAL_imagenet512.npz
     python evaluate.py compare out/photos out/other                 # the latest measurements of two runs, side by side
     python evaluate.py analyse tsne out/tiny-vae --other=out/no-align       # one of the paper's figures, and its numbers

@@ -140,7 +140,7 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
     """Samples and images are shared out; rows come back in order, so that labels still belong to their samples."""
     flags = [tiny_run, "--n=11", "--images=13", "--steps=2", "--batch_size=4", "--device=cpu"]
     script, entries = [str(Path(evaluate.__file__))], []
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"])):
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"])):
         done = subprocess.run([sys.executable, *launch, *script, *flags, f"--out={tmp_path / name}.json"], capture_output=True,
                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
