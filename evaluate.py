@@ -2,7 +2,7 @@
 
     python evaluate.py out/tiny                                     # a run of finetune.py: both
     python evaluate.py out/photos-vae --data_dir=photos/eval --perceptual=squeeze --lpips_trunk=squeezenet1_1.pth
-    torchrun --nproc_per_node=8 evaluate.py out/imagenet512 --data_dir=imagenet/val --images=50000 --n=50000 \\
+    torchrun --nproc_per_node=8 -- evaluate.py out/imagenet512 --data_dir=imagenet/val --images=50000 --n=50000 \\
         --inception_weights=inception.pth --reference=VIRTUAL_imagenet512.npz
     python evaluate.py compare out/photos out/other                 # the latest measurements of two runs, side by side
     python evaluate.py analyse tsne out/tiny-vae --other=out/no-align       # one of the paper's figures, and its numbers
@@ -231,12 +231,12 @@ def generation(run, real):
     reference, clip = moments(real), lambda x, texts: x.new_empty(len(x))
     if cfg.reference:
         reference, real, settings["reference"] = read_reference(cfg.reference, settings["features"], run.network, run.device)
-    if cfg.clip and "prompts" not in settings:
+    text = sample.text_of(cfg, run.config, settings, Path(cfg.run), run.rank, run.device)
+    if cfg.clip and text is None:
         raise SystemExit(f"--clip={cfg.clip}: {cfg.run} draws classes, not texts")
     if cfg.clip:
         clip, settings["clip"] = clip_scorer(cfg.clip, run.device)
-    text = sample.text_of(cfg, run.config, settings, Path(cfg.run), run.rank, run.device)
-    mine, prompts = range(run.rank, cfg.n, run.world), settings.get("prompts", [""])
+    mine, prompts = range(run.rank, cfg.n, run.world), settings["prompts"] if text else [""]
     for k in tqdm(range(0, len(mine), cfg.batch_size), desc="sampling", disable=run.rank > 0, mininterval=1):
         start, indices = time.perf_counter(), mine[k:k + cfg.batch_size]
         full, base = (x.cpu() for x in sample.generate(run.dit, vae, indices, settings, text))

@@ -4,7 +4,7 @@
     python sample.py out/sd35m-1024 --prompts="a red fox|a lighthouse" --text=sd3.5-medium --height=1024 --width=1536
     python sample.py text sd3.5-medium --out=out/text --data_dir=photos     # only encode texts: captions, or --prompts=
     python sample.py export out/sd35m-1024 --out=exported                   # back to the formats that other programs read
-    torchrun --nproc_per_node=8 sample.py out/imagenet512 --n=50000 --steps=249 --cfg=4 --cfg_start=0.2 --shift=0.3
+    torchrun --nproc_per_node=8 -- sample.py out/imagenet512 --n=50000 --steps=249 --cfg=4 --cfg_start=0.2 --shift=0.3
 
 Writes to --out: 000000.png ..., grid.png (one row per class), base_preview.png (the same latents through the base decoder
 alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evaluator reads it) and settings.json. A folder that is
