@@ -97,7 +97,7 @@ def launch(tmp_path):
     def start(main, cfg, fault="", ranks=1):
         module, program = main.__module__, tmp_path / f"program{len(started)}.py"
         program.write_text(f"import os, signal, sys, torch, common, {module} as script\nRANK = int(os.environ.get('RANK', 0))\n"
-                           f"{fault}\nvalues = {dataclasses.asdict(cfg)}\n"
+                           f"torch.set_num_threads({torch.get_num_threads()})\n{fault}\nvalues = {dataclasses.asdict(cfg)}\n"
                            f"getattr(script, 'train_vae', script).launch(script.main, script.Config(**values))\n")
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         started.append(subprocess.Popen([sys.executable, *torchrun, str(program)], text=True, cwd=tmp_path,

@@ -44,7 +44,7 @@ if not INTERPRETED:
             assert said in done.stdout + done.stderr
 
     def test_all_kernels_pass_in_the_interpreter():
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))], cwd=ROOT,
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(Path(__file__))], cwd=ROOT,
                               env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
