@@ -74,8 +74,8 @@ PRESETS = {
                       beta2=0.99, cooldown=0.5, log_every=50, save_every=400),
     # 17.6 dB on 1,000 held-out images at full size; 1 minute on 2 cores (2026-11-21)
     "tiny": dict(out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none", stats=1024,
-                 align=0.05, adaptive_align=False, gan=0.1, disc_start=550, disc_width=16, steps=650, batch_size=8, lr=3e-3,
-                 cooldown=0.5, log_every=50, save_every=325),
+                 align=0.05, adaptive_align=False, gan=0.1, disc_start=650, disc_width=16, steps=750, batch_size=8, lr=3e-3,
+                 cooldown=0.5, log_every=50, save_every=375),
     # 19.9 dB against 17.2 dB of the base channels alone, same images; 1.5 minutes on 2 cores (2026-11-21)
     "photos": dict(out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, freeze_encoder=True, perceptual="none",
                    gan=0.0, align=0.05, adaptive_align=False, fit=True, stats=500, steps=1000, batch_size=8, micro_batch=8,
