@@ -72,11 +72,11 @@ PRESETS = {
     "tiny-base": dict(out="out/tiny-base-vae", D=0, C=8, ch=16, ch_mult=(1, 1, 2), blocks=1, groups=16, image_size=64,
                       flip=False, perceptual="none", gan=0.0, stats=1024, steps=800, batch_size=8, lr=3e-3, beta1=0.9,
                       beta2=0.99, cooldown=0.5, log_every=50, save_every=400),
-    # 17.6 dB on 1,000 held-out images at full size; 1 minute on 2 cores (2026-11-21)
+    # 17.3 dB on 1,000 held-out images at full size; 41 s on 2 cores (2026-11-21)
     "tiny": dict(out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none", stats=1024,
                  align=0.05, adaptive_align=False, gan=0.1, disc_start=650, disc_width=16, steps=750, batch_size=8, lr=3e-3,
                  cooldown=0.5, log_every=50, save_every=375),
-    # 19.9 dB against 17.2 dB of the base channels alone, same images; 1.5 minutes on 2 cores (2026-11-21)
+    # 19.05 dB against 16.99 dB of the base channels alone, same images; 75 s on 2 cores (2026-11-21)
     "photos": dict(out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, freeze_encoder=True, perceptual="none",
                    gan=0.0, align=0.05, adaptive_align=False, fit=True, stats=500, steps=1000, batch_size=8, micro_batch=8,
                    lr=1e-4, beta1=0.9, beta2=0.99, cooldown=0.5, log_every=100, save_every=500),
