@@ -388,14 +388,14 @@ def main(cfg):
     adam = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     opt = torch.optim.AdamW(trained, **adam)
     opt_d = torch.optim.AdamW(disc.parameters(), **adam) if disc else None
-    start, seconds = 0, 0.0
+    start, seconds, results = 0, 0.0, {}
     if resumed:
         state = common.read_state_dict(resumed[0] / "train_state.pt")
         opt.load_state_dict(state["opt"])
         if disc:
             disc.load_state_dict(state["disc"])
             opt_d.load_state_dict(state["opt_d"])
-        start, seconds = state["step"], state["seconds"]
+        start, seconds, results = state["step"], state["seconds"], state["results"]
     if cfg.compile:                  # level by level: the adaptive weights differentiate by the last convolution alone, twice
         torch._dynamo.config.recompile_limit, torch._functorch.config.donated_buffer = 64, False
         for part in (m for m in vae.modules() if isinstance(m, (Level, Mid, TinyBlock))):
@@ -409,13 +409,13 @@ def main(cfg):
               f"{cfg.batch_size} = {world} ranks x {cfg.batch_size // world // accumulate} x {accumulate}; "
               f"steps {start} to {cfg.steps}, {device}")
     val = validation_images(cfg, train_set).to(device)
-    log, since, results = common.Log(cfg.out, rank, start, cfg.steps), time.time(), {}
+    log, since = common.Log(cfg.out, rank, start, cfg.steps), time.time()
 
     def save(step):
         index = range(min(cfg.stats, len(train_set)))
         vae.measure(data.to_tensor(data.stack(train_set, index[k:k + 64])[0]).to(device) for k in index[::64])
         results.update(validate(vae, val, cfg.out, step))
-        state = {"step": step, "seconds": seconds + time.time() - since, "opt": opt.state_dict()}
+        state = {"step": step, "seconds": seconds + time.time() - since, "results": results, "opt": opt.state_dict()}
         if disc:
             state.update(disc=disc.state_dict(), opt_d=opt_d.state_dict())
         common.save_checkpoint(cfg.out, step, {"model": vae.state_dict()}, state,

@@ -99,7 +99,7 @@ def training(cuda):
         (model(z_all, t, y) - target).square().mean().backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
-        project("common").ema_update(ema, model, 0.999)
+        dit.ema_update(ema, model, 0.999)
     yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), {"images": B, "cost": 712e9 * cuda}       # FLOPs
 
 def sampling(cuda):

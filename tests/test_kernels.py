@@ -53,6 +53,15 @@ if not INTERPRETED:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.strip() == "False", done.stdout + done.stderr
 
+    @pytest.mark.parametrize("section", ["operations", "training", "sampling"])
+    def test_what_the_benchmark_measures_runs_at_toy_size(section):
+        from kernels import bench
+        rows = 0
+        for what, variants, _ in getattr(bench, section)(False):
+            next(iter(variants.values()))()                        # plain PyTorch: nothing is compiled here
+            rows += 1
+        assert rows == {"operations": 16, "training": 1, "sampling": 4}[section]
+
 
 # ---------------------------------------------------------------- inputs, by kernel: name -> (op, ref, inputs)
 

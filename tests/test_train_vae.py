@@ -205,6 +205,14 @@ def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(base_run, tmp_pat
     assert [p.name for p in common.checkpoints(killed.out)] == ["step_000003", "step_000004"]
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_still_gets_one(base_run, tmp_path):
+    cfg = detail(base_run, tmp_path / "a", steps=1, image_size=16, gan=0.0)
+    first = train_vae.main(cfg)
+    (tmp_path / "a" / "summary.json").unlink()
+    again = train_vae.main(cfg)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+
+
 def test_sigterm_finishes_the_step_saves_and_exits_with_zero(base_run, tmp_path, launch):
     straight, stopped = (detail(base_run, tmp_path / name, steps=300, image_size=16, gan=0.0) for name in "ab")
     process, log = launch(train_vae.main, stopped), tmp_path / "b" / "log.jsonl"
