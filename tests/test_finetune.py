@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
@@ -185,6 +186,29 @@ def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
 
 
+def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(tiny_vae, tiny_base, tmp_path,
+                                                                                                  monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "SHARD", 16)
+    vae, cfg = load_davae(tiny_vae), config("", tiny_base, tmp_path)
+    train_set, encoded = finetune.data.open_dataset("procedural", 64, 40, 0), []
+
+    def encode(x):
+        encoded.append(len(x))
+        return vae.encode(finetune.data.to_tensor(x))
+
+    folder = finetune.write_cache(vae, encode, train_set, cfg, 0, 1)
+    assert encoded == [16, 16, 8] and "40 images to encode" in capsys.readouterr().out
+    with safe_open(folder / "00001.safetensors", "pt") as f:
+        about = json.loads(f.metadata()["about"])
+        assert len(f.metadata()["vae"]) == 64 and about["detail"] == "mode" and about["image_size"] == 64
+    whole = finetune.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0]
+    (folder / "00001.safetensors").rename(folder / "00001.tmp0")                                # killed while it was written
+    assert finetune.write_cache(vae, encode, train_set, cfg, 0, 1) == folder and encoded[3:] == [16]
+    assert torch.equal(finetune.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0], whole)
+    vae.down.conv.bias.data += 1
+    assert finetune.write_cache(vae, encode, train_set, cfg, 0, 1) != folder
+
+
 def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(tiny_vae, tiny_base, tmp_path):
     """Raw fp32 latents of both orientations with labels, as its extract_features.py saves them."""
     vae, drawn = load_davae(tiny_vae), finetune.data.open_dataset("procedural", 64, 20, 0)
@@ -227,12 +251,12 @@ def test_presets_name_fields_and_their_own_folders():
 
 
 def test_two_processes_lose_what_one_does_and_one_continues_their_run(tiny_vae, tiny_base, tmp_path):
-    one, two = (config(tiny_vae, tiny_base, tmp_path / name, steps=2, micro_batch=4) for name in ("one", "two"))
+    one, two = (config(tiny_vae, tiny_base, tmp_path / name, steps=2, micro_batch=2) for name in ("one", "two"))
     flags = [f"--{k}={v}" for k, v in two.__dict__.items() if k != "preset"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launcher, finetune.__file__, "tiny", *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "batch 8 = 2 ranks x 4 x 1" in done.stdout and done.stdout.count("batch 8 =") == 1      # rank 0 prints
+    assert "batch 8 = 2 ranks x 2 x 2" in done.stdout and done.stdout.count("batch 8 =") == 1      # rank 0 prints
     finetune.main(one)
     rows = [[json.loads(line) for line in open(Path(cfg.out) / "log.jsonl")] for cfg in (one, two)]
     for a, b in zip(*rows, strict=True):
