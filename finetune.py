@@ -384,7 +384,7 @@ def main(cfg):
                  data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed))
 
     # model and EMA: from the newest checkpoint if there is one
-    resumed, base = common.checkpoints(cfg.out)[-1:], None
+    resumed, base = [c for c in common.checkpoints(cfg.out) if c.name != "step_000000"][-1:], None
     if resumed:
         common.check_resume(common.read_config(resumed[0])["config"], cfg, MAY_CHANGE)
         dit, ema = load_dit(resumed[0], "model"), load_dit(resumed[0], "ema")
@@ -436,7 +436,8 @@ def main(cfg):
 
     if not resumed:                                                # a disk that is too small shows now, not after hours
         save(0, must=True)
-    share_frozen(dit, ema)                                         # after they were saved as they came
+    if not cfg.shard:
+        share_frozen(dit, ema)                                     # after they were saved as they came
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
     common.heed_signals()
     for n, (z_all, y) in zip(bar, stream):

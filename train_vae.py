@@ -369,7 +369,7 @@ def main(cfg):
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
     # models: from the newest checkpoint if there is one
-    resumed = common.checkpoints(cfg.out)[-1:]
+    resumed = [c for c in common.checkpoints(cfg.out) if c.name != "step_000000"][-1:]
     if resumed:
         common.check_resume(common.read_config(resumed[0])["config"], cfg, MAY_CHANGE)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format     # the fast one of each

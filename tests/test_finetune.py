@@ -304,6 +304,16 @@ common.torch.save = save""")
         assert all(torch.equal(x[k], y[k]) for k in x)
 
 
+def test_a_run_cut_off_before_its_first_step_begins_again_and_proves_its_warm_start(tiny_vae, tiny_base, tmp_path, monkeypatch):
+    cfg = config(tiny_vae, tiny_base, tmp_path / "a", steps=1)
+    with monkeypatch.context() as m:
+        m.setattr(finetune.common, "heed_signals", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune.main(cfg)
+    assert common.step_of(cfg.out) == 0
+    assert finetune.main(cfg)["warm_start"] == 0.0
+
+
 def test_latents_that_are_not_what_the_statistics_say_are_noticed(capsys):
     z_all = torch.randn(16, 12, 4, 4)
     finetune.check_statistics(z_all, 4, "run")
