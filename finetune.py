@@ -397,7 +397,7 @@ def main(cfg):
     dit, ema = dit.to(device).train(), ema.to(device).eval().requires_grad_(False)
     dit.checkpointing = cfg.checkpointing
     for block in dit.blocks if cfg.compile else ():                # in place: no name in a checkpoint changes
-        block.compile()
+        block.compile(dynamic=False)
     trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
     opt = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     start, seconds, extra = 0, 0.0, {}

@@ -370,7 +370,7 @@ def main(cfg):
         text = text_of(cfg, config, settings, out, rank, device)
     dit, vae, config = load_run(cfg.run, cfg.weights, device)
     for part in [*dit.blocks, vae.decoder if vae.D else vae.base.decoder] if cfg.compile else ():
-        part.compile()
+        part.compile(dynamic=False)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():
         old = json.loads((out / "settings.json").read_text())

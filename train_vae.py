@@ -399,7 +399,7 @@ def main(cfg):
     if cfg.compile:                  # level by level: the adaptive weights differentiate by the last convolution alone, twice
         torch._dynamo.config.recompile_limit, torch._functorch.config.donated_buffer = 64, False
         for part in (m for m in vae.modules() if isinstance(m, (Level, Mid, TinyBlock))):
-            part.compile()
+            part.compile(dynamic=False)
     model = DistributedDataParallel(vae) if world > 1 else vae
     judge = DistributedDataParallel(disc) if world > 1 and disc else disc
 

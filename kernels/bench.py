@@ -50,7 +50,7 @@ def models(parts, f, cuda):
         with torch.compiler.set_stance(stance), torch.autocast("cuda" if cuda else "cpu", torch.bfloat16):
             f()
     for part in parts:
-        part.compile(backend="inductor" if cuda else "aot_eager")
+        part.compile(backend="inductor" if cuda else "aot_eager", dynamic=False)
     return {"plain": partial(run, "force_eager", "ref"), "plain, compiled": partial(run, "default", "ref"),
             "kernels, compiled": partial(run, "default", "triton")}
 
