@@ -163,8 +163,7 @@ def save_folder(final, weights, config, train_state=None):
         if train_state is not None:
             torch.save(train_state, temporary / "train_state.pt")
         write_json(temporary / "config.json", config)
-        sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
-        replace(temporary / "SHA256SUMS", sums)
+        replace(temporary / "SHA256SUMS", "".join(f"{sha256(p)}  {p.name}\n" for p in sorted(temporary.iterdir())))
         for path in temporary.iterdir():
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
@@ -172,7 +171,6 @@ def save_folder(final, weights, config, train_state=None):
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)               # on a full disk, its bytes are wanted
-    return final
 
 def sha256(path):
     with open(path, "rb") as f:
@@ -180,10 +178,9 @@ def sha256(path):
 
 def save_checkpoint(run, step, weights, train_state, config, keep=2):
     """Write <run>/step_<step>/ with `save_folder`, then prune all but the `keep` newest, and what killed saves left."""
-    final = save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
+    save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
     for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
         shutil.rmtree(old)
-    return final
 
 def checkpoints(run):
     """The complete checkpoints of a run, oldest first."""
@@ -206,23 +203,27 @@ def check_whole(path):
     sums = path.parent / "SHA256SUMS"      # which `sha256sum --check` reads, too
     wanted = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines()) if sums.exists() else {}
     if path.name in wanted and (not path.exists() or sha256(path) != wanted[path.name]):
-        before = [p for p in checkpoints(path.parent.parent) if p.name < path.parent.name]
-        raise SystemExit(f"{path}: damaged, it is not what SHA256SUMS beside it says; copy it again, or remove {path.parent} "
-                         f"{f'to go on from {before[-1]}' if before else 'to start afresh'}")
+        steps = checkpoints(path.parent.parent)
+        before = steps[:steps.index(path.parent)] if path.parent in steps else []
+        raise SystemExit(f"{path}: damaged, it is not what SHA256SUMS beside it says; copy it again, or "
+                         + (f"remove {path.parent} to go on from {before[-1]}" if before else "start the run afresh"))
 
 def read_config(checkpoint):
     """The config.json of a checkpoint directory, as a dict."""
     check_whole(Path(checkpoint) / "config.json")
     return json.loads((Path(checkpoint) / "config.json").read_text())
 
-def check_resume(saved, cfg, free):
-    """Refuse to resume with other settings than the run was started with; fields named in `free` may change, aloud."""
+def resume(cfg, free):
+    """The checkpoint cfg.out goes on from, None before step 1. Settings not its own are refused, or if `free`, said aloud."""
+    latest = checkpoints(cfg.out)[-1] if step_of(cfg.out) > 0 else None
+    saved = read_config(latest)["config"] if latest else {}
     for name, new in dataclasses.asdict(cfg).items():
         if json.dumps(old := saved.get(name, new)) != json.dumps(new):
             if name not in free:
                 raise SystemExit(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
                                  f"give --{name}={old} to go on, or another --out to start afresh")
             tqdm.write(f"resuming with {name}={new} (was {old})")
+    return latest
 
 def read_state_dict(source):
     """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.

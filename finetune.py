@@ -384,10 +384,9 @@ def main(cfg):
                  data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed))
 
     # model and EMA: from the newest checkpoint if there is one
-    resumed, base = [c for c in common.checkpoints(cfg.out) if c.name != "step_000000"][-1:], None
+    resumed, base = common.resume(cfg, MAY_CHANGE), None
     if resumed:
-        common.check_resume(common.read_config(resumed[0])["config"], cfg, MAY_CHANGE)
-        dit, ema = load_dit(resumed[0], "model"), load_dit(resumed[0], "ema")
+        dit, ema = load_dit(resumed, "model"), load_dit(resumed, "ema")
     else:
         dit, base = initial_dit(cfg, vae, max(1, len(train_set.classes)))
         ema = deepcopy(dit)
@@ -402,7 +401,7 @@ def main(cfg):
     opt = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     start, seconds, extra = 0, 0.0, {}
     if resumed:
-        state = common.read_state_dict(resumed[0] / "train_state.pt")
+        state = common.read_state_dict(resumed / "train_state.pt")
         opt.load_state_dict(spread(state["opt"], trained.values()))
         start, seconds, extra = state["step"], state["seconds"], state["extra"]
     model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit

@@ -369,11 +369,9 @@ def main(cfg):
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
     # models: from the newest checkpoint if there is one
-    resumed = [c for c in common.checkpoints(cfg.out) if c.name != "step_000000"][-1:]
-    if resumed:
-        common.check_resume(common.read_config(resumed[0])["config"], cfg, MAY_CHANGE)
+    resumed = common.resume(cfg, MAY_CHANGE)
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format     # the fast one of each
-    vae = (load_davae(resumed[0]) if resumed else initial_vae(cfg)).to(device, memory_format=layout).train()
+    vae = (load_davae(resumed) if resumed else initial_vae(cfg)).to(device, memory_format=layout).train()
     if cfg.D and cfg.freeze_encoder:
         vae.detail_encoder.requires_grad_(False)
     if cfg.fit and cfg.D and not resumed:
@@ -390,7 +388,7 @@ def main(cfg):
     opt_d = torch.optim.AdamW(disc.parameters(), **adam) if disc else None
     start, seconds, results = 0, 0.0, {}
     if resumed:
-        state = common.read_state_dict(resumed[0] / "train_state.pt")
+        state = common.read_state_dict(resumed / "train_state.pt")
         opt.load_state_dict(state["opt"])
         if disc:
             disc.load_state_dict(state["disc"])
@@ -490,7 +488,7 @@ def launch(main, cfg):
     try:
         record(main)(cfg)                                          # torchrun then reports the rank that failed first
     except torch.OutOfMemoryError as error:
-        less = [f"--micro_batch={cfg.micro_batch // 2} (the result stays the same)"] if cfg.micro_batch > 1 else []
+        less = [f"--micro_batch={cfg.micro_batch // 2} (the same batch)"] if cfg.micro_batch > 1 else []
         less += [f"--{name}=True" for name in ("checkpointing", "shard") if not getattr(cfg, name, True)]
         raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {', '.join([*less, 'a smaller model'])}") from None
     if dist.is_initialized():

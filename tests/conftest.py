@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,22 @@ def launch(tmp_path):
     yield start
     for process in started:
         process.kill()
+
+
+@pytest.fixture
+def interrupt(launch):
+    """interrupt(main, cfg, number): run it until it has logged a few steps, send that signal; returns the step it stopped at."""
+    def run(main, cfg, number):
+        process, log = launch(main, cfg), Path(cfg.out) / "log.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate()
+        step = int(max(Path(cfg.out).glob("step_*")).name[5:])
+        assert process.returncode == 0 and 2 < step < cfg.steps and f"stopped after step {step}" in out, err
+        return step
+
+    return run
 
 
 @pytest.fixture

@@ -103,11 +103,29 @@ def test_a_folder_without_checkpoints_is_named(tmp_path):
         common.latest_checkpoint(tmp_path / "nowhere")
 
 
-def test_resume_refuses_another_run_and_names_both_values():
-    saved = {"out": "out/x", "steps": 10, "lr": 1e-3, "ch_mult": [1, 2]}
-    common.check_resume(saved, Config(out="out/x", lr=0.5), free={"preset", "lr"})
+def test_resume_refuses_another_run_and_names_both_values(tmp_path, capsys):
+    out = str(tmp_path)
+    saved = {"config": {"out": out, "steps": 10, "lr": 1e-3, "ch_mult": [1, 2]}}
+    assert common.resume(Config(out=out), free=set()) is None
+    common.save_checkpoint(out, 0, {}, {}, saved)
+    assert common.resume(Config(out=out, steps=11), free=set()) is None        # nothing is trained yet: it may begin again
+    common.save_checkpoint(out, 5, {}, {}, saved)
+    assert common.resume(Config(out=out, lr=0.5), free={"preset", "lr"}).name == "step_000005"
+    assert "resuming with lr=0.5 (was 0.001)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="started with steps=10, now steps=11"):
-        common.check_resume(saved, Config(out="out/x", steps=11), free={"preset", "lr"})
+        common.resume(Config(out=out, steps=11), free={"preset", "lr"})
+
+
+def test_damage_is_answered_with_what_can_be_done(tmp_path):
+    common.save_folder(tmp_path / "vae", {"model": {"w": torch.ones(2)}}, {})
+    for step in (999_999, 1_000_000):
+        common.save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(2)}}, {}, {})
+    for name, advice in {"vae": "or start the run afresh", "step_999999": "or start the run afresh",
+                         "step_1000000": "remove .*step_1000000 to go on from .*step_999999"}.items():
+        file = tmp_path / name / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(SystemExit, match=advice):
+            common.read_state_dict(file)
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):

@@ -213,15 +213,9 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_still_gets_one
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_with_zero(base_run, tmp_path, launch):
+def test_sigterm_finishes_the_step_saves_and_exits_with_zero(base_run, tmp_path, interrupt):
     straight, stopped = (detail(base_run, tmp_path / name, steps=300, image_size=16, gan=0.0) for name in "ab")
-    process, log = launch(train_vae.main, stopped), tmp_path / "b" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate()
-    step = common.step_of(stopped.out)
-    assert process.returncode == 0 and 2 < step < 300 and f"stopped after step {step}" in out, err
+    step = interrupt(train_vae.main, stopped, signal.SIGTERM)
     for cfg in (straight, stopped):
         train_vae.main(replace(cfg, steps=step + 2, cooldown=0.0))
     assert same_weights(straight, stopped)
