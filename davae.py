@@ -12,8 +12,10 @@ downsampling factor (DAVAE's is 2f). Pixels are RGB in [-1, 1]. Every `encode` r
 """
 import dataclasses
 import json
+from collections import OrderedDict, namedtuple
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,6 +66,11 @@ class Posterior:
         mean, logvar = self.mean.float(), self.logvar.float()
         return (mean.square() + logvar.exp() - 1 - logvar).mean()
 
+def zero_conv(c_in, c_out):
+    conv = nn.Conv2d(c_in, c_out, 1, bias=False)
+    nn.init.zeros_(conv.weight)
+    return conv
+
 class DownBlock(nn.Module):
     """Residual pixel-unshuffle (after DC-AE): features (B, F, 2h, 2w) -> moments (B, O, h, w).
 
@@ -78,19 +85,12 @@ class DownBlock(nn.Module):
             raise ValueError(f"the down block makes {O} channels by pixel-unshuffle: wanted a multiple of 4, so D even")
         self.O = O
         self.conv = nn.Conv2d(width, O // 4, 3, padding=1)
-        self.proj = None
-        if 4 * width % O:
-            self.proj = nn.Conv2d(4 * width, O, 1, bias=False)
-            nn.init.zeros_(self.proj.weight)
+        self.proj = zero_conv(4 * width, O) if 4 * width % O else None
 
     def forward(self, x):
         shortcut = F.pixel_unshuffle(x, 2)                                    # (B, 4F, h, w)
-        if self.proj is None:
-            B, _, h, w = shortcut.shape
-            shortcut = shortcut.view(B, self.O, -1, h, w).mean(dim=2)         # (B, O, h, w)
-        else:
-            shortcut = self.proj(shortcut)
-        return F.pixel_unshuffle(self.conv(x), 2) + shortcut
+        shortcut = shortcut.unflatten(1, (self.O, -1)).mean(dim=2) if self.proj is None else self.proj(shortcut)
+        return F.pixel_unshuffle(self.conv(x), 2) + shortcut                  # (B, O, h, w)
 
 class UpBlock(nn.Module):
     """Residual pixel-shuffle, the mirror of DownBlock: latents (B, C+D, h, w) -> features (B, F, 2h, 2w).
@@ -104,10 +104,7 @@ class UpBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, 4 * width, 3, padding=1)
         self.repeats, rest = divmod(4 * width, channels)
-        self.proj = None
-        if rest:
-            self.proj = nn.Conv2d(channels, 4 * width, 1, bias=False)
-            nn.init.zeros_(self.proj.weight)
+        self.proj = zero_conv(channels, 4 * width) if rest else None
 
     def forward(self, z_all):
         shortcut = z_all.repeat_interleave(self.repeats, dim=1) if self.proj is None else self.proj(z_all)
@@ -155,25 +152,13 @@ class AttnBlock(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)                # (B, hw, width)
         return x + self.proj_out(y.transpose(1, 2).reshape(B, width, h, w))
 
-class Down(nn.Module):
+def down(width):
     """3x3 convolution of stride 2 on an image padded by one row below and one column on the right."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
 
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-class Up(nn.Module):
+def up(width):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1)))
 
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where `attn`, and the change of resolution."""
@@ -191,17 +176,12 @@ class Level(nn.Module):
                 x = self.attn[j](x)
         return self.resample(x)
 
-class Mid(nn.Module):
+class Mid(nn.Sequential):
     """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, width, groups):
-        super().__init__()
-        self.block_1 = ResBlock(width, width, groups)
-        self.attn_1 = AttnBlock(width, groups)
-        self.block_2 = ResBlock(width, width, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+        super().__init__(OrderedDict(block_1=ResBlock(width, width, groups), attn_1=AttnBlock(width, groups),
+                                     block_2=ResBlock(width, width, groups)))
 
 @dataclass
 class KLConfig:
@@ -227,7 +207,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(Level(widths[max(i - 1, 0)], w, cfg.blocks, i in cfg.attn, cfg.groups)
                                   for i, w in enumerate(widths))
         for level, w in zip(self.down[:-1], widths):
-            level.resample = Down(w)
+            level.resample = down(w)
         self.mid = Mid(widths[-1], cfg.groups)
         self.norm_out = NormSiLU(cfg.groups, widths[-1], eps=1e-6)
         self.width = widths[-1]
@@ -248,7 +228,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(Level(widths[min(i + 1, len(widths) - 1)], w, cfg.blocks + 1, i in cfg.attn, cfg.groups)
                                 for i, w in enumerate(widths))
         for level, w in zip(self.up[1:], widths[1:]):
-            level.resample = Up(w)
+            level.resample = up(w)
         self.norm_out = NormSiLU(cfg.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         self.width = widths[-1]
@@ -307,53 +287,43 @@ class TinyBlock(nn.Module):
         super().__init__()
         self.pool = nn.Sequential(nn.Conv2d(width, 4 * width, 1, bias=False), nn.GroupNorm(4, 4 * width), nn.ReLU(),
                                   nn.Conv2d(4 * width, width, 1, bias=False)) if wide else None
-        self.conv = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-                                  nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-                                  nn.Conv2d(width, width, 3, padding=1))
+        self.conv = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+                                  nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x):
         if self.pool is not None:
             x = x + self.pool(x)
         return F.relu(self.conv(x) + x)
 
-class Affine(nn.Module):
-    """x -> a*x + b, for the step between pixel ranges."""
+class Apply(nn.Module):
+    """A function as a layer without weights."""
 
-    def __init__(self, a, b):
+    def __init__(self, f):
         super().__init__()
-        self.a, self.b = a, b
-
-    def forward(self, x):
-        return self.a * x + self.b
-
-class SoftClamp(nn.Module):
-    """x -> 3 tanh(x / 3), the range that TAEF2's decoder takes."""
-
-    def forward(self, x):
-        return 3 * torch.tanh(x / 3)
+        self.forward = f
 
 class TAEF2(BaseVAE):
     """The tiny autoencoder of FLUX.2's latents: f8, 32 channels, no posterior.  (B, 3, H, W) <-> (B, 32, H/8, W/8)
 
-    Its files work on [0, 1] pixels; the affine layers at both ends keep this project's [-1, 1].
+    Its files work on [0, 1] pixels; the functions at both ends keep this project's [-1, 1].
     """
 
     def __init__(self, C=32, width=64):
         super().__init__(C, 8)
 
-        def conv(stride=1):
-            return nn.Conv2d(width, width, 3, padding=1, stride=stride, bias=False)
+        conv = partial(nn.Conv2d, width, width, 3, padding=1, bias=False)
 
         def blocks(n, wide=False):
             return [TinyBlock(width, wide) for _ in range(n)]
 
-        self.encoder = nn.Sequential(Affine(0.5, 0.5), nn.Conv2d(3, width, 3, padding=1), *blocks(1), conv(2), *blocks(3),
-                                     conv(2), *blocks(3), conv(2), *blocks(3, wide=True))
+        self.encoder = nn.Sequential(
+            Apply(lambda x: 0.5 * x + 0.5), nn.Conv2d(3, width, 3, padding=1), *blocks(1), conv(stride=2), *blocks(3),
+            conv(stride=2), *blocks(3), conv(stride=2), *blocks(3, wide=True))
         self.to_moments = nn.Conv2d(width, C, 3, padding=1)
-        self.from_latent = nn.Sequential(SoftClamp(), nn.Conv2d(C, width, 3, padding=1), nn.ReLU())
+        self.from_latent = nn.Sequential(Apply(lambda z: 3 * torch.tanh(z / 3)), nn.Conv2d(C, width, 3, padding=1), nn.ReLU())
         self.decoder = nn.Sequential(*blocks(3, wide=True), nn.Upsample(scale_factor=2), conv(), *blocks(3),
                                      nn.Upsample(scale_factor=2), conv(), *blocks(3), nn.Upsample(scale_factor=2), conv(),
-                                     *blocks(1), nn.Conv2d(width, 3, 3, padding=1), Affine(2.0, -1.0))
+                                     *blocks(1), nn.Conv2d(width, 3, 3, padding=1), Apply(lambda x: 2 * x - 1))
         self.encoder.width = self.decoder.width = width
 
     def encode(self, x):
@@ -364,13 +334,8 @@ class TAEF2(BaseVAE):
 
 # ---------------------------------------------------------------- DA-VAE
 
-@dataclass
-class Reconstruction:
-    """What one training pass gives: x_hat (B, 3, H, W); z (B, C, h, w) and z_d (B, D, h, w), None where D = 0."""
-    x_hat: torch.Tensor
-    posterior: Posterior
-    z: torch.Tensor = None
-    z_d: torch.Tensor = None
+# What one training pass gives: x_hat (B, 3, H, W), the posterior, z (B, C, h, w) and z_d (B, D, h, w), None where D = 0.
+Reconstruction = namedtuple("Reconstruction", "x_hat posterior z z_d", defaults=(None, None))
 
 class DAVAE(nn.Module):
     """A frozen base VAE on the half-size image, D detail channels from the full-size image, one decoder.  Sec. 3.1.
@@ -481,18 +446,15 @@ def load_davae(source):
     if not (Path(source).is_dir() and (list(Path(source).glob("step_*")) or _is_ours(source))):
         return DAVAE(load_base_vae(source), D=0).eval()
     checkpoint = latest_checkpoint(source)
-    config = dict(read_config(checkpoint)["model"])
-    base = dict(config.pop("base"))
+    config = read_config(checkpoint)["model"]
+    base = config.pop("base")
     with torch.device("meta"):
-        kind = base.pop("kind")
-        module = TAEF2() if kind == "TAEF2" else AutoencoderKL(KLConfig(**base))
-        vae = DAVAE(module, **config)
+        vae = DAVAE(TAEF2() if base.pop("kind") == "TAEF2" else AutoencoderKL(KLConfig(**base)), **config)
     vae.load_state_dict(read_state_dict(checkpoint / "model.safetensors"), strict=True, assign=True)
     return vae.eval()
 
 def _is_ours(folder):
-    path = Path(folder) / "config.json"
-    return path.exists() and "base" in json.loads(path.read_text()).get("model", {})
+    return (path := Path(folder) / "config.json").exists() and "base" in json.loads(path.read_text()).get("model", {})
 
 def load_base_vae(source):
     """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
@@ -508,8 +470,7 @@ def load_base_vae(source):
             return load_davae(folder).base
         if (folder / "vae").is_dir():                                            # a whole diffusers pipeline
             source = folder = folder / "vae"
-        if (folder / "config.json").exists():
-            config = json.loads((folder / "config.json").read_text())
+        config = json.loads(path.read_text()) if (path := folder / "config.json").exists() else {}
         if (folder / "taef2_encoder.pth").exists():
             source = {f"{part}.{k}": v for part in ("encoder", "decoder")
                       for k, v in read_state_dict(folder / f"taef2_{part}.pth").items()}
@@ -546,15 +507,11 @@ def _pipeline_statistics(cfg, config, source):
 
 def kl_config(sd):
     """Read an AutoencoderKL's sizes off a state dict in our names."""
-    def count(prefix):
-        return len({k[len(prefix):].split(".")[0] for k in sd if k.startswith(prefix)})
-
-    ch, levels = sd["encoder.conv_in.weight"].shape[0], count("encoder.down.")
-    return KLConfig(C=sd["from_latent.0.weight"].shape[1], ch=ch,
-                    ch_mult=tuple(sd[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)),
-                    blocks=count("encoder.down.0.block."),
-                    attn=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in sd),
-                    quant="to_moments.1.weight" in sd)
+    levels, blocks = (len({k[len(prefix):].split(".")[0] for k in sd if k.startswith(prefix)})
+                      for prefix in ("encoder.down.", "encoder.down.0.block."))
+    ch, attn = sd["encoder.conv_in.weight"].shape[0], [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in sd]
+    ch_mult = [sd[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)]
+    return KLConfig(sd["from_latent.0.weight"].shape[1], ch, ch_mult, blocks, attn, quant="to_moments.1.weight" in sd)
 
 DROPPED = {                  # first components of keys that a base VAE checkpoint may carry beside the autoencoder
     "loss": "perceptual loss and discriminator of VA-VAE's training",
@@ -573,6 +530,15 @@ DIFFUSERS = ((".down_blocks.", ".down."), (".mid_block.attentions.0.group_norm."
              (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."),
              (".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."))
 
+def _parts(quant):
+    """Where original names keep the layers beside the latent, and where we do."""
+    return {"encoder.conv_out.": "to_moments.0.", "quant_conv.": "to_moments.1.", "post_quant_conv.": "from_latent.0.",
+            "decoder.conv_in.": f"from_latent.{int(quant)}."}
+
+def _moved(key, parts):
+    part = next((p for p in parts if key.startswith(p)), "")
+    return parts.get(part, "") + key.removeprefix(part)
+
 def import_kl(sd, where="state dict"):
     """Original (LDM) or diffusers names of an AutoencoderKL -> ours; pure, and only DROPPED is left out."""
     prefix = "first_stage_model."
@@ -585,34 +551,21 @@ def import_kl(sd, where="state dict"):
         raise SystemExit(f"{where}: not an autoencoder (it holds {keys}, ...); wanted VA-VAE, an SD or SD3 VAE, or TAEF2")
     if any(".mid_block." in k for k in sd):
         sd = _from_diffusers(sd)
-    stem = 1 if "quant_conv.weight" in sd else 0
-    parts = {"encoder.conv_out.": "to_moments.0.", "quant_conv.": "to_moments.1.", "post_quant_conv.": "from_latent.0.",
-             "decoder.conv_in.": f"from_latent.{stem}."}
-    ours = {}
-    for k, v in sd.items():
-        part = next((p for p in parts if k.startswith(p)), "")
-        k = parts.get(part, "") + k.removeprefix(part)
-        ours[k.replace(".downsample.", ".resample.").replace(".upsample.", ".resample.")] = v
-    return ours
+    sd = {_moved(k, _parts("quant_conv.weight" in sd)): v for k, v in sd.items()}
+    return {k.replace(".downsample.", ".resample.").replace(".upsample.", ".resample."): v for k, v in sd.items()}
 
 def export_kl(vae, diffusers=False):
     """Our AutoencoderKL -> original names (VA-VAE, SD3 without its prefix), or diffusers'; without the statistics."""
-    stem, cfg = (1, vae.cfg) if vae.cfg.quant else (0, vae.cfg)
-    parts = {"to_moments.0.": "encoder.conv_out.", "to_moments.1.": "quant_conv.", "from_latent.0.": "post_quant_conv.",
-             f"from_latent.{stem}.": "decoder.conv_in."}
-    theirs = {}
-    for k, v in vae.state_dict().items():
-        if k in ("mean", "std"):
-            continue
-        part = next((p for p in parts if k.startswith(p)), "")
-        k = parts.get(part, "") + k.removeprefix(part)
+    parts, theirs = {ours: name for name, ours in _parts(vae.cfg.quant).items()}, {}
+    for k, v in ((k, v) for k, v in vae.state_dict().items() if k not in ("mean", "std")):
+        k = _moved(k, parts)
         k = k.replace(".resample.", ".downsample." if k.startswith("encoder.") else ".upsample.")
         if diffusers:
             for new, old in DIFFUSERS[:-4]:
                 k = k.replace(old, new)
             if k.startswith("decoder.up."):
                 _, _, i, rest = k.split(".", 3)
-                k = f"decoder.up_blocks.{len(cfg.ch_mult) - 1 - int(i)}.{rest}"
+                k = f"decoder.up_blocks.{len(vae.cfg.ch_mult) - 1 - int(i)}.{rest}"
             v = v[:, :, 0, 0] if ".attentions." in k and v.ndim == 4 else v
         theirs[k] = v
     return theirs
@@ -627,9 +580,7 @@ def _from_diffusers(sd):
             k = f"decoder.up.{levels - 1 - int(i)}.{rest}"
         for theirs, ours in DIFFUSERS:
             k = k.replace(theirs, ours)
-        if ".mid.attn_1." in k and v.ndim == 2:
-            v = v[:, :, None, None]
-        original[k] = v
+        original[k] = v[:, :, None, None] if ".mid.attn_1." in k and v.ndim == 2 else v
     return original
 
 def import_taef2(sd):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import common, data, sample
 from common import field
 from davae import half, load_davae
-from train_vae import import_torchvision, make_lpips, psnr, ridge
+from train_vae import import_torchvision, make_lpips, plot, psnr, ridge
 
 @dataclass
 class Config(sample.Config):
@@ -347,22 +347,6 @@ def tsne(run):
         points = TSNE(perplexity=min(30, len(z) / 4), random_state=0).fit_transform(z.numpy())         # (N, 2)
         panels.append((name, "", ".", {c: points[run.y == k].T.tolist() for k, c in enumerate(run.classes[:10] or [""])}))
     return {"table": table, "panels": panels}
-
-def plot(panels, path):
-    """One PNG, 900 pixels wide, of the panels that an analysis returns, which share a legend; power on a logarithmic scale."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 4.2), dpi=100, layout="constrained", squeeze=False)
-    for axis, (xlabel, ylabel, style, curves) in zip(axes[0], panels):
-        for name, (x, y) in curves.items():
-            axis.plot(x, y, style, label=name)
-        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel.startswith("power") else "linear")
-        axis.set(**{} if ylabel else dict(xticks=[], yticks=[]))            # the axes of an embedding have no meaning
-        axis.grid(alpha=0.3)
-    if len(panels[0][3]) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path)
-    plt.close(figure)
 
 @torch.no_grad()
 def analyse(name, cfg):

@@ -96,19 +96,17 @@ class PatchGAN(nn.Sequential):
     """The discriminator of pix2pix and taming: one real/fake logit per overlapping patch, (B, 3, H, W) -> (B, 1, h, w)."""
 
     def __init__(self, width=64):
-        def layer(c_in, c_out, stride, norm=True):
-            conv = nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=not norm)
+        layers, widths = [], (3, width, 2 * width, 4 * width, 8 * width, 1)
+        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
+            layers.append(conv := nn.Conv2d(c_in, c_out, 4, stride=2 if i < 3 else 1, padding=1, bias=i in (0, 4)))
             nn.init.normal_(conv.weight, 0.0, 0.02)
-            if not norm:
+            if i in (0, 4):
                 nn.init.zeros_(conv.bias)
-                return [conv]
-            bn = nn.BatchNorm2d(c_out)
-            nn.init.normal_(bn.weight, 1.0, 0.02)
-            return [conv, bn, nn.LeakyReLU(0.2)]
-
-        w = width
-        super().__init__(*layer(3, w, 2, norm=False), nn.LeakyReLU(0.2), *layer(w, 2 * w, 2), *layer(2 * w, 4 * w, 2),
-                         *layer(4 * w, 8 * w, 1), *layer(8 * w, 1, 1, norm=False))
+            else:
+                layers.append(bn := nn.BatchNorm2d(c_out))
+                nn.init.normal_(bn.weight, 1.0, 0.02)
+            layers += [nn.LeakyReLU(0.2)] * (i < 4)
+        super().__init__(*layers)
 
 def hinge_loss(real, fake):
     """Discriminator's hinge loss of two logit maps: zero where real >= 1 and fake <= -1."""
@@ -319,40 +317,40 @@ def validation_images(cfg, train_set, n=64):
     index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
     return data.to_tensor(data.stack(held_out, index.tolist())[0])
 
+def plot(panels, path, size=(9, 4.2)):
+    """A PNG of panels (x label, y label, line style, {curve: [x, y]}), which share a legend; power on a logarithmic scale."""
+    import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(1, len(panels), figsize=size, dpi=100, layout="constrained", squeeze=False)
+    for axis, (xlabel, ylabel, style, curves) in zip(axes[0], panels):
+        for name, (x, y) in curves.items():
+            axis.plot(x, y, style, label=name)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel.startswith("power") else "linear")
+        axis.set(**{} if ylabel else dict(xticks=[], yticks=[]))            # the axes of an embedding have no meaning
+        axis.grid(alpha=0.3)
+    if len(panels[0][3]) > 1:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path)
+    plt.close(figure)
+
 def plot_losses(out):
     """loss.png: every number of log.jsonl against the step, one panel each."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    if not (Path(out) / "log.jsonl").exists():
-        return                                                     # a run shorter than log_every
-    rows = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
-    names = [k for k in rows[-1] if k not in ("step", "img/s", "lr", "w")]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], names):
-        points = [(r["step"], r[name]) for r in rows if name in r]
-        axis.plot(*zip(*points), lw=1)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    figure.savefig(Path(out) / "loss.png", dpi=110)
-    plt.close(figure)
+    if (Path(out) / "log.jsonl").exists():                         # a run shorter than log_every has none
+        rows = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+        names = [k for k in rows[-1] if k not in ("step", "img/s", "lr", "w")]
+        points = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
+        plot([("step", n, "-", {n: list(zip(*points[n]))}) for n in names], Path(out) / "loss.png", (2.8 * len(names), 2.6))
 
 def final_table(runs):
     """Print the summaries of runs of this script or finetune.py, and of a DA-VAE's base before it, one aligned line each."""
     bases = {run: common.read_config(common.checkpoints(run)[-1])["config"]["base"] for run in runs if common.checkpoints(run)}
     runs = [name for run in runs for name in dict.fromkeys([bases.get(run, ""), run]) if name not in runs or name == run]
     print(f"\n{'stage':<12}{'folder':<22}{'steps':>8}{'seconds':>9}  result")
-    for run in runs:
-        if not run or not (Path(run) / "summary.json").exists():
-            continue
+    for run in (run for run in runs if run and (Path(run) / "summary.json").exists()):
         s = json.loads((Path(run) / "summary.json").read_text())
-        if "psnr" in s:
-            result = f"{s['psnr']:.2f} dB" + (f", base only {s['psnr_base']:.2f} dB" if s['stage'] == 'DA-VAE' else "")
-        else:
-            result = f"loss base {s['base']:.3f}"
-            result += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
+        more = f", base only {s['psnr_base']:.2f} dB" if s['stage'] == "DA-VAE" else ""
+        more += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
+        result = (f"{s['psnr']:.2f} dB" if "psnr" in s else f"loss base {s['base']:.3f}") + more
         print(f"{s['stage']:<12}{run:<22}{s['steps']:>8}{s['seconds']:>9.0f}  {result}")
 
 # ---------------------------------------------------------------- the loop
