@@ -32,6 +32,7 @@ from kernels import attention as short, use_triton
 from kernels.norm_modulate import norm_modulate
 from kernels.patch_embed import patch_embed
 from kernels.qknorm_rope import qknorm_rope
+from kernels.swiglu import swiglu
 
 # ---------------------------------------------------------------- widening: the method
 
@@ -80,9 +81,19 @@ class DiT(nn.Module):
             x = (x + pos).to(x.dtype)
         return x if x.is_cpu else x.contiguous()   # else all blocks would copy it; on a CPU that changes the last bits
 
-    def velocity(self, x, y, gate, c, h, w):
+    def condition(self, t, y):
+        """(B, E): what every adaLN starts from, its SiLU included."""
+        return F.silu(self.t_embedder(timestep_embedding(t)) + self.y_embedder(y))
+
+    def modulations(self, t, y):
+        """All that adaLN computes: one entry per block and the last norm's; `forward` takes it as `mods`. A third of all
+        parameters are in these layers: B may count the images of many steps, for which they are then read once."""
+        c = self.condition(t, y)
+        return [*(block.modulations(c) for block in self.blocks), self.adaLN_final(c)]
+
+    def velocity(self, x, y, gate, mods, h, w):
         """[O(x), O_new(x)] of the final norm of x + gate * y, each unpatchified by itself: -> (B, C+D, h, w) float32."""
-        shift, scale = self.adaLN_final(c).chunk(2, dim=-1)
+        shift, scale = mods.chunk(2, dim=-1)
         _, x = norm_modulate(x, shift, scale, self.norm_final.weight, y, gate)              # (B, L, E), read by both heads
         heads = [self.O, self.O_new] if self.cfg.D else [self.O]
         return torch.cat([unpatchify(O(x), self.cfg.p, h, w) for O in heads], dim=1).float()
@@ -121,10 +132,14 @@ def timestep_embedding(t, width=256):
 
 SHORT = {72: 256}           # K: the most tokens that the kernel takes, where kernels are on. By its design; not measured yet
 
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(K)) v over all tokens.  q, k, v: (B, A, L, K) -> (B, A, L, K)."""
-    own = use_triton(q) and q.shape[2] <= SHORT.get(q.shape[3], 0)
-    return short.attention(q, k, v) if own else F.scaled_dot_product_attention(q, k, v)
+def attention(qkv, *norm_rope):
+    """softmax(q k^T / sqrt(K)) v over all tokens, q and k normalised and rotated as in kernels/qknorm_rope.py.
+
+    qkv: (B, L, 3, A, K); norm_rope: the norms' weights, or None, and the tables of RoPE, if any.   -> (B, L, A, K)
+    """
+    if use_triton(qkv) and qkv.shape[1] <= SHORT.get(qkv.shape[4], 0):
+        return short.attention(qkv, *norm_rope)
+    return F.scaled_dot_product_attention(*qknorm_rope(qkv, *norm_rope)).transpose(1, 2)
 
 def unpatchify(x, p, h, w):
     """Tokens back to a latent.  (B, L, p*p*C), channel fastest -> (B, C, h, w)."""
@@ -152,12 +167,9 @@ def rope_table(grid, K):
     angle = torch.cat([torch.outer(n, f.repeat_interleave(2)) for n in grid_positions(grid)], dim=1)
     return angle.cos().float(), angle.sin().float()
 
-class Norm(nn.Module):
-    """The learned scale of an RMSNorm; or none, `weight` None, of a LayerNorm. kernels/ has the formulas, for both."""
-
-    def __init__(self, E, rms=True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(E)) if rms else None
+def Norm(E, rms=True):
+    """Holds the learned scale of an RMSNorm; or none, `weight` None, of a LayerNorm. kernels/ has the formulas, for both."""
+    return nn.RMSNorm(E) if rms else nn.LayerNorm(E, elementwise_affine=False)
 
 # ---------------------------------------------------------------- LightningDiT
 
@@ -195,12 +207,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Norm(E // A, qk_norm), Norm(E // A, qk_norm)
         self.proj = nn.Linear(E, E) if proj else None
 
-    def heads(self, x, *tables):
-        """(B, L, E) -> q, k, v, each (B, A, L, K); tables: cos and sin of RoPE, or nothing."""
-        return qknorm_rope(self.qkv(x).unflatten(-1, (3, self.A, -1)), self.q_norm.weight, self.k_norm.weight, *tables)
+    def heads(self, x, attend, *tables):
+        """attend(qkv (B, L, 3, A, K), the norms' weights, tables), qkv computed from x (B, L, E)."""
+        return attend(self.qkv(x).unflatten(-1, (3, self.A, -1)), self.q_norm.weight, self.k_norm.weight, *tables)
 
     def forward(self, x, *tables):
-        return self.proj(attention(*self.heads(x, *tables)).transpose(1, 2).flatten(2))   # (B, L, E)
+        """tables: cos and sin of RoPE, or nothing."""
+        return self.proj(self.heads(x, attention, *tables).flatten(2))                    # (B, L, E)
 
 class SwiGLU(nn.Module):
     """w3(SiLU(a) * b), where w12 computes a and b side by side (Shazeer, 2020)."""
@@ -210,8 +223,7 @@ class SwiGLU(nn.Module):
         self.w12, self.w3 = nn.Linear(E, 2 * hidden), nn.Linear(hidden, E)
 
     def forward(self, x):
-        a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(a) * b)
+        return self.w3(swiglu(x, self.w12.weight, self.w12.bias))
 
 class MLP(nn.Module):
     def __init__(self, E, hidden):
@@ -231,8 +243,12 @@ class Block(nn.Module):
         self.norm2, self.mlp = Norm(cfg.E, cfg.rms_norm), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
         self.adaLN = nn.Linear(cfg.E, 6 * cfg.E)
 
-    def forward(self, x, y, gate, c, *tables):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(c).chunk(6, dim=-1)     # each (B, E)
+    def modulations(self, c):
+        return self.adaLN(c)
+
+    def forward(self, x, y, gate, c, mods, *tables):
+        mods = self.modulations(c) if mods is None else mods
+        shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)              # each (B, E)
         x, h = norm_modulate(x, shift1, scale1, self.norm1.weight, y, gate)               # x + gate * y, its norm modulated
         x, h = norm_modulate(x, shift2, scale2, self.norm2.weight, self.attn(h, *tables), gate1)
         return x, self.mlp(h), gate2                                                      # (B, L, E), (B, L, E), (B, E)
@@ -243,6 +259,7 @@ class LightningDiT(DiT):
     z_all:   (B, C+D, h, w) normalised, base channels first; h = w = cfg.grid * cfg.p
     t:       (B,) in [0, 1], 0 noise, 1 data
     y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. Dropping labels is the caller's business
+    mods:    modulations(t, y), if they are known
     returns: v (B, C+D, h, w) float32
     """
 
@@ -252,16 +269,15 @@ class LightningDiT(DiT):
         self.init_weights()
         self.build_tables(self.P.weight.device)
 
-    def forward(self, z_all, t, y):
+    def forward(self, z_all, t, y, mods=None):
         cfg = self.cfg
         if tuple(z_all.shape[1:]) != (wanted := (cfg.C + cfg.D, cfg.grid * cfg.p, cfg.grid * cfg.p)):
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = {wanted}")
         x, branch, gate = self.tokens(z_all, self.pos_embed), None, None                  # (B, L, E)
-        c = self.t_embedder(timestep_embedding(t)) + self.y_embedder(y)
-        c = F.silu(c)                                               # (B, E), every adaLN starts with this SiLU
-        for block in self.blocks:
-            x, branch, gate = self.run(block, x, branch, gate, c, self.rope_cos, self.rope_sin)
-        return self.velocity(x, branch, gate, c, *z_all.shape[2:])
+        c = self.condition(t, y) if mods is None else None
+        for i, block in enumerate(self.blocks):
+            x, branch, gate = self.run(block, x, branch, gate, c, mods and mods[i], self.rope_cos, self.rope_sin)
+        return self.velocity(x, branch, gate, mods[-1] if mods else self.adaLN_final(c), *z_all.shape[2:])
 
     def init_weights(self):
         # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero bias.
@@ -320,13 +336,16 @@ class JointBlock(nn.Module):
         super().__init__()
         self.x, self.text = Stream(cfg, dual=dual), Stream(cfg, last=last)
 
-    def forward(self, x, text, c):
-        """x: (B, L, E), text: (B, T, E), c: (B, E) -> new x and text."""
+    def modulations(self, c):
+        return self.x.adaLN(c), self.text.adaLN(c)
+
+    def forward(self, x, text, c, mods):
+        """x: (B, L, E), text: (B, T, E), c: (B, E), or mods: what `modulations` makes of it -> new x and text."""
         streams, tokens = (self.x, self.text), (x, text)
-        mods = [s.adaLN(c).chunk(s.mods, dim=-1) for s in streams]
-        heads = [s.attn.heads(norm_modulate(n, m[0], m[1])[1]) for s, n, m in zip(streams, tokens, mods)]
+        mods = [m.chunk(s.mods, dim=-1) for s, m in zip(streams, self.modulations(c) if mods is None else mods)]
+        heads = [s.attn.heads(norm_modulate(n, m[0], m[1])[1], qknorm_rope) for s, n, m in zip(streams, tokens, mods)]
         q, k, v = (torch.cat(both, dim=2) for both in zip(*heads))                          # (B, A, L+T, K)
-        attended = attention(q, k, v).transpose(1, 2).flatten(2).split([x.shape[1], text.shape[1]], dim=1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).split([x.shape[1], text.shape[1]], dim=1)
         return [self.update(*args) for args in zip(streams, tokens, attended, mods)]
 
     @staticmethod
@@ -349,6 +368,7 @@ class MMDiT(DiT):
     z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p, at most p * pos_size, not always equal
     t:       (B,) in [0, 1], 0 noise, 1 data
     context: (B, T, cfg.context) text tokens;  pooled: (B, cfg.pooled);  skip: blocks to leave out (skip-layer guidance)
+    mods:    modulations(t, pooled), if they are known
     returns: v (B, C+D, h, w) float32
     """
 
@@ -362,20 +382,22 @@ class MMDiT(DiT):
         if cfg.lora:
             add_lora(self, cfg.lora, cfg.alpha)
 
-    def forward(self, z_all, t, context, pooled, skip=()):
+    def condition(self, t, pooled):
+        # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data: here, and in
+        # the sign of `forward`'s result, and nowhere else, are the two conventions exchanged.
+        return super().condition(1000 * (1 - t), pooled)
+
+    def forward(self, z_all, t, context, pooled, skip=(), mods=None):
         cfg, (h, w) = self.cfg, z_all.shape[2:]
         if z_all.shape[1] != cfg.C + cfg.D or h % cfg.p or w % cfg.p or max(h, w) > cfg.p * cfg.pos_size:
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {cfg.C + cfg.D}, h, w) with h and w multiples of "
                              f"{cfg.p}, up to {cfg.p * cfg.pos_size}")
-        x = self.tokens(z_all, self.positions(h // cfg.p, w // cfg.p))
-        # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data: here, and in
-        # the sign of the result, and nowhere else, are the two conventions exchanged.
-        c = self.t_embedder(timestep_embedding(1000 * (1 - t))) + self.y_embedder(pooled)
-        c, text = F.silu(c), self.context_embedder(context)         # (B, E), (B, T, E)
+        x, text = self.tokens(z_all, self.positions(h // cfg.p, w // cfg.p)), self.context_embedder(context)    # (B, T, E)
+        c = self.condition(t, pooled) if mods is None else None
         for i, block in enumerate(self.blocks):
             if i not in skip:
-                x, text = self.run(block, x, text, c)
-        return -self.velocity(x, None, None, c, h, w)
+                x, text = self.run(block, x, text, c, mods and mods[i])
+        return -self.velocity(x, None, None, mods[-1] if mods else self.adaLN_final(c), h, w)
 
     def positions(self, rows, columns):
         """The middle rows x columns of the position table, as tokens: (1, L, E)."""
@@ -598,10 +620,8 @@ def _looks_like(sd):
     """A few words for a state dict that is not a LightningDiT's."""
     signs = {"a LoRA": ("lora_",), "an incomplete SD3 transformer": ("joint_blocks.", "transformer_blocks."),
              "an autoencoder": ("encoder.", "decoder."), "one file of our own checkpoint": ("P.weight",)}
-    for what, parts in signs.items():
-        if any(part in k for k in sd for part in parts):
-            return what
-    return f"something else (it holds {', '.join(map(str, list(sd)[:4]))} ...)"
+    found = (what for what, parts in signs.items() if any(part in k for k in sd for part in parts))
+    return next(found, f"something else (it holds {', '.join(map(str, list(sd)[:4]))} ...)")
 
 SD3_RENAME = [("x_embedder.proj.", "P."), ("final_layer.linear.", "O."), ("final_layer.adaLN_modulation.1.", "adaLN_final."),
               (".adaLN_modulation.1.", ".adaLN."), ("t_embedder.mlp.", "t_embedder."), ("y_embedder.mlp.", "y_embedder."),

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-import common, data, sample, train_vae
+import common, data, kernels, sample, train_vae
 from common import field
 from davae import load_davae
 from dit import (DiTConfig, LightningDiT, MMDiT, MMDiTConfig, add_lora, ema_update, load_dit, shard, spread,
@@ -341,10 +341,10 @@ def dry_run(cfg):
         inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1)]
         inputs += ([torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)] if cfg.text else
                    [torch.zeros(1, dtype=torch.long)])
-        forward, _, _ = sample.cost(model, inputs)                 # as it is sampled from, without adapters
+        forward, _, _ = kernels.cost(model, inputs)                 # as it is sampled from, without adapters
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
-        _, step, kept = sample.cost(model, inputs)
+        _, step, kept = kernels.cost(model, inputs)
     total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
     tokens, depth = (side // model.cfg.p) ** 2, model.cfg.depth
     if cfg.checkpointing:                          # the input of every block, and one block in full

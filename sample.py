@@ -124,28 +124,6 @@ def sample_labels(indices, classes):
     """Label of sample i: the classes in turn, so that any n is as balanced as it can be."""
     return torch.tensor([classes[int(i) % len(classes)] for i in indices])
 
-def cost(model, inputs):
-    """(FLOPs of a forward pass, of a forward and backward pass, numbers kept for the backward pass but no parameters).
-
-    Counted, 2 per multiply-add, by running `model(*inputs)`; on the meta device that takes neither memory nor time.
-    """
-    from torch.utils.flop_counter import FlopCounterMode           # here, because it imports triton
-    kept = {}
-
-    def keep(x):
-        kept[x.untyped_storage()._cdata] = x.numel()
-        return x
-
-    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        v = model.train()(*inputs)
-    with FlopCounterMode(display=False) as backward:
-        v.sum().backward()
-    for p in model.parameters():
-        kept.pop(p.untyped_storage()._cdata, None)
-        p.grad = None
-    forward, backward = forward.get_total_flops(), backward.get_total_flops()
-    return forward, forward + backward, sum(kept.values())
-
 # ---------------------------------------------------------------- text
 
 @dataclass

@@ -54,38 +54,51 @@ def models(parts, f, cuda):
     return {"plain": partial(run, "force_eager", "ref"), "plain, compiled": partial(run, "default", "ref"),
             "kernels, compiled": partial(run, "default", "triton")}
 
+def both_ways(what, variants, inputs, **work):
+    """Variants of an operation, without and with their backward: rows of `operations`. inputs: tables are in float32."""
+    leaves, unit = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs], work["unit"]
+
+    def step(f):
+        out = [t for t in torch.utils._pytree.tree_leaves(f(*leaves)) if t.grad_fn]
+        torch.autograd.grad(out, [t for t in leaves if t.requires_grad], [torch.ones_like(t) for t in out])
+    yield what, {k: lambda f=f: f(*inputs) for k, f in variants.items()}, {"unit": unit, "work": work["forward"]}
+    back = {k: lambda f=f: step(f) for k, f in variants.items()}
+    yield f"{what}, and back", back, {"unit": unit, "work": work["forward"] + work["backward"]}
+
 def operations(cuda):
-    """The ceilings; each kernel, its specification (for attention: PyTorch's own), and that compiled; and with the backward.
-    Like each section it yields what is measured, its variants, and the work of a call."""
+    """The ceilings; PyTorch's attention by each of its backends; each kernel, its specification (with PyTorch's attention),
+    and that compiled. Like each section this yields what is measured, its variants, and the work of a call."""
     randn, n = partial(torch.randn, dtype=torch.bfloat16), 8192 if cuda else 256
     (a, b), (x, y) = randn(2, n, n), torch.empty(2, 16 * n * n, dtype=torch.int8)
     yield "bfloat16 product", {"": lambda: a @ b}, {"unit": "GFLOP/s", "work": 2 * n**3}
     yield "copy", {"": lambda: y.copy_(x)}, {"unit": "GB/s", "work": 2 * len(x)}
     B, L, E, A, S = (128, 256, 1152, 16, 1024) if cuda else (2, 16, 72, 1, 32)            # S: SD3.5's tokens, the image's side
+    sdpa, backends, kernels.KERNELS = F.scaled_dot_product_attention, torch.nn.attention.SDPBackend, "triton"
+    for shape in ((B, A, L, 72), (B // 6 or 1, 24, S + 333, 64), (B // 32 or 1, 24, 4 * S + 333, 64)):
+        variants = {name: torch.nn.attention.sdpa_kernel(getattr(backends, name))(lambda *qkv: sdpa(*qkv))
+                    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
+        flops = 4 * shape[0] * shape[1] * shape[2]**2 * shape[3]
+        yield from both_ways(f"PyTorch's attention {shape}", variants, randn(3, *shape), unit="GFLOP/s", forward=flops,
+                             backward=2 * flops)
     tables, image = randn(2, L, 72).float(), randn(4, 128, S, S).to(memory_format=torch.channels_last)
     u, v, i = (2 * n for n in (B * L * E, 20 * S * 1536, image.numel()))                  # bytes of tokens, and of the image
-    for op, inputs, forward, backward in [         # and the bytes that each pass of the kernel moves; attention: its FLOPs
+    norm_rope = project("kernels.qknorm_rope").qknorm_rope_ref
+    for op, inputs, forward, backward in [         # and the bytes, or with products in it the FLOPs, of each pass
             ("norm_modulate", [randn(B, L, E), randn(B, E), randn(B, E), randn(E), randn(B, L, E), randn(B, E)], 4 * u, 6 * u),
             ("norm_modulate", [randn(20, S, 1536), randn(20, 1536), randn(20, 1536)], 2 * v, 3 * v),
             ("qknorm_rope", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 4 * u, 12 * u),
             ("qknorm_rope", [randn(20, S, 3, 24, 64), randn(64), randn(64)], 4 * v, 12 * v),
             ("groupnorm_silu", [image, randn(128), randn(128)], 3 * i, 5 * i),
-            ("attention", randn(B, L, 3, A, 72).permute(2, 0, 3, 1, 4).unbind(), 2 * u * L, 5 * u * L),
+            ("swiglu", [randn(B, L, E), randn(16 * E // 3, E), randn(16 * E // 3)], u * 16 * E // 3, u * 32 * E // 3),
+            ("attention", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 2 * u * L, 4 * u * L),
             ("patch_embed", [*randn(B, 128, 16, 16).split([32, 96], 1), *randn(E, 128, 1, 1).split([32, 96], 1), randn(E),
                              randn(1, 256, E)], 512 * B * (128 + E), 512 * B * (128 + 3 * E))]:
-        module, unit = project(f"kernels.{op}"), "GFLOP/s" if op == "attention" else "GB/s"
-        ref = F.scaled_dot_product_attention if op == "attention" else getattr(module, f"{op}_ref")
+        module = project(f"kernels.{op}")
+        ref = getattr(module, f"{op}_ref") if op != "attention" else lambda *x: sdpa(*norm_rope(*x)).transpose(1, 2)
         compiled = torch.compile(ref, backend="inductor" if cuda else "aot_eager", dynamic=False)
-        leaves = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs]
-
-        def step(f):
-            out = [t for t in torch.utils._pytree.tree_leaves(f(*leaves)) if t.grad_fn]
-            torch.autograd.grad(out, [t for t in leaves if t.requires_grad], [torch.ones_like(t) for t in out])
-        kernels.KERNELS, what = "triton", f"{op} {'x'.join(map(str, inputs[0].shape))}"
         variants = {"ref": ref, "ref, compiled": compiled, "kernel": getattr(module, op)}
-        yield what, {k: lambda f=f: f(*inputs) for k, f in variants.items()}, {"unit": unit, "work": forward}
-        back = {k: lambda f=f: step(f) for k, f in variants.items()}
-        yield f"{what}, and back", back, {"unit": unit, "work": forward + backward}
+        unit = "GFLOP/s" if op in ("swiglu", "attention") else "GB/s"
+        yield from both_ways(f"{op} {tuple(inputs[0].shape)}", variants, inputs, unit=unit, forward=forward, backward=backward)
 
 def training(cuda):
     """A training step of LightningDiT-XL/1 with 96 detail channels: forward, backward, fused AdamW, EMA."""
@@ -134,7 +147,8 @@ def main():
                 if "ms" in row:
                     known[what, name] = s = row["ms"][0] / 1e3
                     w = defaultdict(float, work)   # 15 calls of sampling, then decoding, are an image: an estimate
-                    done, image = w["work"] / s, 15 * s / max(w["batch"], 1) + known.get((w["decode"], name), float("inf"))
+                    decode = known.get((w["decode"], name.removesuffix(", graph")), 1e9)
+                    done, image = w["work"] / s, 15 * s / max(w["batch"], 1) + decode
                     rates = {w["unit"]: done / 1e9, "of the ceiling": done / known.setdefault(w["unit"], done or 1),
                              "img/s": w["images"] / s, "MFU": w["images"] * w["cost"] / s / PEAK, "img/s (estimate)": 1 / image}
                     rows[-1] |= {k: v for k, v in rates.items() if v}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import jit, power_of_2, precision, use_triton
+from kernels import jit, operator, power_of_2, precision, use_triton
 
 TILES = 4          # per program of the statistics
 ELEMENTS = 8192    # of a tile, padding included
@@ -38,8 +38,7 @@ def _moments(X, MEAN, M2, N, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.co
     part, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)[None, :]
     count = tl.zeros((1, 1), ACC)
-    mean = tl.zeros((1, BLOCK), ACC)
-    m2 = tl.zeros((1, BLOCK), ACC)
+    mean, m2 = tl.zeros((1, BLOCK), ACC), tl.zeros((1, BLOCK), ACC)
     for i in range(TILES):
         first = (part * TILES + i) * PIXELS
         pixel = first + tl.arange(0, PIXELS)[:, None]
@@ -66,8 +65,7 @@ def _of_group(X, b, c, C: tl.constexpr, GROUPS: tl.constexpr):
 def _apply(X, MEAN, RSTD, WEIGHT, BIAS, OUT, N, C: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
            BLOCK: tl.constexpr, ACC: tl.constexpr):
     """One tile: PIXELS pixels, all channels."""
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, BLOCK)[None, :]
+    b, c = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)[None, :]
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
     at, inside = (b * N + pixel) * C + c, (pixel < N) & (c < C)
     mean, rstd = _of_group(MEAN, b, c, C, GROUPS), _of_group(RSTD, b, c, C, GROUPS)
@@ -83,8 +81,7 @@ def _backward_sums(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, SUM_DU, SUM_DUN, N, C: tl.
     c = tl.arange(0, BLOCK)[None, :]
     mean, rstd = _of_group(MEAN, b, c, C, GROUPS), _of_group(RSTD, b, c, C, GROUPS)
     weight, bias = tl.load(WEIGHT + c, c < C, 0.0).to(ACC), tl.load(BIAS + c, c < C, 0.0).to(ACC)
-    sum_du = tl.zeros((1, BLOCK), ACC)
-    sum_dun = tl.zeros((1, BLOCK), ACC)
+    sum_du, sum_dun = tl.zeros((1, BLOCK), ACC), tl.zeros((1, BLOCK), ACC)
     for i in range(TILES):
         pixel = (part * TILES + i) * PIXELS + tl.arange(0, PIXELS)[:, None]
         at, inside = (b * N + pixel) * C + c, (pixel < N) & (c < C)
@@ -102,8 +99,7 @@ def _backward_sums(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, SUM_DU, SUM_DUN, N, C: tl.
 def _backward_apply(DOUT, X, MEAN, RSTD, WEIGHT, BIAS, MEAN_DN, MEAN_DNN, DX, N, C: tl.constexpr, GROUPS: tl.constexpr,
                     PIXELS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """dx = (dn - mean(dn) - n mean(dn * n)) / sqrt(var + eps), with dn = weight * du and means over the group."""
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, BLOCK)[None, :]
+    b, c = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)[None, :]
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
     at, inside = (b * N + pixel) * C + c, (pixel < N) & (c < C)
     mean, rstd = _of_group(MEAN, b, c, C, GROUPS), _of_group(RSTD, b, c, C, GROUPS)
@@ -138,30 +134,30 @@ def _merge(mean, m2, per_part, N, groups, eps):
     var = (m2 + count * (mean - group_mean).square()).sum((1, 3)) / size
     return group_mean[:, 0, :, 0].contiguous(), torch.rsqrt(var + eps)
 
-@torch.library.custom_op("davae::groupnorm_silu", mutates_args=(), schema=(
-    "(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor, Tensor)"))
-def _op(x, weight, bias, groups, eps):
-    (B, C, H, W), x = x.shape, _channels_last(x)
-    out, mean, _ = _op_shapes(x, weight, bias, groups, eps)
-    tiles, runs, tile = _tiling(x)
-    moments = mean.new_empty(2, B, runs[0], C)
-    _moments[runs](x, moments[0], moments[1], H * W, TILES=TILES, **tile)
-    mean, rstd = _merge(*moments, TILES * tile["PIXELS"], H * W, groups, eps)
-    _apply[tiles](x, mean, rstd, weight.contiguous(), bias.contiguous(), out, H * W, GROUPS=groups, **tile)
-    return out, mean, rstd
-
-@_op.register_fake
-def _op_shapes(x, weight, bias, groups, eps):
+def _shapes(x, weight, bias, groups, eps):
     """out (B, C, H, W) channels_last; mean and 1 / std (B, groups) float32, for the backward."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     mean = torch.empty(len(x), groups, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return out, mean, torch.empty_like(mean)
 
-@torch.library.custom_op("davae::groupnorm_silu_backward", mutates_args=(), schema=(
-    "(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)"))
-def _op_backward(dout, x, mean, rstd, weight, bias):
+@operator("groupnorm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor, Tensor)", _shapes)
+def _op(out, mean, rstd, x, weight, bias, groups, eps):
+    (B, C, H, W), x = x.shape, _channels_last(x)
+    tiles, runs, tile = _tiling(x)
+    moments = mean.new_empty(2, B, runs[0], C)
+    _moments[runs](x, moments[0], moments[1], H * W, TILES=TILES, **tile)
+    for statistic, value in zip((mean, rstd), _merge(*moments, TILES * tile["PIXELS"], H * W, groups, eps)):
+        statistic.copy_(value)
+    _apply[tiles](x, mean, rstd, weight.contiguous(), bias.contiguous(), out, H * W, GROUPS=groups, **tile)
+
+def _backward_shapes(dout, x, mean, rstd, weight, bias):
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return dx, torch.empty_like(weight), torch.empty_like(bias)
+
+@operator("groupnorm_silu_backward(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias)"
+          " -> (Tensor, Tensor, Tensor)", _backward_shapes)
+def _op_backward(dx, dweight, dbias, dout, x, mean, rstd, weight, bias):
     (B, C, H, W), groups = x.shape, mean.shape[1]
-    dx, dweight, dbias = _op_backward_shapes(dout, x, mean, rstd, weight, bias)
     args = _channels_last(dout), _channels_last(x), mean, rstd, weight.contiguous(), bias.contiguous()
     tiles, runs, tile = _tiling(x)
     sums = mean.new_empty(2, B, runs[0], C)
@@ -169,16 +165,10 @@ def _op_backward(dout, x, mean, rstd, weight, bias):
     sums = sums.sum(2)                                                                    # of du and du * n, (2, B, C)
     means = (sums * weight).unflatten(2, (groups, -1)).sum(3) / (H * W * C // groups)     # of dn and dn * n, (2, B, groups)
     _backward_apply[tiles](*args, means[0], means[1], dx, H * W, GROUPS=groups, **tile)
-    return dx, dweight.copy_(sums[1].sum(0)), dbias.copy_(sums[0].sum(0))
-
-@_op_backward.register_fake
-def _op_backward_shapes(dout, x, mean, rstd, weight, bias):
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return dx, torch.empty_like(weight), torch.empty_like(bias)
+    dweight.copy_(sums[1].sum(0)), dbias.copy_(sums[0].sum(0))
 
 def _save(ctx, inputs, output):
-    x, weight, bias, *_ = inputs
-    ctx.save_for_backward(x, *output[1:], weight, bias)
+    ctx.save_for_backward(inputs[0], *output[1:], *inputs[1:3])
 
 def _grads(ctx, dout, dmean, drstd):
     """The statistics are no outputs to the caller: their gradients are zero."""

@@ -8,20 +8,22 @@ Used by:   dit.Block, twice: its second residual is left to the norm of the bloc
 Rounding:  x_new is rounded to its dtype (under autocast bfloat16), all else stays in float32 until h is rounded to it, once.
 Bytes, U = B*L*E elements:
     forward   read x, y, write x_new, h: 4 U (2 U without y). Separate PyTorch operations: about 20 U
-    backward  read dx_new, dh, x_new, y, write dx, dy: 6 U, and in the same pass all five column sums
+    backward  read dx_new, dh, x_new, y, write dx, dy: 6 U, and in the same pass all five column sums, of a few rows each;
+              a second, small kernel adds these
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 
-from kernels import jit, power_of_2, precision, use_triton
+from kernels import jit, operator, power_of_2, precision, use_triton
 
 EPS = 1e-6
 ROWS = 16          # tokens per program of the backward: its 3 partial sums in float32 cost 6 % of the other bytes in bf16
+COLUMNS = 128      # of the kernel that adds the partial sums
 
 def norm_modulate_ref(x, shift, scale, weight=None, y=None, gate=None):
     """The specification.  -> (x_new, h)"""
@@ -76,8 +78,7 @@ def _backward(DX_NEW, DH, X_NEW, Y, GATE, SCALE, WEIGHT, DX, DY, SUM_DH, SUM_DHN
     if RESIDUAL:
         gate = tl.load(GATE + b * stride_gate + e, inside, 0.0).to(ACC)
         sum_dxy = tl.zeros((BLOCK,), ACC)
-    sum_dh = tl.zeros((BLOCK,), ACC)
-    sum_dhn = tl.zeros((BLOCK,), ACC)
+    sum_dh, sum_dhn = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for i in range(ROWS):
         row = part * ROWS + i
         real = e < tl.where(row < L, E, 0)
@@ -107,56 +108,74 @@ def _backward(DX_NEW, DH, X_NEW, Y, GATE, SCALE, WEIGHT, DX, DY, SUM_DH, SUM_DHN
     if RESIDUAL:
         tl.store(SUM_DXY + at, sum_dxy, inside)
 
+@jit
+def _finish(SUM_DH, SUM_DHN, SUM_DXY, SCALE, WEIGHT, DSHIFT, DSCALE, DGATE, DWEIGHT, stride_scale, E: tl.constexpr,
+            PARTS: tl.constexpr, COLUMNS: tl.constexpr, RESIDUAL: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr):
+    """COLUMNS channels of one image: its partial sums added, as gradients. With S = sum over tokens of dh * n,
+    dscale = weight * S, and the image's share in dweight is (1 + scale) * S."""
+    b, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = e < E
+    dshift, S, dgate = tl.zeros((COLUMNS,), ACC), tl.zeros((COLUMNS,), ACC), tl.zeros((COLUMNS,), ACC)
+    for i in range(PARTS):
+        at = (b * PARTS + i) * E + e
+        dshift += tl.load(SUM_DH + at, inside, 0.0)
+        S += tl.load(SUM_DHN + at, inside, 0.0)
+        if RESIDUAL:
+            dgate += tl.load(SUM_DXY + at, inside, 0.0)
+    at = b * E + e
+    tl.store(DSHIFT + at, dshift.to(DSHIFT.dtype.element_ty), inside)
+    if RESIDUAL:
+        tl.store(DGATE + at, dgate.to(DGATE.dtype.element_ty), inside)
+    if RMS:
+        tl.store(DWEIGHT + at, (1 + tl.load(SCALE + b * stride_scale + e, inside, 0.0).to(ACC)) * S, inside)
+        S = S * tl.load(WEIGHT + e, inside, 0.0).to(ACC)
+    tl.store(DSCALE + at, S.to(DSCALE.dtype.element_ty), inside)
+
 # ---------------------------------------------------------------- PyTorch operators
 
 def _rows(t):
     """(B, E) with contiguous rows: itself if it is a chunk of a wider tensor."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
-@torch.library.custom_op("davae::norm_modulate", mutates_args=(), schema=(
-    "(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate) -> (Tensor, Tensor)"))
-def _op(x, shift, scale, weight, y, gate):
-    x_new, h = _op_shapes(x, shift, scale, weight, y, gate)
-    B, L, E = x.shape
-    x, shift, scale = x.contiguous(), _rows(shift), _rows(scale)
-    # Where there is no y (or no weight), x stands in for the pointers that are not read.
-    y, gate = (x, x[:, 0]) if y is None else (y.contiguous(), _rows(gate))
-    _forward[(B * L,)](
-        x, y, gate, shift, scale, x if weight is None else weight.contiguous(), x_new, h, L, gate.stride(0),
-        shift.stride(0), scale.stride(0), E=E, BLOCK=power_of_2(E), EPS=EPS, RESIDUAL=x_new.numel() > 0,
-        RMS=weight is not None, ACC=precision(x), num_warps=8 if E > 1024 else 4)
-    return x_new, h
-
-@_op.register_fake
-def _op_shapes(x, shift, scale, weight, y, gate):
-    """Without y, x_new is x, which an operator may not return; it returns an empty tensor in its place."""
+def _shapes(x, shift, scale, weight, y, gate):
+    """x_new and h. Without y, x_new is x, which an operator may not return: it returns an empty tensor in its place."""
     dtype = reduce(torch.promote_types, [t.dtype for t in (x, y, gate) if t is not None])
     h = torch.empty(x.shape, dtype=dtype, device=x.device)
     return h.new_empty(0 if y is None else x.shape), h
 
-@torch.library.custom_op("davae::norm_modulate_backward", mutates_args=(), schema=(
-    "(Tensor dx_new, Tensor dh, Tensor x_new, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor)"))
-def _op_backward(dx_new, dh, x_new, scale, weight, y, gate, dtype):
-    dx, dy, sums = _op_backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype)
-    B, L, E = x_new.shape
-    partial = sums.new_empty(len(sums), B, -(-L // ROWS), E)
-    x_new, dh, scale = x_new.contiguous(), dh.contiguous(), _rows(scale)
-    y, gate, dx_new = (x_new, x_new[:, 0], x_new) if y is None else (y.contiguous(), _rows(gate), dx_new.contiguous())
-    _backward[(B, partial.shape[2])](
-        dx_new, dh, x_new, y, gate, scale, x_new if weight is None else weight.contiguous(), dx, dy, partial[0], partial[1],
-        partial[-1], L, gate.stride(0), scale.stride(0), E=E, BLOCK=power_of_2(E), ROWS=ROWS, EPS=EPS,
-        RESIDUAL=dy.numel() > 0, RMS=weight is not None, ACC=precision(x_new), num_warps=8 if E > 1024 else 4)
-    torch.sum(partial, 2, out=sums)
-    return dx, dy, sums
+@operator("norm_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate) -> (Tensor, Tensor)",
+          _shapes)
+def _op(x_new, h, x, shift, scale, weight, y, gate):
+    (B, L, E), x, shift, scale = x.shape, x.contiguous(), _rows(shift), _rows(scale)
+    # Where there is no y (or no weight), x stands in for the pointers that are not read.
+    y, gate = (x, x[:, 0]) if y is None else (y.contiguous(), _rows(gate))
+    _forward[(B * L,)](x, y, gate, shift, scale, x if weight is None else weight.contiguous(), x_new, h, L, gate.stride(0),
+                       shift.stride(0), scale.stride(0), E=E, BLOCK=power_of_2(E), EPS=EPS, RESIDUAL=x_new.numel() > 0,
+                       RMS=weight is not None, ACC=precision(x), num_warps=8 if E > 1024 else 4)
 
-@_op_backward.register_fake
-def _op_backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
-    """dx, dy, and the sums over tokens of dh, dh * n and, if there is a y, dx * y: (2 or 3, B, E) float32."""
-    (B, L, E), n = x_new.shape, 2 if y is None else 3
-    dx = torch.empty(B, L, E, dtype=dtype, device=x_new.device)
-    dy = dx.new_empty(0) if y is None else torch.empty(B, L, E, dtype=y.dtype, device=x_new.device)
-    return dx, dy, dx.new_empty(n, B, E, dtype=torch.promote_types(x_new.dtype, torch.float32))
+def _backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
+    """dx (B, L, E), dy like y, dshift, dscale, dgate (B, E), dweight (E,) float32; empty if there is no y or no weight."""
+    (B, L, E), new = x_new.shape, partial(torch.empty, device=x_new.device)
+    dy, dgate = [new(0 if y is None else t.shape, dtype=t.dtype) for t in ((x_new, scale) if y is None else (y, gate))]
+    dweight = new(0 if weight is None else E, dtype=torch.promote_types(x_new.dtype, torch.float32))
+    return new(B, L, E, dtype=dtype), dy, new(B, E, dtype=scale.dtype), new(B, E, dtype=scale.dtype), dgate, dweight
+
+@operator("norm_modulate_backward(Tensor dx_new, Tensor dh, Tensor x_new, Tensor scale, Tensor? weight, Tensor? y, "
+          "Tensor? gate, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _backward_shapes)
+def _op_backward(dx, dy, dshift, dscale, dgate, dweight, dx_new, dh, x_new, scale, weight, y, gate, dtype):
+    B, L, E = x_new.shape
+    sums, per_image = dweight.new_empty(3, B, -(-L // ROWS), E), dweight.new_empty(B, E)    # the images' shares in dweight
+    x_new, dh, scale, rms = x_new.contiguous(), dh.contiguous(), _rows(scale), weight is not None
+    weight = weight.contiguous() if rms else x_new
+    y, gate, dx_new = (x_new, x_new[:, 0], x_new) if y is None else (y.contiguous(), _rows(gate), dx_new.contiguous())
+    same = dict(E=E, RESIDUAL=dy.numel() > 0, RMS=rms, ACC=precision(x_new))
+    _backward[(B, sums.shape[2])](
+        dx_new, dh, x_new, y, gate, scale, weight, dx, dy, *sums, L, gate.stride(0), scale.stride(0), BLOCK=power_of_2(E),
+        ROWS=ROWS, EPS=EPS, num_warps=8 if E > 1024 else 4, **same)
+    _finish[(B, -(-E // COLUMNS))](
+        *sums, scale, weight, dshift, dscale, dgate, per_image, scale.stride(0), PARTS=sums.shape[2], COLUMNS=COLUMNS, **same)
+    if rms:
+        torch.sum(per_image, 0, out=dweight)
 
 def _save(ctx, inputs, output):
     x, shift, scale, weight, y, gate = inputs
@@ -164,14 +183,10 @@ def _save(ctx, inputs, output):
     ctx.dtypes = x.dtype, shift.dtype
 
 def _grads(ctx, dx_new, dh):
-    """With S = sum over tokens of dh * n:  dscale = weight * S  and  dweight = sum over images of (1 + scale) * S."""
-    x_new, scale, weight, y, gate = ctx.saved_tensors
-    dx, dy, sums = _op_backward(dx_new, dh, x_new, scale, weight, y, gate, ctx.dtypes[0])
-    dshift, S = sums[0].to(ctx.dtypes[1]), sums[1]
-    dscale = (S if weight is None else S * weight).to(scale.dtype)
-    dweight = None if weight is None else ((1 + scale.to(S.dtype)) * S).sum(0).to(weight.dtype)
-    dy, dgate = (None, None) if y is None else (dy, sums[2].to(gate.dtype))
-    return dx, dshift, dscale, dweight, dy, dgate
+    weight, y = ctx.saved_tensors[2:4]
+    dx, dy, dshift, dscale, dgate, dweight = _op_backward(dx_new, dh, *ctx.saved_tensors, ctx.dtypes[0])
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    return dx, dshift.to(ctx.dtypes[1]), dscale, dweight, *((None, None) if y is None else (dy, dgate))
 
 _op.register_autograd(_grads, setup_context=_save)
 

@@ -21,7 +21,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-from kernels import INTERPRETED, jit, power_of_2, precision, use_triton
+from kernels import FLOPS, INTERPRETED, jit, operator, power_of_2, precision, use_triton
 
 BLOCK = 64         # tokens and outputs of a tile
 
@@ -70,23 +70,19 @@ def _image(patches, like, p):
     B, C, h, w = like.shape
     return patches.view(B, h // p, w // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, h, w)
 
-@torch.library.custom_op("davae::patch_embed", mutates_args=(), schema=(
-    "(Tensor z, Tensor z_d, Tensor weight, Tensor weight_new, Tensor bias, Tensor pos) -> Tensor"))
-def _op(z, z_d, weight, weight_new, bias, pos):
-    (E, C, p, _), D, out = weight.shape, z_d.shape[1], _op_shape(z, z_d, weight, weight_new, bias, pos)
-    (B, L, _), same = out.shape, torch.promote_types(z.dtype, weight.dtype)
+def _shape(z, z_d, weight, weight_new, bias, pos):
+    (B, _, h, w), (E, _, p, _) = z.shape, weight.shape
+    dtype = reduce(torch.promote_types, [t.dtype for t in (z, z_d, weight, weight_new)])
+    return torch.empty(B, (h // p) * (w // p), E, dtype=dtype, device=z.device)
+
+@operator("patch_embed(Tensor z, Tensor z_d, Tensor weight, Tensor weight_new, Tensor bias, Tensor pos) -> Tensor", _shape)
+def _op(out, z, z_d, weight, weight_new, bias, pos):
+    (B, L, _), (E, C, p, _), D, same = out.shape, weight.shape, z_d.shape[1], torch.promote_types(z.dtype, weight.dtype)
     z, z_d, weight, weight_new = (t.to(same) for t in (z, z_d, weight.contiguous(), weight_new.contiguous()))
     _forward[(-(-E // BLOCK), -(-L // BLOCK), B)](
         z, z_d, weight, weight_new, bias.contiguous(), pos.contiguous(), out, L, z.shape[3] // p, *z.stride(), *z_d.stride(),
         C=C, D=D, E=E, P=p, BLOCK_L=BLOCK, BLOCK_E=BLOCK, BLOCK_C=max(16, power_of_2(C)), BLOCK_D=max(16, power_of_2(D)),
         UPCAST=INTERPRETED, ACC=precision(z))
-    return out
-
-@_op.register_fake
-def _op_shape(z, z_d, weight, weight_new, bias, pos):
-    (B, _, h, w), (E, _, p, _) = z.shape, weight.shape
-    dtype = reduce(torch.promote_types, [t.dtype for t in (z, z_d, weight, weight_new)])
-    return torch.empty(B, (h // p) * (w // p), E, dtype=dtype, device=z.device)
 
 def _save(ctx, inputs, output):
     z, z_d, weight, weight_new, bias, pos = inputs
@@ -100,11 +96,12 @@ def _grads(ctx, dtokens):
     rows = dtokens.flatten(0, 1).to(torch.promote_types(z.dtype, weight.dtype))           # (B L, E)
     dz = [_image(rows @ W.flatten(1).to(rows.dtype), x, p).to(x.dtype) if needed else None
           for x, W, needed in zip((z, z_d), (weight, weight_new), ctx.needs_input_grad)]
-    dweight = [(rows.T @ _patches(x, p).to(rows.dtype)).view_as(W).to(W.dtype)
-               for x, W in zip((z, z_d), (weight, weight_new))]
+    dweight = [(rows.T @ _patches(x, p).to(rows.dtype)).view_as(W).to(W.dtype) for x, W in ((z, weight), (z_d, weight_new))]
     return *dz, *dweight, dpos.sum((0, 1)).to(bias), dpos.to(pos)
 
 _op.register_autograd(_grads, setup_context=_save)
+
+FLOPS[torch.ops.davae.patch_embed] = lambda z, z_d, weight, *_, **__: 2 * z[0] * z[2] * z[3] * (z[1] + z_d[1]) * weight[0]
 
 def patch_embed(z, z_d, weight, weight_new, bias, pos):
     """P(z) + P_new(z_d) + pos: (B, C, h, w), (B, D, h, w) -> (B, L, E)."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import jit, power_of_2, precision, use_triton
+from kernels import jit, operator, power_of_2, precision, use_triton
 
 EPS = 1e-6
 TOKENS = 8         # per program of the backward: one partial sum of K float32 for every TOKENS*A*K elements
@@ -44,6 +44,18 @@ def qknorm_rope_ref(qkv, q_weight, k_weight, cos=None, sin=None):
 # ---------------------------------------------------------------- Triton
 
 @jit
+def rotate(u, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each pair of columns of a tile, by its angle."""
+    even, odd = tl.split(tl.reshape(u, (ROWS, COLUMNS // 2, 2)))
+    return u * cos + tl.reshape(tl.join(-odd, even), (ROWS, COLUMNS)) * sin
+
+@jit
+def rotate_back(du, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transposed rotation, which is what gradients take."""
+    even, odd = tl.split(tl.reshape(du * sin, (ROWS, COLUMNS // 2, 2)))
+    return du * cos + tl.reshape(tl.join(odd, -even), (ROWS, COLUMNS))
+
+@jit
 def _forward(X, WEIGHT, COS, SIN, OUT, L, stride_b, stride_l, stride_a,
              A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, EPS: tl.constexpr,
              NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr):
@@ -58,8 +70,7 @@ def _forward(X, WEIGHT, COS, SIN, OUT, L, stride_b, stride_l, stride_a,
     if ROPE:
         cos = tl.load(COS + row * K + k, k < K, 0.0).to(ACC)
         sin = tl.load(SIN + row * K + k, k < K, 0.0).to(ACC)
-        even, odd = tl.split(tl.reshape(u, (BLOCK_A, BLOCK_K // 2, 2)))
-        u = u * cos + tl.reshape(tl.join(-odd, even), (BLOCK_A, BLOCK_K)) * sin
+        u = rotate(u, cos, sin, BLOCK_A, BLOCK_K)
     tl.store(OUT + ((b * A + a) * L + row) * K + k, u.to(OUT.dtype.element_ty), inside)
 
 @jit
@@ -80,8 +91,7 @@ def _backward(DOUT, X, WEIGHT, COS, SIN, DX, DWEIGHT, L, stride_b, stride_l, str
         if ROPE:
             cos = tl.load(COS + row * K + k, k < width, 0.0).to(ACC)
             sin = tl.load(SIN + row * K + k, k < width, 0.0).to(ACC)
-            even, odd = tl.split(tl.reshape(du * sin, (BLOCK_A, BLOCK_K // 2, 2)))
-            du = du * cos + tl.reshape(tl.join(odd, -even), (BLOCK_A, BLOCK_K))   # the rotation, transposed
+            du = rotate_back(du, cos, sin, BLOCK_A, BLOCK_K)
         if NORM:
             n = tl.load(X + b * stride_b + row * stride_l + a * stride_a + k, inside, 0.0).to(ACC)
             r = tl.rsqrt(tl.sum(n * n, axis=1, keep_dims=True) / K + EPS)
@@ -103,46 +113,35 @@ def _launch(x, weight, cos, sin):
     return x, tables, (L, *x.stride()[:3]), dict(A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), EPS=EPS,
                                                  ACC=precision(x), NORM=weight is not None, ROPE=cos is not None)
 
-@torch.library.custom_op("davae::norm_rope", mutates_args=(), schema=(
-    "(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> Tensor"))
-def _op(x, weight, cos, sin):
-    out = _op_shape(x, weight, cos, sin)
-    x, tables, strides, sizes = _launch(x, weight, cos, sin)
-    _forward[tuple(x.shape[:2])](x, *tables, out, *strides, **sizes)
-    return out
-
-@_op.register_fake
-def _op_shape(x, weight, cos, sin):
+def _shape(x, weight, cos, sin):
     B, L, A, K = x.shape
     return torch.empty(B, A, L, K, dtype=x.dtype, device=x.device)
 
-@torch.library.custom_op("davae::norm_rope_backward", mutates_args=(), schema=(
-    "(Tensor dout, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)"))
-def _op_backward(dout, x, weight, cos, sin):
-    dx, dweight = _op_backward_shapes(dout, x, weight, cos, sin)
-    x, tables, strides, sizes = _launch(x, weight, cos, sin)
-    partial = dweight.new_empty(len(x), -(-x.shape[1] // TOKENS), x.shape[3])
-    _backward[tuple(partial.shape[:2])](dout.contiguous(), x, *tables, dx, partial, *strides, TOKENS=TOKENS, **sizes)
-    if weight is not None:
-        torch.sum(partial, (0, 1), out=dweight)
-    return dx, dweight
+@operator("norm_rope(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> Tensor", _shape)
+def _op(out, *inputs):
+    x, tables, strides, sizes = _launch(*inputs)
+    _forward[tuple(x.shape[:2])](x, *tables, out, *strides, **sizes)
 
-@_op_backward.register_fake
-def _op_backward_shapes(dout, x, weight, cos, sin):
+def _backward_shapes(dout, x, weight, cos, sin):
     """dx (B, L, A, K) and dweight (K,) in float32, empty without a weight."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return dx, dx.new_empty(0 if weight is None else x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32))
 
-def _save(ctx, inputs, output):
-    x, weight, cos, sin = inputs
-    ctx.save_for_backward(x, weight, cos, sin)
+@operator("norm_rope_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",
+          _backward_shapes)
+def _op_backward(dx, dweight, dout, *inputs):
+    x, tables, strides, sizes = _launch(*inputs)
+    partial = dweight.new_empty(len(x), -(-x.shape[1] // TOKENS), x.shape[3])
+    _backward[tuple(partial.shape[:2])](dout.contiguous(), x, *tables, dx, partial, *strides, TOKENS=TOKENS, **sizes)
+    if sizes["NORM"]:
+        torch.sum(partial, (0, 1), out=dweight)
 
 def _grads(ctx, dout):
-    x, weight, cos, sin = ctx.saved_tensors
-    dx, dweight = _op_backward(dout, x, weight, cos, sin)
+    dx, dweight = _op_backward(dout, *ctx.saved_tensors)
+    weight = ctx.saved_tensors[1]
     return dx, None if weight is None else dweight.to(weight.dtype), None, None
 
-_op.register_autograd(_grads, setup_context=_save)
+_op.register_autograd(_grads, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def qknorm_rope(qkv, q_weight, k_weight, cos=None, sin=None):
     """(B, L, 3, A, K) -> q, k, v, each (B, A, L, K); q and k normalised if they have a weight, rotated if there is cos."""

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dit
+import kernels
 import kernels.qknorm_rope
 import sample
 from dit import DiTConfig, LightningDiT, export_lightningdit, import_lightningdit, load_dit, widen
@@ -403,7 +404,7 @@ def test_under_bfloat16_autocast_the_residual_stream_is_bfloat16_and_the_output_
 def test_the_cost_of_an_xl_is_the_closed_formula():
     with torch.device("meta"):
         model = LightningDiT(DiTConfig(D=96))
-        forward, step, _ = sample.cost(model, (torch.empty(1, 128, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.long)))
+        forward, step, _ = kernels.cost(model, (torch.empty(1, 128, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.long)))
     L, E, hidden = 256, 1152, 3072
     per_token = 3 * E * E + E * E + 2 * L * E + 2 * E * hidden + hidden * E     # qkv, proj, attention, w12, w3
     conditioning = 28 * 6 * E * E + 2 * E * E + 256 * E + E * E                 # adaLN of blocks and head, time embedder
@@ -418,7 +419,7 @@ def test_four_times_the_tokens_cost_sd3_more_than_four_times_as_much():
         with torch.device("meta"):
             model = dit.MMDiT(dit.MMDiTConfig(D=16))
             args = torch.empty(1, 32, side, side), torch.empty(1), torch.empty(1, 333, 4096), torch.empty(1, 2048)
-            costs.append(sample.cost(model, args)[0])
+            costs.append(kernels.cost(model, args)[0])
     assert costs[1] / costs[0] == pytest.approx(4.61, rel=0.01) and costs[2] / costs[1] == pytest.approx(7.95, rel=0.01)
 
 

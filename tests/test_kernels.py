@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import davae
 import dit
 import kernels
+import sample
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,6 +54,28 @@ if not INTERPRETED:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.strip() == "False", done.stdout + done.stderr
 
+    @pytest.mark.parametrize("op", OPS)
+    def test_every_kernel_compiles_for_hopper_and_fits_into_its_shared_memory(op, monkeypatch):
+        """At LightningDiT-XL's sizes, in bfloat16. No GPU is needed: a launch is replaced by a compilation for sm_90."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+        types, compiled = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}, {}
+
+        def launch(self, grid):
+            def run(*args, num_warps=4, **constants):
+                f = self.compile()
+                names = [p.name for p in f.params if not p.is_constexpr]
+                signature = {n: types[x.dtype if isinstance(x, torch.Tensor) else type(x)] for n, x in zip(names, args)}
+                source = ASTSource(f, signature | {n: "constexpr" for n in constants}, constants)
+                compiled[f.__name__] = compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
+            return run
+
+        monkeypatch.setattr(kernels.jit, "__getitem__", launch)
+        monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "use_triton", lambda x: True)
+        run(both(op)[0], op, MAKE[op](**AT_FULL_SIZE[op], dtype=torch.bfloat16, device="cpu"))
+        assert len(compiled) >= (1 if op == "patch_embed" else 2)              # whose backward is matrix products
+        assert max(kernel.metadata.shared for kernel in compiled.values()) <= 227 * 1024
+
     @pytest.mark.parametrize("section", ["operations", "training", "sampling"])
     def test_what_the_benchmark_measures_runs_at_toy_size(section):
         from kernels import bench
@@ -60,7 +83,7 @@ if not INTERPRETED:
         for what, variants, _ in getattr(bench, section)(False):
             next(iter(variants.values()))()                        # plain PyTorch: nothing is compiled here
             rows += 1
-        assert rows == {"operations": 16, "training": 1, "sampling": 4}[section]
+        assert rows == {"operations": 24, "training": 1, "sampling": 4}[section]
 
 
 # ---------------------------------------------------------------- inputs, by kernel: name -> (op, ref, inputs)
@@ -97,19 +120,24 @@ def patch_embed(B, C, D, h, w, p, E, **like):
     return [z, z_d, *weights, randn(E, seed=4, **like), randn(1, h * w // p**2, E, seed=5, **like)]
 
 
-def attention(B, A, N, K, packed=True, **like):
-    if packed:
-        return list(randn(B, N, 3, A, K, seed=1, **like).permute(2, 0, 3, 1, 4))
-    return [randn(B, A, K, N, seed=i, **like).transpose(2, 3) for i in range(3)]
+def attention(B, N, A, K, **rest):
+    """Under LightningDiT's sizes the scores of random q and k would be one-hot: a norm keeps them near 1."""
+    return qknorm_rope(B, N, A, K, **rest)
 
 
-MAKE = dict(norm_modulate=norm_modulate, qknorm_rope=qknorm_rope, patch_embed=patch_embed, groupnorm_silu=groupnorm_silu,
+def swiglu(B, L, E, H, transposed=False, **like):
+    x = randn(L, B, E, seed=1, **like).transpose(0, 1) if transposed else randn(B, L, E, seed=1, **like)
+    return [x, randn(2 * H, E, seed=2, **like) / E**0.5, randn(2 * H, seed=3, **like)]
+
+
+MAKE = dict(swiglu=swiglu, norm_modulate=norm_modulate, qknorm_rope=qknorm_rope, patch_embed=patch_embed, groupnorm_silu=groupnorm_silu,
             attention=attention)
-NO_GRAD = {"qknorm_rope": (3, 4), "groupnorm_silu": (3,)}               # positions of tables and numbers
+NO_GRAD = {"qknorm_rope": (3, 4), "attention": (3, 4), "groupnorm_silu": (3,)}               # positions of tables and numbers
 CASES = [
-    ("attention", dict(B=1, A=2, N=77, K=72)),     # 77 tokens: two blocks, the second not full; 72 = 64 + 8
-    ("attention", dict(B=2, A=1, N=16, K=64)),
-    ("attention", dict(B=1, A=1, N=5, K=24, packed=False)),
+    ("attention", dict(B=1, N=77, A=2, K=72)),     # 77 tokens: two blocks, the second not full; 72 = 64 + 8
+    ("attention", dict(B=2, N=16, A=1, K=64, norm=False)),
+    ("attention", dict(B=1, N=5, A=2, K=24, rope=False, spare=8)),
+    ("attention", dict(B=1, N=70, A=1, K=72, norm=False, rope=False)),
     ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("norm_modulate", dict(B=2, L=7, E=40, rms=False)),
@@ -121,24 +149,32 @@ CASES = [
     ("qknorm_rope", dict(B=2, L=10, A=2, K=64, rope=False)),               # SD3.5
     ("patch_embed", dict(B=2, C=5, D=19, h=9, w=10, p=1, E=72)),           # 90 tokens: the second tile is not full
     ("patch_embed", dict(B=1, C=4, D=12, h=6, w=8, p=2, E=33)),
+    ("swiglu", dict(B=2, L=37, E=24, H=64)),       # 74 tokens: the second program of the backward is not full
+    ("swiglu", dict(B=1, L=9, E=16, H=300, transposed=True)),              # 300 channels: more than a program takes
     ("groupnorm_silu", dict(B=2, C=96, H=25, W=21, groups=32)),            # 525 pixels: three runs of tiles, the last not full
     ("groupnorm_silu", dict(B=1, C=64, H=5, W=3, groups=32, channels_last=False)),
     ("groupnorm_silu", dict(B=2, C=6, H=3, W=4, groups=2)),
 ]
+AT_FULL_SIZE = dict(attention=dict(B=1, N=256, A=16, K=72), norm_modulate=dict(B=1, L=256, E=1152), swiglu=dict(B=1, L=8, E=72, H=3072),
+                    qknorm_rope=dict(B=1, L=256, A=16, K=72), patch_embed=dict(B=1, C=32, D=96, h=16, w=16, p=1, E=1152),
+                    groupnorm_silu=dict(B=1, C=512, H=8, W=8, groups=32))
 REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
     "attention": ("attention", lambda *args: args),
     "norm_modulate": ("norm_modulate", lambda *args: args),
     "qknorm_rope": ("norm_rope", lambda qkv, weight, _, cos, sin: (qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin)),
     "patch_embed": ("patch_embed", lambda *args: args),
     "groupnorm_silu": ("groupnorm_silu", lambda *args: (*args, 1e-5)),
+    "swiglu": ("swiglu", lambda x, weight, bias: ((x @ weight.T).detach().requires_grad_(), bias)),
 }
 TINY = [
-    ("attention", dict(B=1, A=1, N=3, K=20)),
+    ("attention", dict(B=1, N=3, A=1, K=20)),
+    ("attention", dict(B=1, N=2, A=2, K=18, norm=False, rope=False)),
     ("norm_modulate", dict(B=2, L=3, E=5)),
     ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
     ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
     ("patch_embed", dict(B=1, C=2, D=3, h=2, w=4, p=2, E=3)),
     ("groupnorm_silu", dict(B=1, C=4, H=2, W=3, groups=2)),
+    ("swiglu", dict(B=1, L=3, E=4, H=5)),
 ]
 
 
@@ -170,7 +206,8 @@ def run(f, op, inputs, dtype=None):
 
 def errors(results, truth):
     assert len(results) == len(truth)
-    return [((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in zip(results, truth)]
+    relative = [(a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in zip(results, truth)]
+    return [e.nan_to_num(nan=float("inf")).item() for e in relative]           # max() would pass over a NaN
 
 
 # ---------------------------------------------------------------- the claims
@@ -211,6 +248,15 @@ def test_groupnorm_statistics_do_not_cancel_where_the_mean_is_a_hundred_times_th
     results, truth = (run(f, "groupnorm_silu", inputs, dtype) for f, dtype in ((kernel, None), (ref, torch.float64)))
     # Half a unit in 100's last place is 4e-6 deviations; the variance as E[x^2] - mean^2 would be off by 1e-3.
     assert max(errors(results, truth)) <= 2e-5
+
+
+def test_attention_between_opposite_queries_and_keys_stays_finite_where_the_last_block_is_not_full(device):
+    """All scores are about -120: exp(0 - -120) of what stands beyond the last key would be infinite in float32."""
+    kernel, ref = both("attention")
+    qkv = 1 + 0.1 * randn(1, 5, 3, 1, 24, seed=1, dtype=torch.float32, device=device)
+    inputs = [qkv, torch.full((24,), 5.0, device=device), torch.full((24,), -5.0, device=device), None, None]
+    results, truth = (run(f, "attention", inputs, dtype) for f, dtype in ((kernel, None), (ref, torch.float64)))
+    assert max(errors(results, truth)) <= 1e-4
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -272,13 +318,16 @@ def on_and_off(f, monkeypatch):
 
 
 def test_twenty_training_steps_are_the_same_with_kernels(device, monkeypatch):
+    """In float32 in the interpreter; as they are on a GPU, under bfloat16 autocast, which rounds at other places."""
     def losses():
         model = randomise(dit.LightningDiT(dit.DiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3,
                                                          qk_norm=True))).to(device)
         opt, found = torch.optim.AdamW(model.parameters(), lr=1e-3), []
         for step in range(20):
-            z_all, target = (randn(2, 8, 2, 2, dtype=torch.float32, device=device, seed=k) for k in (step, 100 + step))
-            loss = (model(z_all, torch.tensor([0.2, 0.8], device=device), torch.tensor([0, 2], device=device)) - target).square().mean()
+            z_all, target = (randn(1, 8, 2, 2, dtype=torch.float32, device=device, seed=k) for k in (step, 100 + step))
+            with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+                v = model(z_all, torch.tensor([0.8], device=device), torch.tensor([2], device=device))
+            loss = (v - target).square().mean()
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -286,8 +335,8 @@ def test_twenty_training_steps_are_the_same_with_kernels(device, monkeypatch):
         return found
 
     on, off, ran = on_and_off(losses, monkeypatch)
-    assert on == pytest.approx(off, rel=1e-4) and off[-1] < 0.9 * off[0]
-    ops = {"norm_modulate", "norm_rope", "attention"}
+    assert on == pytest.approx(off, rel=1e-4 if device == "cpu" else 0.03) and off[-1] < 0.9 * off[0]
+    ops = {"norm_modulate", "attention", "swiglu"}
     assert ran > ops | {f"{op}_backward" for op in ops} | {"patch_embed"}
 
 
@@ -328,12 +377,13 @@ def test_under_autocast_the_tokens_are_bfloat16_with_and_without_kernels(device,
 def traffic_of_a_block(mode, monkeypatch):
     """(U of everything but matrix products and attention, operators) of one block of an XL/1, forward and backward, bfloat16.
 
-    U = one pass over the tokens, B*L*E*2 bytes; an operator of ours counts as what it takes and gives. The second of three
-    blocks' share is the difference to two. On the meta device: no arithmetic. Attention is our operator in both modes,
-    because PyTorch would take its own apart there.
+    U = one pass over the tokens, B*L*E*2 bytes; an operator of ours counts as what it takes and gives. The third block's share
+    is the difference of three to two. On the meta device: no arithmetic; PyTorch's attention is named there, because the one
+    that it would choose for that device is none.
     """
     monkeypatch.setattr(kernels, "KERNELS", mode)
-    monkeypatch.setattr(dit, "attention", lambda *qkv: importlib.import_module("kernels.attention")._op(*qkv))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *qkv: flash(*qkv)[0])
     monkeypatch.setattr(dit, "timestep_embedding", lambda t: torch.empty(len(t), 256, dtype=torch.bfloat16, device="meta"))
     found = []
     for depth in (2, 3):
@@ -347,9 +397,52 @@ def traffic_of_a_block(mode, monkeypatch):
     return (bytes_3 - bytes_2) / (128 * 256 * 1152 * 2), calls_3 - calls_2
 
 
-def test_bytes_and_launches_of_a_block_do_not_grow(monkeypatch):
-    """The goals, 70 U and 40 operators, are missed: 48 U are SwiGLU's and 10 the biases' gradients, in plain PyTorch, which
-    torch.compile fuses; 18 operators turn the sums of norm_modulate's backward into gradients of (B, E)."""
+def test_a_models_cost_is_the_same_with_kernels(monkeypatch):
+    found = {}
+    for mode in ("ref", "triton"):
+        monkeypatch.setattr(kernels, "KERNELS", mode)
+        with torch.device("meta"):
+            inputs = torch.empty(2, 8, 4, 4), torch.empty(2), torch.zeros(2, dtype=torch.long)
+            found[mode] = kernels.cost(dit.LightningDiT(dit.DiTConfig(C=4, D=4, p=2, grid=2, E=72, A=1, depth=2)), inputs)
+    assert found["ref"][:2] == found["triton"][:2] and found["ref"][2] > found["triton"][2]        # FLOPs; numbers kept
+
+
+def test_bytes_and_launches_of_a_block_stay_below_the_goals(monkeypatch):
+    """70 U and 40 operators. An operator of ours is one to three launches: a backward, and what adds its partial sums."""
     plain, with_kernels = traffic_of_a_block("ref", monkeypatch), traffic_of_a_block("triton", monkeypatch)
-    assert plain == (pytest.approx(288.6, rel=0.02), 126)
-    assert with_kernels == (pytest.approx(96.7, rel=0.02), 58)
+    assert plain == (pytest.approx(286.6, rel=0.02), 125)
+    assert with_kernels == (pytest.approx(46.5, rel=0.02), 31)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode,goal,found", [("ref", 125, 92.9), ("triton", 70, 46.5)])
+def test_bytes_of_a_compiled_block_stay_below_the_goals(mode, goal, found, monkeypatch):
+    """U as above, by Inductor's own count for what it fuses, and for our operators between; from the batches 2 and 4."""
+    import torch._inductor.config
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import ExternKernelSchedulerNode
+    counted = []
+
+    def count(graph):
+        for node in graph.scheduler.nodes:
+            ours = "davae" in str(getattr(node.node, "op_overload", "")) and "attention" not in str(node.node.op_overload)
+            if ours or not isinstance(node, ExternKernelSchedulerNode):        # the others are matrix products, attention, views
+                counted.append(node.get_read_write_buffers_sizes())
+
+    monkeypatch.setattr(kernels, "KERNELS", mode)
+    monkeypatch.setattr(kernels, "INTERPRETED", True)                          # take the kernels' operators, on a CPU too,
+    monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: lambda *args, **sizes: None)        # but do not run them
+    update = GraphLowering._update_scheduler
+    monkeypatch.setattr(GraphLowering, "_update_scheduler", lambda graph: (update(graph), count(graph)))
+    block, tables, totals = dit.Block(dit.DiTConfig()).bfloat16(), dit.rope_table(16, 72), []
+    for B in (2, 4):
+        torch._dynamo.reset()
+        counted.clear()
+        x, y = (torch.randn(B, 256, 1152, dtype=torch.bfloat16, requires_grad=True) for _ in "xy")
+        gate, c = (torch.randn(B, 1152, dtype=torch.bfloat16, requires_grad=True) for _ in "gc")
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            out = torch.compile(block, dynamic=False)(x, y, gate, c, None, *tables)
+            torch.autograd.backward(out, [torch.zeros_like(o) for o in out])
+        totals.append(sum(counted))
+    U = (totals[1] - totals[0]) / (2 * 256 * 1152 * 2)
+    assert U == pytest.approx(found, rel=0.03) and U <= goal
