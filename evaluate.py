@@ -237,9 +237,10 @@ def generation(run, real):
     if cfg.clip:
         clip, settings["clip"] = clip_scorer(cfg.clip, run.device)
     mine, prompts = range(run.rank, cfg.n, run.world), settings["prompts"] if text else [""]
+    flow = sample.prepare(run.dit, vae, cfg, run.device)
     for k in tqdm(range(0, len(mine), cfg.batch_size), desc="sampling", disable=run.rank > 0, mininterval=1):
         start, indices = time.perf_counter(), mine[k:k + cfg.batch_size]
-        full, base = (x.cpu() for x in sample.generate(run.dit, vae, indices, settings, text))
+        full, base = (x.cpu() for x in sample.generate(run.dit, vae, indices, settings, text, flow))
         seconds.append(time.perf_counter() - start)
         rows = ({"samples": full} if run.dit.cfg.D or not vae.D else {}) | (doubled(base) if vae.D else {})
         for row, x in rows.items():

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import common
@@ -58,10 +59,13 @@ class Config:
     cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's published figures")
     slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9 in early steps; Stability AI uses 2.5")
     compile: bool = field(False, "torch.compile the transformer's blocks and the decoder: for many images on a GPU; not run")
+    graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches, bound by launches; not run")
     weights: str = field("ema", "ema or model")
     device: str = field("auto", "auto, cpu or cuda")
 
 # ---------------------------------------------------------------- the sampler
+
+AHEAD = 256         # steps x images whose modulations are computed at once: 0.1 GB for LightningDiT-XL, 0.3 GB for SD3.5 Medium
 
 def shift_time(t, s):
     """t' = s t / (1 - t + s t): s < 1 spends more steps near the noise, s = 1 changes nothing, 0 and 1 stay.
@@ -81,36 +85,70 @@ def time_grid(steps, shift=1.0, twice=False):
         return shift_time(even, shift).tolist() + [1.0]
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
-def guided_velocity(model, x, t, cond, uncond, scale, channels=None):
+def guided_velocity(model, x, t, cond, uncond, scale, channels=None, **known):
     """(v, c): v = u + scale * (c - u) on the first `channels` channels (None: all), c on the others; c is unguided.
 
     x: (B, C+D, h, w), t: (B,); cond and uncond: tuples of (B, ...) tensors, what the model takes after x and t (labels; or
-    text tokens and pooled text). One batch of 2B, c first.
+    text tokens and pooled text). One batch of 2B, c first. known: passed on to the model.
     """
-    c, u = model(torch.cat([x, x]), torch.cat([t, t]), *map(torch.cat, zip(cond, uncond))).chunk(2)
+    c, u = model(torch.cat([x, x]), torch.cat([t, t]), *map(torch.cat, zip(cond, uncond)), **known).chunk(2)
     k = channels or x.shape[1]
     return torch.cat([u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]], dim=1), c
 
+def look_ahead(model, times, y, rows):
+    """For one time after the other, {"mods": the model's modulations at it for y (B, ...)}, so many times at once that `rows`
+    rows are computed; {} each time, without computing anything, where rows is 0."""
+    group = max(1, rows // len(y))
+    for some in (times[k:k + group] for k in range(0, len(times), group)):
+        if rows:
+            t = torch.cat([torch.full((len(y),), now, dtype=torch.float64, device=y.device) for now in some])
+            mods = model.modulations(t, torch.cat([y] * len(some)))
+        yield from ({"mods": tree_map(lambda m: m[i * len(y):][:len(y)], mods)} if rows else {} for i in range(len(some)))
+
 @torch.no_grad()
-def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1.0), channels=None, slg=0.0, skip=(7, 8, 9)):
+def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1.0), channels=None, slg=0.0, skip=(7, 8, 9),
+                ahead=0):
     """Integrate dx/dt = v(x, t) from noise by Euler's method on the grid `ts`, guided where interval[0] <= t <= interval[1].
 
     noise: (B, C+D, h, w); ts: increasing floats, 0 to 1; cond, uncond: see guided_velocity; returns the latent at ts[-1],
     float32. Outside the interval, and with scale 1, the unconditional pass is not computed at all: len(ts) - 1 passes of B
     plus one per guided step. slg: skip-layer guidance (Stability AI, for SD3.5), v += slg * (c - c without the blocks
-    `skip`) in steps 0.01 N < n < 0.2 N: one more pass in each of them. Nothing in the loop waits for the device.
+    `skip`) in steps 0.01 N < n < 0.2 N: one more pass in each of them. ahead: see look_ahead's rows; 0, as models that are
+    no DiT or are sharded need it: none. Nothing here waits for the device, so that a CUDA graph can record it.
     """
-    x, N = noise, len(ts) - 1
+    x, N, guided = noise, len(ts) - 1, [scale != 1.0 and interval[0] <= t <= interval[1] for t in ts[:-1]]
+    ys = [torch.cat([c[-1] for c in conds]) if ahead else x for conds in ((cond,), (cond, uncond or cond))]
+    known = [look_ahead(model, [t for t, on in zip(ts, guided) if on == kind], y, ahead) for kind, y in enumerate(ys)]
     for n, (now, following) in enumerate(zip(ts[:-1], ts[1:])):
         t = torch.full((len(x),), now, dtype=torch.float64, device=x.device)
-        if scale != 1.0 and interval[0] <= now <= interval[1]:
-            v, c = guided_velocity(model, x, t, cond, uncond, scale, channels)
+        if guided[n]:
+            v, c = guided_velocity(model, x, t, cond, uncond, scale, channels, **next(known[1]))
         else:
-            v = c = model(x, t, *cond)
+            v = c = model(x, t, *cond, **next(known[0]))
         if slg and 0.01 * N < n < 0.2 * N:
             v = v + slg * (c - model(x, t, *cond, skip=skip))
         x = x + (following - now) * v
     return x
+
+class Recorded:
+    """sample_flow as one CUDA graph, recorded by the first call and replayed by those whose shapes and numbers are the same."""
+    graph = None
+
+    def __call__(self, model, noise, ts, cond, uncond, *rest):
+        tensors, n = [noise, *cond, *uncond], 1 + len(cond)
+        call = [x.shape for x in tensors], ts, rest
+        if self.graph is None:
+            first = sample_flow(model, noise, ts, cond, uncond, *rest)     # compiles, and sets up what may not be recorded
+            self.call, self.inputs, self.graph = call, [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.x = sample_flow(model, self.inputs[0], ts, self.inputs[1:n], self.inputs[n:], *rest)
+            return first
+        if call != self.call:
+            return sample_flow(model, noise, ts, cond, uncond, *rest)
+        for x, new in zip(self.inputs, tensors):
+            x.copy_(new)
+        self.graph.replay()
+        return self.x.clone()
 
 def sample_noise(seed, indices, shape):
     """Standard normal (len(indices), *shape), row i from a generator seeded with (seed, indices[i]) alone.
@@ -139,9 +177,8 @@ class TextConfig:
 
 def read_prompts(prompts):
     """The texts of `a|b|c`, or the lines of a file of that name."""
-    if prompts and Path(prompts).is_file():
-        return [line.strip() for line in Path(prompts).read_text("utf-8").splitlines() if line.strip()]
-    return [part.strip() for part in prompts.split("|") if part.strip()]
+    lines = Path(prompts).read_text("utf-8").splitlines() if prompts and Path(prompts).is_file() else prompts.split("|")
+    return [line.strip() for line in lines if line.strip()]
 
 def load_text_encoders(folder, device):
     """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5."""
@@ -164,12 +201,11 @@ def encode_text(encoders, prompts, t5_tokens=256, width=4096):
 
     context: [CLIP-L | CLIP-G | zeros] of the last but one layer, then T5's tokens (zeros without T5); its width is T5's.
     """
-    clips, t5 = encoders[:2], encoders[2]
-    device = clips[0][1].device
+    *clips, t5 = encoders
 
     def ids(tokenizer, length):
         batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return batch.input_ids.to(device)
+        return batch.input_ids.to(clips[0][1].device)
 
     outputs = [encoder(ids(tokenizer, tokenizer.model_max_length), output_hidden_states=True) for tokenizer, encoder in clips]
     clip = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)           # (B, 77, L + G), before the final norm
@@ -283,22 +319,45 @@ def conditions(dit, indices, s, text=None):
     y = sample_labels(indices, s["classes"]).to(dit.P.weight.device)
     return (y,), (torch.full_like(y, dit.cfg.num_classes),)
 
-def generate(dit, vae, indices, s, text=None):
+@torch.no_grad()
+def for_sampling(dit):
+    """Merge adapters, in place, and round the weights that autocast would round in each pass: it gives the same velocities."""
+    for layer in (merge_lora(dit) if isinstance(dit, MMDiT) else dit).modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.bfloat16()
+    return dit
+
+def prepare(dit, vae, cfg, device):
+    """Make models ready for many batches, as cfg.compile and cfg.graph say; returns what `generate` takes as `flow`."""
+    if cfg.graph and device.type != "cuda":
+        raise SystemExit("--graph=True: wanted a GPU; leave it out")
+    if device.type == "cuda":
+        for_sampling(dit)
+    for part in [*dit.blocks, vae.decoder if vae.D else vae.base.decoder] if cfg.compile else ():
+        part.compile(dynamic=False)
+    return Recorded() if cfg.graph else sample_flow
+
+def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     """(images, previews): samples `indices` through the whole decoder and through the base decoder, in [-1, 1].
 
-    s: see `settings_of`; text: a TextCache, for an MMDiT.   raises: SystemExit where height or width do not fit the model.
+    s: see `settings_of`; text: a TextCache, for an MMDiT; flow: see `prepare`.
+    raises: SystemExit where height or width do not fit the model.
     """
     device, side = dit.P.weight.device, vae.f * dit.cfg.p
     if s["height"] % side or s["width"] % side:
         raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
     noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, s["height"] // vae.f, s["width"] // vae.f))
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        z_all = sample_flow(dit, noise.to(device), time_grid(s["steps"], s["shift"], s["grid"] == "sd3"),
-                            *conditions(dit, indices, s, text), s["cfg"], (s["cfg_start"], s["cfg_end"]),
-                            s["cfg_channels"] or None, s.get("slg", 0.0))
-    with torch.no_grad():                          # a few at a time: the decoder's activations are the largest there are
-        base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in z_all.split(8)]).clamp(-1, 1)
-        return (torch.cat([vae.decode(z) for z in z_all.split(8)]).clamp(-1, 1) if dit.cfg.D or not vae.D else base), base
+    ahead = 0 if hasattr(dit.P.weight, "full_tensor") else AHEAD           # a sharded model's adaLN layers are not whole
+    # A graph would keep the addresses of autocast's cache of rounded weights, which goes with this context.
+    low = torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=flow is sample_flow)
+    with torch.no_grad(), low:
+        z_all = flow(dit, noise.to(device), time_grid(s["steps"], s["shift"], s["grid"] == "sd3"),
+                     *conditions(dit, indices, s, text), s["cfg"], (s["cfg_start"], s["cfg_end"]), s["cfg_channels"] or None,
+                     s.get("slg", 0.0), (7, 8, 9), ahead)
+        # a few at a time: the decoder's activations are the largest there are
+        base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in z_all.split(8)]).float().clamp(-1, 1)
+        full = torch.cat([vae.decode(z) for z in z_all.split(8)]).float().clamp(-1, 1) if dit.cfg.D or not vae.D else base
+    return full, base
 
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
     """The TextCache that holds the prompts; if `folder` is one of encoders, they are encoded into <out>/text first."""
@@ -347,8 +406,7 @@ def main(cfg):
         settings = settings_of(cfg, config, checkpoint)
         text = text_of(cfg, config, settings, out, rank, device)
     dit, vae, config = load_run(cfg.run, cfg.weights, device)
-    for part in [*dit.blocks, vae.decoder if vae.D else vae.base.decoder] if cfg.compile else ():
-        part.compile(dynamic=False)
+    flow = prepare(dit, vae, cfg, device)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():
         old = json.loads((out / "settings.json").read_text())
@@ -362,7 +420,7 @@ def main(cfg):
     start = time.time()
     for k in tqdm(range(0, len(todo), cfg.batch_size), desc=str(out), disable=rank > 0, mininterval=1):
         indices = todo[k:k + cfg.batch_size]
-        images, base = generate(dit, vae, indices, settings, text)
+        images, base = generate(dit, vae, indices, settings, text, flow)
         for i, image in zip(indices, data.to_uint8(images)):
             save_png(image, out / f"{i:06d}.png")
     common.wait_for_all()
@@ -384,11 +442,9 @@ def write_overview(dit, vae, config, settings, out, n, text=None):
         np.savez(f, arr_0=arrays)
     (out / "samples.npz.tmp").replace(out / "samples.npz")
     turn = settings.get("prompts") or settings["classes"]
-    names = [t[:24] for t in turn] if "prompts" in settings else ([*config["classes"]] or ["image"]) + ["no class"]
-    names = names if "prompts" in settings else [names[k] for k in turn]
-    columns = max(1, min(8, n // len(turn)))
-    indices = [row + column * len(turn) for row in range(min(10, len(turn))) for column in range(columns)]
-    indices = [i for i in indices if i < n]
+    classes, columns = (config["classes"] or ["image"]) + ["no class"], max(1, min(8, n // len(turn)))
+    names = [t[:24] if "prompts" in settings else classes[t] for t in turn]
+    indices = [i for row in range(min(10, len(turn))) for i in range(row, columns * len(turn), len(turn)) if i < n]
     images, base = generate(dit, vae, indices, settings, text)
     for name, x in (("grid.png", images), ("base_preview.png", base)):
         data.save_grid(x, out / name, columns, max(1, 128 // x.shape[-1]), [names[i % len(turn)] for i in indices])
@@ -424,9 +480,9 @@ def main_export(cfg):
         if m.lora:
             targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"]
             common.save_folder(temporary / "lora", {"adapter_model": export_lora(dit)}, {"source": cfg.run})
-            common.write_json(temporary / "lora" / "adapter_config.json", dict(
-                peft_type="LORA", r=m.lora, lora_alpha=m.alpha, target_modules=targets, bias="none",
-                modules_to_save=["pos_embed.proj", "proj_out"]))
+            adapter = dict(peft_type="LORA", r=m.lora, lora_alpha=m.alpha, target_modules=targets, bias="none")
+            adapter["modules_to_save"] = ["pos_embed.proj", "proj_out"]
+            common.write_json(temporary / "lora" / "adapter_config.json", adapter)
         common.save_folder(temporary / "transformer", {"diffusion_pytorch_model": export_diffusers(merge_lora(dit))}, dict(
             _class_name="SD3Transformer2DModel", sample_size=128, patch_size=m.p, in_channels=m.C + m.D, out_channels=m.C + m.D,
             num_layers=m.depth, num_attention_heads=m.A, attention_head_dim=m.E // m.A, caption_projection_dim=m.E,

@@ -43,16 +43,18 @@ def measure(variants, cuda, deadline):
     return {name: row | ({"ms": torch.tensor(t[2:]).quantile(torch.tensor([0.5, 0.25, 0.75])).tolist()} if len(t) > 2 else
             {"error": row.get("error", "skipped: out of time")}) for (name, row), t in zip(rows.items(), times.values())}
 
-def models(parts, f, cuda):
-    """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels."""
-    def run(stance, mode):
+def models(parts, f, cuda, recorded=None):
+    """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels. recorded: a function that makes what
+    f takes to do the same as one CUDA graph, in three more variants."""
+    def run(stance, mode, *flow):
         kernels.KERNELS = mode
-        with torch.compiler.set_stance(stance), torch.autocast("cuda" if cuda else "cpu", torch.bfloat16):
-            f()
+        with torch.compiler.set_stance(stance), torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, cache_enabled=False):
+            f(*flow)
     for part in parts:
         part.compile(backend="inductor" if cuda else "aot_eager", dynamic=False)
-    return {"plain": partial(run, "force_eager", "ref"), "plain, compiled": partial(run, "default", "ref"),
-            "kernels, compiled": partial(run, "default", "triton")}
+    kinds = {"plain": ("force_eager", "ref"), "plain, compiled": ("default", "ref"), "kernels, compiled": ("default", "triton")}
+    return {name: partial(run, *kind) for name, kind in kinds.items()} | {
+        f"{name}, graph": partial(run, *kind, recorded()) for name, kind in kinds.items() if recorded}
 
 def both_ways(what, variants, inputs, **work):
     """Variants of an operation, without and with their backward: rows of `operations`. inputs: tables are in float32."""
@@ -116,7 +118,8 @@ def training(cuda):
     yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), {"images": B, "cost": 712e9 * cuda}       # FLOPs
 
 def sampling(cuda):
-    """DA-VAE on SD3's VAE; then SD3.5-M with guidance on its latent (D = 16) and on the original's: 2 of 30 Euler steps."""
+    """DA-VAE on SD3's VAE; then SD3.5-M with guidance on its latent (D = 16) and on the original's: 2 of 30 Euler steps; and
+    with one image, recorded as a CUDA graph too."""
     davae, dit, sample = map(project, ("davae", "dit", "sample"))
     base = davae.AutoencoderKL(davae.KLConfig() if cuda else davae.KLConfig(ch=32, ch_mult=(1, 1, 1, 1), blocks=1))
     vae = davae.DAVAE(base, 16).to(memory_format=torch.channels_last)
@@ -125,11 +128,15 @@ def sampling(cuda):
         x, z_all, parts = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16), [vae.decoder]
         yield f"encode {side} px", models([vae.detail_encoder, base.encoder], lambda: vae.encode(x), cuda), {"images": 1}
         yield f"decode {side} px", models(parts, torch.no_grad()(lambda: vae.decode(z_all)), cuda), {"images": 1}
-        for D, h in ((16, side // 16), (0, side // 8)):
-            model, grid = dit.MMDiT(dit.MMDiTConfig(D=D, **small)), sample.time_grid(30, 1 / 3)[:3]
-            noise, *cond = torch.randn(B, 16 + D, h, h), torch.randn(B, 333, model.cfg.context), torch.randn(B, 2048)
-            run = models(model.blocks, lambda: sample.sample_flow(model, noise, grid, cond, cond, 4.0), cuda)
-            yield f"SD3.5-M {side} px, {h * h // 4} tokens, 2 steps of {B}", run, {"batch": B, "decode": f"decode {side} px"}
+        for D, h, n in ((16, side // 16, B), (16, side // 16, 1), (0, side // 8, B)):
+            model, grid = sample.for_sampling(dit.MMDiT(dit.MMDiTConfig(D=D, **small))), sample.time_grid(30, 1 / 3)[:3]
+            noise, *cond = torch.randn(n, 16 + D, h, h), torch.randn(n, 333, model.cfg.context), torch.randn(n, 2048)
+
+            def run(flow=sample.sample_flow):
+                flow(model, noise, grid, cond, cond, 4.0, (0.0, 1.0), None, 0.0, (), sample.AHEAD)
+            variants = models(model.blocks, run, cuda, sample.Recorded if cuda and n == 1 else None)
+            what = f"SD3.5-M {side} px, {h * h // 4} tokens, 2 steps of {n}"
+            yield what, variants, {"batch": n, "decode": f"decode {side} px"}
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])

@@ -1,15 +1,18 @@
 """sample.py: the integrator against closed forms, guidance against the original code, images that depend on (seed, i)."""
 import json
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sample
 from davae import load_base_vae
-from dit import DiTConfig, LightningDiT, MMDiT, MMDiTConfig, load_dit
+from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora, load_dit
 from train_vae import import_torchvision
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
 
@@ -277,11 +280,110 @@ def test_neither_a_sampler_nor_the_loss_ever_waits_for_the_device(weighting):
         text = MMDiT(MMDiTConfig(C=4, D=4, E=32, A=2, depth=3, dual=1, context=12, pooled=8, pos_size=6))
         z_all, y, cond = torch.empty(2, 8, 4, 4), torch.zeros(2, dtype=torch.long), (torch.empty(2, 3, 12), torch.empty(2, 8))
     for model, c in ((dit, (y,)), (text, cond)):
-        v = sample_flow(model, z_all, time_grid(4, 0.3), c, c, 4.0, (0.2, 1.0))
+        v = sample_flow(model, z_all, time_grid(4, 0.3), c, c, 4.0, (0.2, 1.0), ahead=6)
         loss, _, _ = flow_loss(model, z_all, c, 4, 0.5, weighting=weighting)
         loss.backward()
         assert v.shape == z_all.shape and all(p.grad is not None for n, p in model.named_parameters() if "text.mlp" not in n)
     assert sample_flow(text, z_all, time_grid(20), cond, cond, 4.0, slg=2.5, skip=(1,)).is_meta
+
+
+def random_models(device="cpu"):
+    """[(model, cond, uncond)]: a LightningDiT and an MMDiT whose adaLN layers are not zero, for latents (3, 8, 4, 4)."""
+    torch.manual_seed(0)
+    both = [LightningDiT(DiTConfig(C=4, D=4, grid=4, E=32, A=4, depth=2, num_classes=5)),
+            MMDiT(MMDiTConfig(C=4, D=4, E=32, A=2, depth=3, dual=1, context=12, pooled=8, pos_size=6))]
+    for p in (p for model in both for p in model.parameters()):
+        p.data = 0.2 * torch.randn(p.shape)
+    labels, texts = ((torch.tensor([0, 1, 2]),), (torch.tensor([5, 5, 5]),)), [(torch.randn(3, 7, 12), torch.randn(3, 8)) for _ in "cu"]
+    return [(model.to(device), *(tuple(x.to(device) for x in part) for part in conds)) for model, conds in zip(both, (labels, texts))]
+
+
+@pytest.mark.parametrize("rows,products", [(1, 9), (7, 8), (12, 4), (1000, 2)])
+def test_modulations_computed_ahead_change_nothing_but_the_number_of_products(rows, products):
+    """Steps before 0.2 take batches of 3, the others of 6: of the nine steps of this grid three and six."""
+    ts, noise = time_grid(9, 0.6), torch.randn(3, 8, 4, 4)
+    assert sum(t < 0.2 for t in ts[:-1]) == 3
+    for model, cond, uncond in random_models():
+        calls = []
+        model.adaLN_final.register_forward_hook(lambda *_: calls.append(1))
+        step_by_step = sample_flow(model, noise, ts, cond, uncond, 4.0, (0.2, 1.0))
+        assert len(calls) == 9 and step_by_step.std() > 0.3
+        ahead = sample_flow(model, noise, ts, cond, uncond, 4.0, (0.2, 1.0), ahead=rows)
+        assert len(calls) == 9 + products and torch.allclose(ahead, step_by_step, atol=1e-4)
+
+
+def test_weights_rounded_before_sampling_give_what_autocast_gives():
+    ts, noise = time_grid(3), torch.randn(3, 8, 4, 4)
+    for model, cond, uncond in random_models():
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = sample_flow(model, noise, ts, cond, uncond, 4.0)
+            bytes_before = sum(p.nbytes for p in model.parameters())
+            assert torch.equal(sample_flow(sample.for_sampling(model), noise, ts, cond, uncond, 4.0), expected)
+        assert sum(p.nbytes for p in model.parameters()) < 0.52 * bytes_before
+
+
+def test_adapters_are_merged_for_sampling():
+    model, cond, uncond = random_models()[1]
+    add_lora(model, r=4, alpha=8.0)
+    for m in model.modules():
+        if isinstance(m, LoRA):
+            torch.nn.init.normal_(m.B, std=0.1)
+    noise = torch.randn(3, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, merged = (sample_flow(m, noise, time_grid(3), cond, uncond, 2.0) for m in (model, sample.for_sampling(deepcopy(model))))
+        without = sample_flow(random_models()[1][0], noise, time_grid(3), cond, uncond, 2.0)
+    assert any(isinstance(m, LoRA) for m in model.modules())
+    assert not any(isinstance(m, LoRA) for m in sample.for_sampling(model).modules()) and model.cfg.lora == 0
+    assert (plain - merged).abs().max() < 0.05 * (plain - without).abs().max()
+
+
+class Tape(TorchDispatchMode):
+    """What torch.cuda.graph does, on a CPU: notes the operators that run; replay() runs them again on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        self.calls.append((f, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for f, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(f(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():         # else a view, or in place
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+        monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    ts, args = time_grid(9, 0.6), (4.0, (0.2, 1.0), None, 0.0, (), 256)
+    for model, cond, uncond in random_models(device):
+        sample.for_sampling(model)
+        recorded, calls = sample.Recorded(), []
+        model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            for seed in range(3):
+                noise = sample_noise(seed, range(3), (8, 4, 4)).to(device)
+                turned = [tuple(x.roll(seed, 0) for x in part) for part in (cond, uncond)]
+                expected, before = sample_flow(model, noise, ts, *turned, *args), len(calls)
+                assert torch.allclose(recorded(model, noise, ts, *turned, *args), expected, atol=1e-3)
+                assert len(calls) == before + (18 if seed == 0 else 0)         # nine steps, and recording them
+            few = [noise[:2], ts, *([x[:2] for x in part] for part in turned)]
+            assert torch.equal(recorded(model, *few, *args), sample_flow(model, *few, *args))
+            other = [model, noise, ts, *turned, 2.0, *args[1:]]
+            assert torch.equal(recorded(*other), sample_flow(*other))
+
+
+def test_a_graph_without_a_gpu_is_refused(tiny_run, tmp_path):
+    with pytest.raises(SystemExit, match="wanted a GPU"):
+        sample.main(sample.Config(run=str(tiny_run), out=str(tmp_path / "out"), graph=True, device="cpu"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_decoder_sees_a_few_images_at_a_time(tiny_run):
