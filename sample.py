@@ -13,12 +13,7 @@ half full is continued. Image i depends on (seed, i) only, not on the batch size
 Texts are encoded once, into a folder of safetensors shards, by the three encoders of a diffusers SD3.5 folder (transformers
 is needed for that alone); training and sampling read the shards, so T5 and the transformer never share a GPU.
 """
-import dataclasses
-import hashlib
-import json
-import shutil
-import sys
-import time
+import dataclasses, hashlib, json, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 

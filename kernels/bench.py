@@ -1,15 +1,12 @@
 """Times of the kernels and of the models, against what this machine can do at most:  python -m kernels.bench [--out=bench.json]
 
 Random weights and data; the variants of a row alternate, in one process, after a warm-up; medians with quartiles. Ceilings,
-measured first: a bfloat16 product of 8192 x 8192 matrices, and a copy. A section that has used up its time skips the rest; what
-fails is a line of text in the table, not the end.  --device=cpu: the same at toy size, compiled without code generation, and
-without TRITON_INTERPRET=1 the kernels are their specifications: a rehearsal, its times mean nothing.  Not run on a GPU.
+measured first: a bfloat16 product of 8192 x 8192 matrices, and a copy. Operations are timed as CUDA graphs of ten calls. A
+section that has used up its time skips the rest; what fails is a line of text in the table, not the end.  --device=cpu: the
+same at toy size, compiled without code generation, and without TRITON_INTERPRET=1 the kernels are their specifications: a
+rehearsal, its times mean nothing.  Not run on a GPU.
 """
-import argparse
-import importlib
-import json
-import pathlib
-import time
+import argparse, importlib, json, pathlib, time
 from collections import defaultdict
 from functools import partial
 
@@ -22,9 +19,9 @@ import kernels
 PEAK = 989e12                                      # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
 project = importlib.import_module   # imports in this house run one way, kernels first; a benchmark sits beside what it measures
 
-def measure(variants, cuda, deadline):
-    """For each variant {"ms": (median, quartiles), "GiB"}, or {"error"}."""
-    rows, times = {name: {"repeats": 1} for name in variants}, {name: [] for name in variants}
+def measure(variants, cuda, deadline, graphs=False):
+    """For each variant {"ms": (median, quartiles), "GiB"}, or {"error"}; graphs: time recordings of ten calls, not Python."""
+    rows, times = {name: {"repeats": 1, "calls": 1} for name in variants}, {name: [] for name in variants}
     for n in range(11 if cuda else 3):             # the first round compiles, the second finds how often 5 ms hold the call
         for name, row in list(rows.items())[::-1 if n % 2 else 1]:
             if "error" in row or time.time() > deadline:
@@ -35,9 +32,16 @@ def measure(variants, cuda, deadline):
                 for _ in range(row["repeats"]):
                     variants[name]()
                 torch.cuda.synchronize() if cuda else None
-                times[name].append((time.perf_counter() - since) / row["repeats"] * 1e3)
+                ms = (time.perf_counter() - since) / row["repeats"] * 1e3
+                times[name].append(ms / row["calls"])
                 row |= {"GiB": torch.cuda.max_memory_allocated() / 2**30} if cuda else {}
-                row["repeats"] = 1 + int(5 / times[name][-1])
+                row["repeats"] = 1 + int(5 / ms)
+                if graphs and n == 0:
+                    graph, call, row["calls"], row["repeats"] = torch.cuda.CUDAGraph(), variants[name], 10, 1
+                    with torch.cuda.graph(graph):
+                        for _ in range(10):
+                            call()
+                    variants[name] = graph.replay
             except (RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError) as error:
                 row["error"] = f"{type(error).__name__}: {str(error)[:90]!r}"
     return {name: row | ({"ms": torch.tensor(t[2:]).quantile(torch.tensor([0.5, 0.25, 0.75])).tolist()} if len(t) > 2 else
@@ -56,16 +60,15 @@ def models(parts, f, cuda, recorded=None):
     return {name: partial(run, *kind) for name, kind in kinds.items()} | {
         f"{name}, graph": partial(run, *kind, recorded()) for name, kind in kinds.items() if recorded}
 
-def both_ways(what, variants, inputs, **work):
+def both_ways(what, variants, inputs, unit, forward, backward):
     """Variants of an operation, without and with their backward: rows of `operations`. inputs: tables are in float32."""
-    leaves, unit = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs], work["unit"]
+    leaves = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs]
 
     def step(f):
         out = [t for t in torch.utils._pytree.tree_leaves(f(*leaves)) if t.grad_fn]
         torch.autograd.grad(out, [t for t in leaves if t.requires_grad], [torch.ones_like(t) for t in out])
-    yield what, {k: lambda f=f: f(*inputs) for k, f in variants.items()}, {"unit": unit, "work": work["forward"]}
-    back = {k: lambda f=f: step(f) for k, f in variants.items()}
-    yield f"{what}, and back", back, {"unit": unit, "work": work["forward"] + work["backward"]}
+    yield what, {k: partial(f, *inputs) for k, f in variants.items()}, {"unit": unit, "work": forward}
+    yield f"{what}, and back", {k: partial(step, f) for k, f in variants.items()}, {"unit": unit, "work": forward + backward}
 
 def operations(cuda):
     """The ceilings; PyTorch's attention by each of its backends; each kernel, its specification (with PyTorch's attention),
@@ -80,19 +83,18 @@ def operations(cuda):
         variants = {name: torch.nn.attention.sdpa_kernel(getattr(backends, name))(lambda *qkv: sdpa(*qkv))
                     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
         flops = 4 * shape[0] * shape[1] * shape[2]**2 * shape[3]
-        yield from both_ways(f"PyTorch's attention {shape}", variants, randn(3, *shape), unit="GFLOP/s", forward=flops,
-                             backward=2 * flops)
+        yield from both_ways(f"PyTorch's attention {shape}", variants, randn(3, *shape), "GFLOP/s", flops, 2 * flops)
     tables, image = randn(2, L, 72).float(), randn(4, 128, S, S).to(memory_format=torch.channels_last)
     u, v, i = (2 * n for n in (B * L * E, 20 * S * 1536, image.numel()))                  # bytes of tokens, and of the image
     norm_rope = project("kernels.qknorm_rope").qknorm_rope_ref
     for op, inputs, forward, backward in [         # and the bytes, or with products in it the FLOPs, of each pass
             ("norm_modulate", [randn(B, L, E), randn(B, E), randn(B, E), randn(E), randn(B, L, E), randn(B, E)], 4 * u, 6 * u),
             ("norm_modulate", [randn(20, S, 1536), randn(20, 1536), randn(20, 1536)], 2 * v, 3 * v),
+            ("swiglu", [randn(B, L, E), randn(16 * E // 3, E), randn(16 * E // 3)], u * 16 * E // 3, u * 32 * E // 3),
+            ("attention", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 2 * u * L, 4 * u * L),
             ("qknorm_rope", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 4 * u, 12 * u),
             ("qknorm_rope", [randn(20, S, 3, 24, 64), randn(64), randn(64)], 4 * v, 12 * v),
             ("groupnorm_silu", [image, randn(128), randn(128)], 3 * i, 5 * i),
-            ("swiglu", [randn(B, L, E), randn(16 * E // 3, E), randn(16 * E // 3)], u * 16 * E // 3, u * 32 * E // 3),
-            ("attention", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 2 * u * L, 4 * u * L),
             ("patch_embed", [*randn(B, 128, 16, 16).split([32, 96], 1), *randn(E, 128, 1, 1).split([32, 96], 1), randn(E),
                              randn(1, 256, E)], 512 * B * (128 + E), 512 * B * (128 + 3 * E))]:
         module = project(f"kernels.{op}")
@@ -100,7 +102,7 @@ def operations(cuda):
         compiled = torch.compile(ref, backend="inductor" if cuda else "aot_eager", dynamic=False)
         variants = {"ref": ref, "ref, compiled": compiled, "kernel": getattr(module, op)}
         unit = "GFLOP/s" if op in ("swiglu", "attention") else "GB/s"
-        yield from both_ways(f"{op} {tuple(inputs[0].shape)}", variants, inputs, unit=unit, forward=forward, backward=backward)
+        yield from both_ways(f"{op} {tuple(inputs[0].shape)}", variants, inputs, unit, forward, backward)
 
 def training(cuda):
     """A training step of LightningDiT-XL/1 with 96 detail channels: forward, backward, fused AdamW, EMA."""
@@ -144,24 +146,25 @@ def main():
     parser.add_argument("--out", default="bench.json")
     args = parser.parse_args()
     begin, rows, known, torch._dynamo.config.recompile_limit = time.time(), [], {}, 64
-    for part, limit in ((operations, 120), (training, 140), (sampling, 230)):                  # seconds
+    for part, limit in ((operations, 140), (training, 120), (sampling, 230)):                  # seconds
         deadline = time.time() + limit
         torch.set_default_device(args.device)
         for what, variants, work in part(args.device == "cuda"):
             torch.set_default_device(None)         # it would cost time in each operation
-            for name, row in measure(variants, args.device == "cuda", deadline).items():
+            cuda = args.device == "cuda"
+            for name, row in measure(variants, cuda, deadline, graphs=cuda and part is operations).items():
                 rows.append({"section": part.__name__, "what": what, "variant": name} | row)
                 if "ms" in row:
                     known[what, name] = s = row["ms"][0] / 1e3
                     w = defaultdict(float, work)   # 15 calls of sampling, then decoding, are an image: an estimate
-                    decode = known.get((w["decode"], name.removesuffix(", graph")), 1e9)
+                    decode = known.get((w["decode"], name.removesuffix(", graph")), float("inf"))
                     done, image = w["work"] / s, 15 * s / max(w["batch"], 1) + decode
                     rates = {w["unit"]: done / 1e9, "of the ceiling": done / known.setdefault(w["unit"], done or 1),
                              "img/s": w["images"] / s, "MFU": w["images"] * w["cost"] / s / PEAK, "img/s (estimate)": 1 / image}
                     rows[-1] |= {k: v for k, v in rates.items() if v}
             torch.set_default_device(args.device)
     torch.set_default_device(None)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else "a CPU at toy size: a rehearsal, not a measurement"
+    where = torch.cuda.get_device_name() if cuda else "a CPU at toy size: a rehearsal, not a measurement"
     head = f"{where}; torch {torch.__version__}, triton {triton.__version__}; {time.strftime('%Y-%m-%d')}"
     pathlib.Path(args.out).write_text(json.dumps({"machine": head, "rows": rows}, indent=1))
     print(f"{head}, {time.time() - begin:.0f} s\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")

@@ -3,12 +3,15 @@
 Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in a process of their own, started by the one
 test of this file that an ordinary session runs. By hand: TRITON_INTERPRET=1 pytest tests/test_kernels.py
 """
+import contextlib
 import importlib
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +78,21 @@ if not INTERPRETED:
         run(both(op)[0], op, MAKE[op](**AT_FULL_SIZE[op], dtype=torch.bfloat16, device="cpu"))
         assert len(compiled) >= (1 if op == "patch_embed" else 2)              # whose backward is matrix products
         assert max(kernel.metadata.shared for kernel in compiled.values()) <= 227 * 1024
+
+    def test_the_benchmark_times_ten_recorded_calls_at_once_and_says_what_fails(monkeypatch):
+        from kernels import bench
+        calls, replays = [], []
+        for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda: 0)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: (replays.append(1), time.sleep(0.01))))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+
+        def fails():
+            raise RuntimeError("no kernel image")
+
+        rows = bench.measure({"works": lambda: calls.append(1), "fails": fails}, True, time.time() + 60, graphs=True)
+        assert len(calls) == 1 + 10 and len(replays) == 10                     # compiling, recording; ten rounds of one replay
+        assert 1.0 <= rows["works"]["ms"][0] < 5 and "no kernel image" in rows["fails"]["error"]        # 10 ms for ten calls
 
     @pytest.mark.parametrize("section", ["operations", "training", "sampling"])
     def test_what_the_benchmark_measures_runs_at_toy_size(section):
