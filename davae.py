@@ -10,8 +10,7 @@ downsampling factor (DAVAE's is 2f). Pixels are RGB in [-1, 1]. Every `encode` r
 
 `load_base_vae` reads VA-VAE, SD/SD3 VAEs (single-file and diffusers names) and TAEF2 files as they are.
 """
-import dataclasses
-import json
+import dataclasses, json
 from collections import OrderedDict, namedtuple
 from copy import deepcopy
 from dataclasses import dataclass

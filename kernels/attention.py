@@ -15,8 +15,9 @@ Bytes, U = B*N*A*K elements:
               reads the same, writes dk, dv: 11 U, if a head's blocks find its tensors in the cache.
               Separate operations: 25 U
 Norm and rotation are computed again for each block that needs them: 2 % of the arithmetic of its products.
-Measured:  not run on a GPU. As compiled for Hopper in bfloat16 (Triton 3.9, K = 72, N = 256), the forward fits into 255
-           registers; the backward keeps 0.2 (queries) and 0.3 kB (keys) per thread in local memory; 100 kB are shared.
+Measured:  not run on a GPU. As compiled for Hopper in bfloat16 (Triton 3.9, K = 72, N = 256, no norm), the forward takes 192
+           registers in 4 warps, so that two programs share a multiprocessor; the backward takes all 255 in 8 warps and keeps
+           0.2 (queries) and 0.3 kB (keys) per thread in local memory.
 """
 from __future__ import annotations
 
@@ -112,9 +113,10 @@ def _store_qk(DX, dx1, dx2, X, row, dstride, stride, WEIGHT, DWEIGHT, COS, SIN, 
     _store(DX, row, dstride, dx1, dx2, N, K, K1, K2)
 
 @jit
-def _forward(QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, OUT, A, sb, sn, s3, sa, SCALE, N: tl.constexpr, K: tl.constexpr,
-             K1: tl.constexpr, K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, EPS: tl.constexpr,
-             NORM: tl.constexpr, ROPE: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+def _forward(QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, OUT, SCALE, sb, sn: tl.constexpr, s3: tl.constexpr, sa: tl.constexpr,
+             A: tl.constexpr, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BLOCK: tl.constexpr,
+             BLOCK_N: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, UP: tl.constexpr,
+             ACC: tl.constexpr):
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
     q_, k_, v_ = _head(QKV, 0, A, sb, s3, sa), _head(QKV, 1, A, sb, s3, sa), _head(QKV, 2, A, sb, s3, sa)
     q1, q2 = _load_qk(q_, m, sn, Q_WEIGHT, COS, SIN, BLOCK, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
@@ -128,10 +130,10 @@ def _forward(QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, OUT, A, sb, sn, s3, sa, SCALE, N
     _store(_head(OUT, 0, A, N * A * K, 0, K), m, A * K, out1, out2, N, K, K1, K2)
 
 @jit
-def _backward(QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, DOUT, DQKV, DWEIGHT, TOP, PART, DELTA, A, sb, sn, s3, sa, SCALE,
-              N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BLOCK: tl.constexpr,
-              BLOCK_N: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, UP: tl.constexpr,
-              ACC: tl.constexpr, KEYS: tl.constexpr):
+def _backward(QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, DOUT, DQKV, DWEIGHT, TOP, PART, DELTA, SCALE, sb, sn: tl.constexpr,
+              s3: tl.constexpr, sa: tl.constexpr, A: tl.constexpr, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr,
+              K2: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
+              ROPE: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr, KEYS: tl.constexpr):
     """ds = p * (dp - delta), dp = dout v^T, delta = sum over keys of p * dp. Without KEYS, rows are queries:
     dq = ds k / sqrt(K). With KEYS, they are keys, and all is transposed:  dv = p^T dout,  dk = ds^T q / sqrt(K)."""
     m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_N)[:, None]
@@ -180,22 +182,22 @@ def _launch(qkv, q_weight, k_weight, cos, sin):
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     (B, N, _, A, K), tables = qkv.shape, [qkv if t is None else t.contiguous() for t in (q_weight, k_weight, cos, sin)]
     K1 = power_of_2(K) // 2                        # the largest power of two below K
-    sizes = dict(N=N, K=K, K1=K1, K2=max(16, power_of_2(K - K1)), BLOCK=BLOCK, BLOCK_N=max(16, power_of_2(N)), EPS=EPS)
+    sizes = dict(A=A, N=N, K=K, K1=K1, K2=max(16, power_of_2(K - K1)), BLOCK=BLOCK, BLOCK_N=max(16, power_of_2(N)), EPS=EPS)
     kind = dict(NORM=q_weight is not None, ROPE=cos is not None, UP=precision(qkv) if INTERPRETED else None, ACC=precision(qkv))
-    return (-(-N // BLOCK), B * A), (qkv, *tables), (A, *qkv.stride()[:4], K**-0.5), dict(**sizes, **kind, num_warps=8)
+    strides = dict(zip(("sn", "s3", "sa"), qkv.stride()[1:]))                             # compiled in, see qknorm_rope.py
+    return (-(-N // BLOCK), B * A), (qkv, *tables), (K**-0.5, qkv.stride(0)), dict(**strides, **sizes, **kind)
 
 def _shape(qkv, q_weight, k_weight, cos, sin):
-    B, N, _, A, K = qkv.shape
-    return torch.empty(B, N, A, K, dtype=qkv.dtype, device=qkv.device)
+    return qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])
 
 @operator("attention(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin) -> Tensor", _shape)
 def _op(out, *inputs):
     grid, tensors, numbers, sizes = _launch(*inputs)
-    _forward[grid](*tensors, out, *numbers, **sizes)
+    _forward[grid](*tensors, out, *numbers, **sizes, num_warps=4)
 
 def _backward_shapes(dout, qkv, q_weight, k_weight, cos, sin):
     """dqkv (B, N, 3, A, K), and the gradients of both weights, (2, K) float32, empty if there are none."""
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = qkv.new_empty(qkv.shape)
     K, dtype = 0 if q_weight is None else qkv.shape[-1], torch.promote_types(qkv.dtype, torch.float32)
     return dqkv, dqkv.new_empty(2, K, dtype=dtype)
 
@@ -205,14 +207,13 @@ def _op_backward(dqkv, dweights, dout, *inputs):
     (grid, tensors, numbers, sizes), (B, N, _, A, K), new = _launch(*inputs), dqkv.shape, dweights.new_empty
     stats, partial = new(3, B, A, N), new(2, B * A * grid[0], K) if sizes["NORM"] else new(2, 0)
     for keys in (0, 1):                            # the first leaves the statistics to the second
-        _backward[grid](*tensors, dout.contiguous(), dqkv, partial[keys], *stats, *numbers, KEYS=keys, **sizes)
+        _backward[grid](*tensors, dout.contiguous(), dqkv, partial[keys], *stats, *numbers, KEYS=keys, **sizes, num_warps=8)
     if sizes["NORM"]:
         torch.sum(partial, 1, out=dweights)
 
 def _grads(ctx, dout):
     dqkv, dweights = _op_backward(dout, *ctx.saved_tensors)
-    weights = ctx.saved_tensors[1:3]
-    return dqkv, *(None if w is None else d.to(w.dtype) for w, d in zip(weights, dweights)), None, None
+    return dqkv, *(None if w is None else d.to(w.dtype) for w, d in zip(ctx.saved_tensors[1:3], dweights)), None, None
 
 _op.register_autograd(_grads, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 

@@ -14,7 +14,7 @@ Measured:  not run on a GPU.
 """
 from __future__ import annotations
 
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def _backward(DX_NEW, DH, X_NEW, Y, GATE, SCALE, WEIGHT, DX, DY, SUM_DH, SUM_DHN
         gate = tl.load(GATE + b * stride_gate + e, inside, 0.0).to(ACC)
         sum_dxy = tl.zeros((BLOCK,), ACC)
     sum_dh, sum_dhn = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-    for i in range(ROWS):
+    for i in tl.range(ROWS, num_stages=3):         # the next two rows are on their way
         row = part * ROWS + i
         real = e < tl.where(row < L, E, 0)
         at = (b * L + row) * E + e
@@ -140,7 +140,7 @@ def _rows(t):
 def _shapes(x, shift, scale, weight, y, gate):
     """x_new and h. Without y, x_new is x, which an operator may not return: it returns an empty tensor in its place."""
     dtype = reduce(torch.promote_types, [t.dtype for t in (x, y, gate) if t is not None])
-    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    h = x.new_empty(x.shape, dtype=dtype)
     return h.new_empty(0 if y is None else x.shape), h
 
 @operator("norm_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate) -> (Tensor, Tensor)",
@@ -155,7 +155,7 @@ def _op(x_new, h, x, shift, scale, weight, y, gate):
 
 def _backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
     """dx (B, L, E), dy like y, dshift, dscale, dgate (B, E), dweight (E,) float32; empty if there is no y or no weight."""
-    (B, L, E), new = x_new.shape, partial(torch.empty, device=x_new.device)
+    (B, L, E), new = x_new.shape, x_new.new_empty
     dy, dgate = [new(0 if y is None else t.shape, dtype=t.dtype) for t in ((x_new, scale) if y is None else (y, gate))]
     dweight = new(0 if weight is None else E, dtype=torch.promote_types(x_new.dtype, torch.float32))
     return new(B, L, E, dtype=dtype), dy, new(B, E, dtype=scale.dtype), new(B, E, dtype=scale.dtype), dgate, dweight

@@ -73,7 +73,7 @@ def _image(patches, like, p):
 def _shape(z, z_d, weight, weight_new, bias, pos):
     (B, _, h, w), (E, _, p, _) = z.shape, weight.shape
     dtype = reduce(torch.promote_types, [t.dtype for t in (z, z_d, weight, weight_new)])
-    return torch.empty(B, (h // p) * (w // p), E, dtype=dtype, device=z.device)
+    return z.new_empty(B, (h // p) * (w // p), E, dtype=dtype)
 
 @operator("patch_embed(Tensor z, Tensor z_d, Tensor weight, Tensor weight_new, Tensor bias, Tensor pos) -> Tensor", _shape)
 def _op(out, z, z_d, weight, weight_new, bias, pos):

@@ -56,7 +56,7 @@ def rotate_back(du, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return du * cos + tl.reshape(tl.join(odd, -even), (ROWS, COLUMNS))
 
 @jit
-def _forward(X, WEIGHT, COS, SIN, OUT, L, stride_b, stride_l, stride_a,
+def _forward(X, WEIGHT, COS, SIN, OUT, L, stride_b, stride_l: tl.constexpr, stride_a: tl.constexpr,
              A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, EPS: tl.constexpr,
              NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr):
     """All heads of one token: a tile of BLOCK_A x BLOCK_K, both rounded up to powers of two."""
@@ -74,7 +74,7 @@ def _forward(X, WEIGHT, COS, SIN, OUT, L, stride_b, stride_l, stride_a,
     tl.store(OUT + ((b * A + a) * L + row) * K + k, u.to(OUT.dtype.element_ty), inside)
 
 @jit
-def _backward(DOUT, X, WEIGHT, COS, SIN, DX, DWEIGHT, L, stride_b, stride_l, stride_a,
+def _backward(DOUT, X, WEIGHT, COS, SIN, DX, DWEIGHT, L, stride_b, stride_l: tl.constexpr, stride_a: tl.constexpr,
               A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr,
               EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr):
     """All heads of TOKENS tokens, one after the other: their dx, and the sum over them of du * n for dweight."""
@@ -106,16 +106,18 @@ def _backward(DOUT, X, WEIGHT, COS, SIN, DX, DWEIGHT, L, stride_b, stride_l, str
 # ---------------------------------------------------------------- PyTorch operators
 
 def _launch(x, weight, cos, sin):
-    """(x with contiguous channels, what the kernels share: pointers, strides, keywords); x stands in for what is None."""
+    """(x with contiguous channels, what the kernels share: pointers, numbers, keywords); x stands in for what is None.
+    Strides are compiled in: 72 is not a multiple of 16, and the compiler would load 2 bytes at a time instead of 16."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     _, L, A, K = x.shape
     tables = (x if t is None else t.contiguous() for t in (weight, cos, sin))
-    return x, tables, (L, *x.stride()[:3]), dict(A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), EPS=EPS,
-                                                 ACC=precision(x), NORM=weight is not None, ROPE=cos is not None)
+    return x, tables, (L, x.stride(0)), dict(
+        stride_l=x.stride(1), stride_a=x.stride(2), A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K), EPS=EPS,
+        ACC=precision(x), NORM=weight is not None, ROPE=cos is not None)
 
 def _shape(x, weight, cos, sin):
     B, L, A, K = x.shape
-    return torch.empty(B, A, L, K, dtype=x.dtype, device=x.device)
+    return x.new_empty(B, A, L, K)
 
 @operator("norm_rope(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> Tensor", _shape)
 def _op(out, *inputs):
@@ -124,7 +126,7 @@ def _op(out, *inputs):
 
 def _backward_shapes(dout, x, weight, cos, sin):
     """dx (B, L, A, K) and dweight (K,) in float32, empty without a weight."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     return dx, dx.new_empty(0 if weight is None else x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32))
 
 @operator("norm_rope_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",

@@ -73,7 +73,7 @@ def _tiles(ab):
     return N, lambda rows: (-(-N // rows), -(-H // columns)), dict(H=H, COLUMNS=columns, ACC=precision(ab))
 
 def _shape(ab, bias):
-    return torch.empty(*ab.shape[:-1], ab.shape[-1] // 2, dtype=ab.dtype, device=ab.device)
+    return ab.new_empty(*ab.shape[:-1], ab.shape[-1] // 2)
 
 @operator("swiglu(Tensor ab, Tensor bias) -> Tensor", _shape)
 def _op(out, ab, bias):
@@ -81,7 +81,7 @@ def _op(out, ab, bias):
     _forward[grid(ROWS_AT_ONCE)](ab.contiguous(), bias.contiguous(), out, N, ROWS=ROWS_AT_ONCE, **same)
 
 def _backward_shapes(dout, ab, bias):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (ab, bias))
+    return ab.new_empty(ab.shape), bias.new_empty(bias.shape)
 
 @operator("swiglu_backward(Tensor dout, Tensor ab, Tensor bias) -> (Tensor, Tensor)", _backward_shapes)
 def _op_backward(dab, dbias, dout, ab, bias):
