@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from common import latest_checkpoint, read_config, read_state_dict
 from kernels.groupnorm_silu import groupnorm_silu
 
+LAYOUT = {"cuda": torch.channels_last, "cpu": torch.contiguous_format}       # the faster one, of autoencoders and images
+
 # ---------------------------------------------------------------- the method: alignment, posterior, blocks
 
 def group_mean(z_d, C):
@@ -170,9 +172,7 @@ class Level(nn.Module):
 
     def forward(self, x):
         for j, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[j](x)
+            x = self.attn[j](block(x)) if self.attn else block(x)
         return self.resample(x)
 
 class Mid(nn.Sequential):

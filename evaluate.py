@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import common, data, sample
 from common import field
-from davae import half, load_davae
+from davae import LAYOUT, half, load_davae
 from train_vae import import_torchvision, make_lpips, plot, psnr, ridge
 
 @dataclass
@@ -390,7 +390,7 @@ def load(cfg):
     if config["script"] == "finetune.py":
         dit, vae, _ = sample.load_run(cfg.run, cfg.weights, device)
     else:
-        vae = load_davae(cfg.run).to(device)
+        vae = load_davae(cfg.run).to(device, memory_format=LAYOUT[device.type])
     if cfg.perceptual != "none":
         lpips = make_lpips(cfg.perceptual, cfg.lpips_trunk).to(device)
     settings = {**dataclasses.asdict(cfg), "checkpoint": str(checkpoint), "torch": torch.__version__, "processes": world,

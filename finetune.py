@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 import common, data, kernels, sample, train_vae
 from common import field
-from davae import load_davae
+from davae import LAYOUT, load_davae
 from dit import (DiTConfig, LightningDiT, MMDiT, MMDiTConfig, add_lora, ema_update, load_dit, shard, spread,
                  warm_start_difference, whole)
 
@@ -189,7 +189,7 @@ class Latents(data.Dataset):
 def latent_source(vae, train_set, cfg, device, rank, world):
     """A function start -> endless (z_all (b, C+D, h, w), y (b,)) batches of this rank, from a cache or encoded as we go."""
     def encode(x):
-        return vae.encode(data.to_tensor(x).to(device), sample=cfg.detail_sample)
+        return vae.encode(data.to_tensor(x).to(device), sample=cfg.detail_sample).contiguous()
 
     def encoded(start):
         stream = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
@@ -377,7 +377,7 @@ def main(cfg):
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     make_if_missing(cfg.vae, cfg)
-    vae = load_davae(cfg.vae).to(device).requires_grad_(False)
+    vae = load_davae(cfg.vae).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
     if cfg.D not in (0, vae.D):
         raise SystemExit(f"--D={cfg.D}, but {cfg.vae} has {vae.D} detail channels; give that, or 0 for a base model")
     train_set = (Latents(cfg.data_dir, vae, cfg.D) if any(Path(cfg.data_dir).glob("*.safetensors")) else

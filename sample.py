@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common
 import data
 from common import field
-from davae import load_davae
+from davae import LAYOUT, load_davae
 from dit import MMDiT, export_diffusers, export_lightningdit, export_lora, load_dit, merge_lora
 
 @dataclass
@@ -274,14 +274,14 @@ class TextCache:
 
 # ---------------------------------------------------------------- the script
 
-def load_run(run, weights="ema", device="cpu"):
+def load_run(run, weights="ema", device=torch.device("cpu")):
     """(dit, vae, config) of a run of finetune.py or one of its step folders, in eval mode."""
     checkpoint = common.latest_checkpoint(run)
     config = common.read_config(checkpoint)
     if config.get("script") != "finetune.py":
         raise SystemExit(f"{run}: holds a checkpoint of {config.get('script')}; wanted a run of finetune.py")
-    vae = load_davae(checkpoint.parent / "vae")
-    return load_dit(checkpoint, weights).to(device), vae.to(device), config
+    vae = load_davae(checkpoint.parent / "vae").to(device, memory_format=LAYOUT[device.type])
+    return load_dit(checkpoint, weights).to(device), vae, config
 
 def settings_of(cfg, config, checkpoint):
     """Everything the images depend on, with the run's own defaults filled in.  raises: SystemExit on impossible values."""

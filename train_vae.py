@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 import common, data
 from common import field
-from davae import DAVAE, AutoencoderKL, KLConfig, Level, Mid, TinyBlock, align_loss, half, load_davae
+from davae import DAVAE, LAYOUT, AutoencoderKL, KLConfig, Level, Mid, TinyBlock, align_loss, half, load_davae
 
 @dataclass
 class Config:
@@ -368,8 +368,7 @@ def main(cfg):
 
     # models: from the newest checkpoint if there is one
     resumed = common.resume(cfg, MAY_CHANGE)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format     # the fast one of each
-    vae = (load_davae(resumed) if resumed else initial_vae(cfg)).to(device, memory_format=layout).train()
+    vae = (load_davae(resumed) if resumed else initial_vae(cfg)).to(device, memory_format=LAYOUT[device.type]).train()
     if cfg.D and cfg.freeze_encoder:
         vae.detail_encoder.requires_grad_(False)
     if cfg.fit and cfg.D and not resumed:
@@ -432,7 +431,7 @@ def main(cfg):
         pairs, sums = [], {}
         for i, part in enumerate(data.to_tensor(x).to(device).chunk(accumulate)):
             common.seed_step(cfg.seed, rank * accumulate + i, step)
-            part = training_batch(part, step, cfg).contiguous(memory_format=layout)
+            part = training_batch(part, step, cfg).contiguous(memory_format=LAYOUT[device.type])
             model.require_backward_grad_sync = i == accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 rec = model(part)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
+import davae
 import evaluate
 import finetune
 import sample
@@ -183,6 +184,17 @@ def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision
     for _ in range(3):
         (z, y), (z2, y2) = (next(s) for s in streams)
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
+
+
+def test_a_gpus_layout_of_the_autoencoder_trains_the_same_model(tiny_vae, tiny_base, tmp_path, monkeypatch):
+    """channels_last from encoding to the cache, the warm start's picture and the samples, here on a CPU."""
+    losses = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        monkeypatch.setitem(davae.LAYOUT, "cpu", layout)
+        vae = shutil.copytree(tiny_vae, tmp_path / str(layout), ignore=shutil.ignore_patterns("latents-*"))
+        finetune.main(config(str(vae), tiny_base, f"{vae}-run"))
+        losses.append([json.loads(line)["loss"] for line in open(f"{vae}-run/log.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and list(vae.glob("latents-*"))
 
 
 def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(tiny_vae, tiny_base, tmp_path,
