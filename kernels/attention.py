@@ -14,7 +14,7 @@ Bytes, U = B*N*A*K elements:
     backward  first for blocks of queries: reads q, k, v, dout, writes dq and three numbers per query; then for blocks of keys:
               reads the same, writes dk, dv: 11 U, if a head's blocks find its tensors in the cache.
               Separate operations: 25 U
-Norm and rotation are computed again for each block that needs them: 2 % of the arithmetic of its products.
+Norm and rotation are computed again for each block that needs them: 2 to 4 % of the arithmetic of its products.
 Measured:  not run on a GPU. As compiled for Hopper in bfloat16 (Triton 3.9, K = 72, N = 256, no norm), the forward takes 192
            registers in 4 warps, so that two programs share a multiprocessor; the backward takes all 255 in 8 warps and keeps
            0.2 (queries) and 0.3 kB (keys) per thread in local memory.
