@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from common import latest_checkpoint, read_config, read_state_dict
 from kernels.groupnorm_silu import groupnorm_silu
 
-LAYOUT = {"cuda": torch.channels_last, "cpu": torch.contiguous_format}       # the faster one, of autoencoders and images
+# Of autoencoders and images. On a CPU the faster one (157 ms a step of the preset tiny, against 197); on a GPU not measured.
+LAYOUT = {"cuda": torch.channels_last, "cpu": torch.contiguous_format}
 
 # ---------------------------------------------------------------- the method: alignment, posterior, blocks
 
@@ -68,6 +69,7 @@ class Posterior:
         return (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 def zero_conv(c_in, c_out):
+    """A 1x1 convolution without bias that starts at zero."""
     conv = nn.Conv2d(c_in, c_out, 1, bias=False)
     nn.init.zeros_(conv.weight)
     return conv

@@ -142,11 +142,14 @@ def _backward(QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, DOUT, DQKV, DWEIGHT, TOP, PART,
     size = A * K                                   # of a row of dout; dqkv's are three times that
     dout_, dq_ = _head(DOUT, 0, A, N * size, 0, K), _head(DQKV, 0, A, 3 * N * size, size, K)
     dk_, dv_ = _head(DQKV, 1, A, 3 * N * size, size, K), _head(DQKV, 2, A, 3 * N * size, size, K)
+    queries, keys = n if KEYS else m, m if KEYS else n
+    MANY_Q: tl.constexpr = BLOCK_N if KEYS else BLOCK
+    MANY_K: tl.constexpr = BLOCK if KEYS else BLOCK_N
+    q1, q2 = _load_qk(q_, queries, sn, Q_WEIGHT, COS, SIN, MANY_Q, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
+    k1, k2 = _load_qk(k_, keys, sn, K_WEIGHT, COS, SIN, MANY_K, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
+    v1, v2 = _load(v_, keys, sn, N, K, K1, K2, UP)
+    dout1, dout2 = _load(dout_, queries, size, N, K, K1, K2, UP)
     if KEYS:
-        k1, k2 = _load_qk(k_, m, sn, K_WEIGHT, COS, SIN, BLOCK, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-        q1, q2 = _load_qk(q_, n, sn, Q_WEIGHT, COS, SIN, BLOCK_N, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-        v1, v2 = _load(v_, m, sn, N, K, K1, K2, UP)
-        dout1, dout2 = _load(dout_, n, size, N, K, K1, K2, UP)
         s, dp = _dot(k1, k2, q1, q2, ACC), _dot(v1, v2, dout1, dout2, ACC)
         s = tl.where(m < N, s * SCALE, -float("inf"))
         p = tl.exp(s - tl.load(TOP + head + column, column < N, float("inf")))            # 0 past the last query, and key
@@ -157,10 +160,6 @@ def _backward(QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, DOUT, DQKV, DWEIGHT, TOP, PART,
         dk1, dk2 = _times(ds, q1, q2, ACC)
         _store_qk(dk_, dk1, dk2, k_, m, 3 * size, sn, K_WEIGHT, DWEIGHT, COS, SIN, BLOCK, N, K, K1, K2, EPS, NORM, ROPE, ACC)
     else:
-        q1, q2 = _load_qk(q_, m, sn, Q_WEIGHT, COS, SIN, BLOCK, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-        k1, k2 = _load_qk(k_, n, sn, K_WEIGHT, COS, SIN, BLOCK_N, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-        v1, v2 = _load(v_, n, sn, N, K, K1, K2, UP)
-        dout1, dout2 = _load(dout_, m, size, N, K, K1, K2, UP)
         s, dp = _dot(q1, q2, k1, k2, ACC), _dot(dout1, dout2, v1, v2, ACC)
         s = tl.where(column < N, s * SCALE, -float("inf"))
         top = tl.max(s, axis=1, keep_dims=True)
