@@ -10,18 +10,15 @@ downsampling factor (DAVAE's is 2f). Pixels are RGB in [-1, 1]. Every `encode` r
 
 `load_base_vae` reads VA-VAE, SD/SD3 VAEs (single-file and diffusers names) and TAEF2 files as they are.
 """
-import dataclasses, json
+import dataclasses
 from collections import OrderedDict, namedtuple
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import latest_checkpoint, read_config, read_state_dict
 from kernels.groupnorm_silu import groupnorm_silu
 
 # Of autoencoders and images. On a CPU the faster one (157 ms a step of the preset tiny, against 197); on a GPU not measured.
@@ -281,58 +278,6 @@ class AutoencoderKL(BaseVAE):
         """Posterior of the raw latent of x."""
         return Posterior(self.to_moments(self.encoder(x)))
 
-class TinyBlock(nn.Module):
-    """TAEF2's residual block: three 3x3 convolutions, ReLU; `wide` ones first add a 1x1 bottleneck of 4x the width."""
-
-    def __init__(self, width=64, wide=False):
-        super().__init__()
-        self.pool = nn.Sequential(nn.Conv2d(width, 4 * width, 1, bias=False), nn.GroupNorm(4, 4 * width), nn.ReLU(),
-                                  nn.Conv2d(4 * width, width, 1, bias=False)) if wide else None
-        self.conv = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
-                                  nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
-
-    def forward(self, x):
-        if self.pool is not None:
-            x = x + self.pool(x)
-        return F.relu(self.conv(x) + x)
-
-class Apply(nn.Module):
-    """A function as a layer without weights."""
-
-    def __init__(self, f):
-        super().__init__()
-        self.forward = f
-
-class TAEF2(BaseVAE):
-    """The tiny autoencoder of FLUX.2's latents: f8, 32 channels, no posterior.  (B, 3, H, W) <-> (B, 32, H/8, W/8)
-
-    Its files work on [0, 1] pixels; the functions at both ends keep this project's [-1, 1].
-    """
-
-    def __init__(self, C=32, width=64):
-        super().__init__(C, 8)
-
-        conv = partial(nn.Conv2d, width, width, 3, padding=1, bias=False)
-
-        def blocks(n, wide=False):
-            return [TinyBlock(width, wide) for _ in range(n)]
-
-        self.encoder = nn.Sequential(
-            Apply(lambda x: 0.5 * x + 0.5), nn.Conv2d(3, width, 3, padding=1), *blocks(1), conv(stride=2), *blocks(3),
-            conv(stride=2), *blocks(3), conv(stride=2), *blocks(3, wide=True))
-        self.to_moments = nn.Conv2d(width, C, 3, padding=1)
-        self.from_latent = nn.Sequential(Apply(lambda z: 3 * torch.tanh(z / 3)), nn.Conv2d(C, width, 3, padding=1), nn.ReLU())
-        self.decoder = nn.Sequential(*blocks(3, wide=True), nn.Upsample(scale_factor=2), conv(), *blocks(3),
-                                     nn.Upsample(scale_factor=2), conv(), *blocks(3), nn.Upsample(scale_factor=2), conv(),
-                                     *blocks(1), nn.Conv2d(width, 3, 3, padding=1), Apply(lambda x: 2 * x - 1))
-        self.encoder.width = self.decoder.width = width
-
-    def encode(self, x):
-        return self.normalise(self.to_moments(self.encoder(x)))
-
-    def decode(self, z):
-        return super().decode(z).clamp(-1, 1)
-
 # ---------------------------------------------------------------- DA-VAE
 
 # What one training pass gives: x_hat (B, 3, H, W), the posterior, z (B, C, h, w) and z_d (B, D, h, w), None where D = 0.
@@ -442,156 +387,3 @@ class DAVAE(nn.Module):
 
 # ---------------------------------------------------------------- loading
 
-def load_davae(source):
-    """A DAVAE in eval mode, from a run or step folder of train_vae.py; any base VAE file gives its D = 0 form."""
-    if not (Path(source).is_dir() and (list(Path(source).glob("step_*")) or _is_ours(source))):
-        return DAVAE(load_base_vae(source), D=0).eval()
-    checkpoint = latest_checkpoint(source)
-    config = read_config(checkpoint)["model"]
-    base = config.pop("base")
-    with torch.device("meta"):
-        vae = DAVAE(TAEF2() if base.pop("kind") == "TAEF2" else AutoencoderKL(KLConfig(**base)), **config)
-    vae.load_state_dict(read_state_dict(checkpoint / "model.safetensors"), strict=True, assign=True)
-    return vae.eval()
-
-def _is_ours(folder):
-    return (path := Path(folder) / "config.json").exists() and "base" in json.loads(path.read_text()).get("model", {})
-
-def load_base_vae(source):
-    """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
-
-    source: a file (VA-VAE .pt, SD3 single-file or VAE-only .safetensors), a folder (diffusers; TAEF2's encoder and
-    decoder files; a run of train_vae.py) or a state dict. Built on the meta device and assigned, strictly.
-    raises: SystemExit with one sentence that says what the source looks like and what was wanted.
-    """
-    config = {}
-    if not isinstance(source, dict) and Path(source).is_dir():
-        folder = Path(source)
-        if list(folder.glob("step_*")) or _is_ours(folder):
-            return load_davae(folder).base
-        if (folder / "vae").is_dir():                                            # a whole diffusers pipeline
-            source = folder = folder / "vae"
-        config = json.loads(path.read_text()) if (path := folder / "config.json").exists() else {}
-        if (folder / "taef2_encoder.pth").exists():
-            source = {f"{part}.{k}": v for part in ("encoder", "decoder")
-                      for k, v in read_state_dict(folder / f"taef2_{part}.pth").items()}
-    sd = read_state_dict(source)
-    sd = sd.get("state_dict", sd)
-    if "encoder.11.pool.0.weight" in sd:
-        module, sd = TAEF2, import_taef2(sd)
-    else:
-        sd = import_kl(sd, where="state dict" if isinstance(source, dict) else source)
-        cfg = dataclasses.replace(kl_config(sd), groups=config.get("norm_num_groups", 32))
-        sd.update(_pipeline_statistics(cfg, config, source))
-        module = lambda: AutoencoderKL(cfg)                                      # noqa: E731
-    with torch.device("meta"):
-        vae = module()
-    vae.load_state_dict(sd, strict=True, assign=True)
-    return vae.float().eval()
-
-def _pipeline_statistics(cfg, config, source):
-    """Per-channel mean and std by which the pretrained pipeline normalises: z -> (z - mean) / std.
-
-    From a diffusers config.json, or VA-VAE's latents_stats.pt, beside the weights. A bare 16-channel file is taken for
-    SD3's; another one without its statistics gets 0 and 1, and says so: a DiT that was trained on it expects the real ones.
-    """
-    path = Path("" if isinstance(source, dict) else source)
-    stats = (path if path.is_dir() else path.parent) / "latents_stats.pt"
-    if not isinstance(source, dict) and stats.exists():
-        return {k: v.float().flatten() for k, v in read_state_dict(stats).items() if k in ("mean", "std")}
-    shift, scale = (0.0609, 1.5305) if cfg.C == 16 and not cfg.quant else (0.0, 1.0)
-    shift, scale = config.get("shift_factor") or shift, config.get("scaling_factor") or scale
-    if (shift, scale) == (0.0, 1.0) and not isinstance(source, dict):
-        print(f"{source}: no latents_stats.pt beside it; its latents stay as they are. Put that file of the pretrained "
-              "LightningDiT there to warm-start from it")
-    return {"mean": torch.full((cfg.C,), shift), "std": torch.full((cfg.C,), 1 / scale)}
-
-def kl_config(sd):
-    """Read an AutoencoderKL's sizes off a state dict in our names."""
-    levels, blocks = (len({k[len(prefix):].split(".")[0] for k in sd if k.startswith(prefix)})
-                      for prefix in ("encoder.down.", "encoder.down.0.block."))
-    ch, attn = sd["encoder.conv_in.weight"].shape[0], [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in sd]
-    ch_mult = [sd[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)]
-    return KLConfig(sd["from_latent.0.weight"].shape[1], ch, ch_mult, blocks, attn, quant="to_moments.1.weight" in sd)
-
-DROPPED = {                  # first components of keys that a base VAE checkpoint may carry beside the autoencoder
-    "loss": "perceptual loss and discriminator of VA-VAE's training",
-    "foundation_model": "the DINOv2 that VA-VAE was aligned to",
-    "linear_proj": "its projection, used in training only",
-    "logvar": "a training-only scalar",
-    "model": "the transformer in an SD3 single-file checkpoint",
-    "text_encoders": "the text encoders in an SD3 single-file checkpoint",
-}
-
-# diffusers' names of the same layers, the original ones; the last four are diffusers' own old spellings
-DIFFUSERS = ((".down_blocks.", ".down."), (".mid_block.attentions.0.group_norm.", ".mid.attn_1.norm."),
-             (".mid_block.attentions.0.", ".mid.attn_1."), (".mid_block.resnets.0.", ".mid.block_1."),
-             (".mid_block.resnets.1.", ".mid.block_2."), (".resnets.", ".block."), (".downsamplers.0.", ".downsample."),
-             (".upsamplers.0.", ".upsample."), (".conv_shortcut.", ".nin_shortcut."), (".conv_norm_out.", ".norm_out."),
-             (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."),
-             (".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."))
-
-def _parts(quant):
-    """Where original names keep the layers beside the latent, and where we do."""
-    return {"encoder.conv_out.": "to_moments.0.", "quant_conv.": "to_moments.1.", "post_quant_conv.": "from_latent.0.",
-            "decoder.conv_in.": f"from_latent.{int(quant)}."}
-
-def _moved(key, parts):
-    part = next((p for p in parts if key.startswith(p)), "")
-    return parts.get(part, "") + key.removeprefix(part)
-
-def import_kl(sd, where="state dict"):
-    """Original (LDM) or diffusers names of an AutoencoderKL -> ours; pure, and only DROPPED is left out."""
-    prefix = "first_stage_model."
-    if any(k.startswith(prefix) for k in sd):
-        sd = {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
-    sd = {k: v for k, v in sd.items() if k.split(".")[0] not in DROPPED}
-    foreign = [k for k in sd if k.split(".")[0] not in ("encoder", "decoder", "quant_conv", "post_quant_conv")]
-    if foreign or "encoder.conv_in.weight" not in sd:
-        keys = ", ".join((foreign or list(sd))[:3]) or "no keys"
-        raise SystemExit(f"{where}: not an autoencoder (it holds {keys}, ...); wanted VA-VAE, an SD or SD3 VAE, or TAEF2")
-    if any(".mid_block." in k for k in sd):
-        sd = _from_diffusers(sd)
-    sd = {_moved(k, _parts("quant_conv.weight" in sd)): v for k, v in sd.items()}
-    return {k.replace(".downsample.", ".resample.").replace(".upsample.", ".resample."): v for k, v in sd.items()}
-
-def export_kl(vae, diffusers=False):
-    """Our AutoencoderKL -> original names (VA-VAE, SD3 without its prefix), or diffusers'; without the statistics."""
-    parts, theirs = {ours: name for name, ours in _parts(vae.cfg.quant).items()}, {}
-    for k, v in ((k, v) for k, v in vae.state_dict().items() if k not in ("mean", "std")):
-        k = _moved(k, parts)
-        k = k.replace(".resample.", ".downsample." if k.startswith("encoder.") else ".upsample.")
-        if diffusers:
-            for new, old in DIFFUSERS[:-4]:
-                k = k.replace(old, new)
-            if k.startswith("decoder.up."):
-                _, _, i, rest = k.split(".", 3)
-                k = f"decoder.up_blocks.{len(vae.cfg.ch_mult) - 1 - int(i)}.{rest}"
-            v = v[:, :, 0, 0] if ".attentions." in k and v.ndim == 4 else v
-        theirs[k] = v
-    return theirs
-
-def _from_diffusers(sd):
-    """diffusers names -> original names: the decoder's levels are counted from the other end, attention is linear."""
-    levels = len({k.split(".")[2] for k in sd if k.startswith("encoder.down_blocks.")})
-    original = {}
-    for k, v in sd.items():
-        if k.startswith("decoder.up_blocks."):
-            _, _, i, rest = k.split(".", 3)
-            k = f"decoder.up.{levels - 1 - int(i)}.{rest}"
-        for theirs, ours in DIFFUSERS:
-            k = k.replace(theirs, ours)
-        original[k] = v[:, :, None, None] if ".mid.attn_1." in k and v.ndim == 2 else v
-    return original
-
-def import_taef2(sd):
-    """TAEF2's two Sequentials, `encoder.i` and `decoder.i`, -> our four parts; statistics stay 0 and 1."""
-    ours = {"mean": torch.zeros(32), "std": torch.ones(32)}
-    for k, v in sd.items():
-        part, i, rest = k.split(".", 2)
-        i = int(i)
-        if part == "encoder":                # ours has an affine layer in front
-            ours[f"to_moments.{rest}" if i == 14 else f"encoder.{i + 1}.{rest}"] = v
-        else:                                # theirs counts the clamp, a convolution and a ReLU as 0, 1, 2
-            ours[f"from_latent.1.{rest}" if i == 1 else f"decoder.{i - 3}.{rest}"] = v
-    return ours

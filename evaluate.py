@@ -11,22 +11,41 @@ Reconstruction: base channels alone, doubled; DA-VAE; base VAE on the full-size 
 samples, and the same latents through the base decoder alone, doubled (bilinear: Tab. S2's row). Both go to <run>/metrics.json,
 with all settings and hashes of weights and images. Analyses write analysis_<name>.json and PNGs into the run's folder.
 """
-import dataclasses, hashlib, json, platform, re, sys, time, zipfile
+import dataclasses
+import json
+import platform
+import re
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common, data, sample
-from common import field
-from davae import LAYOUT, half, load_davae
-from train_vae import import_torchvision, make_lpips, plot, psnr, ridge
+import sample
+from davae import LAYOUT
+from support.weights import load_davae
+from support import config, data, figures, ranks, runs, weights
+from support.config import field
+from support.figures import plot, print_table
+from support.metrics import (
+    clip_scorer,
+    distances,
+    doubled,
+    feature_network,
+    make_lpips,
+    moments,
+    psnr,
+    read_reference,
+    ssim,
+)
+from support.ranks import gather
+from support.runs import hash_of
+
 
 @dataclass
 class Config(sample.Config):
@@ -43,41 +62,6 @@ class Config(sample.Config):
     inception_weights: str = field("", "torch-fidelity's pt_inception-2015-12-05-6726825d.pth")
     clip: str = field("", "folder of a CLIP model, to score samples of a model of texts against their prompts")
     other: str = field("", "analyses of latents: a second DA-VAE, for example one trained with --align=0")
-
-def gather(parts):
-    """Batches of rows of every rank, where rank r holds rows r::world, as one CPU tensor (n, ...) in order, on all ranks."""
-    ranks = [mine := torch.cat(parts).cpu()]
-    if dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-    rows = torch.empty(sum(map(len, ranks)), *mine.shape[1:], dtype=mine.dtype)
-    for r, part in enumerate(ranks):
-        rows[r::len(ranks)] = part
-    return rows
-
-def hash_of(thing):
-    """Sixteen digits of the SHA-256 of bytes, an array, or a module: every name and weight."""
-    digest = hashlib.sha256()
-    for name, x in thing.state_dict().items() if isinstance(thing, nn.Module) else [("", thing)]:
-        digest.update(name.encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if isinstance(x, torch.Tensor) else x)
-    return digest.hexdigest()[:16]
-
-def doubled(base):
-    """The baselines without details, {row: (B, 3, H, W)} of half-size images: Tab. S2's bilinear upsampling, and bicubic."""
-    return {f"base only, {mode}": F.interpolate(base, scale_factor=2.0, mode=mode, align_corners=False).clamp(-1, 1)
-            for mode in ("bilinear", "bicubic")}
-
-def ssim(x, y):
-    """Structural similarity of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,).  (Wang et al., 2004.)
-    RGB, 11x11 Gaussian window of sigma 1.5 without padding, data range 2, K = (0.01, 0.03)."""
-    x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()
-    g = F.normalize(torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2 / (2 * 1.5**2)), p=1, dim=0)
-    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1).unsqueeze(1)                    # (15B, 1, H, W)
-    mx, my, xx, yy, xy = F.conv2d(F.conv2d(maps, g.view(1, 1, 1, 11)), g.view(1, 1, 11, 1)).unflatten(0, (5, *x.shape[:2]))
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    value = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))
-    return value.mean(dim=(1, 2, 3, 4))
 
 @torch.no_grad()
 def image_table(run, decodings, batches):
@@ -110,116 +94,6 @@ def reconstruction(run, batches):
     vae, positions = run.vae, {}
     table, real = image_table(run, decodings, batches)
     return {row: {**values, "positions": positions[row]} for row, values in table.items()}, real
-
-def moments(features):
-    """Mean (d,) and unbiased covariance (d, d) of features (n, d), float64."""
-    return features.double().mean(0), torch.cov(features.double().T)
-
-def frechet_distance(a, b):
-    """Squared Frechet distance of two Gaussians given by their `moments`, in float64.
-    |mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), the last trace from the eigenvalues of a symmetric matrix, so
-    that rank-deficient covariances (n < d) stay finite."""
-    (mu_a, A), (mu_b, B) = a, b
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
-    return ((mu_a - mu_b).square().sum() + A.trace() + B.trace() - 2 * cross).item()
-
-def distances(name, f, reference, logits=None, real=None):
-    """{metric: value} of features f (n, d) against the moments `reference`, and where they are known, the features `real`.
-    Only Inception's distance is called FID, and FID-50k only from 50,000 images on. The others are torch-fidelity's."""
-    fd = "FD" if name != "Inception" else "FID-50k" if len(f) >= 50_000 else f"FID@{len(f)}"
-    values = {f"{name}-{fd}": frechet_distance(moments(f), reference)}
-    if real is not None:
-        from torch_fidelity.metric_kid import kid_features_to_metric
-        kid = kid_features_to_metric(f, real, kid_subset_size=min(1000, len(f), len(real)), verbose=False)
-        values[f"{name}-KID"] = kid["kernel_inception_distance_mean"]
-    if name == "Inception" and logits is not None:
-        from torch_fidelity.metric_isc import isc_features_to_metric
-        from torch_fidelity.metric_prc import calculate_precision_recall_part
-        values["IS"] = isc_features_to_metric(logits, splits=max(1, len(logits) // 5000))["inception_score_mean"]
-        values |= zip(("precision", "recall"), calculate_precision_recall_part(f, real)) if real is not None else ()
-    return values
-
-def make_probe(size):
-    """A ruler for the procedural images, and for no others: 128 pooled activations of random convolutions (fixed seed), then
-    a layer found by least squares: eleven logits, the ten classes and whether fine detail is there (> 0)."""
-    torch.manual_seed(0)
-    convs = [nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in ((3, 32), (32, 64), (64, 128))]
-    for conv in convs:
-        nn.init.kaiming_normal_(conv.weight)
-    layers = [m for conv in convs for m in (conv, nn.ReLU())]
-    probe = nn.Sequential(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(128, 11))
-    x, y = map(torch.cat, zip(*read(data.open_dataset("procedural", size, 1000, seed=12345), range(1000))))
-    wanted, pairs = 2 * F.one_hot(y, 11).double() - 1, []
-    for images, sharp in ((x, 1), (doubled(half(x))["base only, bicubic"], -1)):
-        f = torch.cat([probe[0](part) for part in images.split(100)]).double()
-        pairs.append((F.pad(f, (0, 1), value=1.0), wanted.index_fill(1, torch.tensor(10), sharp)))
-    W = ridge(pairs, 1e-6).float()                                                              # (128 + 1, 11)
-    probe[1].weight.copy_(W[:-1].T), probe[1].bias.copy_(W[-1])
-    return probe
-
-@torch.no_grad()
-def feature_network(run):
-    """(name, function (B, 3, H, W) in [-1, 1] -> features (B, d), logits (B, classes); the name with its weights' hash).
-    SqueezeNet: the last map, each position scaled to one length as in LPIPS (mean square 1), then averaged; logits (B, 0).
-    Inception: torch-fidelity's, pool3 and the logits without bias, of images rounded to uint8. No name: both (B, 0)."""
-    import_torchvision()                                   # for whichever of lpips, torch-fidelity, transformers is used
-    cfg, own, kind = run.cfg, run.config["config"], "none" if run.cfg.whole else run.cfg.features
-    if kind == "auto":
-        kind = ("inception" if cfg.inception_weights else "squeeze" if cfg.lpips_trunk
-                else "probe" if own["data_dir"] == "procedural" else "none")
-    if kind == "none":
-        return "", lambda x: (x.new_empty(len(x), 0),) * 2, ""
-    if kind == "probe" and own["data_dir"] == "procedural":
-        name, net = "Probe", make_probe(own["image_size"]).to(run.device)
-        network = lambda x: (f := net[0](x), net[1](f))                                         # noqa: E731
-    elif kind == "squeeze":
-        name, net = "SqueezeNet", make_lpips("squeeze", cfg.lpips_trunk).to(run.device)
-        pooled = lambda x: F.normalize(net.net(net.scaling_layer(x))[-1], dim=1).mean((2, 3)) * 512**0.5     # noqa: E731
-        network = lambda x: (f := pooled(x), f[:, :0])                                          # noqa: E731
-    elif kind == "inception" and cfg.inception_weights:
-        common.read_state_dict(cfg.inception_weights)      # refuses a file that holds code; torch-fidelity would run it
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        name, outputs = "Inception", ["2048", "logits_unbiased"]
-        net = FeatureExtractorInceptionV3("inception-v3-compat", outputs, cfg.inception_weights).to(run.device)
-        network = lambda x: net(torch.as_tensor(data.to_uint8(x)).permute(0, 3, 1, 2).to(run.device))        # noqa: E731
-    else:
-        raise SystemExit(f"--features={kind}, on {own['data_dir']}: wanted inception (with --inception_weights=), squeeze, "
-                         "none, or probe, which knows the procedural images only")
-    return name, network, f"{name}, sha256 {hash_of(net)}"
-
-def clip_scorer(folder, device):
-    """(function (images (B, 3, H, W) in [-1, 1], B texts) -> (B,), hash of the model): 100 max(cos, 0) of CLIP's embeddings.
-    (Hessel et al., 2021.)   folder: a CLIPModel and its processor, as transformers saves them."""
-    if not (Path(folder) / "config.json").exists():
-        raise SystemExit(f"--clip={folder}: wanted a local folder of a CLIP model: config.json, weights, tokenizer, processor")
-    from transformers import CLIPModel, CLIPProcessor
-    processor, model = CLIPProcessor.from_pretrained(folder), CLIPModel.from_pretrained(folder).to(device).eval()
-
-    def score(x, texts):
-        inputs = processor(text=texts, images=list(data.to_uint8(x)), return_tensors="pt", padding=True, truncation=True)
-        found = model(**inputs.to(device))                                      # embeddings of length 1
-        return 100 * (found.image_embeds * found.text_embeds).sum(1).clamp_min(0)
-    return score, hash_of(model)
-
-def read_reference(path, features, network, device="cpu"):
-    """(moments, features or None, what it is) of guided-diffusion's npz: images `arr_0` (N, H, W, 3), or `mu` and `sigma`.
-    features: the network's name and hash; statistics must be of the same, and are of Inception if they do not say."""
-    try:
-        with np.load(path) as f:
-            arrays = {k: f[k] for k in f.files if k in ("arr_0", "mu", "sigma", "features", "count")}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"--reference={path}: not an npz file of arrays ({error})") from None
-    images, made_with = arrays.get("arr_0", ()), str(arrays.get("features", "Inception"))
-    named = f"{len(images) or arrays.get('count', '?')} images, sha256 {hash_of(Path(path).read_bytes())}"
-    if len(images):
-        real = torch.cat([network(data.to_tensor(part).to(device))[0].cpu() for part in torch.as_tensor(images).split(50)])
-        return moments(real), real, named
-    if not {"mu", "sigma"} <= set(arrays) or not features.startswith(made_with):
-        raise SystemExit(f"--reference={path}: wanted arr_0 (images), or mu and sigma, of {features} features; found "
-                         f"{sorted(arrays)}, {made_with}")
-    return tuple(torch.as_tensor(arrays[k]).double() for k in ("mu", "sigma")), None, named
 
 @torch.no_grad()
 def generation(run, real):
@@ -365,8 +239,8 @@ def analyse(name, cfg):
         plot(found["panels"], path / f"analysis_{name}.png")
     if pictures := found.pop("pictures", None):
         x, labels = torch.cat([p.cpu() for p in pictures.values()]), [row for row, p in pictures.items() for _ in p]
-        data.save_grid(x, path / f"analysis_{name}_images.png", len(run.x[:6]), max(1, 144 // x.shape[-1]), labels)
-    common.write_json(path / f"analysis_{name}.json", found)
+        figures.save_grid(x, path / f"analysis_{name}_images.png", len(run.x[:6]), max(1, 144 // x.shape[-1]), labels)
+    runs.write_json(path / f"analysis_{name}.json", found)
     print(f"\nwrote {path}/analysis_{name}*")
     return found
 
@@ -375,7 +249,7 @@ def look(run):
     if not run.vae.D:
         raise SystemExit(f"{run.cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
     dataset, index = held_out(run.cfg, run.config["config"])
-    run.x, run.y = map(torch.cat, zip(*read(dataset, index)))
+    run.x, run.y = map(torch.cat, zip(*data.read(dataset, index)))
     run.zero = (-run.vae.mean / run.vae.std).view(1, -1, 1, 1)             # the raw z_d = 0 of detail dropout, normalised
     vaes = [run.vae] + ([load_davae(run.cfg.other).to(run.device)] if run.cfg.other else [])
     run.z_all, *other = (torch.cat([v.encode(x.to(run.device)).cpu() for x in run.x.split(10)]) for v in vaes)
@@ -385,10 +259,10 @@ def look(run):
 def load(cfg):
     """A run of finetune.py or train_vae.py: checkpoint, config, dit (or None), vae, lpips (or None), rank, world, device.
     And settings: everything that its numbers depend on, as far as it is known by now."""
-    (rank, world, device), checkpoint, dit, lpips = common.setup(cfg.device), common.latest_checkpoint(cfg.run), None, None
-    config = common.read_config(checkpoint)
+    (rank, world, device), checkpoint, dit, lpips = ranks.setup(cfg.device), runs.latest_checkpoint(cfg.run), None, None
+    config = runs.read_config(checkpoint)
     if config["script"] == "finetune.py":
-        dit, vae, _ = sample.load_run(cfg.run, cfg.weights, device)
+        dit, vae, _ = weights.load_run(cfg.run, cfg.weights, device)
     else:
         vae = load_davae(cfg.run).to(device, memory_format=LAYOUT[device.type])
     if cfg.perceptual != "none":
@@ -408,27 +282,11 @@ def held_out(cfg, trained_on):
     n = len(dataset) if cfg.whole else min(cfg.images, len(dataset))
     return dataset, np.linspace(0, len(dataset) - 1, n).astype(int).tolist()
 
-def read(dataset, index, whole=0):
-    """Batches (x (B, 3, H, W) in [-1, 1], y (B,)) of images `index`; whole: at their own sizes, cropped to multiples of it."""
-    for i in index if whole else ():
-        x = np.array(data.load_image(dataset.paths[i]))[None]
-        (top, H), (left, W) = ((side % whole // 2, side // whole * whole) for side in x.shape[1:3])
-        yield data.to_tensor(x[:, top:top + H, left:left + W]), torch.tensor(dataset.labels[i:i + 1])
-    for k in () if whole else range(0, len(index), 10):
-        x, y = data.stack(dataset, index[k:k + 10])
-        yield data.to_tensor(x), y
-
-def print_table(title, table):
-    columns = {c: max(8, len(c)) + 2 for c in sorted({c for row in table.values() for c in row})}
-    print(f"\n{title:<34}" + "".join(f"{c:>{width}}" for c, width in columns.items()) if table else "")
-    for name, row in table.items():
-        print(f"{name:<34}" + "".join(f"{row[c]:>{width}.4g}" if c in row else " " * width for c, width in columns.items()))
-
 def main(cfg):
     """Measure, print two tables and add them to metrics.json.  Returns the new entry.  Each rank takes its share of images."""
     run = load(cfg)
     dataset, index = held_out(cfg, run.config["config"])
-    batches = (x for x, _ in read(dataset, index[run.rank::run.world], cfg.whole * run.vae.f))
+    batches = (x for x, _ in data.read(dataset, index[run.rank::run.world], cfg.whole * run.vae.f))
     if run.world > min(len(index), cfg.n):
         raise SystemExit(f"{run.world} processes, {len(index)} images, {cfg.n} samples: wanted at least one for each process")
     table, real = reconstruction(run, tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1))
@@ -444,7 +302,7 @@ def main(cfg):
     print_table(f"{cfg.n} samples", entry.get("generation", {}))
     path = Path(cfg.out or Path(cfg.run) / "metrics.json")
     entries = json.loads(path.read_text()) if path.exists() else []
-    common.write_json(path, [e for e in entries if e["settings"] != entry["settings"]] + [entry])
+    runs.write_json(path, [e for e in entries if e["settings"] != entry["settings"]] + [entry])
     print(f"\nadded to {path}")
     return entry
 
@@ -478,8 +336,8 @@ if __name__ == "__main__":
         if sys.argv[1:2] == ["compare"] and len(sys.argv) == 4:
             compare(*sys.argv[2:])
         elif sys.argv[1:2] == ["analyse"]:
-            analyse("".join(sys.argv[2:3]), common.cli(Config, argv=sys.argv[3:]))
+            analyse("".join(sys.argv[2:3]), config.cli(Config, argv=sys.argv[3:]))
         else:
-            main(common.cli(Config))
+            main(config.cli(Config))
     except ImportError as error:                    # torch-fidelity, transformers, scikit-learn, lpips, matplotlib
         raise SystemExit(f"{error}; install what is missing with: pip install -r requirements.txt") from None

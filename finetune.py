@@ -11,22 +11,32 @@ warm_start.png (base model | widened model), samples_*.png, the VAE, and step_*/
 
 Time, here and everywhere: t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, v = data - noise.
 """
-import dataclasses, hashlib, itertools, json, math, shutil, time
+import dataclasses
+import json
+import math
+import time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-import common, data, kernels, sample, train_vae
-from common import field
-from davae import LAYOUT, load_davae
-from dit import (DiTConfig, LightningDiT, MMDiT, MMDiTConfig, add_lora, ema_update, load_dit, shard, spread,
-                 warm_start_difference, whole)
+
+import sample
+import train_vae
+from davae import LAYOUT
+from support.weights import load_davae
+from dit import DiTConfig, LightningDiT, MMDiT, add_lora, ema_update, warm_start_difference
+from support.ranks import shard, spread, whole
+from support.weights import load_dit
+from support import config, data, figures, ranks, runs, text
+from support.config import field
+from support.latents import Latents, latent_source
+from support.plan import dry_run
+
 
 @dataclass
 class Config:
@@ -156,103 +166,13 @@ def flow_loss(model, z_all, cond, C, w, cosine=1.0, weighting="paper"):
 
 # ---------------------------------------------------------------- latents
 
-SHARD = 1024                                       # images per file of cached latents
-
-class Latents(data.Dataset):
-    """Latents on disk as a data set: the shards of `write_cache`, or those that LightningDiT's own code extracts.
-
-    <folder>/*.safetensors, each with latents, latents_flip (n, C+D, h, w) and labels (n,). LightningDiT's are raw, and are
-    normalised here by the VAE's statistics; ours already are, and say so.   raises: SystemExit if the channels are others
-    """
-
-    def __init__(self, folder, vae, D):
-        paths = sorted(Path(folder).glob("*.safetensors"))
-        self.shards = [load_file(path) for path in paths]          # mapped: read as they are used
-        self.labels = torch.cat([shard["labels"] for shard in self.shards]).numpy()
-        self.classes = [str(k) for k in range(self.labels.max() + 1)]
-        self.place = [(n, i) for n, shard in enumerate(self.shards) for i in range(len(shard["labels"]))]
-        self.mean, self.std = torch.zeros(vae.C + vae.D), torch.ones(vae.C + vae.D)
-        if "vae" not in (safe_open(paths[0], "pt").metadata() or {}):
-            self.mean, self.std = (torch.cat([getattr(m, name).cpu() for m in (vae.base, vae)[:1 + (vae.D > 0)]])
-                                   for name in ("mean", "std"))
-        self.channels = vae.C + D
-        if (found := self.shards[0]["latents"].shape[1]) < self.channels:
-            raise SystemExit(f"{folder}: latents of {found} channels; wanted {self.channels}, base first")
-
-    def batch(self, indices, flipped):
-        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`."""
-        rows = [self.shards[n]["latents_flip" if flip else "latents"][i, :self.channels]
-                for (n, i), flip in zip((self.place[k] for k in indices), flipped)]
-        mean, std = (x[:self.channels, None, None] for x in (self.mean, self.std))
-        return (torch.stack(rows).float() - mean) / std, torch.from_numpy(self.labels[indices])
-
-def latent_source(vae, train_set, cfg, device, rank, world):
-    """A function start -> endless (z_all (b, C+D, h, w), y (b,)) batches of this rank, from a cache or encoded as we go."""
-    def encode(x):
-        return vae.encode(data.to_tensor(x).to(device), sample=cfg.detail_sample).contiguous()
-
-    def encoded(start):
-        stream = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
-        for step, (x, y) in enumerate(stream, start):
-            common.seed_step(cfg.seed, rank, step)                 # of z_d's samples, where they are wanted
-            yield encode(x)[:, :vae.C + cfg.D], y.to(device)
-
-    def cached(start):
-        for step in itertools.count(start):
-            plan = data.batch_plan(len(latents), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
-            yield tuple(x.to(device) for x in latents.batch(*plan))
-
-    latents = train_set
-    if not isinstance(train_set, Latents):
-        if not cfg.cache:
-            return encoded
-        folder = write_cache(vae, encode, train_set, cfg, rank, world)
-        common.wait_for_all()
-        latents = Latents(folder, vae, cfg.D)
-    return cached
-
-def write_cache(vae, encode, train_set, cfg, rank, world):
-    """Encode what is missing of <vae or out>/latents-<hash>, in shards as `Latents` reads them, half; returns the folder.
-
-    Each rank writes its own. The hash covers the VAE's weights and all that fixes images and labels, which each header names;
-    so a cache of another VAE or of other images is never read.   raises: SystemExit if the disk is too small.
-    """
-    about = dict(data_dir=cfg.data_dir, image_size=cfg.image_size, images=len(train_set), crop="centre", flip=cfg.flip,
-                 seed=cfg.seed if cfg.data_dir == "procedural" else None, detail="sample" if cfg.detail_sample else "mode",
-                 labels="image numbers" if cfg.text else "classes", dtype="float16", normalised=True)
-    digest = hashlib.sha256()
-    for name, tensor in vae.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    header = {"vae": digest.hexdigest(), "about": json.dumps(about)}
-    key = hashlib.sha256("".join(header.values()).encode()).hexdigest()[:12]
-    folder = (Path(cfg.vae) if Path(cfg.vae).is_dir() and common.checkpoints(cfg.vae) else Path(cfg.out)) / f"latents-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {n: folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))}
-    missing = [n for n in files if not files[n].exists()]
-    images = min(SHARD * len(missing), len(train_set))
-    size = images * (vae.C + vae.D) * (cfg.image_size // vae.f) ** 2 * 2 * (1 + cfg.flip)
-    if size > (free := shutil.disk_usage(folder).free):
-        raise SystemExit(f"{folder}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB of latents to write; give --cache=False")
-    if missing and rank == 0:
-        print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; {free / 1e9:.0f} GB free")
-    for n in tqdm([n for n in missing if n % world == rank], desc="encoding", disable=rank > 0, mininterval=1):
-        shard = {name: [] for name in ("labels", "latents", "latents_flip")[:2 + cfg.flip]}
-        for k in range(n * SHARD, min((n + 1) * SHARD, len(train_set)), 64):
-            x, y = data.stack(train_set, range(k, min(k + 64, (n + 1) * SHARD, len(train_set))))
-            for part, z in zip(shard.values(), (y, x, x.flip(2))):
-                part.append(z if part is shard["labels"] else encode(z).half().cpu())
-        temporary = files[n].with_suffix(f".tmp{rank}")
-        save_file({name: torch.cat(part) for name, part in shard.items()}, temporary, header)
-        temporary.replace(files[n])
-    return folder
-
 # ---------------------------------------------------------------- set-up
 
 def make_if_missing(run, cfg):
     """Train (or finish) the base DiT or VAE `run` if it is the folder of a preset here or in train_vae.py."""
     train_vae.make_if_missing(run, cfg)
     preset = next((name for name, values in PRESETS.items() if values["out"] == run), None)
-    if preset and common.step_of(run) < PRESETS[preset]["steps"]:
+    if preset and runs.step_of(run) < PRESETS[preset]["steps"]:
         print(f"\n{cfg.out} needs {run}, which is not there yet: running  python finetune.py {preset}")
         main(Config(**{"preset": preset, **PRESETS[preset], "device": cfg.device, "data_dir": cfg.data_dir}))
 
@@ -264,7 +184,7 @@ def initial_dit(cfg, vae, num_classes):
         return LightningDiT(DiTConfig(C=vae.C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
                                       num_classes=num_classes, qk_norm=cfg.qk_norm)), None
     make_if_missing(cfg.base, cfg)
-    source = common.latest_checkpoint(cfg.base) if Path(cfg.base).is_dir() and common.checkpoints(cfg.base) else cfg.base
+    source = runs.latest_checkpoint(cfg.base) if Path(cfg.base).is_dir() and runs.checkpoints(cfg.base) else cfg.base
     base = load_dit(source, cfg.base_weights or None)
     if (base.cfg.C, base.cfg.D) != (vae.C, 0):
         raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a base model of "
@@ -311,7 +231,7 @@ def prove_warm_start(base, model, vae, z, cond, uncond, cfg, rank):
         x = vae.decode_base(torch.cat(rows)).clamp(-1, 1)
     labels = ["base model"] * len(noise) + ["widened, step 0"] * len(noise)
     if rank == 0:
-        data.save_grid(x, Path(cfg.out) / "warm_start.png", len(noise), max(1, 96 // x.shape[-1]), labels)
+        figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(noise), max(1, 96 // x.shape[-1]), labels)
     return change
 
 def save_samples(ema, vae, cfg, config, step, text, rank):
@@ -321,45 +241,10 @@ def save_samples(ema, vae, cfg, config, step, text, rank):
     images, base = sample.generate(ema, vae, range(4 * n), settings, text)
     labels = [config["classes"][k][:24] if k < len(config["classes"]) else str(k) for k in range(n)] * 4
     grids = {"samples": images, "samples_base_only": base} if cfg.D else {"samples": images}
-    with common.disk_may_fail():
+    with runs.disk_may_fail():
         for name, x in grids.items() if rank == 0 else ():
             for file in (f"{name}_{step:06d}.png", f"{name}.png"):
-                data.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
-
-def dry_run(cfg):
-    """Print what a run would be, from shapes alone, for the released VA-VAE + LightningDiT or SD3 models.  Returns numbers.
-
-    Memory is per GPU: weights, gradients, AdamW and EMA exactly; an upper bound of what the backward pass keeps.
-    """
-    C, f, texts = (16, 16, 77 + cfg.t5_tokens) if cfg.text else (32, 32, 0)
-    side = cfg.image_size // f
-    with torch.device("meta"):
-        model = MMDiT(MMDiTConfig(C=C)) if cfg.text else LightningDiT(DiTConfig(
-            C=C, p=cfg.p, grid=side // cfg.p, E=cfg.E, depth=cfg.depth, A=cfg.A, qk_norm=cfg.qk_norm))
-        if cfg.D:
-            model.expand_channels(cfg.D)
-        inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1)]
-        inputs += ([torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)] if cfg.text else
-                   [torch.zeros(1, dtype=torch.long)])
-        forward, _, _ = kernels.cost(model, inputs)                 # as it is sampled from, without adapters
-        if cfg.lora:
-            add_lora(model, cfg.lora, cfg.lora)
-        _, step, kept = kernels.cost(model, inputs)
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    tokens, depth = (side // model.cfg.p) ** 2, model.cfg.depth
-    if cfg.checkpointing:                          # the input of every block, and one block in full
-        kept = kept / depth + (tokens + texts) * model.cfg.E * depth
-    states, kept = (trained * 20 + (total - trained) * 2) / 2**30, 2 * kept * cfg.micro_batch / 2**30
-    disk = ((C + cfg.D) * side**2 * 2 * (1 + cfg.flip) / 2**20, 8 * (trained + (trained if cfg.lora else total)) / 2**30)
-    print(*(f"--{name}={value}" for name, value in dataclasses.asdict(cfg).items()), sep="\n")
-    print(f"model   {type(model).__name__}: {total:,} parameters, {trained:,} trained, {total - trained:,} frozen\n"
-          f"tokens  {tokens} for {cfg.image_size} x {cfg.image_size} pixels (the original {4 * tokens}), {texts} of text\n"
-          f"FLOPs   {forward / 1e9:,.1f} G an image forward; {step * cfg.batch_size / 1e12:,.1f} T a step of {cfg.batch_size}\n"
-          f"memory  {states:.1f} GiB of states, {kept:.1f} GiB of activations at micro_batch {cfg.micro_batch}; and the VAE\n"
-          f"disk    {disk[0]:.2f} MiB of cached latents an image; {disk[1]:.1f} GiB a checkpoint\n"
-          f"reads   {', '.join(filter(None, (cfg.data_dir, cfg.vae, cfg.base, cfg.text)))}\n"
-          f"writes  {cfg.out}/: log.jsonl, pictures, vae/, {'frozen/, ' if cfg.lora else ''}and the two newest step_*/")
-    return dict(parameters=total, trained=trained, tokens=tokens, forward=forward, step=step)
+                figures.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
 
 # ---------------------------------------------------------------- the loop
 
@@ -368,12 +253,12 @@ def main(cfg):
     if cfg.dry_run:
         return dry_run(cfg)
     summary_file = Path(cfg.out) / "summary.json"
-    if common.step_of(cfg.out) >= cfg.steps and summary_file.exists():
-        print(f"{cfg.out}: finished at step {common.step_of(cfg.out)}; give more --steps or another --out to go on")
+    if runs.step_of(cfg.out) >= cfg.steps and summary_file.exists():
+        print(f"{cfg.out}: finished at step {runs.step_of(cfg.out)}; give more --steps or another --out to go on")
         return json.loads(summary_file.read_text())
-    rank, world, device = common.setup(cfg.device)
-    lock = common.hold(cfg.out, rank)                              # until this function returns
-    accumulate = common.micro_batches(cfg.batch_size, cfg.micro_batch, world)
+    rank, world, device = ranks.setup(cfg.device)
+    lock = runs.hold(cfg.out, rank)                              # until this function returns
+    accumulate = ranks.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     make_if_missing(cfg.vae, cfg)
@@ -384,13 +269,13 @@ def main(cfg):
                  data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed))
 
     # model and EMA: from the newest checkpoint if there is one
-    resumed, base = common.resume(cfg, MAY_CHANGE), None
+    resumed, base = runs.resume(cfg, MAY_CHANGE), None
     if resumed:
         dit, ema = load_dit(resumed, "model"), load_dit(resumed, "ema")
     else:
         dit, base = initial_dit(cfg, vae, max(1, len(train_set.classes)))
         ema = deepcopy(dit)
-    condition = sample.Conditioner(dit, train_set, cfg, device, rank)     # T5, if it must run, has the GPU for itself
+    condition = text.Conditioner(dit, train_set, cfg, device, rank)     # T5, if it must run, has the GPU for itself
     if cfg.shard:
         dit, ema, base = (m and shard(m, device) for m in (dit, ema, base))
     dit, ema = dit.to(device).train(), ema.to(device).eval().requires_grad_(False)
@@ -401,7 +286,7 @@ def main(cfg):
     opt = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
     start, seconds, extra = 0, 0.0, {}
     if resumed:
-        state = common.read_state_dict(resumed / "train_state.pt")
+        state = runs.read_state_dict(resumed / "train_state.pt")
         opt.load_state_dict(spread(state["opt"], trained.values()))
         start, seconds, extra = state["step"], state["seconds"], state["extra"]
     model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
@@ -413,7 +298,7 @@ def main(cfg):
               f"{(cfg.image_size // vae.f // dit.cfg.p)**2} tokens; batch {cfg.batch_size} = {world} ranks x "
               f"{cfg.batch_size // world // accumulate} x {accumulate}; steps {start} to {cfg.steps}, {device}")
     stream = latent_source(vae, train_set, cfg, device, rank, world)(start)
-    log, since = common.Log(cfg.out, rank, start, cfg.steps), time.time()
+    log, since = runs.Log(cfg.out, rank, start, cfg.steps), time.time()
 
     def save(step, must):
         """By all ranks, because a sharded model needs them all; rank 0 writes."""
@@ -425,20 +310,20 @@ def main(cfg):
         frozen = {k: v for k, v in dit.state_dict().items() if k not in trained and cfg.lora and step == 0}
         state, weights, frozen = whole((state, weights, frozen), keep=rank == 0)
         if rank == 0:
-            with common.disk_may_fail(must):
+            with runs.disk_may_fail(must):
                 if step == 0:                                      # what no step changes
-                    common.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()},
+                    runs.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()},
                                        {"source": cfg.vae, "model": vae.config()})
                 if frozen:
-                    common.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
-                common.save_checkpoint(cfg.out, step, weights, state, config)
+                    runs.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
+                runs.save_checkpoint(cfg.out, step, weights, state, config)
 
     if not resumed:                                                # a disk that is too small shows now, not after hours
         save(0, must=True)
     if not cfg.shard:
         share_frozen(dit, ema)                                     # after they were saved as they came
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
-    common.heed_signals()
+    ranks.heed_signals()
     for n, (z_all, y) in zip(bar, stream):
         if n == 0:
             if rank == 0:
@@ -453,7 +338,7 @@ def main(cfg):
 
         # accumulate over micro-batches, synchronise gradients on the last one only
         for i, (z_part, y_part) in enumerate(zip(z_all.chunk(accumulate), y.chunk(accumulate))):
-            common.seed_step(cfg.seed, rank * accumulate + i, n)
+            ranks.seed_step(cfg.seed, rank * accumulate + i, n)
             cond = condition(y_part, cfg.label_dropout)
             model.require_backward_grad_sync = sync = i == accumulate - 1
             if cfg.shard:
@@ -473,25 +358,25 @@ def main(cfg):
             means = log(n + 1, sums, **({"w": w} if cfg.D else {}), gnorm=norm.item(), lr=lr,
                         **{"img/s": (n + 1 - start) * cfg.batch_size / (time.time() - since)})
             extra.update({name: means[name] for name in halves})
-        stop, last = common.asked_to_stop(), n + 1 == cfg.steps
+        stop, last = ranks.asked_to_stop(), n + 1 == cfg.steps
         if stop or last or (n + 1) % cfg.save_every == 0:
             save(n + 1, must=stop or last)
         if stop and not last:
             if rank == 0:
                 tqdm.write(f"{cfg.out}: stopped after step {n + 1}; the same command goes on from there")
             raise SystemExit(0)
-    common.heed_signals(False)
+    ranks.heed_signals(False)
 
-    common.wait_for_all()
+    ranks.wait_for_all()
     summary = {"stage": "DA-VAE DiT" if cfg.D else "base DiT", "steps": cfg.steps, "seconds": seconds + time.time() - since,
                **extra}
     if rank == 0:
-        train_vae.plot_losses(cfg.out)
-        common.write_json(summary_file, summary)
-        train_vae.final_table([cfg.vae, cfg.base, cfg.out])
+        figures.plot_losses(cfg.out)
+        runs.write_json(summary_file, summary)
+        figures.final_table([cfg.vae, cfg.base, cfg.out])
         pictures = sorted(p.name for p in Path(cfg.out).glob("*.png") if not p.stem[-6:].isdigit())
         print(f"\npictures in {cfg.out}: {', '.join(pictures)}\nnext: python sample.py {cfg.out}; python evaluate.py {cfg.out}")
     return summary
 
 if __name__ == "__main__":
-    train_vae.launch(main, common.cli(Config, PRESETS))
+    ranks.launch(main, config.cli(Config, PRESETS))

@@ -13,24 +13,24 @@ half full is continued. Image i depends on (seed, i) only, not on the batch size
 Texts are encoded once, into a folder of safetensors shards, by the three encoders of a diffusers SD3.5 folder (transformers
 is needed for that alone); training and sampling read the shards, so T5 and the transformer never share a GPU.
 """
-import dataclasses, hashlib, json, shutil, sys, time
+import json
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import common
-import data
-from common import field
-from davae import LAYOUT, load_davae
-from dit import MMDiT, export_diffusers, export_lightningdit, export_lora, load_dit, merge_lora
+from dit import MMDiT, merge_lora
+from support import config, data, figures, ranks, runs
+from support.config import field
+from support.text import TextConfig, main_text, read_prompts, text_for
+from support.weights import ExportConfig, load_run, main_export
+
 
 @dataclass
 class Config:
@@ -159,129 +159,7 @@ def sample_labels(indices, classes):
 
 # ---------------------------------------------------------------- text
 
-@dataclass
-class TextConfig:
-    encoders: str = field("", "a diffusers SD3.5 folder: text_encoder, _2 (CLIP) and _3 (T5; may be missing), and tokenizers")
-    out: str = field("", "folder for the shards; one that is there is added to")
-    data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
-    prompts: str = field("", "texts separated by |, or a file with one a line")
-    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512")
-    batch_size: int = field(32, "texts per forward pass")
-    shard: int = field(1024, "texts per file")
-    device: str = field("auto", "auto, cpu or cuda")
-
-def read_prompts(prompts):
-    """The texts of `a|b|c`, or the lines of a file of that name."""
-    lines = Path(prompts).read_text("utf-8").splitlines() if prompts and Path(prompts).is_file() else prompts.split("|")
-    return [line.strip() for line in lines if line.strip()]
-
-def load_text_encoders(folder, device):
-    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5."""
-    try:
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
-    except ImportError as error:
-        raise SystemExit(f"encoding text needs transformers ({error}): pip install transformers") from None
-    parts, dtype = [], torch.bfloat16 if device.type == "cuda" else torch.float32
-    for suffix, kind in (("", CLIPTextModelWithProjection), ("_2", CLIPTextModelWithProjection), ("_3", T5EncoderModel)):
-        path = Path(folder) / f"text_encoder{suffix}"
-        if not path.is_dir() and suffix != "_3":
-            raise SystemExit(f"{folder}: has no {path.name}; wanted a diffusers SD3.5 folder with its text encoders")
-        parts.append((AutoTokenizer.from_pretrained(path.with_name(f"tokenizer{suffix}")),
-                      kind.from_pretrained(path, dtype=dtype).to(device).eval()) if path.is_dir() else None)
-    return parts
-
-@torch.no_grad()
-def encode_text(encoders, prompts, t5_tokens=256, width=4096):
-    """SD3's text conditioning: (context (B, 77 + t5_tokens, width), pooled (B, CLIP-L + CLIP-G)).
-
-    context: [CLIP-L | CLIP-G | zeros] of the last but one layer, then T5's tokens (zeros without T5); its width is T5's.
-    """
-    *clips, t5 = encoders
-
-    def ids(tokenizer, length):
-        batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return batch.input_ids.to(clips[0][1].device)
-
-    outputs = [encoder(ids(tokenizer, tokenizer.model_max_length), output_hidden_states=True) for tokenizer, encoder in clips]
-    clip = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)           # (B, 77, L + G), before the final norm
-    tokens = t5[1](ids(t5[0], t5_tokens))[0] if t5 else clip.new_zeros(len(clip), t5_tokens, width)
-    return (torch.cat([F.pad(clip, (0, tokens.shape[-1] - clip.shape[-1])), tokens], dim=1),
-            torch.cat([o.text_embeds for o in outputs], dim=-1))
-
-def fingerprint(folder):
-    """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
-    digest = hashlib.sha256()
-    for path in sorted(p for part in ("text_encoder*", "tokenizer*") for p in Path(folder).glob(f"{part}/*") if p.is_file()):
-        with open(path, "rb") as f:
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode() + f.read(1 << 20))
-    return digest.hexdigest()[:16]
-
-def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, shard=1024):
-    """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...; says how large it will be.
-
-    Each shard holds `context`, `pooled` and, as metadata, its prompts and what made it; a run that is cut off goes on after
-    its last whole shard.   raises: SystemExit if `out` was made by other encoders or with another t5_tokens.
-    """
-    made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
-    Path(out).mkdir(parents=True, exist_ok=True)
-    shards, known = sorted(Path(out).glob("text_*.safetensors")), set()
-    for path in shards:
-        with safe_open(path, "pt") as f:
-            header = f.metadata()
-        if {k: header[k] for k in made_by} != made_by:
-            raise SystemExit(f"{path}: was made with {header['encoders']}, {header['t5_tokens']} T5 tokens; now "
-                             f"{made_by['encoders']}, {t5_tokens}: give another --out")
-        known |= set(json.loads(header["prompts"]))
-    todo = [p for p in dict.fromkeys(["", *prompts]) if p not in known]
-    if not todo:
-        print(f"{out}: holds all {len(known)} texts already")
-        return
-    parts = load_text_encoders(encoders, device)
-    for n, k in enumerate(tqdm(range(0, len(todo), shard), desc=f"encoding text to {out}", mininterval=1), len(shards)):
-        chunk, pieces = todo[k:k + shard], []
-        for j in range(0, len(chunk), batch_size):
-            pieces.append([x.cpu() for x in encode_text(parts, chunk[j:j + batch_size], t5_tokens)])
-            if k == j == 0:
-                size, free = sum(x[0].nbytes for x in pieces[0]) * len(todo), shutil.disk_usage(out).free
-                tqdm.write(f"{out}: {len(todo)} texts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
-                if size > free:
-                    raise SystemExit(f"{out}: too little space; give another --out, or fewer texts")
-        context, pooled = (torch.cat(x) for x in zip(*pieces))
-        path = Path(out) / f"text_{n:05d}.safetensors"
-        save_file({"context": context, "pooled": pooled}, f"{path}.tmp", {**made_by, "prompts": json.dumps(chunk)})
-        Path(f"{path}.tmp").replace(path)
-
-class TextCache:
-    """The shards of a folder: cache(prompts) -> context (B, T, W), pooled (B, P), float32, on `device`."""
-
-    def __init__(self, folder, device="cpu"):
-        self.folder, self.device, self.rows = folder, device, {}
-        for path in sorted(Path(folder).glob("text_*.safetensors")):
-            f = safe_open(path, "pt")
-            self.rows |= {prompt: (f, i) for i, prompt in enumerate(json.loads(f.metadata()["prompts"]))}
-        if not self.rows:
-            raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here; make them with: "
-                             f"python sample.py text ENCODERS --out={folder or 'FOLDER'}")
-
-    def __call__(self, prompts):
-        missing = [p for p in prompts if p not in self.rows]
-        if missing:
-            raise SystemExit(f"{self.folder}: has no embedding of {missing[0]!r} and {len(missing) - 1} more; add them with: "
-                             f"python sample.py text ENCODERS --out={self.folder}")
-        rows = [self.rows[p] for p in prompts]
-        both = (torch.cat([f.get_slice(name)[i:i + 1] for f, i in rows]) for name in ("context", "pooled"))
-        return tuple(x.float().to(self.device) for x in both)
-
 # ---------------------------------------------------------------- the script
-
-def load_run(run, weights="ema", device=torch.device("cpu")):
-    """(dit, vae, config) of a run of finetune.py or one of its step folders, in eval mode."""
-    checkpoint = common.latest_checkpoint(run)
-    config = common.read_config(checkpoint)
-    if config.get("script") != "finetune.py":
-        raise SystemExit(f"{run}: holds a checkpoint of {config.get('script')}; wanted a run of finetune.py")
-    vae = load_davae(checkpoint.parent / "vae").to(device, memory_format=LAYOUT[device.type])
-    return load_dit(checkpoint, weights).to(device), vae, config
 
 def settings_of(cfg, config, checkpoint):
     """Everything the images depend on, with the run's own defaults filled in.  raises: SystemExit on impossible values."""
@@ -354,37 +232,6 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
         full = torch.cat([vae.decode(z) for z in z_all.split(8)]).float().clamp(-1, 1) if dit.cfg.D or not vae.D else base
     return full, base
 
-def text_for(folder, prompts, out, rank, device, t5_tokens=256):
-    """The TextCache that holds the prompts; if `folder` is one of encoders, they are encoded into <out>/text first."""
-    if (Path(folder) / "text_encoder").is_dir():
-        if rank == 0:
-            cache_text(folder, prompts, Path(out) / "text", device, t5_tokens)
-        common.wait_for_all()
-        folder = Path(out) / "text"
-    return TextCache(folder, device)
-
-def drop_labels(y, null, p):
-    """Each label becomes `null` with probability p, so that one model also learns the unconditional velocity."""
-    return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
-
-class Conditioner:
-    """What a model takes after z_all and t, given y: (labels,), or the text embeddings of the captions of images y.
-    With probability p a label becomes the null class, a caption "". Makes a captioned data set's labels its image numbers."""
-
-    def __init__(self, dit, train_set, cfg, device, rank):
-        self.dit, self.captions, self.text = dit, train_set.captions, None
-        if cfg.text:
-            if not self.captions:
-                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or metadata.jsonl")
-            train_set.labels = np.arange(len(train_set))
-            self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
-
-    def __call__(self, y, p):
-        if not self.text:
-            return (drop_labels(y, self.dit.cfg.num_classes, p),)
-        dropped = (torch.rand(len(y)) < p).tolist()
-        return self.text(["" if drop else self.captions[i] for i, drop in zip(y.tolist(), dropped)])
-
 def text_of(cfg, config, settings, out, rank, device):
     """What `generate` takes as `text`: a TextCache of the prompts, or None for a model of classes."""
     if "context" not in config["model"]:
@@ -394,9 +241,9 @@ def text_of(cfg, config, settings, out, rank, device):
 
 def main(cfg):
     """Draw cfg.n images into a folder.  Returns that folder."""
-    rank, world, device = common.setup(cfg.device)
-    checkpoint = common.latest_checkpoint(cfg.run)
-    config, out, text = common.read_config(checkpoint), Path(cfg.out or Path(cfg.run) / "samples"), None
+    rank, world, device = ranks.setup(cfg.device)
+    checkpoint = runs.latest_checkpoint(cfg.run)
+    config, out, text = runs.read_config(checkpoint), Path(cfg.out or Path(cfg.run) / "samples"), None
     if config.get("script") == "finetune.py":      # texts before the transformer: T5 is the larger of the two
         settings = settings_of(cfg, config, checkpoint)
         text = text_of(cfg, config, settings, out, rank, device)
@@ -409,7 +256,7 @@ def main(cfg):
             what = ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in settings.items() if old.get(k) != v)
             raise SystemExit(f"{out} holds images made with other settings ({what}): give another --out, or remove it")
     elif rank == 0:
-        common.write_json(out / "settings.json", settings)
+        runs.write_json(out / "settings.json", settings)
 
     todo = [i for i in range(cfg.n) if not (out / f"{i:06d}.png").exists()][rank::world]
     start = time.time()
@@ -418,7 +265,7 @@ def main(cfg):
         images, base = generate(dit, vae, indices, settings, text, flow)
         for i, image in zip(indices, data.to_uint8(images)):
             save_png(image, out / f"{i:06d}.png")
-    common.wait_for_all()
+    ranks.wait_for_all()
     if rank == 0:
         print(f"{out}: {len(todo)} new images, {cfg.n} in all; {len(todo) / max(1e-9, time.time() - start):.2g} img/s here")
         write_overview(dit, vae, config, settings, out, cfg.n, text)
@@ -442,53 +289,9 @@ def write_overview(dit, vae, config, settings, out, n, text=None):
     indices = [i for row in range(min(10, len(turn))) for i in range(row, columns * len(turn), len(turn)) if i < n]
     images, base = generate(dit, vae, indices, settings, text)
     for name, x in (("grid.png", images), ("base_preview.png", base)):
-        data.save_grid(x, out / name, columns, max(1, 128 // x.shape[-1]), [names[i % len(turn)] for i in indices])
-
-def main_text(cfg):
-    """`sample.py text`: encode the captions of a folder and the given prompts."""
-    captions = (data.open_dataset(cfg.data_dir, 64, 0, 0).captions or []) if cfg.data_dir else []
-    if not cfg.out or not (captions or cfg.prompts):
-        raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or --prompts=")
-    cache_text(cfg.encoders, [*captions, *read_prompts(cfg.prompts)], cfg.out, common.setup(cfg.device)[2], cfg.t5_tokens,
-               cfg.batch_size, cfg.shard)
-
-@dataclass
-class ExportConfig:
-    run: str = field("", "a run of finetune.py, or one of its step folders")
-    out: str = field("", "a folder that does not exist yet")
-    weights: str = field("ema", "ema or model")
-
-def main_export(cfg):
-    """`sample.py export`: the DA-VAE, and the transformer under its public names with P_new, O_new and adapters merged.
-
-    vae/: model.safetensors and config.json, as `load_davae` takes them. LightningDiT: lightningdit.pt, {"ema": weights} as
-    its own code reads it, in_channels C + D. SD3.5: transformer/, a stock SD3Transformer2DModel folder of diffusers with
-    in_channels C + D, and with adapters also lora/, them alone in peft's format, for the unmerged transformer.
-    """
-    dit, vae, config = load_run(cfg.run, cfg.weights)
-    if not cfg.out or Path(cfg.out).exists():
-        raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
-    out, temporary, m = Path(cfg.out), Path(f"{cfg.out}.tmp"), dit.cfg
-    shutil.rmtree(temporary, ignore_errors=True)
-    common.save_folder(temporary / "vae", {"model": vae.state_dict()}, {"source": cfg.run, "model": vae.config()})
-    if isinstance(dit, MMDiT):
-        if m.lora:
-            targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"]
-            common.save_folder(temporary / "lora", {"adapter_model": export_lora(dit)}, {"source": cfg.run})
-            adapter = dict(peft_type="LORA", r=m.lora, lora_alpha=m.alpha, target_modules=targets, bias="none")
-            adapter["modules_to_save"] = ["pos_embed.proj", "proj_out"]
-            common.write_json(temporary / "lora" / "adapter_config.json", adapter)
-        common.save_folder(temporary / "transformer", {"diffusion_pytorch_model": export_diffusers(merge_lora(dit))}, dict(
-            _class_name="SD3Transformer2DModel", sample_size=128, patch_size=m.p, in_channels=m.C + m.D, out_channels=m.C + m.D,
-            num_layers=m.depth, num_attention_heads=m.A, attention_head_dim=m.E // m.A, caption_projection_dim=m.E,
-            joint_attention_dim=m.context, pooled_projection_dim=m.pooled, pos_embed_max_size=m.pos_size,
-            dual_attention_layers=list(range(m.dual)), qk_norm="rms_norm"))
-    else:
-        torch.save({"ema": export_lightningdit(dit)}, temporary / "lightningdit.pt")
-    temporary.replace(out)
-    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+        figures.save_grid(x, out / name, columns, max(1, 128 // x.shape[-1]), [names[i % len(turn)] for i in indices])
 
 if __name__ == "__main__":
     commands = {"text": (main_text, TextConfig), "export": (main_export, ExportConfig)}
     command, options = commands.get("".join(sys.argv[1:2]), (main, Config))
-    command(common.cli(options, argv=sys.argv[1 if command is main else 2:]))
+    command(config.cli(options, argv=sys.argv[1 if command is main else 2:]))

@@ -6,19 +6,29 @@
 
 Writes to --out: log.jsonl, loss.png, recon.png (input, base only, DA-VAE, error), step_*/. The same command again resumes.
 """
-import dataclasses, json, math, sys, time, urllib.error
+import dataclasses
+import json
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-import common, data
-from common import field
-from davae import DAVAE, LAYOUT, AutoencoderKL, KLConfig, Level, Mid, TinyBlock, align_loss, half, load_davae
+
+from davae import DAVAE, LAYOUT, AutoencoderKL, KLConfig, Level, Mid, align_loss, half
+from support.bases import TinyBlock
+from support.weights import load_davae
+from support import config, data, figures, ranks, runs
+from support.config import field
+from support.figures import plot_losses
+from support.fit import fit_new_blocks
+from support.metrics import make_lpips, psnr
+from support.ranks import launch
+
 
 @dataclass
 class Config:
@@ -121,46 +131,6 @@ def adaptive_weight(nll, loss, weight, limit):
     b, = torch.autograd.grad(loss, weight, retain_graph=True)
     return (a.norm() / (b.norm() + 1e-4)).clamp(0.0, limit).detach()
 
-def import_torchvision():
-    """Import torchvision even where its wheel was built for CUDA and torch was not.
-
-    Its import then asks for the schemas of two compiled operators that were never registered, and fails; declaring
-    the schemas is enough, because nothing here calls them. Call this before anything that imports torchvision.
-    """
-    try:
-        import torchvision
-    except RuntimeError:                     # "operator torchvision::nms does not exist"
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _library.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _library[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-    return torchvision
-
-_library = []                                # it unregisters what it declared when it is collected, so it is kept
-
-def make_lpips(net, trunk=""):
-    """LPIPS (Zhang et al., 2018) by the lpips package, frozen, in eval mode; takes (B, 3, H, W) in [-1, 1].
-
-    net: vgg or squeeze.   trunk: a local weight file of that network; empty: torchvision's cache or download.
-    Differs from the authors' code: theirs trains with the Dropout of LPIPS active, by accident.
-    """
-    import_torchvision()
-    import lpips
-    if net not in ("vgg", "squeeze"):
-        raise SystemExit(f"--perceptual={net!r}: wanted vgg, squeeze or none")
-    try:
-        model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
-    except (urllib.error.URLError, OSError) as error:
-        raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): give the file with "
-                         "--lpips_trunk=, or --perceptual=none") from None
-    if trunk:
-        loaded = {k.removeprefix("features."): v for k, v in common.read_state_dict(trunk).items() if "classifier" not in k}
-        for name, part in model.net.named_children():        # slice1, slice2, ...: each holds layers by their old numbers
-            part.load_state_dict({k: v for k, v in loaded.items() if k.split(".")[0] in dict(part.named_children())})
-    return model.eval().requires_grad_(False)
-
 def vae_loss(vae, rec, x, cfg, lpips, disc):
     """The generator's loss: L1 + LPIPS + KL + adaptive align + adaptive GAN (disc is None before its start).
 
@@ -207,11 +177,6 @@ def stop_if_not_finite(norm, loss, model, step):
 
 # ---------------------------------------------------------------- evaluation while training
 
-def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,)."""
-    mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
-    return -10 * torch.log10(mse.clamp_min(1e-12))
-
 @torch.no_grad()
 def reconstruct(vae, x):
     """(base only, full): what the base channels alone show, bicubically doubled where D > 0, and the whole decode."""
@@ -230,7 +195,7 @@ def validate(vae, val, out, step):
     rows["4x error"] = 4 * (full - val).abs() - 1                  # 4 * |error / 2| on [0, 1], shown on [-1, 1]
     strip, labels = torch.cat([x[:8] for x in rows.values()]), [name for name in rows for _ in val[:8]]
     for name in ("recon.png", f"recon_{step:06d}.png"):
-        data.save_grid(strip, Path(out) / name, columns=len(val[:8]), scale=max(1, 96 // val.shape[-1]), labels=labels)
+        figures.save_grid(strip, Path(out) / name, columns=len(val[:8]), scale=max(1, 96 // val.shape[-1]), labels=labels)
     vae.train()
     return {"psnr_base": psnr(base, val).mean().item(), "psnr": psnr(full, val).mean().item()}
 
@@ -245,58 +210,12 @@ def initial_vae(cfg):
     make_if_missing(cfg.base, cfg)
     return DAVAE(load_davae(cfg.base).base, cfg.D, cfg.detail_dropout, cfg.rescale)
 
-def ridge(pairs, strength=1e-3):
-    """argmin_W of sum |X W - Y|^2 + strength * |W|^2 * mean column norm^2, from batches of X (N, in), Y (N, out); float64."""
-    A = B = 0
-    for X, Y in pairs:
-        A, B = A + X.T @ X, B + X.T @ Y
-    A.diagonal().add_(strength * A.diagonal().mean())
-    return torch.linalg.solve(A, B)
-
-@torch.no_grad()
-def fit_new_blocks(vae, images):
-    """Start the down and the up block where z_all carries the base VAE's own latent of the full-size image.
-
-    That latent holds four pixels where z_all holds one: three of them become z_d, next to each other (so that group c of
-    `align_loss` is channel c), and the up block finds the fourth from z, both by least squares, in closed form.
-    images: batches (B, 3, H, W) of training images, about 50,000 latent pixels in all.
-    Differs from the paper, where both blocks start at random: on a CPU, those are the steps that one cannot afford.
-    raises: SystemExit unless D = 3C and the down block has the 1x1 convolution that takes the solution (as VA-VAE's has).
-    """
-    base, C, D = vae.base, vae.C, vae.D
-    if D != 3 * C or vae.down.proj is None:
-        raise SystemExit(f"--fit=True needs D = 3C and a down block with a 1x1 shortcut; here D={D}, C={C}: give --fit=False")
-
-    def rows(x):                                                   # (B, c, h, w) -> (B*h*w, c)
-        return x.movedim(1, -1).flatten(0, 2).double()
-
-    features = []
-    for x in images:
-        h = vae.detail_encoder(x)                                  # (B, F, 2h, 2w)
-        z_full = base.to_moments(h)[:, :C]                         # (B, C, 2h, 2w), raw
-        details = F.pixel_unshuffle(base.normalise(z_full), 2).unflatten(1, (C, 4))[:, :, :3].flatten(1, 2)
-        features.append((h, vae.encode_base(x), details, base.from_latent(z_full)))
-    for weight in (vae.down.conv.weight, vae.down.conv.bias, vae.up.conv.weight, vae.up.conv.bias):
-        weight.zero_()
-    W = ridge((rows(F.pixel_unshuffle(h, 2)), rows(details)) for h, _, details, _ in features)
-    vae.down.proj.weight[:D] = W.T[:, :, None, None]
-    vae.down.conv.bias[D // 4:] = -6                               # logvar: little noise at first
-
-    def pair(h, z, _, target):
-        z_all = torch.cat([z, vae.down(h)[:, :D]], dim=1)
-        patches = F.pad(rows(F.unfold(z_all, 3, padding=1).unflatten(2, z.shape[2:])), (0, 1), value=1.0)
-        return patches, rows(F.pixel_unshuffle(target - vae.up(z_all), 2))
-
-    W = ridge(pair(*f) for f in features).T                        # (4F, 9(C+D) + 1), the last column for the bias
-    vae.up.conv.weight.copy_(W[:, :-1].reshape(vae.up.conv.weight.shape))
-    vae.up.conv.bias.copy_(W[:, -1])
-
 def make_if_missing(run, cfg):
     """Train (or finish) `run` if it is the folder of one of this script's presets; anything else must exist already."""
     preset = next((name for name, values in PRESETS.items() if values["out"] == run), None)
     if preset is None:
         return
-    if common.step_of(run) < PRESETS[preset]["steps"]:
+    if runs.step_of(run) < PRESETS[preset]["steps"]:
         print(f"\n{cfg.out} needs {run}, which is not there yet: running  python train_vae.py {preset}")
         main(Config(**{"preset": preset, **PRESETS[preset], "device": cfg.device, "data_dir": cfg.data_dir}))
 
@@ -317,57 +236,21 @@ def validation_images(cfg, train_set, n=64):
     index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
     return data.to_tensor(data.stack(held_out, index.tolist())[0])
 
-def plot(panels, path, size=(9, 4.2)):
-    """A PNG of panels (x label, y label, line style, {curve: [x, y]}), which share a legend; power on a logarithmic scale."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(1, len(panels), figsize=size, dpi=100, layout="constrained", squeeze=False)
-    for axis, (xlabel, ylabel, style, curves) in zip(axes[0], panels):
-        for name, (x, y) in curves.items():
-            axis.plot(x, y, style, label=name)
-        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel.startswith("power") else "linear")
-        axis.set(**{} if ylabel else dict(xticks=[], yticks=[]))            # the axes of an embedding have no meaning
-        axis.grid(alpha=0.3)
-    if len(panels[0][3]) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path)
-    plt.close(figure)
-
-def plot_losses(out):
-    """loss.png: every number of log.jsonl against the step, one panel each."""
-    if (Path(out) / "log.jsonl").exists():                         # a run shorter than log_every has none
-        rows = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
-        names = [k for k in rows[-1] if k not in ("step", "img/s", "lr", "w")]
-        points = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
-        plot([("step", n, "-", {n: list(zip(*points[n]))}) for n in names], Path(out) / "loss.png", (2.8 * len(names), 2.6))
-
-def final_table(runs):
-    """Print the summaries of runs of this script or finetune.py, and of a DA-VAE's base before it, one aligned line each."""
-    bases = {run: common.read_config(common.checkpoints(run)[-1])["config"]["base"] for run in runs if common.checkpoints(run)}
-    runs = [name for run in runs for name in dict.fromkeys([bases.get(run, ""), run]) if name not in runs or name == run]
-    print(f"\n{'stage':<12}{'folder':<22}{'steps':>8}{'seconds':>9}  result")
-    for run in (run for run in runs if run and (Path(run) / "summary.json").exists()):
-        s = json.loads((Path(run) / "summary.json").read_text())
-        more = f", base only {s['psnr_base']:.2f} dB" if s['stage'] == "DA-VAE" else ""
-        more += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
-        result = (f"{s['psnr']:.2f} dB" if "psnr" in s else f"loss base {s['base']:.3f}") + more
-        print(f"{s['stage']:<12}{run:<22}{s['steps']:>8}{s['seconds']:>9.0f}  {result}")
-
 # ---------------------------------------------------------------- the loop
 
 def main(cfg):
     """Train, validate and save as `cfg` says.  Returns the summary of the finished run, which is also in summary.json."""
     summary_file = Path(cfg.out) / "summary.json"
-    if common.step_of(cfg.out) >= cfg.steps and summary_file.exists():
-        print(f"{cfg.out}: finished at step {common.step_of(cfg.out)}; give more --steps or another --out to go on")
+    if runs.step_of(cfg.out) >= cfg.steps and summary_file.exists():
+        print(f"{cfg.out}: finished at step {runs.step_of(cfg.out)}; give more --steps or another --out to go on")
         return json.loads(summary_file.read_text())
-    rank, world, device = common.setup(cfg.device)
-    lock = common.hold(cfg.out, rank)                              # until this function returns
-    accumulate = common.micro_batches(cfg.batch_size, cfg.micro_batch, world)
+    rank, world, device = ranks.setup(cfg.device)
+    lock = runs.hold(cfg.out, rank)                              # until this function returns
+    accumulate = ranks.micro_batches(cfg.batch_size, cfg.micro_batch, world)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
     # models: from the newest checkpoint if there is one
-    resumed = common.resume(cfg, MAY_CHANGE)
+    resumed = runs.resume(cfg, MAY_CHANGE)
     vae = (load_davae(resumed) if resumed else initial_vae(cfg)).to(device, memory_format=LAYOUT[device.type]).train()
     if cfg.D and cfg.freeze_encoder:
         vae.detail_encoder.requires_grad_(False)
@@ -385,7 +268,7 @@ def main(cfg):
     opt_d = torch.optim.AdamW(disc.parameters(), **adam) if disc else None
     start, seconds, results = 0, 0.0, {}
     if resumed:
-        state = common.read_state_dict(resumed / "train_state.pt")
+        state = runs.read_state_dict(resumed / "train_state.pt")
         opt.load_state_dict(state["opt"])
         if disc:
             disc.load_state_dict(state["disc"])
@@ -404,7 +287,7 @@ def main(cfg):
               f"{cfg.batch_size} = {world} ranks x {cfg.batch_size // world // accumulate} x {accumulate}; "
               f"steps {start} to {cfg.steps}, {device}")
     val = validation_images(cfg, train_set).to(device)
-    log, since = common.Log(cfg.out, rank, start, cfg.steps), time.time()
+    log, since = runs.Log(cfg.out, rank, start, cfg.steps), time.time()
 
     def save(step):
         index = range(min(cfg.stats, len(train_set)))
@@ -413,15 +296,15 @@ def main(cfg):
         state = {"step": step, "seconds": seconds + time.time() - since, "results": results, "opt": opt.state_dict()}
         if disc:
             state.update(disc=disc.state_dict(), opt_d=opt_d.state_dict())
-        common.save_checkpoint(cfg.out, step, {"model": vae.state_dict()}, state,
+        runs.save_checkpoint(cfg.out, step, {"model": vae.state_dict()}, state,
                                {"script": "train_vae.py", "config": dataclasses.asdict(cfg), "model": vae.config()})
 
     if rank == 0 and not resumed:                                  # a disk that is too small shows now, not after hours
-        with common.disk_may_fail(must=True):
+        with runs.disk_may_fail(must=True):
             save(0)
     stream = data.batches(train_set, cfg.batch_size, cfg.seed, start=start, rank=rank, world=world, flip=cfg.flip)
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
-    common.heed_signals()
+    ranks.heed_signals()
     for step, (x, _) in zip(bar, stream):
         for group in (opt.param_groups + (opt_d.param_groups if disc else [])):
             group["lr"] = learning_rate(step, cfg)
@@ -430,7 +313,7 @@ def main(cfg):
         # generator: accumulate over micro-batches, synchronise gradients on the last one only
         pairs, sums = [], {}
         for i, part in enumerate(data.to_tensor(x).to(device).chunk(accumulate)):
-            common.seed_step(cfg.seed, rank * accumulate + i, step)
+            ranks.seed_step(cfg.seed, rank * accumulate + i, step)
             part = training_batch(part, step, cfg).contiguous(memory_format=LAYOUT[device.type])
             model.require_backward_grad_sync = i == accumulate - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -459,37 +342,26 @@ def main(cfg):
         if (step + 1) % cfg.log_every == 0:
             log(step + 1, sums, gnorm=norm.item(), lr=learning_rate(step, cfg),
                 **{"img/s": (step + 1 - start) * cfg.batch_size / (time.time() - since)})
-        stop, last = common.asked_to_stop(), step + 1 == cfg.steps
+        stop, last = ranks.asked_to_stop(), step + 1 == cfg.steps
         if rank == 0 and (stop or last or (step + 1) % cfg.save_every == 0):
-            with common.disk_may_fail(must=stop or last):
+            with runs.disk_may_fail(must=stop or last):
                 save(step + 1)
         if stop and not last:
             if rank == 0:
                 tqdm.write(f"{cfg.out}: stopped after step {step + 1}; the same command goes on from there")
             raise SystemExit(0)
-    common.heed_signals(False)
+    ranks.heed_signals(False)
 
-    common.wait_for_all()
+    ranks.wait_for_all()
     summary = {"stage": "DA-VAE" if vae.D else "base VAE", "steps": cfg.steps, "seconds": seconds + time.time() - since,
                **results}
     if rank == 0:
         plot_losses(cfg.out)
-        common.write_json(summary_file, summary)
+        runs.write_json(summary_file, summary)
         shown = f"base only {summary['psnr_base']:.2f} dB, DA-VAE" if vae.D else "base VAE"
         print(f"{cfg.out}: done in {summary['seconds']:.0f} s; {shown} {summary['psnr']:.2f} dB on {len(val)} images; "
               f"look at {cfg.out}/recon.png")
     return summary
 
-def launch(main, cfg):
-    """Run the main function of this script or of finetune.py as a program, under torchrun or not."""
-    try:
-        record(main)(cfg)                                          # torchrun then reports the rank that failed first
-    except torch.OutOfMemoryError as error:
-        less = [f"--micro_batch={cfg.micro_batch // 2} (the same batch)"] if cfg.micro_batch > 1 else []
-        less += [f"--{name}=True" for name in ("checkpointing", "shard") if not getattr(cfg, name, True)]
-        raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {', '.join([*less, 'a smaller model'])}") from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
 if __name__ == "__main__":
-    launch(main, common.cli(Config, PRESETS))
+    launch(main, config.cli(Config, PRESETS))

@@ -97,9 +97,9 @@ def launch(tmp_path):
 
     def start(main, cfg, fault="", ranks=1):
         module, program = main.__module__, tmp_path / f"program{len(started)}.py"
-        program.write_text(f"import os, signal, sys, torch, common, {module} as script\nRANK = int(os.environ.get('RANK', 0))\n"
+        program.write_text(f"import os, signal, sys, torch, {module} as script\nfrom support import ranks, runs\nRANK = int(os.environ.get('RANK', 0))\n"
                            f"torch.set_num_threads({torch.get_num_threads()})\n{fault}\nvalues = {dataclasses.asdict(cfg)}\n"
-                           f"getattr(script, 'train_vae', script).launch(script.main, script.Config(**values))\n")
+                           f"ranks.launch(script.main, script.Config(**values))\n")
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         started.append(subprocess.Popen([sys.executable, *torchrun, str(program)], text=True, cwd=tmp_path,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -152,7 +152,7 @@ def small_disk(tmp_path):
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory):
     """A StableDiffusion3Pipeline of small random parts (three text encoders, MMDiT, VAE of f2 and 4 channels), saved."""
-    from train_vae import import_torchvision
+    from support.metrics import import_torchvision
     import_torchvision()
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel,

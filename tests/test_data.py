@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from support import data, figures
 
-import data
 
 RED = (200, 30, 40)
 
@@ -459,7 +459,7 @@ def test_a_crop_of_the_full_size_is_the_image(drawn):
 
 def test_save_grid_places_every_cell(tmp_path, drawn):
     x = drawn[0][:5]
-    data.save_grid(x, tmp_path / "grid.png", columns=3, scale=2)
+    figures.save_grid(x, tmp_path / "grid.png", columns=3, scale=2)
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     assert sheet.shape == (2 * 130 + 2, 3 * 130 + 2, 3)
     cells = data.to_uint8(x).repeat(2, axis=1).repeat(2, axis=2)
@@ -471,7 +471,7 @@ def test_save_grid_places_every_cell(tmp_path, drawn):
 
 
 def test_save_grid_writes_labels_above_the_cells(tmp_path, drawn):
-    data.save_grid(drawn[0][:2], tmp_path / "grid.png", columns=2, labels=["cat 日", ""])
+    figures.save_grid(drawn[0][:2], tmp_path / "grid.png", columns=2, labels=["cat 日", ""])
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     assert sheet.shape == (2 + 64 + 12 + 2, 2 + 2 * 66, 3)
     assert (sheet[2:14, 2:66] < 128).any() and (sheet[2:14, 68:] == 255).all()

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import common
-import davae
-import train_vae
-from davae import (DAVAE, AutoencoderKL, DownBlock, KLConfig, Posterior, UpBlock, align_loss, export_kl, group_mean, half,
-                   load_base_vae)
+from davae import DAVAE, AutoencoderKL, DownBlock, KLConfig, Posterior, UpBlock, align_loss, group_mean, half
+from support.formats import export_kl
+from support.weights import load_base_vae
+from support import metrics, runs, weights
 
 FULL_SIZE = json.loads((Path(__file__).parent / "fixtures" / "full_size_keys.json").read_text())
 
@@ -212,8 +211,8 @@ def test_davae_refuses_channels_and_sizes_that_do_not_divide():
 
 def test_a_saved_davae_loads_to_the_same_function(tmp_path):
     vae, x = tiny_davae(), torch.rand(1, 3, 16, 16)
-    common.save_checkpoint(tmp_path / "run", 3, {"model": vae.state_dict()}, {}, {"model": vae.config()})
-    loaded = davae.load_davae(tmp_path / "run")
+    runs.save_checkpoint(tmp_path / "run", 3, {"model": vae.state_dict()}, {}, {"model": vae.config()})
+    loaded = weights.load_davae(tmp_path / "run")
     assert loaded.config() == vae.config()
     assert torch.equal(loaded.encode(x), vae.encode(x))
     assert torch.equal(load_base_vae(tmp_path / "run").encode(x), vae.base.encode(x))
@@ -251,7 +250,7 @@ def test_group_norm_epsilon_is_the_one_that_the_checkpoint_was_trained_with(gold
 @torch.no_grad()
 @pytest.mark.parametrize("old_names", [False, True])
 def test_sd3_vae_equals_diffusers(old_names, tmp_path):
-    train_vae.import_torchvision()
+    metrics.import_torchvision()
     from diffusers import AutoencoderKL as Theirs
     torch.manual_seed(0)
     theirs = Theirs(block_out_channels=(32, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=2,
@@ -288,7 +287,7 @@ def test_export_of_a_vae_is_the_file_it_came_from(golden, tmp_path):
     weights, _, _ = golden("vavae_style")
     back = export_kl(load_base_vae(weights))
     assert back.keys() == weights.keys() and all(torch.equal(back[k], weights[k].float()) for k in weights)
-    train_vae.import_torchvision()
+    metrics.import_torchvision()
     from diffusers import AutoencoderKL as Theirs
     theirs = Theirs(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=16,
                     up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False).state_dict()

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 import dit
 import kernels
 import kernels.qknorm_rope
-import sample
-from dit import DiTConfig, LightningDiT, export_lightningdit, import_lightningdit, load_dit, widen
+from dit import DiTConfig, LightningDiT, widen
+from support.formats import export_lightningdit, import_lightningdit
+from support.weights import load_dit
 from kernels.norm_modulate import norm_modulate_ref
-from train_vae import import_torchvision
+from support.metrics import import_torchvision
+from support import formats
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
@@ -156,7 +158,7 @@ def test_full_size_names_and_shapes_fit_without_a_remainder():
     for name, shapes in listed.items():
         sd = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
         E, K, grid = shapes["pos_embed"][2], shapes["feat_rope.freqs_cos"][1], 16
-        sd |= dict(zip(dit.TABLES, [dit.sincos_table(grid, E), *dit.rope_table(grid, K)]))
+        sd |= dict(zip(formats.TABLES, [dit.sincos_table(grid, E), *dit.rope_table(grid, K)]))
         ours, cfg = import_lightningdit(sd)
         with torch.device("meta"):
             model = LightningDiT(cfg)
@@ -308,7 +310,7 @@ def test_export_of_the_original_weights_is_the_original():
     back = export_lightningdit(load_dit(sd))
     assert sd.keys() == back.keys()
     for k in sd:
-        assert torch.allclose(back[k], sd[k].float(), atol=1e-6 if k in dit.TABLES else 0, rtol=0), k
+        assert torch.allclose(back[k], sd[k].float(), atol=1e-6 if k in formats.TABLES else 0, rtol=0), k
 
 
 def test_loading_leaves_the_source_alone():
@@ -465,20 +467,20 @@ def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(stock, tmp_p
     theirs, inputs_ = stock.state_dict(), text_inputs()
     model = load_dit(theirs)
     v = model(*inputs_)
-    for exported in (dit.export_diffusers(model), dit.export_sd3(model)):
+    for exported in (formats.export_diffusers(model), formats.export_sd3(model)):
         assert torch.equal(load_dit(exported)(*inputs_), v)
-    back = dit.export_diffusers(load_dit(dit.export_sd3(model)))
+    back = formats.export_diffusers(load_dit(formats.export_sd3(model)))
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
     stock.save_pretrained(tmp_path / "transformer")
     assert torch.equal(load_dit(tmp_path)(*inputs_), v)
     beside = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "text_encoders.clip_l.x": torch.zeros(1)}
-    assert torch.equal(load_dit(dit.export_sd3(model) | beside)(*inputs_), v)
+    assert torch.equal(load_dit(formats.export_sd3(model) | beside)(*inputs_), v)
 
 
 def test_full_size_sd3_names_and_shapes_fit_without_a_remainder_in_both_formats():
     listed = json.loads(FULL_SIZE.read_text())
-    for name, export in (("SD3.5-medium diffusers", dit.export_diffusers), ("SD3.5-medium single-file", dit.export_sd3)):
-        ours, cfg = dit.import_dit({k: torch.empty(shape, device="meta") for k, shape in listed[name].items()})
+    for name, export in (("SD3.5-medium diffusers", formats.export_diffusers), ("SD3.5-medium single-file", formats.export_sd3)):
+        ours, cfg = formats.import_dit({k: torch.empty(shape, device="meta") for k, shape in listed[name].items()})
         assert cfg == dit.MMDiTConfig()
         with torch.device("meta"):
             model = dit.MMDiT(cfg)
@@ -509,7 +511,7 @@ def test_a_widened_sd3_is_a_stock_diffusers_model_with_more_channels(stock):
     from diffusers import SD3Transformer2DModel
     model, (z, t, context, pooled) = widened(stock, spoil="_new"), text_inputs(channels=10)
     wide = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10})
-    wide.load_state_dict(dit.export_diffusers(model), strict=True)
+    wide.load_state_dict(formats.export_diffusers(model), strict=True)
     v = model(z, t, context, pooled)
     assert v[:, 4:].abs().max() > 0.1                               # else the interleave of the heads would not show
     assert error(-wide.eval()(z, context, pooled, 1000 * (1 - t)).sample, v) < 5e-6
@@ -582,12 +584,12 @@ def test_lora_file_under_pefts_names_gives_the_same_velocity_in_diffusers(stock)
     from diffusers import SD3Transformer2DModel
     z_all, t, context, pooled = text_inputs(channels=10)
     model = widened(stock, spoil="_new")
-    plain = dit.export_diffusers(model)
+    plain = formats.export_diffusers(model)
     dit.add_lora(model, r=4, alpha=8)
     for m in model.modules():
         if isinstance(m, dit.LoRA):
             m.B.normal_(std=0.1)
-    file = {k.removeprefix("base_model.model."): v for k, v in dit.export_lora(model).items()}
+    file = {k.removeprefix("base_model.model."): v for k, v in formats.export_lora(model).items()}
     adapted = {k.removesuffix(".lora_A.weight") for k in file if k.endswith(".lora_A.weight")}
     for layer in adapted:
         plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + 8 / 4 * file[f"{layer}.lora_B.weight"] @ file[f"{layer}.lora_A.weight"]
@@ -620,16 +622,16 @@ def test_a_file_is_never_in_memory_twice(kind, tmp_path):
         model = dit.MMDiT(dit.MMDiTConfig(E=320, depth=10, A=5, dual=5, pos_size=48))
     model.load_state_dict({k: torch.randn(v.shape) for k, v in model.state_dict().items()}, assign=True)
     dtype, file = torch.bfloat16 if "b" in kind else torch.float32, tmp_path / f"model.{kind}"
-    sd = {k: v.to(dtype).contiguous() for k, v in dit.export_sd3(model).items()}
+    sd = {k: v.to(dtype).contiguous() for k, v in formats.export_sd3(model).items()}
     torch.save(sd, file) if kind == "pt" else save_file(sd, file)
     code = f"""if True:
-        import threading, torch, dit
+        import threading, torch; from support import weights
         anonymous = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
         before, peak, done = anonymous(), [0.0], threading.Event()
         def watch():
             while not done.wait(0.002): peak.append(anonymous())
         thread = threading.Thread(target=watch); thread.start()
-        model = dit.load_dit({str(file)!r})
+        model = weights.load_dit({str(file)!r})
         done.set(); thread.join()
         print(max(peak) - before)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True, timeout=120)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import evaluate
-import train_vae
-from davae import load_davae
-from evaluate import distances, frechet_distance, moments, ssim
+from support.weights import load_davae
+from support.metrics import distances, frechet_distance, moments, ssim
+from support import data, metrics, runs
 
 
 def features(n, d, seed, shift=0.0, scale=1.0):
@@ -41,7 +40,7 @@ def test_frechet_distance_of_two_gaussians_equals_the_closed_form():
 
 @pytest.mark.parametrize("n,m,d", [(600, 500, 24), (20, 30, 64)])              # the second: covariances of rank 19 and 29
 def test_frechet_distance_agrees_with_torch_fidelity(n, m, d):
-    train_vae.import_torchvision()
+    metrics.import_torchvision()
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     a, b = features(n, d, 2), features(m, d, 3, shift=0.3, scale=1.5)
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(f) for f in (a, b)), verbose=False)
@@ -93,7 +92,7 @@ def stand_in(**parts):
 def test_reconstruction_rows_are_what_their_names_say(tiny_vae, monkeypatch):
     vae, x = load_davae(tiny_vae), torch.rand(5, 3, 64, 64) * 2 - 1
     run = stand_in(vae=vae)
-    monkeypatch.setattr(evaluate, "feature_network", lambda run: ("Inception", pool, "Inception, sha256 0"))
+    monkeypatch.setattr(metrics, "feature_network", lambda run: ("Inception", pool, "Inception, sha256 0"))
     table, real = evaluate.reconstruction(run, x.split(2))
     assert list(table) == ["base only, bilinear", "base only, bicubic", "DA-VAE", "base VAE, full size"]
     assert [row["positions"] for row in table.values()] == [64, 64, 64, 256]
@@ -102,7 +101,7 @@ def test_reconstruction_rows_are_what_their_names_say(tiny_vae, monkeypatch):
         bilinear = torch.nn.functional.interpolate(small, size=(64, 64), mode="bilinear", align_corners=False)
         base = vae.base.decode(vae.base.encode(x))
     for row, y in (("DA-VAE", full), ("base VAE, full size", base), ("base only, bilinear", bilinear)):
-        assert table[row]["psnr"] == pytest.approx(evaluate.psnr(x, y).mean().item(), rel=1e-5)    # whatever the batches
+        assert table[row]["psnr"] == pytest.approx(metrics.psnr(x, y).mean().item(), rel=1e-5)    # whatever the batches
         expected = frechet_distance(moments(pool(y.clamp(-1, 1))[0]), moments(pool(x)[0]))         # rFID
         assert table[row]["Inception-FID@5"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert torch.equal(real, pool(x)[0]) and run.settings["held_out"].startswith("5 images, sha256 ")
@@ -131,9 +130,9 @@ def test_evaluate_names_its_features_and_adds_to_what_is_there(tiny_run, tmp_pat
 def test_hashes_change_with_one_weight_and_with_one_name_but_not_with_the_place():
     a, b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     b.load_state_dict(a.state_dict())
-    assert evaluate.hash_of(a) == evaluate.hash_of(b) != evaluate.hash_of(torch.nn.Sequential(a))
+    assert runs.hash_of(a) == runs.hash_of(b) != runs.hash_of(torch.nn.Sequential(a))
     b.bias.data[0] += 1e-6
-    assert evaluate.hash_of(a) != evaluate.hash_of(b)
+    assert runs.hash_of(a) != runs.hash_of(b)
 
 
 def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
@@ -161,13 +160,13 @@ def test_a_base_model_alone_has_the_upsampled_rows_only(tiny_base, tmp_path):
 
 def test_the_probe_sees_lost_detail():
     with torch.no_grad():
-        probe, again = evaluate.make_probe(64), evaluate.make_probe(64)
-        x, y = next(evaluate.read(evaluate.data.open_dataset("procedural", 64, 100, seed=77), range(100)))
+        probe, again = metrics.make_probe(64), metrics.make_probe(64)
+        x, y = next(data.read(data.open_dataset("procedural", 64, 100, seed=77), range(100)))
         for kind in ("bilinear", "bicubic"):
-            sharp, blurred = (probe(i)[:, 10] > 0 for i in (x, evaluate.doubled(evaluate.half(x))[f"base only, {kind}"]))
+            sharp, blurred = (probe(i)[:, 10] > 0 for i in (x, metrics.doubled(evaluate.half(x))[f"base only, {kind}"]))
             assert sharp.float().mean() > 0.9 and blurred.float().mean() < 0.1
     assert (probe(x)[:, :10].argmax(1) == y).float().mean() > 0.9
-    assert evaluate.hash_of(probe) == evaluate.hash_of(again)
+    assert runs.hash_of(probe) == runs.hash_of(again)
 
 
 def test_squeezenet_features_are_named_for_what_they_are(tiny_run, tmp_path, shared):
@@ -180,7 +179,7 @@ def test_squeezenet_features_are_named_for_what_they_are(tiny_run, tmp_path, sha
 
 def feature_network(data_dir="photos", **changes):
     config = {"config": {"data_dir": data_dir, "image_size": 64}}
-    return evaluate.feature_network(evaluate.SimpleNamespace(cfg=evaluate.Config(**changes), config=config, device="cpu"))
+    return metrics.feature_network(evaluate.SimpleNamespace(cfg=evaluate.Config(**changes), config=config, device="cpu"))
 
 
 def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_position(monkeypatch):
@@ -201,7 +200,7 @@ def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_posit
 
 
 def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
-    train_vae.import_torchvision()
+    metrics.import_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Untrained(FeatureExtractorInceptionV3):              # the published weights cannot be had offline
@@ -214,7 +213,7 @@ def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
     name, network, described = feature_network(inception_weights=str(tmp_path / "weights.pt"))
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        expected, logits = theirs(torch.as_tensor(evaluate.data.to_uint8(x)).permute(0, 3, 1, 2))
+        expected, logits = theirs(torch.as_tensor(data.to_uint8(x)).permute(0, 3, 1, 2))
         assert described.startswith("Inception, sha256 ") and name == "Inception" and expected.shape == (2, 2048) and logits.shape == (2, 1008)
         assert all(torch.allclose(*pair) for pair in zip(network(x), (expected, logits)))
 
@@ -228,8 +227,8 @@ def test_whole_images_are_measured_at_their_own_size(tiny_vae, tmp_path):
     rng = np.random.default_rng(0)
     for name, size in (("a", (33, 50)), ("b", (64, 16))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
-    dataset = evaluate.data.open_dataset(tmp_path, 0)
-    shapes = [tuple(x.shape[2:]) for x, _ in evaluate.read(dataset, [0, 1], whole=8)]
+    dataset = data.open_dataset(tmp_path, 0)
+    shapes = [tuple(x.shape[2:]) for x, _ in data.read(dataset, [0, 1], whole=8)]
     assert shapes == [(32, 48), (64, 16)]
     entry = evaluate.main(evaluate.Config(run=tiny_vae, out=str(tmp_path / "m.json"), data_dir=str(tmp_path), whole=True))
     assert entry["reconstruction"]["DA-VAE"]["images"] == 2
@@ -279,11 +278,11 @@ def pool(x):
 def test_a_reference_of_images_and_one_of_their_statistics_give_the_same_distance(tmp_path):
     arr_0 = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", arr_0=arr_0)
-    a, f, named = evaluate.read_reference(tmp_path / "images.npz", "Inception, sha256 0", pool)
-    x = evaluate.data.to_tensor(arr_0)
+    a, f, named = metrics.read_reference(tmp_path / "images.npz", "Inception, sha256 0", pool)
+    x = data.to_tensor(arr_0)
     assert named.startswith("60 images, sha256 ") and torch.allclose(f, pool(x)[0])
     np.savez(tmp_path / "statistics.npz", mu=f.double().numpy().mean(0), sigma=np.cov(f.double().numpy(), rowvar=False))
-    b, none, other = evaluate.read_reference(tmp_path / "statistics.npz", "Inception, sha256 0", pool)
+    b, none, other = metrics.read_reference(tmp_path / "statistics.npz", "Inception, sha256 0", pool)
     assert none is None and other.startswith("? images, sha256 ") and other[-16:] != named[-16:] and abs(frechet_distance(a, b)) < 1e-6
     other = moments(features(40, 12, 0))
     assert frechet_distance(other, a) == pytest.approx(frechet_distance(other, b), rel=1e-9)
@@ -296,7 +295,7 @@ def test_a_reference_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, ar
     path = tmp_path / "r.npz"
     path.write_text("text") if arrays is None else np.savez(path, **arrays)
     with pytest.raises(SystemExit, match=sentence):
-        evaluate.read_reference(path, "Inception", pool)
+        metrics.read_reference(path, "Inception", pool)
 
 
 def test_a_kept_reference_measures_like_the_images_it_was_made_of(tiny_run, tmp_path):
@@ -318,14 +317,14 @@ def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path,
                                  vision_config=dict(image_size=28, patch_size=14, **small), projection_dim=8)).eval()
     processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer)
     model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
-    score, _ = evaluate.clip_scorer(tmp_path, "cpu")
+    score, _ = metrics.clip_scorer(tmp_path, "cpu")
     x, texts = torch.rand(3, 3, 40, 40) * 2 - 1, ["a fox", "the sea, a house and a very long road", "fog"]
     with torch.no_grad():
-        inputs = processor(text=texts, images=list(evaluate.data.to_uint8(x)), return_tensors="pt", padding=True)
+        inputs = processor(text=texts, images=list(data.to_uint8(x)), return_tensors="pt", padding=True)
         cosines = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
         assert cosines.std() > 1e-3 and torch.allclose(score(x, texts), 100 * cosines.clamp_min(0), atol=1e-4)
     with pytest.raises(SystemExit, match="wanted a local folder of a CLIP model"):
-        evaluate.clip_scorer(tmp_path / "nowhere", "cpu")
+        metrics.clip_scorer(tmp_path / "nowhere", "cpu")
 
 
 def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
@@ -342,7 +341,7 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
         seen.extend((int(i), text) for i, text in zip(x[:, 0, 0, 0], texts) if i)
         return x[:, 0, 0, 0]
 
-    monkeypatch.setattr(evaluate, "clip_scorer", lambda *args: (clip, "hash"))
+    monkeypatch.setattr(metrics, "clip_scorer", lambda *args: (clip, "hash"))
     table = evaluate.generation(run, torch.zeros(2, 1))
     assert seen == [(1, "b"), (2, "c"), (3, "a"), (4, "b")] and table["samples"]["CLIP"] == 2.0 and run.settings["clip"] == "hash"
 
@@ -354,7 +353,7 @@ def entry(tmp_path, name, fid, **settings):
     settings = {"n": 10, "image_size": 64, "held_out": "9 images", "reference": "9 images", "features": "Inception, sha256 0",
                 **settings}
     (tmp_path / name).mkdir()
-    common.write_json(tmp_path / name / "metrics.json", [{"settings": {k: v for k, v in settings.items() if v is not None},
+    runs.write_json(tmp_path / name / "metrics.json", [{"settings": {k: v for k, v in settings.items() if v is not None},
                       "reconstruction": {"DA-VAE": {"psnr": 20 + fid}},
                       "generation": {"samples": {f"Inception-FID@{settings['n']}": fid}}}])
     return str(tmp_path / name)
@@ -400,7 +399,7 @@ def test_the_spectrum_of_white_noise_is_flat_and_of_a_cosine_has_its_peak_at_tha
 def test_zero_random_and_true_details_score_the_same_where_the_decoder_ignores_details(tiny_vae, monkeypatch):
     vae, x = load_davae(tiny_vae), torch.rand(4, 3, 64, 64) * 2 - 1
     run = stand_in(vae=vae, x=x, zero=(-vae.mean / vae.std).view(1, -1, 1, 1))
-    monkeypatch.setattr(evaluate, "feature_network", lambda run: ("", no_features, ""))
+    monkeypatch.setattr(metrics, "feature_network", lambda run: ("", no_features, ""))
     with torch.no_grad():
         scores = {row["psnr"] for row in evaluate.sensitivity(run)["table"].values()}
         assert len(scores) == 3

@@ -15,14 +15,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import common
 import davae
 import evaluate
 import finetune
 import sample
-from davae import load_davae
-from dit import DiTConfig, LightningDiT, load_dit
+from support.weights import load_davae
+from dit import DiTConfig, LightningDiT
+from support.weights import load_dit
 from finetune import PRESETS, Config, detail_weight, flow_loss, warm_start_difference
+from support import latents, ranks, runs, text, weights
 
 
 def tiny_dit(D=0):
@@ -98,9 +99,9 @@ def test_ema_follows_the_closed_form():
 
 def test_labels_are_dropped_to_the_null_class_at_the_given_rate():
     torch.manual_seed(0)
-    y = sample.drop_labels(torch.zeros(20_000).long(), 7, 0.1)
+    y = text.drop_labels(torch.zeros(20_000).long(), 7, 0.1)
     assert set(y.tolist()) == {0, 7} and abs((y == 7).float().mean() - 0.1) < 0.01
-    assert (sample.drop_labels(y, 9, 0.0) == y).all()
+    assert (text.drop_labels(y, 9, 0.0) == y).all()
 
 
 def test_warm_start_difference_is_zero_and_the_check_fails_with_a_random_P_new():
@@ -152,7 +153,7 @@ def test_a_run_logs_both_halves_proves_its_warm_start_and_holds_all_that_samplin
 
 
 def test_ema_and_model_are_saved_apart(tiny_run):
-    folder = common.latest_checkpoint(tiny_run)
+    folder = runs.latest_checkpoint(tiny_run)
     model, ema = (load_file(folder / f"{name}.safetensors") for name in ("model", "ema"))
     assert model.keys() == ema.keys() and any(not torch.equal(model[k], ema[k]) for k in model)
 
@@ -168,7 +169,7 @@ def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(tiny_vae, tiny_base,
     finetune.main(straight)
     finetune.main(replace(halves, steps=10))
     finetune.main(halves)
-    a, b = (common.latest_checkpoint(cfg.out) for cfg in (straight, halves))
+    a, b = (runs.latest_checkpoint(cfg.out) for cfg in (straight, halves))
     for name in ("model", "ema"):
         x, y = (load_file(p / f"{name}.safetensors") for p in (a, b))
         assert all(torch.equal(x[k], y[k]) for k in x)
@@ -180,7 +181,7 @@ def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision
     vae = load_davae(tiny_vae)
     cfg = config(tiny_vae, tiny_base, tmp_path, flip=True)
     train_set = finetune.data.open_dataset("procedural", 64, 64, 0)
-    streams = [finetune.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0, 1)(5) for c in (True, False)]
+    streams = [latents.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0, 1)(5) for c in (True, False)]
     for _ in range(3):
         (z, y), (z2, y2) = (next(s) for s in streams)
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
@@ -199,7 +200,7 @@ def test_a_gpus_layout_of_the_autoencoder_trains_the_same_model(tiny_vae, tiny_b
 
 def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(tiny_vae, tiny_base, tmp_path,
                                                                                                   monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "SHARD", 16)
+    monkeypatch.setattr(latents, "SHARD", 16)
     vae, cfg = load_davae(tiny_vae), config("", tiny_base, tmp_path)
     train_set, encoded = finetune.data.open_dataset("procedural", 64, 40, 0), []
 
@@ -207,17 +208,17 @@ def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_anothe
         encoded.append(len(x))
         return vae.encode(finetune.data.to_tensor(x))
 
-    folder = finetune.write_cache(vae, encode, train_set, cfg, 0, 1)
+    folder = latents.write_cache(vae, encode, train_set, cfg, 0, 1)
     assert encoded == [16, 16, 8] and "40 images to encode" in capsys.readouterr().out
     with safe_open(folder / "00001.safetensors", "pt") as f:
         about = json.loads(f.metadata()["about"])
         assert len(f.metadata()["vae"]) == 64 and about["detail"] == "mode" and about["image_size"] == 64
-    whole = finetune.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0]
+    whole = latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0]
     (folder / "00001.safetensors").rename(folder / "00001.tmp0")                                # killed while it was written
-    assert finetune.write_cache(vae, encode, train_set, cfg, 0, 1) == folder and encoded[3:] == [16]
-    assert torch.equal(finetune.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0], whole)
+    assert latents.write_cache(vae, encode, train_set, cfg, 0, 1) == folder and encoded[3:] == [16]
+    assert torch.equal(latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0], whole)
     vae.down.conv.bias.data += 1
-    assert finetune.write_cache(vae, encode, train_set, cfg, 0, 1) != folder
+    assert latents.write_cache(vae, encode, train_set, cfg, 0, 1) != folder
 
 
 def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(tiny_vae, tiny_base, tmp_path):
@@ -231,18 +232,18 @@ def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(tiny_vae,
                    "labels": torch.from_numpy(drawn.labels[part])}, tmp_path / f"latents_rank00_shard{n:03d}.safetensors")
     cfg = config(tiny_vae, tiny_base, tmp_path / "run", data_dir=str(tmp_path), flip=True, steps=2)
     for D in (0, 12):
-        latents = finetune.Latents(tmp_path, vae, D)
-        z, y = latents.batch([3, 15, 19], [False, True, False])
+        kept = latents.Latents(tmp_path, vae, D)
+        z, y = kept.batch([3, 15, 19], [False, True, False])
         wanted = torch.stack([both[0][3], both[1][15], both[0][19]])[:, :4 + D]
         assert torch.allclose(z, wanted, atol=1e-5) and y.tolist() == [3, 5, 9]
     assert finetune.main(cfg)["warm_start"] == 0.0
     with pytest.raises(SystemExit, match="latents of 16 channels; wanted 28"):
-        finetune.Latents(tmp_path, vae, 24)
+        latents.Latents(tmp_path, vae, 24)
 
 
 def test_accumulated_micro_batches_make_one_optimizer_step(tiny_vae, tiny_base, tmp_path):
     finetune.main(config(tiny_vae, tiny_base, tmp_path / "a", micro_batch=2, steps=1))
-    state = torch.load(common.latest_checkpoint(tmp_path / "a") / "train_state.pt", weights_only=True)
+    state = torch.load(runs.latest_checkpoint(tmp_path / "a") / "train_state.pt", weights_only=True)
     assert {s["step"].item() for s in state["opt"]["state"].values()} == {1.0}
 
 
@@ -301,22 +302,22 @@ def test_a_run_stopped_by_ctrl_c_or_killed_in_a_save_goes_on_bit_for_bit(tiny_va
     process = launch(finetune.main, replace(broken, steps=step + 1), """
 def save(*args):
     os.kill(os.getpid(), signal.SIGKILL)
-common.torch.save = save""")
-    assert process.wait() == -signal.SIGKILL and common.step_of(broken.out) == step
+torch.save = save""")
+    assert process.wait() == -signal.SIGKILL and runs.step_of(broken.out) == step
     for cfg in (straight, broken):
         finetune.main(replace(cfg, steps=step + 2))
     for name in ("model", "ema"):
-        x, y = (load_file(common.latest_checkpoint(cfg.out) / f"{name}.safetensors") for cfg in (straight, broken))
+        x, y = (load_file(runs.latest_checkpoint(cfg.out) / f"{name}.safetensors") for cfg in (straight, broken))
         assert all(torch.equal(x[k], y[k]) for k in x)
 
 
 def test_a_run_cut_off_before_its_first_step_begins_again_and_proves_its_warm_start(tiny_vae, tiny_base, tmp_path, monkeypatch):
     cfg = config(tiny_vae, tiny_base, tmp_path / "a", steps=1)
     with monkeypatch.context() as m:
-        m.setattr(finetune.common, "heed_signals", lambda: 1 / 0)
+        m.setattr(ranks, "heed_signals", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune.main(cfg)
-    assert common.step_of(cfg.out) == 0
+    assert runs.step_of(cfg.out) == 0
     assert finetune.main(cfg)["warm_start"] == 0.0
 
 
@@ -372,7 +373,7 @@ def test_compiled_blocks_give_the_same_losses_and_the_same_names(tiny_vae, tiny_
                      checkpointing=True)
         finetune.main(cfg)
         rows.append([json.loads(line)["loss"] for line in open(f"{cfg.out}/log.jsonl")])
-        names.append(sorted(load_file(common.latest_checkpoint(cfg.out) / "model.safetensors")))
+        names.append(sorted(load_file(runs.latest_checkpoint(cfg.out) / "model.safetensors")))
     assert rows[1] == pytest.approx(rows[0], rel=1e-4) and names[0] == names[1]
 
 
@@ -404,21 +405,21 @@ def test_sd3_goes_from_captions_to_a_folder_that_diffusers_loads(sd3_folder, tmp
             (folder / f"{i}.txt").write_text(words[i % 4])
     train_vae.main(train_vae.Config(preset="tiny", out=str(tmp_path / "vae"), base=str(sd3_folder), data_dir=str(folder), D=4,
                                     image_size=32, perceptual="none", gan=0.0, stats=8, steps=2, batch_size=4, log_every=1))
-    sample.main_text(sample.TextConfig(encoders=str(sd3_folder), out=str(tmp_path / "text"), data_dir=str(folder), t5_tokens=24))
+    text.main_text(text.TextConfig(encoders=str(sd3_folder), out=str(tmp_path / "text"), data_dir=str(folder), t5_tokens=24))
     cfg = Config(preset="sd35m-1024", **{**PRESETS["sd35m-1024"], **dict(
         out=str(tmp_path / "run"), vae=str(tmp_path / "vae"), base=str(sd3_folder), text=str(tmp_path / "text"), t5_tokens=24,
         data_dir=str(folder), image_size=32, D=4, lora=4, N=2, steps=3, batch_size=4, micro_batch=2, log_every=1, save_every=2,
         sample_steps=2, lr=1e-2)})
     summary = finetune.main(cfg)
     assert summary["warm_start"] == 0.0
-    step = common.latest_checkpoint(cfg.out)
+    step = runs.latest_checkpoint(cfg.out)
     assert sum(p.stat().st_size for p in step.glob("*.safetensors")) < (tmp_path / "run/frozen/model.safetensors").stat().st_size
     finetune.main(replace(cfg, steps=4))                                                          # resumes, adapters and all
     assert [json.loads(line)["step"] for line in open(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
 
     whole = replace(cfg, out=str(tmp_path / "whole"), lora=0, steps=1)
     finetune.main(whole)                                            # every weight trained: nothing is left in a frozen/
-    saved, start = load_dit(common.latest_checkpoint(whole.out), "model"), load_dit(sd3_folder)
+    saved, start = load_dit(runs.latest_checkpoint(whole.out), "model"), load_dit(sd3_folder)
     assert torch.equal(saved.pos_embed, start.pos_embed) and not (tmp_path / "whole" / "frozen").exists()
     moved = [not torch.equal(p, saved.get_parameter(name)) for name, p in start.named_parameters()]
     assert sum(moved) > 0.8 * len(moved)
@@ -436,11 +437,11 @@ def test_sd3_goes_from_captions_to_a_folder_that_diffusers_loads(sd3_folder, tmp
     with pytest.raises(SystemExit, match="wanted a class-conditional run"):
         evaluate.analyse("timebins", evaluate.Config(run=cfg.out, data_dir=str(folder), images=4))
 
-    sample.main_export(sample.ExportConfig(run=cfg.out, out=str(tmp_path / "exported"), weights="model"))
+    weights.main_export(weights.ExportConfig(run=cfg.out, out=str(tmp_path / "exported"), weights="model"))
     theirs = SD3Transformer2DModel.from_pretrained(tmp_path / "exported" / "transformer").eval()
-    ours = load_dit(common.latest_checkpoint(cfg.out), "model")
+    ours = load_dit(runs.latest_checkpoint(cfg.out), "model")
     z_all, t = torch.randn(2, 8, 8, 8), torch.tensor([0.25, 0.5])
-    context, pooled = sample.TextCache(tmp_path / "text")(["a fox", ""])
+    context, pooled = text.TextCache(tmp_path / "text")(["a fox", ""])
     with torch.no_grad():
         v, ref = ours(z_all, t, context, pooled), -theirs(z_all, context, pooled, 1000 * (1 - t)).sample
         assert v[:, 4:].abs().max() > 1e-3 and ((v - ref).abs().max() / ref.abs().max()) < 5e-6
@@ -449,12 +450,12 @@ def test_sd3_goes_from_captions_to_a_folder_that_diffusers_loads(sd3_folder, tmp
     assert load_davae(tmp_path / "exported" / "vae").D == 4
     assert (tmp_path / "exported/lora/adapter_config.json").exists()
     with pytest.raises(SystemExit, match="nothing is overwritten"):
-        sample.main_export(sample.ExportConfig(run=cfg.out, out=str(tmp_path / "exported")))
+        weights.main_export(weights.ExportConfig(run=cfg.out, out=str(tmp_path / "exported")))
 
 
 def test_lightningdit_exports_under_its_original_names(tiny_run, tmp_path):
-    sample.main_export(sample.ExportConfig(run=tiny_run, out=str(tmp_path / "exported")))
-    again, ours = load_dit(tmp_path / "exported" / "lightningdit.pt"), load_dit(common.latest_checkpoint(tiny_run))
+    weights.main_export(weights.ExportConfig(run=tiny_run, out=str(tmp_path / "exported")))
+    again, ours = load_dit(tmp_path / "exported" / "lightningdit.pt"), load_dit(runs.latest_checkpoint(tiny_run))
     assert (again.cfg.C, again.cfg.D) == (ours.cfg.C + ours.cfg.D, 0)
     z_all, t, y = torch.randn(2, again.cfg.C, *[again.cfg.grid * again.cfg.p] * 2), torch.tensor([0.2, 0.7]), torch.tensor([0, 1])
     with torch.no_grad():

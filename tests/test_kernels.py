@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 import davae
 import dit
 import kernels
-import sample
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sample
-from davae import load_base_vae
-from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora, load_dit
-from train_vae import import_torchvision
+from support.weights import load_base_vae
+from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
+from support.weights import load_dit
+from support.metrics import import_torchvision
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
+from support import text, weights
 
 
 class Counting(torch.nn.Module):
@@ -214,12 +216,12 @@ def test_text_encoding_equals_the_pipelines(sd3_folder):
     from diffusers import StableDiffusion3Pipeline
     pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     ref, ref_null, pooled, pooled_null = pipe.encode_prompt(PROMPTS, None, None, negative_prompt=["", ""], max_sequence_length=24)
-    encoders = sample.load_text_encoders(sd3_folder, torch.device("cpu"))
+    encoders = text.load_text_encoders(sd3_folder, torch.device("cpu"))
     for prompts, context, vector in ((PROMPTS, ref, pooled), (["", ""], ref_null, pooled_null)):
-        ours = sample.encode_text(encoders, prompts, t5_tokens=24)
+        ours = text.encode_text(encoders, prompts, t5_tokens=24)
         assert ours[0].shape == (2, 77 + 24, 40) and (ours[0] - context).abs().max() < 1e-6
         assert (ours[1] - vector).abs().max() < 1e-6
-    without_t5 = sample.encode_text([*encoders[:2], None], PROMPTS, t5_tokens=24, width=40)
+    without_t5 = text.encode_text([*encoders[:2], None], PROMPTS, t5_tokens=24, width=40)
     assert (without_t5[0][:, :77] == ref[:, :77]).all() and without_t5[0][:, 77:].abs().max() == 0
 
 
@@ -231,8 +233,8 @@ def test_a_whole_pipeline_gives_the_same_image(sd3_folder):
     noise = sample_noise(0, range(2), (4, 16, 24))
     theirs = pipe(PROMPTS, negative_prompt=["snow", ""], num_inference_steps=4, guidance_scale=3.5, height=32, width=48,
                   latents=noise, max_sequence_length=24, output_type="np").images
-    encoders = sample.load_text_encoders(sd3_folder, torch.device("cpu"))
-    cond, uncond = (sample.encode_text(encoders, p, 24) for p in (PROMPTS, ["snow", ""]))
+    encoders = text.load_text_encoders(sd3_folder, torch.device("cpu"))
+    cond, uncond = (text.encode_text(encoders, p, 24) for p in (PROMPTS, ["snow", ""]))
     z = sample_flow(load_dit(sd3_folder), noise, time_grid(4, 1 / 3, twice=True), cond, uncond, 3.5)
     ours = (load_base_vae(sd3_folder).decode(z) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert ours.shape == theirs.shape == (2, 32, 48, 3) and theirs.std() > 0.05
@@ -241,31 +243,31 @@ def test_a_whole_pipeline_gives_the_same_image(sd3_folder):
 
 def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_folder, tmp_path, capsys):
     cpu, folder = torch.device("cpu"), tmp_path / "text"
-    sample.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
+    text.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert sorted(p.name for p in folder.iterdir()) == ["text_00000.safetensors", "text_00001.safetensors"]
     stamp = (folder / "text_00000.safetensors").stat().st_mtime_ns
     (folder / "text_00001.safetensors").unlink()                                                  # as if cut off
-    sample.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
+    text.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert (folder / "text_00000.safetensors").stat().st_mtime_ns == stamp
-    cache = sample.TextCache(folder)
+    cache = text.TextCache(folder)
     assert set(cache.rows) == {"", "fox", "snow", "owl"}
-    encoders = sample.load_text_encoders(sd3_folder, cpu)
-    for ours, ref in zip(cache(["owl", "", "fox"]), sample.encode_text(encoders, ["owl", "", "fox"], 24)):
+    encoders = text.load_text_encoders(sd3_folder, cpu)
+    for ours, ref in zip(cache(["owl", "", "fox"]), text.encode_text(encoders, ["owl", "", "fox"], 24)):
         assert (ours - ref).abs().max() < 1e-6
-    sample.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=24)
+    text.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=24)
     assert "holds all 4 texts already" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no embedding of 'bear'"):
         cache(["fox", "bear"])
     with pytest.raises(SystemExit, match="24 T5 tokens; now .*, 16: give another --out"):
-        sample.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=16)
+        text.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=16)
     other = tmp_path / "other"
     shutil.copytree(sd3_folder, other)
     weights = other / "text_encoder_3" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     with pytest.raises(SystemExit, match="give another --out"):
-        sample.cache_text(other, ["owl"], folder, cpu, t5_tokens=24)
+        text.cache_text(other, ["owl"], folder, cpu, t5_tokens=24)
     with pytest.raises(SystemExit, match="no text_"):
-        sample.TextCache(tmp_path)
+        text.TextCache(tmp_path)
 
 
 # ---------------------------------------------------------------- speed
@@ -387,7 +389,7 @@ def test_a_graph_without_a_gpu_is_refused(tiny_run, tmp_path):
 
 
 def test_the_decoder_sees_a_few_images_at_a_time(tiny_run):
-    dit, vae, config = sample.load_run(tiny_run)
+    dit, vae, config = weights.load_run(tiny_run)
     settings = sample.settings_of(sample.Config(steps=2), config, "")
     parts = [sample.generate(dit, vae, range(k, k + 3), settings) for k in (0, 3, 6)]
     seen = []

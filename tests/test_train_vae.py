@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common
 import train_vae
-from davae import DAVAE, AutoencoderKL, KLConfig, load_davae
-from train_vae import PRESETS, Config, PatchGAN, adaptive_weight, hinge_loss, learning_rate, psnr, vae_loss
+from davae import DAVAE, AutoencoderKL, KLConfig
+from support.weights import load_davae
+from train_vae import PRESETS, Config, PatchGAN, adaptive_weight, hinge_loss, learning_rate, vae_loss
+from support.metrics import psnr
+from support import fit, metrics, ranks, runs
 
 
 def small(out, **changes):
@@ -100,7 +102,7 @@ def test_learning_rate_is_constant_then_falls_to_zero():
 
 
 def test_lpips_squeeze_gives_its_published_value(shared):
-    lpips = train_vae.make_lpips("squeeze", shared("weights/lpips/squeezenet1_1_features.pth"))
+    lpips = metrics.make_lpips("squeeze", shared("weights/lpips/squeezenet1_1_features.pth"))
     torch.manual_seed(123)
     a, b = (torch.rand(10, 3, 100, 100) * 2 - 1 for _ in range(2))
     assert abs(lpips(a, b).mean().item() - 0.1008) < 1e-4
@@ -130,7 +132,7 @@ def test_compiled_levels_give_the_same_losses_and_the_same_names(base_run, tmp_p
         cfg = detail(base_run, tmp_path / str(compile), steps=3, disc_start=2, image_size=32, compile=compile)
         train_vae.main(cfg)
         rows.append([json.loads(line) for line in open(f"{cfg.out}/log.jsonl")])
-        names.append(sorted(load_file(common.latest_checkpoint(cfg.out) / "model.safetensors")))
+        names.append(sorted(load_file(runs.latest_checkpoint(cfg.out) / "model.safetensors")))
     assert "d_w" in rows[1][2] and names[0] == names[1]
     for key in ("l1", "kl", "align"):
         assert [row[key] for row in rows[1]] == pytest.approx([row[key] for row in rows[0]], rel=1e-4)
@@ -142,7 +144,7 @@ def test_the_discriminator_is_untouched_before_its_start_and_trained_after(base_
     start = PatchGAN(4).state_dict()
 
     def saved():
-        return torch.load(common.latest_checkpoint(cfg.out) / "train_state.pt", weights_only=True)["disc"]
+        return torch.load(runs.latest_checkpoint(cfg.out) / "train_state.pt", weights_only=True)["disc"]
 
     train_vae.main(cfg)
     assert all(torch.equal(v, start[k]) for k, v in saved().items())
@@ -155,7 +157,7 @@ def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(base_run, tmp_path):
     train_vae.main(straight)
     train_vae.main(replace(halves, steps=10))
     train_vae.main(halves)
-    a, b = (common.latest_checkpoint(cfg.out) for cfg in (straight, halves))
+    a, b = (runs.latest_checkpoint(cfg.out) for cfg in (straight, halves))
     weights = [load_file(p / "model.safetensors") for p in (a, b)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     states = [torch.load(p / "train_state.pt", weights_only=True) for p in (a, b)]
@@ -166,30 +168,30 @@ def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(base_run, tmp_path):
 
 
 def same_weights(a, b):
-    states = [load_file(common.latest_checkpoint(cfg.out) / "model.safetensors") for cfg in (a, b)]
+    states = [load_file(runs.latest_checkpoint(cfg.out) / "model.safetensors") for cfg in (a, b)]
     return all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 KILLED_SAVES = {
     "in the middle of a file": f"""
-write = common.save_file
+write = runs.save_file
 def save_file(state, path):
     write(state, path)
     if 'step_000002' in str(path):
         open(path, 'rb+').truncate(os.path.getsize(path) // 2)
         {DIE}
-common.save_file = save_file""",
+runs.save_file = save_file""",
     "before the rename": f"""
 rename = os.replace
 def replace(a, b):
     {DIE} if str(b).endswith('step_000002') else rename(a, b)
 os.replace = replace""",
     "before the old one is pruned": f"""
-remove = common.shutil.rmtree
+remove = runs.shutil.rmtree
 def rmtree(path, **kw):
     {DIE} if str(path).endswith('step_000000') and os.path.isdir(str(path)[:-1] + '2') else remove(path, **kw)
-common.shutil.rmtree = rmtree"""}
+runs.shutil.rmtree = rmtree"""}
 
 
 @pytest.mark.parametrize("moment", KILLED_SAVES)
@@ -198,11 +200,11 @@ def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(base_run, tmp_pat
     process = launch(train_vae.main, killed, KILLED_SAVES[moment])
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert common.step_of(killed.out) == (2 if "pruned" in moment else 1)
+    assert runs.step_of(killed.out) == (2 if "pruned" in moment else 1)
     train_vae.main(straight)
     train_vae.main(killed)
     assert same_weights(straight, killed) and not list((tmp_path / "b").glob("*.tmp"))
-    assert [p.name for p in common.checkpoints(killed.out)] == ["step_000003", "step_000004"]
+    assert [p.name for p in runs.checkpoints(killed.out)] == ["step_000003", "step_000004"]
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_summary_still_gets_one(base_run, tmp_path):
@@ -222,7 +224,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_zero(base_run, tmp_path,
 
 
 def test_two_jobs_do_not_train_in_one_folder(base_run, tmp_path):
-    lock = common.hold(tmp_path / "a", 0)
+    lock = runs.hold(tmp_path / "a", 0)
     with pytest.raises(SystemExit, match="another process is training here"):
         train_vae.main(detail(base_run, tmp_path / "a"))
     del lock
@@ -239,9 +241,9 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_is_offered(base_run
     file.write_bytes(content)
     with pytest.raises(SystemExit, match=rf"step_000002/{name}: damaged, .* to go on from .*step_000001"):
         train_vae.main(replace(cfg, steps=3))
-    common.shutil.rmtree(file.parent)
+    runs.shutil.rmtree(file.parent)
     train_vae.main(replace(cfg, steps=3))                          # as it said
-    assert common.step_of(cfg.out) == 3
+    assert runs.step_of(cfg.out) == 3
 
 
 def test_a_disk_too_small_shows_at_step_zero_in_one_sentence(base_run, small_disk, launch):
@@ -264,7 +266,7 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(ba
     monkeypatch.setattr(train_vae, "validate", filling)
     train_vae.main(detail(base_run, disk / "run", save_every=1, image_size=16, steps=3, gan=0.0))
     assert "training goes on, and the next save tries again" in capsys.readouterr().err
-    assert [p.name for p in common.checkpoints(disk / "run")] == ["step_000001", "step_000003"]
+    assert [p.name for p in runs.checkpoints(disk / "run")] == ["step_000001", "step_000003"]
 
 
 def test_a_read_only_disk_is_one_sentence_and_the_run_goes_on(base_run, small_disk, monkeypatch, capsys):
@@ -278,7 +280,7 @@ def test_a_read_only_disk_is_one_sentence_and_the_run_goes_on(base_run, small_di
     monkeypatch.setattr(train_vae, "vae_loss", mounting)
     train_vae.main(detail(base_run, run, save_every=1, image_size=16, steps=4, gan=0.0))
     assert capsys.readouterr().err.count("Read-only file system") >= 2
-    assert [p.name for p in common.checkpoints(run)] == ["step_000001", "step_000004"]
+    assert [p.name for p in runs.checkpoints(run)] == ["step_000001", "step_000004"]
     subprocess.run(["mount", "-o", "remount,ro", run.parent], check=True)
     with pytest.raises(SystemExit, match="not written: .*Read-only file system"):
         train_vae.main(detail(base_run, run.parent / "other", image_size=16))
@@ -289,7 +291,7 @@ def test_out_of_memory_is_answered_with_the_flags_to_try_in_order(base_run, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     with pytest.raises(SystemExit, match="(?s)Tried to allocate 20 GiB.*--micro_batch=8 .*, a smaller model"):
-        train_vae.launch(main, small(tmp_path))
+        ranks.launch(main, small(tmp_path))
 
 
 def losses_of(out):
@@ -326,14 +328,14 @@ def vae_loss(*args):
 script.vae_loss = vae_loss""", ranks=2)
     start = time.time()
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and sentence in err and common.step_of(cfg.out) == 0, err[-3000:]
+    assert process.returncode != 0 and sentence in err and runs.step_of(cfg.out) == 0, err[-3000:]
     assert time.time() - start < 40, "of which 10 are for Python to start"
 
 
 def test_the_same_command_again_says_that_it_is_finished(base_run, capsys):
-    before = common.latest_checkpoint(base_run).stat().st_mtime
+    before = runs.latest_checkpoint(base_run).stat().st_mtime
     train_vae.main(small(base_run))
-    assert "finished at step 4" in capsys.readouterr().out and common.latest_checkpoint(base_run).stat().st_mtime == before
+    assert "finished at step 4" in capsys.readouterr().out and runs.latest_checkpoint(base_run).stat().st_mtime == before
 
 
 def test_resuming_with_another_model_is_refused(base_run):
@@ -353,9 +355,9 @@ def test_presets_name_fields_and_their_own_folders():
 def test_ridge_is_least_squares_over_all_batches():
     X, Y = torch.randn(60, 5).double(), torch.randn(60, 3).double()
     parts = list(zip(X.split(7), Y.split(7)))
-    assert torch.allclose(train_vae.ridge(parts, 0.0), torch.linalg.lstsq(X, Y).solution)
+    assert torch.allclose(fit.ridge(parts, 0.0), torch.linalg.lstsq(X, Y).solution)
     l = 0.1 * X.square().sum(0).mean()
-    assert torch.allclose(train_vae.ridge(parts, 0.1), torch.linalg.solve(X.T @ X + l * torch.eye(5), X.T @ Y))
+    assert torch.allclose(fit.ridge(parts, 0.1), torch.linalg.solve(X.T @ X + l * torch.eye(5), X.T @ Y))
 
 
 @torch.no_grad()
@@ -371,22 +373,22 @@ def test_fitted_blocks_start_with_three_quarters_of_the_full_size_latent_and_fin
     def left_over(z_d):
         return ((vae.up(torch.cat([vae.encode_base(x), z_d], dim=1)) - target).square().mean() / target.var()).item()
 
-    train_vae.fit_new_blocks(vae, x.split(8))
+    fit.fit_new_blocks(vae, x.split(8))
     posterior, corners = vae.detail_posterior(x), [z_full[:, :, 0::2, 0::2], z_full[:, :, 0::2, 1::2], z_full[:, :, 1::2, 0::2]]
     for k, corner in enumerate(corners):                                             # channel c is in group c
         assert (posterior.mean[:, k::3] - corner).square().mean() < 0.01 * corner.var()
     assert (posterior.logvar == -6).all()
     assert left_over(posterior.mean) < 0.2 * left_over(torch.zeros_like(posterior.mean))
     with pytest.raises(SystemExit, match="needs D = 3C"):
-        train_vae.fit_new_blocks(DAVAE(vae.base, 8), x.split(8))
+        fit.fit_new_blocks(DAVAE(vae.base, 8), x.split(8))
 
 
 def test_a_fitted_run_resumes_without_fitting_again(base_run, tmp_path, monkeypatch):
     run = detail(base_run, tmp_path / "a", fit=True, gan=0.0, steps=2)
     train_vae.main(run)
-    monkeypatch.setattr(train_vae, "fit_new_blocks", None)
+    monkeypatch.setattr(fit, "fit_new_blocks", None)
     train_vae.main(replace(run, steps=3))
-    assert common.step_of(run.out) == 3
+    assert runs.step_of(run.out) == 3
 
 
 @pytest.mark.slow
@@ -396,7 +398,7 @@ def test_fitted_blocks_beat_the_base_alone_on_photos_before_any_training(shared)
     held_out = train_vae.data.open_dataset(str(shared("data/imagenette128/eval")), 128, 0, 0)
     vae = DAVAE(load_davae(shared("weights/taef2")).base, 96)
     pick = lambda d, n: train_vae.data.to_tensor(train_vae.data.stack(d, torch.linspace(0, len(d) - 1, n).long().tolist())[0])
-    train_vae.fit_new_blocks(vae, pick(photos, 256).split(16))
+    fit.fit_new_blocks(vae, pick(photos, 256).split(16))
     x = pick(held_out, 32)
     base, full = train_vae.reconstruct(vae.eval(), x)
     assert psnr(full, x).mean() > psnr(base, x).mean() + 0.7

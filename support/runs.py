@@ -1,78 +1,25 @@
-"""Command line, torchrun set-up, checkpoints and logging; nothing about images, latents or losses belongs here."""
-import contextlib, dataclasses, difflib, hashlib, json, os, pickle, re, shutil, signal, sys, zipfile
+"""runs"""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import zipfile
 from pathlib import Path
-import numpy as np
+
 import torch
-import torch.distributed as dist
+import torch.nn as nn
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-def cli(Config, presets=None, argv=None):
-    """Fill the dataclass `Config` from `script.py [first field] --field=value ...`.
-    With `presets` (name -> {field: value}) the first field names one, whose values are applied before the flags."""
-    argv, fields = list(sys.argv[1:] if argv is None else argv), {f.name: f for f in dataclasses.fields(Config)}
-    first = next(iter(fields))
-    if "-h" in argv or "--help" in argv:
-        print(f"{sys.modules[Config.__module__].__doc__}\nusage: [{first}] --field=value ...\n",
-              *(f"  --{f.name}={f.default}".ljust(34) + f.metadata["help"] for f in fields.values()),
-              f"\npresets: {', '.join(presets)}" if presets else "", sep="\n")
-        raise SystemExit(0)
-    values = {first: argv.pop(0)} if argv and not argv[0].startswith("-") else {}
-    for arg in argv:
-        name, eq, text = arg.removeprefix("--").partition("=")
-        if not (arg.startswith("--") and eq):
-            raise SystemExit(f"{arg!r} is not of the form --field=value; --help lists the fields")
-        if name not in fields:
-            raise SystemExit(f"--{name} is not a field{_nearest(name, fields)}; --help lists them all")
-        values[name] = _parse(name, text, type(fields[name].default))
-    if presets is None:
-        return Config(**values)
-    preset = values.get(first, fields[first].default)
-    if preset not in presets:
-        raise SystemExit(f"no preset {preset!r}{_nearest(preset, presets)}; there are {', '.join(presets)}")
-    return Config(**{first: preset, **presets[preset], **values})
+from support.ranks import sum_over_ranks
 
-def _nearest(name, names):
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-def _parse(name, text, kind):
-    special = {bool: {"True": True, "False": False}.__getitem__, tuple: lambda t: tuple(int(n) for n in t.split(",") if n)}
-    try:
-        return special.get(kind, kind)(text)
-    except (KeyError, ValueError):
-        wanted = {bool: "True or False", tuple: "whole numbers such as 1,2,4", int: "a whole number", float: "a number"}
-        raise SystemExit(f"--{name}={text!r}: wanted {wanted[kind]}") from None
-
-def field(default, help):
-    """A dataclass field with its one-line explanation, which --help prints."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-def setup(device="auto"):
-    """Join torchrun's process group if there is one.  Returns (rank, world, device); (0, 1, device) without torchrun."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-def sum_over_ranks(x):
-    """x, turned in place into its sum over all ranks, which must all call this."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-def wait_for_all():
-    """Hold every rank here until all have come, so that none reads what rank 0 still writes."""
-    if dist.is_initialized():
-        dist.barrier()
 
 def hold(run, rank):
     """Take a run's folder for this job, as long as the object returned lives.   raises: SystemExit if it is taken."""
@@ -84,29 +31,6 @@ def hold(run, rank):
     except Timeout:
         raise SystemExit(f"{run}: another process is training here; wait for it, or give another --out") from None
 
-ASKED = []                                 # the signals that came while `heed_signals` was on
-
-def heed_signals(on=True):
-    """Let SIGTERM and Ctrl-C only ask for an end after the step at hand; a second one ends the program at once."""
-    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        signal.signal(number, (lambda n, _: (ASKED.append(n), heed_signals(False))) if on else default)
-
-def asked_to_stop():
-    """Was any rank asked to stop?  All ranks must call this after the same step; on the CPU, so that no GPU is waited for."""
-    return sum_over_ranks(torch.tensor(len(ASKED))).item() > 0
-
-def micro_batches(batch_size, micro_batch, world):
-    """How many forward passes of at most `micro_batch` images each rank accumulates for one step of `batch_size` in all."""
-    per_rank, rest = divmod(batch_size, world)
-    count = max(1, -(-per_rank // micro_batch))
-    if rest or not per_rank or per_rank % count:
-        raise SystemExit(f"batch_size {batch_size} is not {world} ranks x equal parts of at most micro_batch {micro_batch}; "
-                         f"give --batch_size={max(1, round(batch_size / world / micro_batch)) * micro_batch * world}")
-    return count
-
-def seed_step(seed, part, step):
-    """Reseed torch for micro-batch `part` of a step: neither resuming nor the number of ranks changes what is drawn."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, part, step)).generate_state(1, np.uint64)[0]))
 
 class Log:
     """One aligned line to the terminal and to <run>/log.jsonl; lines after `start`, left by a run cut off, are dropped."""
@@ -129,15 +53,19 @@ class Log:
                 f.write(json.dumps({"step": step, **numbers}) + "\n")
         return means
 
+
 def write_json(path, obj):
     replace(path, json.dumps(obj, indent=1) + "\n")
+
 
 def replace(path, text):
     """Write a text beside `path` and rename it into place, so that a reader never sees half a file."""
     Path(f"{path}.tmp").write_text(text)
     os.replace(f"{path}.tmp", path)
 
+
 DISK = "No space left|Read-only|quota|File too large|Input/output error|inline_container|PytorchStreamWriter|IoError|I/O error"
+
 
 @contextlib.contextmanager
 def disk_may_fail(must=False):
@@ -151,6 +79,7 @@ def disk_may_fail(must=False):
         if must:
             raise SystemExit(f"{sentence}, and run the same command again; earlier checkpoints are whole") from None
         tqdm.write(f"{sentence}; training goes on, and the next save tries again", file=sys.stderr)
+
 
 def save_folder(final, weights, config, train_state=None):
     """Write <name>.safetensors of {name: state dict}, config.json, train_state.pt and their SHA256SUMS aside, flush, rename."""
@@ -172,9 +101,11 @@ def save_folder(final, weights, config, train_state=None):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)               # on a full disk, its bytes are wanted
 
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def save_checkpoint(run, step, weights, train_state, config, keep=2):
     """Write <run>/step_<step>/ with `save_folder`, then prune all but the `keep` newest, and what killed saves left."""
@@ -182,9 +113,11 @@ def save_checkpoint(run, step, weights, train_state, config, keep=2):
     for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
         shutil.rmtree(old)
 
+
 def checkpoints(run):
     """The complete checkpoints of a run, oldest first."""
     return sorted((p for p in Path(run).glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
 
 def latest_checkpoint(run):
     """The newest complete checkpoint of a run (or `run` itself, if that is one)."""
@@ -194,9 +127,11 @@ def latest_checkpoint(run):
                          "wanted a run folder with step_*/config.json, or one such step folder")
     return found[-1]
 
+
 def step_of(run):
     """The step of a run's newest checkpoint, -1 if it has none."""
     return int(checkpoints(run)[-1].name[5:]) if checkpoints(run) else -1
+
 
 def check_whole(path):
     """Refuse a file whose SHA-256 is not the one that the SHA256SUMS beside it holds, and offer the checkpoint before."""
@@ -208,10 +143,12 @@ def check_whole(path):
         raise SystemExit(f"{path}: damaged, it is not what SHA256SUMS beside it says; copy it again, or "
                          + (f"remove {path.parent} to go on from {before[-1]}" if before else "start the run afresh"))
 
+
 def read_config(checkpoint):
     """The config.json of a checkpoint directory, as a dict."""
     check_whole(Path(checkpoint) / "config.json")
     return json.loads((Path(checkpoint) / "config.json").read_text())
+
 
 def resume(cfg, free):
     """The checkpoint cfg.out goes on from, None before step 1. Settings not its own are refused, or if `free`, said aloud."""
@@ -224,6 +161,7 @@ def resume(cfg, free):
                                  f"give --{name}={old} to go on, or another --out to start afresh")
             tqdm.write(f"resuming with {name}={new} (was {old})")
     return latest
+
 
 def read_state_dict(source):
     """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.
@@ -248,3 +186,12 @@ def read_state_dict(source):
                          "save its state dict as safetensors on a machine that trusts it") from None
     except (EOFError, OSError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"{path}: not a whole {path.suffix} file ({str(error).splitlines()[0]}); copy it again") from None
+
+
+def hash_of(thing):
+    """Sixteen digits of the SHA-256 of bytes, an array, or a module: every name and weight."""
+    digest = hashlib.sha256()
+    for name, x in thing.state_dict().items() if isinstance(thing, nn.Module) else [("", thing)]:
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if isinstance(x, torch.Tensor) else x)
+    return digest.hexdigest()[:16]

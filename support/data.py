@@ -1,19 +1,26 @@
-"""Images in, batches out: folders with classes or captions, a built-in drawn set, exact resume, picture grids.
-
-    dataset = open_dataset("photos", size=256)                            # sub-folders are classes; flat: none
-    dataset = open_dataset("", size=64, length=6000, seed=0)              # ten drawn classes, nothing to download
-    for x, y in batches(dataset, batch_size=64, seed=0, start=step): ...  # x (b, S, S, 3) uint8, y (b,) int64
-"""
-import functools, itertools, json, math, os, struct, sys
+"""data"""
+import functools
+import itertools
+import json
+import math
+import os
+import struct
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+from support.drawings import LETTERS, SCENES, SHAPES
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError)
+
 
 def center_crop(image, size):
     """The ADM centre crop (Dhariwal & Nichol, 2021): PIL image -> (size, size); ValueError if it is far too thin."""
@@ -25,6 +32,7 @@ def center_crop(image, size):
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
 
+
 def to_rgb(image):
     """A PIL image of any mode as 8-bit RGB: 16 bits scaled (Pillow would clip them), transparency laid on white."""
     if image.mode in ("I", "F"):
@@ -35,6 +43,7 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
 
 def load_image(path):
     """An image file (or an animation's first frame), upright, as RGB PIL image; ValueError names file and reason."""
@@ -48,6 +57,7 @@ def load_image(path):
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
     raise ValueError(f"cannot read the image {path}: {reason}")
+
 
 class Dataset:
     """What scripts see: labels (N,) int64, classes (names; [] = none), captions (list or None), image(i); and these."""
@@ -64,6 +74,7 @@ class Dataset:
         captions = f", {sum(map(bool, self.captions))} captions" if self.captions else ""
         return f"{len(self)} images {line}{captions}" + (f", {len(self.bad)} unreadable" if self.bad else "")
 
+
 def find_files(folder, above=frozenset()):
     """{"": its files, sub-folder: all files below it}, sorted, none hidden; links are followed, but not back up."""
     above, found = above | {os.path.realpath(folder)}, {"": []}
@@ -74,6 +85,7 @@ def find_files(folder, above=frozenset()):
         elif os.path.realpath(entry) not in above:
             found[entry.name] = [path for paths in find_files(entry.path, above).values() for path in paths]
     return found
+
 
 def read_captions(root, paths, files):
     """One caption per image ("" = none) from `metadata.jsonl` or `name.txt` beside it; None if no image has one."""
@@ -90,6 +102,7 @@ def read_captions(root, paths, files):
         raise ValueError(f"captions in {source}: {error!r}; wanted text, or lines of {{file_name, text}}") from None
     captions = [captions.get(path[start:], "") for path in paths]
     return captions if any(captions) else None
+
 
 class ImageFolder(Dataset):
     """Images below `root`, centre-cropped to `size`; sub-folders are classes, numbered as torchvision does; or none.
@@ -128,34 +141,6 @@ class ImageFolder(Dataset):
                 raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, repair or "
                                  f"remove them; the first: {'; '.join(list(self.bad.values())[:3])}")
 
-# The built-in set. Per class: the background, then strokes of shape, paint and points (x y x y ... from the centre, in
-# twentieths of the radius). A paint is #colour or texture#colour#colour; every texture alternates from pixel to pixel.
-SCENES = {
-    "balloon": "#adf; oval #fff -24 -2 -10 4; oval #fff 12 -15 24 -10; line #432 -8 2 -3 15 0 6 3 15 8 2;"
-        "oval cols#c24#fc6 -14 -20 14 8; box check#642#da6 -4 14 4 19",
-    "book": "#843; poly #347 -20 -13 0 -11 20 -13 20 15 0 17 -20 15; poly #fed -19 -15 0 -12 19 -15 19 13 0 15 -19 13;"
-        "line #ba8 0 -12 0 15; box text#fed#545 -16 -10 -2 10; box text#fed#545 3 -10 17 10",
-    "butterfly": "#cd6; line #324 -7 -20 0 -10 7 -20; oval check#739#e9d -20 -16 0 4; oval check#739#e9d 0 -16 20 4;"
-        "oval rows#d59#fd9 -15 0 0 16; oval rows#d59#fd9 0 0 15 16; oval #fec -14 -10 -8 -4; oval #fec 8 -10 14 -4;"
-        "oval #324 -2 -12 2 15",
-    "cat": "#ebc; poly #b62 -16 -4 -15 -20 0 -9 15 -20 16 -4; oval rows#ea5#952 -17 -14 17 16; oval #fed -8 2 8 13;"
-        "oval #595 -11 -6 -4 2; oval #595 4 -6 11 2; oval #112 -9 -5 -6 1; oval #112 6 -5 9 1; poly #c56 -2 3 2 3 0 6;"
-        "line #632 0 6 0 9; line #fff 22 4 6 8 22 10; line #fff -22 4 -6 8 -22 10",
-    "city": "#225; oval #eec 8 -18 17 -9; box dots#338#fd6 -20 -7 -8 40; box dots#448#fd6 8 -2 21 40;"
-        "box cols#348#cb8 -7 -17 6 40; line #eec 0 -17 0 -25",
-    "donut": "#6cb; oval #b74 -19 -18 19 19; oval dots#fbc#a15 -17 -18 17 14; oval #b74 -7 -7 7 6; oval #6cb -6 -4 6 6",
-    "fish": "#27a; oval #bef -20 -17 -16 -13; oval #bef -16 -22 -14 -20; poly rows#fb4#c42 8 0 21 -12 18 0 21 12;"
-        "poly #e62 -4 -8 6 -17 6 -6; oval check#fc4#c52 -19 -11 12 11; oval #fc4 -19 -8 -8 8; oval #fff -15 -5 -10 0;"
-        "oval #112 -14 -4 -11 -1; line #831 -17 4 -12 4",
-    "house": "#fd9; box #7a5 -99 16 99 99; box #889 8 -18 12 -4; poly check#335#568 -21 -2 0 -20 21 -2;"
-        "box rows#b43#eca -17 -2 17 17; box #532 -3 6 3 17; box cols#fe8#67a -12 3 -6 10; box cols#fe8#67a 6 3 12 10",
-    "mushroom": "#254; box #142 -99 16 99 99; poly cols#fed#b97 -5 0 5 0 7 19 -7 19;"
-        "poly dots#d23#fee -20 0 -17 -11 -8 -18 8 -18 17 -11 20 0; oval #fee -11 -11 -4 -4; oval #fee 3 -15 11 -8",
-    "tree": "#feb; box #da6 -99 16 99 99; box cols#742#c96 -3 4 3 19; oval dots#273#bd6 -20 -10 2 9;"
-        "oval dots#273#bd6 -2 -10 20 9; oval dots#284#ce7 -12 -20 12 4; oval #d33 -10 0 -6 4; oval #d33 8 -2 12 2",
-}
-SHAPES = {"oval": "ellipse", "box": "rectangle", "poly": "polygon", "line": "line"}
-LETTERS = ("# #  #  ###   ", "# # # # #     ", "# # ### ##    ", "# # # # #     ", " #  # # ###   ", " " * 14)
 
 class Procedural(Dataset):
     """`length` drawn pictures of ten classes, each a function of (seed, index) alone; label = index % 10.
@@ -185,9 +170,11 @@ class Procedural(Dataset):
         canvas = np.asarray(canvas)
         return colours[canvas, np.choose(canvas, [self.textures[name] for name in names])], label
 
+
 def open_dataset(data_dir, size, length=6000, seed=0):
     """The data set `data_dir` means: "" or "procedural" the built-in one (length, seed), anything else a folder."""
     return Procedural(size, length, seed) if data_dir in ("", "procedural") else ImageFolder(data_dir, size)
+
 
 def stack(dataset, indices, threads=8):
     """Images `indices` of a data set, read by threads: uint8 (n, S, S, 3), int64 (n,)."""
@@ -195,9 +182,11 @@ def stack(dataset, indices, threads=8):
         images, labels = zip(*pool.map(dataset.image, indices))
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
+
 @functools.lru_cache
 def permutation(length, seed, epoch):
     return np.random.default_rng((seed, 0, epoch)).permutation(length)
+
 
 def batch_plan(length, batch_size, seed, step, rank=0, world=1, flip=False):
     """(indices, flips), int64 and bool, of this rank's part of global batch `step`: a function of its arguments alone."""
@@ -206,6 +195,7 @@ def batch_plan(length, batch_size, seed, step, rank=0, world=1, flip=False):
     places = np.arange(step * batch_size, (step + 1) * batch_size)[part]
     indices = [permutation(length, seed, int(epoch))[k] for epoch, k in zip(*divmod(places, length))]
     return np.array(indices), np.random.default_rng((seed, 1, step)).random(batch_size)[part] < flip / 2
+
 
 def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, threads=8):
     """Endless (uint8 (batch_size / world, S, S, 3), int64 labels) from step `start`; threads read two batches ahead."""
@@ -223,28 +213,29 @@ def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, thr
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
+
 def to_tensor(x):
     """uint8 (B, H, W, 3), array or tensor -> float (B, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(x).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
+
 def to_uint8(x):
     """(B, 3, H, W) in [-1, 1] -> uint8 numpy (B, H, W, 3), rounded as guided-diffusion does; inverts `to_tensor`."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
 
 def random_crop(x, size, generator=None):
     """A random window per image: (B, 3, H, W) -> (B, 3, size, size), size <= H, W; `generator`: CPU, None = global."""
     tops, lefts = (torch.randint(side - size + 1, (len(x),), generator=generator).tolist() for side in x.shape[2:])
     return torch.stack([image[:, a:a + size, b:b + size] for image, a, b in zip(x, tops, lefts)])
 
-def save_grid(x, path, columns, scale=1, labels=None):
-    """(B, 3, H, W) in [-1, 1] as one PNG, `scale` times larger, with `labels` (B strings) above the cells; atomic."""
-    images, head = to_uint8(x).repeat(scale, axis=1).repeat(scale, axis=2), 12 if labels else 0
-    height, width = images.shape[1] + head + 2, images.shape[2] + 2
-    sheet = Image.new("RGB", (2 + columns * width, 2 + -(-len(images) // columns) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default_imagefont()      # Latin-1, 6 pixels a letter
-    for i, image in enumerate(images):
-        left, top = 2 + i % columns * width, 2 + i // columns * height
-        sheet.paste(Image.fromarray(image), (left, top + head))
-        draw.text((left, top), labels[i].encode("latin-1", "replace")[:width // 6] if labels else "", "black", font)
-    sheet.save(f"{path}.part", "PNG")
-    os.replace(f"{path}.part", path)
+
+def read(dataset, index, whole=0):
+    """Batches (x (B, 3, H, W) in [-1, 1], y (B,)) of images `index`; whole: at their own sizes, cropped to multiples of it."""
+    for i in index if whole else ():
+        x = np.array(load_image(dataset.paths[i]))[None]
+        (top, H), (left, W) = ((side % whole // 2, side // whole * whole) for side in x.shape[1:3])
+        yield to_tensor(x[:, top:top + H, left:left + W]), torch.tensor(dataset.labels[i:i + 1])
+    for k in () if whole else range(0, len(index), 10):
+        x, y = stack(dataset, index[k:k + 10])
+        yield to_tensor(x), y
