@@ -525,9 +525,9 @@ def report(cfg, summary, vae, count):
         figures.plot_losses(cfg.out)
     shown = "base VAE"
     if vae.D:
-        shown = f"base only {figures.number(summary, 'psnr_base')} dB, DA-VAE"
-    print(f"{cfg.out}: done in {summary['seconds']:.0f} s; {shown} {figures.number(summary, 'psnr')} dB on "
-          f"{count} images; look at {cfg.out}/recon.png")
+        shown = f"base only {figures.number(summary, 'psnr_base', '.2f')} dB, DA-VAE"
+    print(f"{cfg.out}: done in {summary['seconds']:.0f} s; {shown} {figures.number(summary, 'psnr', '.2f')} "
+          f"dB on {count} images; look at {cfg.out}/recon.png")
 
 
 if __name__ == "__main__":
