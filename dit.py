@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import read_config, read_state_dict
 from kernels import attention as short, use_triton
-from kernels.norm_modulate import norm_modulate
+from kernels.norm_modulate import add_norm_modulate, norm_modulate
 from kernels.patch_embed import patch_embed
 from kernels.qknorm_rope import qknorm_rope
 from kernels.swiglu import swiglu
@@ -91,10 +91,10 @@ class DiT(nn.Module):
         c = self.condition(t, y)
         return [*(block.modulations(c) for block in self.blocks), self.adaLN_final(c)]
 
-    def velocity(self, x, y, gate, mods, h, w):
-        """[O(x), O_new(x)] of the final norm of x + gate * y, each unpatchified by itself: -> (B, C+D, h, w) float32."""
+    def velocity(self, x, mods, h, w):
+        """[O(x), O_new(x)] of the final norm of x, each unpatchified by itself: -> (B, C+D, h, w) float32."""
         shift, scale = mods.chunk(2, dim=-1)
-        _, x = norm_modulate(x, shift, scale, self.norm_final.weight, y, gate)              # (B, L, E), read by both heads
+        x = norm_modulate(x, shift, scale, self.norm_final.weight)                          # (B, L, E), read by both heads
         heads = [self.O, self.O_new] if self.cfg.D else [self.O]
         return torch.cat([unpatchify(O(x), self.cfg.p, h, w) for O in heads], dim=1).float()
 
@@ -234,8 +234,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 class Block(nn.Module):
-    """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023).
-    Each addition is left to the norm after it, the last to the next block: blocks hand on x, y, gate for x + gate * y."""
+    """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -246,12 +245,12 @@ class Block(nn.Module):
     def modulations(self, c):
         return self.adaLN(c)
 
-    def forward(self, x, y, gate, c, mods, *tables):
+    def forward(self, x, c, mods, *tables):
         mods = self.modulations(c) if mods is None else mods
         shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)              # each (B, E)
-        x, h = norm_modulate(x, shift1, scale1, self.norm1.weight, y, gate)               # x + gate * y, its norm modulated
-        x, h = norm_modulate(x, shift2, scale2, self.norm2.weight, self.attn(h, *tables), gate1)
-        return x, self.mlp(h), gate2                                                      # (B, L, E), (B, L, E), (B, E)
+        h = norm_modulate(x, shift1, scale1, self.norm1.weight)
+        x, h = add_norm_modulate(x, self.attn(h, *tables), gate1, shift2, scale2, self.norm2.weight)
+        return x + gate2[:, None] * self.mlp(h)                                           # (B, L, E)
 
 class LightningDiT(DiT):
     """Velocity of a latent, given the time and a class.
@@ -273,11 +272,11 @@ class LightningDiT(DiT):
         cfg = self.cfg
         if tuple(z_all.shape[1:]) != (wanted := (cfg.C + cfg.D, cfg.grid * cfg.p, cfg.grid * cfg.p)):
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = {wanted}")
-        x, branch, gate = self.tokens(z_all, self.pos_embed), None, None                  # (B, L, E)
+        x = self.tokens(z_all, self.pos_embed)                                            # (B, L, E)
         c = self.condition(t, y) if mods is None else None
         for i, block in enumerate(self.blocks):
-            x, branch, gate = self.run(block, x, branch, gate, c, mods and mods[i], self.rope_cos, self.rope_sin)
-        return self.velocity(x, branch, gate, mods[-1] if mods else self.adaLN_final(c), *z_all.shape[2:])
+            x = self.run(block, x, c, mods and mods[i], self.rope_cos, self.rope_sin)
+        return self.velocity(x, mods[-1] if mods else self.adaLN_final(c), *z_all.shape[2:])
 
     def init_weights(self):
         # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero bias.
@@ -343,7 +342,7 @@ class JointBlock(nn.Module):
         """x: (B, L, E), text: (B, T, E), c: (B, E), or mods: what `modulations` makes of it -> new x and text."""
         streams, tokens = (self.x, self.text), (x, text)
         mods = [m.chunk(s.mods, dim=-1) for s, m in zip(streams, self.modulations(c) if mods is None else mods)]
-        heads = [s.attn.heads(norm_modulate(n, m[0], m[1])[1], qknorm_rope) for s, n, m in zip(streams, tokens, mods)]
+        heads = [s.attn.heads(norm_modulate(n, m[0], m[1]), qknorm_rope) for s, n, m in zip(streams, tokens, mods)]
         q, k, v = (torch.cat(both, dim=2) for both in zip(*heads))                          # (B, A, L+T, K)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).split([x.shape[1], text.shape[1]], dim=1)
         return [self.update(*args) for args in zip(streams, tokens, attended, mods)]
@@ -357,9 +356,9 @@ class JointBlock(nn.Module):
         y = s.attn.proj(attended)
         if s.attn2 is not None:
             shift2, scale2, gate2 = mod[6:]
-            y2 = s.attn2(norm_modulate(x, shift2, scale2)[1])                               # of the x before both updates
+            y2 = s.attn2(norm_modulate(x, shift2, scale2))                                  # of the x before both updates
             x, y, gate = x + gate[:, None] * y, y2, gate2
-        x, h = norm_modulate(x, shift_mlp, scale_mlp, None, y, gate)
+        x, h = add_norm_modulate(x, y, gate, shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * s.mlp(h)
 
 class MMDiT(DiT):
@@ -397,7 +396,7 @@ class MMDiT(DiT):
         for i, block in enumerate(self.blocks):
             if i not in skip:
                 x, text = self.run(block, x, text, c, mods and mods[i])
-        return -self.velocity(x, None, None, mods[-1] if mods else self.adaLN_final(c), h, w)
+        return -self.velocity(x, mods[-1] if mods else self.adaLN_final(c), h, w)
 
     def positions(self, rows, columns):
         """The middle rows x columns of the position table, as tokens: (1, L, E)."""
