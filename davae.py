@@ -27,17 +27,17 @@ from kernels.groupnorm_silu import groupnorm_silu
 
 @dataclass
 class DAVAEConfig:
-    """What a DAVAE adds to its base VAE, saved with the weights. An option of the model is one more field here."""
+    """What a DAVAE adds to its base VAE; saved with the weights. A new option of the model is one more field."""
     D: int = 96                   # detail channels, a multiple of C
     r: int = 2                    # side of the full image / side of the base image; a power of two
     detail_dropout: float = 0.1   # probability, per image, in training only, of decoding without details
-    rescale: bool = False         # the other images' details times 1 / (1 - detail_dropout), as the authors' code
+    rescale: bool = False         # the other images' details times 1 / (1 - detail_dropout): the authors' code
 
     def __post_init__(self):
         if self.D < 1:
             raise ValueError(f"D={self.D} detail channels: wanted at least 1; without, it is a PlainVAE")
         if self.r < 2 or self.r & (self.r - 1):
-            raise ValueError(f"r={self.r}: wanted 2, 4, 8, ...; the base image is the full one, halved repeatedly")
+            raise ValueError(f"r={self.r}: wanted 2, 4, 8, ...: the base image is halved over and over")
 
 
 # ---------------------------------------------------------------- the method: alignment
@@ -233,7 +233,7 @@ class DAVAE(nn.Module):
 
     @torch.no_grad()
     def encode_base(self, x):
-        """Normalised base latent: (B, 3, H, W) -> (B, C, h, w), just what the base VAE makes of the small image."""
+        """Normalised base latent: (B, 3, H, W) -> (B, C, h, w), what the base VAE makes of the small image."""
         return self.base.encode(base_image(x, self.r))
 
     def detail_posterior(self, x):
@@ -246,8 +246,8 @@ class DAVAE(nn.Module):
 
         z is the mode; z_d is the mode, or a sample of its posterior where `sample` (the authors' ImageNet
         features).   raises: ValueError if a side of the image is not a multiple of f
-        Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d here, which their trainer
-        never saw.
+        Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d here, which their
+        trainer never saw.
         """
         check_sides(x, self.f)
         z = self.encode_base(x)
@@ -468,8 +468,7 @@ class AttnBlock(nn.Module):
 
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where `attn`; at the end `resample`,
-    which
-    the encoder or decoder sets where another resolution follows."""
+    which the encoder or decoder sets where another resolution follows."""
 
     def __init__(self, c_in, c_out, blocks, attn, groups):
         super().__init__()
