@@ -44,8 +44,7 @@ def import_layers(sd, layers):
             missing = [name for name in names if name not in sd]
             if len(missing) == len(names):
                 continue
-            if missing:
-                raise ValueError(f"not a whole checkpoint: it lacks {missing[0]}")
+            need(sd, *names)
             known.update(names)
             weight = sd[names[0]] if len(names) == 1 else torch.cat([sd[name] for name in names])
             ours[f"{layer.ours}.{part}"] = swap_halves(weight) if layer.swapped else weight
@@ -74,6 +73,13 @@ def refuse_unknown(keys):
     keys = list(keys)
     if keys:
         raise ValueError(f"it has layers that are not known here: {some(keys)}")
+
+
+def need(sd, *names):
+    """raises: ValueError if one of these is not among the names."""
+    missing = [name for name in names if name not in sd]
+    if missing:
+        raise ValueError(f"not a whole checkpoint (it lacks {some(missing)})")
 
 
 def some(names):
@@ -226,6 +232,7 @@ def check_kl(sd):
 def kl_sizes(ours):
     """The fields of KLConfig, but for `groups`, from an AutoencoderKL's state dict in our names."""
     levels = range(count(ours, "encoder.down."))
+    need(ours, "from_latent.0.weight", *(f"encoder.down.{i}.block.0.conv1.weight" for i in levels))
     return {
         "C": ours["from_latent.0.weight"].shape[1],
         "widths": [ours[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels],
@@ -321,8 +328,8 @@ def lightningdit_sizes(sd):
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
               "blocks.0.attn.qkv.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight")
     if any(key not in sd for key in needed):
-        raise ValueError(f"this looks like {looks_like(sd)}; wanted a LightningDiT, SD3.5's transformer, or a "
-                         "run of ours")
+        raise ValueError(f"this looks like {looks_like(sd)}; "
+                         "wanted a LightningDiT, SD3.5's transformer, or a run of ours")
     E, C, p, _ = sd["x_embedder.proj.weight"].shape
     if sd["blocks.0.adaLN_modulation.1.weight"].shape[0] != 6 * E:
         raise ValueError("this LightningDiT was trained with wo_shift (no shift in its adaLN), "
@@ -332,8 +339,7 @@ def lightningdit_sizes(sd):
                          "velocity only")
     swiglu = "blocks.0.mlp.w3.weight" in sd
     last = "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"
-    if last not in sd:
-        raise ValueError(f"not a whole checkpoint: it lacks {last}")
+    need(sd, last)
     return {
         "C": C,
         "p": p,
@@ -445,16 +451,13 @@ def import_diffusers(sd):
 
 def with_position_table(ours, sd, name):
     """The position table is the file's, unlike LightningDiT's: whether a formula gives it is not known."""
-    if name not in sd:
-        raise ValueError(f"not a whole checkpoint: it lacks {name}")
+    need(sd, name)
     return ours | {"pos_embed": sd[name]}
 
 
 def mmdit_sizes(ours):
     """The fields of MMDiTConfig from the names and shapes of a state dict in our names."""
-    for name in ("P", "blocks.0.x.attn.qkv", "y_embedder.0", "context_embedder"):
-        if f"{name}.weight" not in ours:
-            raise ValueError(f"not a whole checkpoint: it lacks what is {name}.weight here")
+    need(ours, "P.weight", "blocks.0.x.attn.qkv.weight", "y_embedder.0.weight", "context_embedder.weight")
     if "blocks.0.x.attn.q_norm.weight" not in ours:
         raise ValueError("this looks like SD3-medium (its attention has no QK-norm); wanted SD3.5-Medium or "
                          "-Large")
