@@ -29,7 +29,7 @@ from dit import merge_lora
 from support import config, data, figures, ranks, runs
 from support import text as texts
 from support.config import field
-from support.weights import ExportConfig, export_run, load_run
+from support.weights import ExportConfig, main_export, load_run
 
 
 @dataclass
@@ -433,7 +433,7 @@ def draw_overview(dit, vae, about, settings, out, n, text=None):
 
 
 if __name__ == "__main__":
-    commands = {"text": (texts.main_text, texts.TextConfig), "export": (export_run, ExportConfig)}
+    commands = {"text": (texts.main_text, texts.TextConfig), "export": (main_export, ExportConfig)}
     if "".join(sys.argv[1:2]) in commands:
         run_command, Options = commands[sys.argv[1]]
         ranks.launch(run_command, config.cli(Options, argv=sys.argv[2:]))

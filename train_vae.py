@@ -21,7 +21,7 @@ from tqdm import tqdm
 from davae import LAYOUT, DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image
 from support import config, data, figures, ranks, runs
-from support.bases import TinyBlock
+from support.bases import TinyBlock, WideBlock
 from support.config import field
 from support.fit import fit_new_blocks
 from support.metrics import make_lpips, psnr
@@ -422,7 +422,7 @@ def compile_levels(vae):
     torch._dynamo.config.recompile_limit = 64
     torch._functorch.config.donated_buffer = False
     for part in vae.modules():
-        if isinstance(part, Level | Mid | TinyBlock):
+        if isinstance(part, Level | Mid | TinyBlock | WideBlock):
             part.compile(dynamic=False)
 
 
