@@ -44,6 +44,6 @@ def _parse(name, text, kind):
         raise SystemExit(f"--{name}={text!r}: wanted {wanted[kind]}") from None
 
 
-def field(default, help):
+def field(default, help, choices=None):
     """A dataclass field with its one-line explanation, which --help prints."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
