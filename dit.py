@@ -1,20 +1,26 @@
 """Transformers that denoise latents, and the surgery that gives a pretrained one more channels.
 
-LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE latents) and MMDiT (Esser et al., 2024, in the
-form of Stable Diffusion 3.5 Medium; text-conditional) are written out in full. The method is `widen` and
-`expand_channels`: next to the patch embedder P and the output head O stand P_new and O_new for the D detail channels,
-all zero, so that the widened model starts as an exact copy of the pretrained one (Sec. 3.2):
+The method is `widen` and `expand_channels`: next to the patch embedder P and the output head O stand P_new
+and O_new for the D detail channels, all zero, so that the widened model starts as an exact copy of the
+pretrained one (Sec. 3.2):
 
     tokens = P(z) + P_new(z_d)          v_all = [O(x), O_new(x)]
 
-    model = load_dit("lightningdit-xl-imagenet256-800ep.pt", weights="model")
+    model = load_dit("lightningdit-xl-imagenet256-800ep.pt", weights="model")        # support/weights.py
     model.expand_channels(96)           # v, v_d = model(z_all, t, y).split([32, 96], dim=1)
 
-Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   E width   A heads   K width per head
-                T text tokens   C base channels   D detail channels   z_all = [z, z_d] is (B, C+D, h, w), normalised, base first
-Paper symbols:  P, O patch embedder and output head of the base;  P_new, O_new are its P', O' for the details
-Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, and the model predicts v = data - noise.
-kernels/ says in plain PyTorch, and computes faster if asked to (KERNELS=triton), what stands between the matrix products.
+Then two transformers in full: LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE
+latents) and MMDiT (Esser et al., 2024, in the form of Stable Diffusion 3.5 Medium; text-conditional), and
+adapters for the second.
+
+Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   T text tokens
+                E width   A heads   K width per head   C base channels   D detail channels
+                z_all = [z, z_d] is (B, C+D, h, w), normalised, base channels first
+Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, and the model predicts v = data -
+                noise.
+
+What stands between the matrix products is in kernels/: said there in plain PyTorch, and computed faster if
+asked for (KERNELS=triton).
 """
 import math
 from dataclasses import dataclass, replace
@@ -24,153 +30,144 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention as short
+from kernels import attention as short_attention
 from kernels import use_triton
-from kernels.norm_modulate import norm_modulate
+from kernels.norm_modulate import add_norm_modulate, norm_modulate
 from kernels.patch_embed import patch_embed
 from kernels.qknorm_rope import qknorm_rope
 from kernels.swiglu import swiglu
 
-# ---------------------------------------------------------------- widening: the method
+# ---------------------------------------------------------------- the method: widening
+
 
 def widen(in_proj, out_proj, D):
-    """Zero-initialised companions of a transformer's first and last layer, for D new channels.  P', O' of Sec. 3.2.
+    """Zero-initialised companions of a transformer's first and last layer, for D new channels.  P', O' of
+    Sec. 3.2.
 
     in_proj:  the patch embedder, a Conv2d C -> E whose stride is its kernel;  add P_new(z_d) to its output
     out_proj: the head, a Linear E -> p*p*C;  concatenate O_new(x), unpatchified by itself, after its channels
     returns:  P_new (no bias: in_proj has it) and O_new, on the device and in the dtype of in_proj
 
-    Zeros do not stall the training: the base loss reaches P_new through the whole model, the detail loss reaches O_new.
+    Zeros do not stall the training: the base loss reaches P_new through the whole model, the detail loss
+    reaches O_new.
     """
+    p = in_proj.kernel_size[0]
     like = dict(device=in_proj.weight.device, dtype=in_proj.weight.dtype)
-    k = in_proj.kernel_size
-    P_new = nn.Conv2d(D, in_proj.out_channels, k, stride=k, bias=False, **like)
-    O_new = nn.Linear(out_proj.in_features, k[0] * k[1] * D, **like)
-    for weight in (*P_new.parameters(), *O_new.parameters()):
-        nn.init.zeros_(weight)
+    P_new = nn.Conv2d(D, in_proj.out_channels, p, stride=p, bias=False, **like)
+    O_new = nn.Linear(out_proj.in_features, p * p * D, **like)
+    nn.init.zeros_(P_new.weight)
+    nn.init.zeros_(O_new.weight)
+    nn.init.zeros_(O_new.bias)
     return P_new, O_new
 
+
 class DiT(nn.Module):
-    """What every transformer here has: P, O, the time's embedder, the last norm; once widened, P_new, O_new (None before)."""
-    checkpointing = False                          # True: recompute each block in the backward pass, to save memory
+    """What both transformers here have: P, O, the time's embedder, the last norm; once widened, P_new and
+    O_new.
+
+    A transformer of your own need not be one: P, O, expand_channels and `forward(z_all, t, *cond)` are all
+    that the scripts ask for (see MODELS at the end). `modulations`, if there are any, let the sampler
+    compute ahead.
+    """
+    checkpointing = False      # True: recompute each block in the backward pass, to save memory
 
     def __init__(self, cfg, rms, blocks, **embedders):
-        super().__init__()                         # the optimizer's saved state goes by this order of the layers
+        super().__init__()     # saved optimizers go by this order of the layers
         self.cfg = cfg
         self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
         self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         for name, embedder in embedders.items():
             self.add_module(name, embedder)
         self.blocks = nn.ModuleList(blocks)
-        self.norm_final, self.adaLN_final = Norm(cfg.E, rms), nn.Linear(cfg.E, 2 * cfg.E)
+        self.norm_final = Norm(cfg.E, rms)
+        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
         self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
         self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
 
-    def run(self, block, *args):
-        return checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
+    def expand_channels(self, D):
+        """Add D detail channels without changing what the model computes: for any z_d, v is as before and
+        v_d is 0.
+
+        raises: ValueError if there are details already, or D < 1
+        """
+        if self.cfg.D:
+            raise ValueError(f"already expanded by D={self.cfg.D} channels; start from the base model again")
+        if D < 1:
+            raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
+        self.P_new, self.O_new = widen(self.P, self.O, D)
+        self.cfg = replace(self.cfg, D=D)
 
     def tokens(self, z_all, pos):
-        """P(z) + P_new(z_d) + pos, in the dtype of P(z): (B, C+D, h, w), (1, L, E) -> (B, L, E), row-major."""
+        """P(z) + P_new(z_d) + pos, in the dtype of P(z): (B, C+D, h, w), (1, L, E) -> (B, L, E),
+        row-major."""
         if self.cfg.D:
-            x = patch_embed(*z_all.split([self.cfg.C, self.cfg.D], 1), self.P.weight, self.P_new.weight, self.P.bias, pos)
+            z, z_d = z_all.split([self.cfg.C, self.cfg.D], dim=1)
+            x = patch_embed(z, z_d, self.P.weight, self.P_new.weight, self.P.bias, pos)
         else:
-            x = self.P(z_all).flatten(2).transpose(1, 2)
+            x = self.P(z_all).flatten(2).transpose(1, 2)                       # (B, L, E)
             x = (x + pos).to(x.dtype)
-        return x if x.is_cpu else x.contiguous()   # else all blocks would copy it; on a CPU that changes the last bits
+        # On a GPU all blocks would copy a transposed x; on a CPU a copy would change the last bits.
+        return x if x.is_cpu else x.contiguous()
 
     def condition(self, t, y):
         """(B, E): what every adaLN starts from, its SiLU included."""
         return F.silu(self.t_embedder(timestep_embedding(t)) + self.y_embedder(y))
 
     def modulations(self, t, y):
-        """All that adaLN computes: one entry per block and the last norm's; `forward` takes it as `mods`. A third of all
-        parameters are in these layers: B may count the images of many steps, for which they are then read once."""
+        """Everything that adaLN computes: an entry for each block, and the last norm's.
+
+        They depend on time and condition alone, not on the latent, and a third of all parameters are in
+        their layers. So they come first; and the sampler, which knows its times beforehand, gets those of
+        many steps in one call (B then counts the images of all these steps) and hands them to `forward`.
+        That is the only seam in the model.
+        """
         c = self.condition(t, y)
         return [*(block.modulations(c) for block in self.blocks), self.adaLN_final(c)]
 
-    def velocity(self, x, y, gate, mods, h, w):
-        """[O(x), O_new(x)] of the final norm of x + gate * y, each unpatchified by itself: -> (B, C+D, h, w) float32."""
-        shift, scale = mods.chunk(2, dim=-1)
-        _, x = norm_modulate(x, shift, scale, self.norm_final.weight, y, gate)              # (B, L, E), read by both heads
-        heads = [self.O, self.O_new] if self.cfg.D else [self.O]
-        return torch.cat([unpatchify(O(x), self.cfg.p, h, w) for O in heads], dim=1).float()
+    def run(self, block, *args):
+        """One block, recomputed in the backward pass where `checkpointing`."""
+        if self.checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
-    def expand_channels(self, D):
-        """Add D detail channels without changing what the model computes: for any z_d, v is as before and v_d is 0."""
+    def velocity(self, x, mods, h, w):
+        """[O(x), O_new(x)] of the last norm, each unpatchified by itself: (B, L, E) -> (B, C+D, h, w)
+        float32."""
+        shift, scale = mods.chunk(2, dim=-1)
+        x = norm_modulate(x, shift, scale, self.norm_final.weight)             # (B, L, E)
+        v = unpatchify(self.O(x), self.cfg.p, h, w)                            # (B, C, h, w)
         if self.cfg.D:
-            raise ValueError(f"already expanded by D={self.cfg.D} channels; load the base model to start from it again")
-        if D < 1:
-            raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
-        self.P_new, self.O_new = widen(self.P, self.O, D)
-        self.cfg = replace(self.cfg, D=D)
+            v_d = unpatchify(self.O_new(x), self.cfg.p, h, w)                  # (B, D, h, w)
+            v = torch.cat([v, v_d], dim=1)
+        return v.float()
+
 
 @torch.no_grad()
 def warm_start_difference(base, model, z, cond):
-    """Largest |change| of the base velocity and largest |detail velocity| of a widened model, for random z_d and t.
+    """Largest |change| of the base velocity and largest |detail velocity| of a widened model, for random z_d
+    and t.
 
-    z: (B, C, h, w); cond: see flow_loss. Both are 0.0 at step 0: details neither disturb the base nor move yet.  Sec. 3.2.
+    z: (B, C, h, w); cond: what the models take after z_all and t, a tuple of (B, ...).
+    Both are 0.0 at step 0: details neither disturb the base nor move yet.  Sec. 3.2.
     """
     B, C, h, w = z.shape
     t = torch.rand(B, device=z.device)
     z_d = torch.randn(B, model.cfg.D, h, w, device=z.device)
-    v = model(torch.cat([z, z_d], dim=1), t, *cond)
-    return (v[:, :C] - base(z, t, *cond)).abs().max().item(), v[:, C:].abs().max().item()
+    v, v_d = model(torch.cat([z, z_d], dim=1), t, *cond).split([C, model.cfg.D], dim=1)
+    change = v - base(z, t, *cond)
+    return change.abs().max().item(), v_d.abs().max().item()
 
-# ---------------------------------------------------------------- small pieces, one equation each
-
-def timestep_embedding(t, width=256):
-    """[cos(t f_k), sin(t f_k)] with f_k = 10000^(-k / (width/2)).  (B,) -> (B, width) float32.
-
-    LightningDiT gives it t in [0, 1] as it is; most DiTs, SD3's among them, multiply by 1000 first.
-    """
-    f = torch.exp(-2 * math.log(10000) / width * torch.arange(width // 2, dtype=torch.float32, device=t.device))
-    angle = t.float()[:, None] * f
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-SHORT = {72: 256}           # K: the most tokens that the kernel takes, where kernels are on. By its design; not measured yet
-
-def attention(qkv, *norm_rope):
-    """softmax(q k^T / sqrt(K)) v over all tokens, q and k normalised and rotated as in kernels/qknorm_rope.py.
-
-    qkv: (B, L, 3, A, K); norm_rope: the norms' weights, or None, and the tables of RoPE, if any.   -> (B, L, A, K)
-    """
-    if use_triton(qkv) and qkv.shape[1] <= SHORT.get(qkv.shape[4], 0):
-        return short.attention(qkv, *norm_rope)
-    return F.scaled_dot_product_attention(*qknorm_rope(qkv, *norm_rope)).transpose(1, 2)
-
-def unpatchify(x, p, h, w):
-    """Tokens back to a latent.  (B, L, p*p*C), channel fastest -> (B, C, h, w)."""
-    x = x.view(len(x), h // p, w // p, p, p, -1)   # row, column, row in patch, column in patch, channel
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h, w)
-
-def grid_positions(grid):
-    """Row and column of each token, row-major.  Two (L,) float64 tensors: only the finished tables are rounded."""
-    i = torch.arange(grid, dtype=torch.float64, device="cpu")
-    return i.repeat_interleave(grid), i.repeat(grid)
-
-def sincos_table(grid, E, spacing=1.0):
-    """[sin(col w), cos(col w), sin(row w), cos(row w)], w_j = 10000^(-j / (E/4)): the fixed embedding, (1, L, E)."""
-    row, col = (spacing * n for n in grid_positions(grid))
-    w = 10000 ** (-torch.arange(E // 4, dtype=torch.float64, device="cpu") / (E // 4))
-    parts = [f(torch.outer(n, w)) for n in (col, row) for f in (torch.sin, torch.cos)]
-    return torch.cat(parts, dim=1).float()[None]
-
-def rope_table(grid, K):
-    """cos and sin of the rotary angles: the row turns the first K/2 channels, the column the rest.  Two (L, K) tensors.
-
-    Opposite axis order to `sincos_table`, and LightningDiT uses both. Frequencies 10000^(-2j / (K/2)), one per pair.
-    """
-    f = 10000 ** (-2 * torch.arange(K // 4, dtype=torch.float64, device="cpu") / (K // 2))
-    angle = torch.cat([torch.outer(n, f.repeat_interleave(2)) for n in grid_positions(grid)], dim=1)
-    return angle.cos().float(), angle.sin().float()
-
-def Norm(E, rms=True):
-    """Holds the learned scale of an RMSNorm; or none, `weight` None, of a LayerNorm. kernels/ has the formulas, for both."""
-    return nn.RMSNorm(E) if rms else nn.LayerNorm(E, elementwise_affine=False)
 
 # ---------------------------------------------------------------- LightningDiT
 
-SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)}
+SIZES = {                  # name: blocks, width, heads
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
+}
+
 
 @dataclass
 class DiTConfig:
@@ -191,93 +188,77 @@ class DiTConfig:
 
     def __post_init__(self):
         if self.E % (4 * self.A):
-            raise ValueError(f"E={self.E} with A={self.A} heads: E must be a multiple of 4*A, for the position tables")
+            raise ValueError(f"E={self.E} with A={self.A} heads: E must be a multiple of 4*A, "
+                             "for the position tables")
         if self.qk_norm and not self.rms_norm:
             raise ValueError("qk_norm without rms_norm is left out: set rms_norm=True")
-        self.hidden = self.hidden or (int(2 / 3 * int(4 * self.E)) if self.swiglu else 4 * self.E)
+        if not self.hidden:
+            self.hidden = int(2 / 3 * int(4 * self.E)) if self.swiglu else 4 * self.E
 
-class Attention(nn.Module):
-    def __init__(self, E, A, qk_norm, proj=True):
-        super().__init__()
-        self.A = A
-        self.qkv = nn.Linear(E, 3 * E)
-        self.q_norm, self.k_norm = Norm(E // A, qk_norm), Norm(E // A, qk_norm)
-        self.proj = nn.Linear(E, E) if proj else None
-
-    def heads(self, x, attend, *tables):
-        """attend(qkv (B, L, 3, A, K), the norms' weights, tables), qkv computed from x (B, L, E)."""
-        return attend(self.qkv(x).unflatten(-1, (3, self.A, -1)), self.q_norm.weight, self.k_norm.weight, *tables)
-
-    def forward(self, x, *tables):
-        """tables: cos and sin of RoPE, or nothing."""
-        return self.proj(self.heads(x, attention, *tables).flatten(2))                    # (B, L, E)
-
-class SwiGLU(nn.Module):
-    """w3(SiLU(a) * b), where w12 computes a and b side by side (Shazeer, 2020)."""
-
-    def __init__(self, E, hidden):
-        super().__init__()
-        self.w12, self.w3 = nn.Linear(E, 2 * hidden), nn.Linear(hidden, E)
-
-    def forward(self, x):
-        return self.w3(swiglu(x, self.w12.weight, self.w12.bias))
-
-class MLP(nn.Module):
-    def __init__(self, E, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(E, hidden), nn.Linear(hidden, E)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 class Block(nn.Module):
-    """x += gate1 Attn(mod1(norm1(x)));  x += gate2 MLP(mod2(norm2(x))).  adaLN-Zero (Peebles & Xie, 2023).
-    Each addition is left to the norm after it, the last to the next block: blocks hand on x, y, gate for x + gate * y."""
+    """Attention, then MLP, each between adaLN's modulation and gate: adaLN-Zero (Peebles & Xie, 2023).
+
+        x = x + gate1 * attn(norm1(x) * (1 + scale1) + shift1)
+        x = x + gate2 * mlp(norm2(x) * (1 + scale2) + shift2)
+    """
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attn = Norm(cfg.E, cfg.rms_norm), Attention(cfg.E, cfg.A, cfg.qk_norm)
-        self.norm2, self.mlp = Norm(cfg.E, cfg.rms_norm), (SwiGLU if cfg.swiglu else MLP)(cfg.E, cfg.hidden)
+        self.norm1 = Norm(cfg.E, cfg.rms_norm)
+        self.attn = Attention(cfg.E, cfg.A, cfg.qk_norm)
+        self.norm2 = Norm(cfg.E, cfg.rms_norm)
+        self.mlp = SwiGLU(cfg.E, cfg.hidden) if cfg.swiglu else MLP(cfg.E, cfg.hidden)
         self.adaLN = nn.Linear(cfg.E, 6 * cfg.E)
 
     def modulations(self, c):
         return self.adaLN(c)
 
-    def forward(self, x, y, gate, c, mods, *tables):
-        mods = self.modulations(c) if mods is None else mods
-        shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)              # each (B, E)
-        x, h = norm_modulate(x, shift1, scale1, self.norm1.weight, y, gate)               # x + gate * y, its norm modulated
-        x, h = norm_modulate(x, shift2, scale2, self.norm2.weight, self.attn(h, *tables), gate1)
-        return x, self.mlp(h), gate2                                                      # (B, L, E), (B, L, E), (B, E)
+    def forward(self, x, mods, *tables):
+        """x: (B, L, E); mods: (B, 6E), see `modulations`; tables: cos and sin of RoPE, or nothing -> (B, L,
+        E)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)                  # each (B, E)
+        y = self.attn(norm_modulate(x, shift1, scale1, self.norm1.weight), *tables)
+        # The sum x + gate1 * y and its norm are one kernel: it returns both.
+        x, h = add_norm_modulate(x, y, gate1, shift2, scale2, self.norm2.weight)
+        return x + gate2[:, None] * self.mlp(h)
+
 
 class LightningDiT(DiT):
     """Velocity of a latent, given the time and a class.
 
     z_all:   (B, C+D, h, w) normalised, base channels first; h = w = cfg.grid * cfg.p
     t:       (B,) in [0, 1], 0 noise, 1 data
-    y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. Dropping labels is the caller's business
-    mods:    modulations(t, y), if they are known
-    returns: v (B, C+D, h, w) float32
+    y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. Dropping labels is the caller's
+             business
+    mods:    modulations(t, y), if they are known already
+    returns: v (B, C+D, h, w) float32.   raises: ValueError for a latent of another shape
     """
 
     def __init__(self, cfg):
-        y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
-        super().__init__(cfg, cfg.rms_norm, [Block(cfg) for _ in range(cfg.depth)], y_embedder=y_embedder)
+        blocks = [Block(cfg) for _ in range(cfg.depth)]
+        super().__init__(cfg, cfg.rms_norm, blocks, y_embedder=nn.Embedding(cfg.num_classes + 1, cfg.E))
         self.init_weights()
         self.build_tables(self.P.weight.device)
 
     def forward(self, z_all, t, y, mods=None):
-        cfg = self.cfg
-        if tuple(z_all.shape[1:]) != (wanted := (cfg.C + cfg.D, cfg.grid * cfg.p, cfg.grid * cfg.p)):
-            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = {wanted}")
-        x, branch, gate = self.tokens(z_all, self.pos_embed), None, None                  # (B, L, E)
-        c = self.condition(t, y) if mods is None else None
-        for i, block in enumerate(self.blocks):
-            x, branch, gate = self.run(block, x, branch, gate, c, mods and mods[i], self.rope_cos, self.rope_sin)
-        return self.velocity(x, branch, gate, mods[-1] if mods else self.adaLN_final(c), *z_all.shape[2:])
+        B, channels, h, w = z_all.shape
+        side = self.cfg.grid * self.cfg.p
+        if (channels, h, w) != (self.cfg.C + self.cfg.D, side, side):
+            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = "
+                             f"{(self.cfg.C + self.cfg.D, side, side)}")
+        if mods is None:
+            mods = self.modulations(t, y)
+        *block_mods, final_mods = mods
+
+        x = self.tokens(z_all, self.pos_embed)                                                # (B, L, E)
+        for block, m in zip(self.blocks, block_mods):
+            x = self.run(block, x, m, self.rope_cos, self.rope_sin)
+        return self.velocity(x, final_mods, h, w)
 
     def init_weights(self):
-        # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero bias.
+        # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero
+        # bias.
         for m in self.modules():
             if isinstance(m, nn.Linear) or m is self.P:
                 nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
@@ -285,23 +266,31 @@ class LightningDiT(DiT):
         # Conditioning: small, so that no time or class starts out special.
         for weight in (self.y_embedder.weight, self.t_embedder[0].weight, self.t_embedder[2].weight):
             nn.init.normal_(weight, std=0.02)
-        # adaLN and heads: zero, so that every block starts as the identity and the velocity as 0. So are P_new, O_new.
-        zero = [*(block.adaLN for block in self.blocks), self.adaLN_final, self.O, self.P_new, self.O_new]
-        for weight in (w for layer in zero if layer is not None for w in layer.parameters()):
-            nn.init.zeros_(weight)
+        # adaLN and heads: zero, so that every block starts as the identity and the velocity as 0.
+        zero = [block.adaLN for block in self.blocks] + [self.adaLN_final, self.O]
+        if self.cfg.D:
+            zero += [self.P_new, self.O_new]
+        for layer in zero:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def build_tables(self, device):
-        """Position tables from their formulas: never saved, and the only tensors to make after loading from "meta"."""
+        """Position tables from their formulas: never saved, and the only tensors to make after loading from
+        "meta"."""
         cfg = self.cfg
         cos, sin = rope_table(cfg.grid, cfg.E // cfg.A) if cfg.rope else (None, None)
-        for name, table in {"pos_embed": sincos_table(cfg.grid, cfg.E), "rope_cos": cos, "rope_sin": sin}.items():
+        tables = {"pos_embed": sincos_table(cfg.grid, cfg.E), "rope_cos": cos, "rope_sin": sin}
+        for name, table in tables.items():
             self.register_buffer(name, None if table is None else table.to(device), persistent=False)
+
 
 # ---------------------------------------------------------------- MMDiT
 
+
 @dataclass
 class MMDiTConfig:
-    """Everything that fixes an MMDiT's shapes; saved with its weights. Defaults: Stable Diffusion 3.5 Medium."""
+    """Everything that fixes an MMDiT's shapes; saved with its weights. Defaults: Stable Diffusion 3.5
+    Medium."""
     C: int = 16                 # base channels
     D: int = 0                  # detail channels, 0 before expand_channels
     p: int = 2                  # patch side, latent pixels
@@ -315,142 +304,316 @@ class MMDiTConfig:
     lora: int = 0               # rank of the adapters, 0: none
     alpha: float = 256.0        # their scale is alpha / rank
 
+
 class Stream(nn.Module):
-    """What one joint block holds for one kind of token, image or text: adaLN, attention projections, MLP."""
+    """What a joint block holds for one kind of token, image or text: adaLN, projections of attention, MLP.
+
+    adaLN gives shift, scale and gate of the attention, of the MLP, and of the second attention, if there is
+    one: in the order of the checkpoint, not of their use. Of the last block's text only q, k, v are wanted:
+    shift and scale.
+    """
 
     def __init__(self, cfg, dual=False, last=False):
         super().__init__()
-        self.mods = 2 if last else 9 if dual else 6
-        self.adaLN = nn.Linear(cfg.E, self.mods * cfg.E)
+        self.chunks = 6
+        if dual:
+            self.chunks = 9
+        if last:
+            self.chunks = 2
+        self.adaLN = nn.Linear(cfg.E, self.chunks * cfg.E)
         self.attn = Attention(cfg.E, cfg.A, qk_norm=True, proj=not last)
         self.attn2 = Attention(cfg.E, cfg.A, qk_norm=True) if dual else None
         self.mlp = None if last else MLP(cfg.E, 4 * cfg.E)
 
+    def heads(self, x, mods):
+        """q, k, v of the modulated tokens for the joint attention, each (B, A, L, K)."""
+        shift, scale = mods[:2]
+        return self.attn.heads(norm_modulate(x, shift, scale))
+
+    def update(self, x, attended, mods):
+        """x after attention (attended: (B, L, E), before its projection) and MLP."""
+        if self.mlp is None:                       # the last block's text: nothing reads it after
+            return x
+        _, _, gate, shift_mlp, scale_mlp, gate_mlp = mods[:6]
+        y = self.attn.proj(attended)
+
+        if self.attn2 is not None:                 # of the x before the first attention's sum
+            shift2, scale2, gate2 = mods[6:]
+            y2 = self.attn2(norm_modulate(x, shift2, scale2))
+            x = x + gate[:, None] * y
+            y, gate = y2, gate2
+
+        x, h = add_norm_modulate(x, y, gate, shift_mlp, scale_mlp)      # x + gate * y, and its norm modulated
+        return x + gate_mlp[:, None] * self.mlp(h)
+
+
 class JointBlock(nn.Module):
-    """Image and text tokens attend to all of both, each kind with its own weights; dual blocks add image self-attention."""
+    """Image and text tokens attend to all of both, each kind with its own weights; dual: see Stream."""
 
     def __init__(self, cfg, dual, last):
         super().__init__()
-        self.x, self.text = Stream(cfg, dual=dual), Stream(cfg, last=last)
+        self.x = Stream(cfg, dual=dual)
+        self.text = Stream(cfg, last=last)
 
     def modulations(self, c):
         return self.x.adaLN(c), self.text.adaLN(c)
 
-    def forward(self, x, text, c, mods):
-        """x: (B, L, E), text: (B, T, E), c: (B, E), or mods: what `modulations` makes of it -> new x and text."""
-        streams, tokens = (self.x, self.text), (x, text)
-        mods = [m.chunk(s.mods, dim=-1) for s, m in zip(streams, self.modulations(c) if mods is None else mods)]
-        heads = [s.attn.heads(norm_modulate(n, m[0], m[1])[1], qknorm_rope) for s, n, m in zip(streams, tokens, mods)]
-        q, k, v = (torch.cat(both, dim=2) for both in zip(*heads))                          # (B, A, L+T, K)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).split([x.shape[1], text.shape[1]], dim=1)
-        return [self.update(*args) for args in zip(streams, tokens, attended, mods)]
+    def forward(self, x, text, mods):
+        """x: (B, L, E), text: (B, T, E); mods: what `modulations` makes of (B, E) -> new x and text"""
+        x_mods = mods[0].chunk(self.x.chunks, dim=-1)                          # each (B, E)
+        text_mods = mods[1].chunk(self.text.chunks, dim=-1)
 
-    @staticmethod
-    def update(s, x, attended, mod):
-        """shift, scale, gate of attention, MLP and second attention: in the order of the checkpoint, not of their use."""
-        if s.mlp is None:                          # the last block's text only gave its q, k, v: nothing reads it after
-            return x
-        _, _, gate, shift_mlp, scale_mlp, gate_mlp = mod[:6]
-        y = s.attn.proj(attended)
-        if s.attn2 is not None:
-            shift2, scale2, gate2 = mod[6:]
-            y2 = s.attn2(norm_modulate(x, shift2, scale2)[1])                               # of the x before both updates
-            x, y, gate = x + gate[:, None] * y, y2, gate2
-        x, h = norm_modulate(x, shift_mlp, scale_mlp, None, y, gate)
-        return x + gate_mlp[:, None] * s.mlp(h)
+        # one attention over the tokens of both
+        both = zip(self.x.heads(x, x_mods), self.text.heads(text, text_mods))
+        q, k, v = (torch.cat(pair, dim=2) for pair in both)                    # (B, A, L+T, K)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x_attended, text_attended = y.split([x.shape[1], text.shape[1]], dim=1)
+
+        x = self.x.update(x, x_attended, x_mods)
+        text = self.text.update(text, text_attended, text_mods)
+        return x, text
+
 
 class MMDiT(DiT):
     """Velocity of a latent, given the time and a text.
 
-    z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p, at most p * pos_size, not always equal
+    z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p, at most p * pos_size
     t:       (B,) in [0, 1], 0 noise, 1 data
-    context: (B, T, cfg.context) text tokens;  pooled: (B, cfg.pooled);  skip: blocks to leave out (skip-layer guidance)
-    mods:    modulations(t, pooled), if they are known
-    returns: v (B, C+D, h, w) float32
+    context: (B, T, cfg.context) text tokens;  pooled: (B, cfg.pooled)
+    skip:    numbers of blocks to leave out (skip-layer guidance);  mods: modulations(t, pooled), if known
+             already
+    returns: v (B, C+D, h, w) float32.   raises: ValueError for a latent of another shape
     """
 
     def __init__(self, cfg):
+        blocks = [JointBlock(cfg, dual=i < cfg.dual, last=i == cfg.depth - 1) for i in range(cfg.depth)]
         y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
-        super().__init__(cfg, False, [JointBlock(cfg, i < cfg.dual, i == cfg.depth - 1) for i in range(cfg.depth)],
-                         y_embedder=y_embedder, context_embedder=nn.Linear(cfg.context, cfg.E))
+        super().__init__(cfg, False, blocks, y_embedder=y_embedder,
+                         context_embedder=nn.Linear(cfg.context, cfg.E))
         # Saved, unlike LightningDiT's: nobody has shown that the released table is what the formula gives.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
-        self.register_buffer("pos_embed", table if table.is_meta else sincos_table(cfg.pos_size, cfg.E, 64 / cfg.pos_size))
+        if not table.is_meta:
+            table = sincos_table(cfg.pos_size, cfg.E, spacing=64 / cfg.pos_size)
+        self.register_buffer("pos_embed", table)
         if cfg.lora:
             add_lora(self, cfg.lora, cfg.alpha)
 
     def condition(self, t, pooled):
-        # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data: here, and in
-        # the sign of `forward`'s result, and nowhere else, are the two conventions exchanged.
+        # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data:
+        # here, and in the sign of `forward`'s result, and nowhere else, are the two conventions exchanged.
         return super().condition(1000 * (1 - t), pooled)
 
     def forward(self, z_all, t, context, pooled, skip=(), mods=None):
-        cfg, (h, w) = self.cfg, z_all.shape[2:]
-        if z_all.shape[1] != cfg.C + cfg.D or h % cfg.p or w % cfg.p or max(h, w) > cfg.p * cfg.pos_size:
-            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {cfg.C + cfg.D}, h, w) with h and w multiples of "
-                             f"{cfg.p}, up to {cfg.p * cfg.pos_size}")
-        x, text = self.tokens(z_all, self.positions(h // cfg.p, w // cfg.p)), self.context_embedder(context)    # (B, T, E)
-        c = self.condition(t, pooled) if mods is None else None
-        for i, block in enumerate(self.blocks):
+        B, channels, h, w = z_all.shape
+        p, limit = self.cfg.p, self.cfg.p * self.cfg.pos_size
+        if channels != self.cfg.C + self.cfg.D or h % p or w % p or max(h, w) > limit:
+            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {self.cfg.C + self.cfg.D}, h, w) with "
+                             f"h and w multiples of {p}, up to {limit}")
+        if mods is None:
+            mods = self.modulations(t, pooled)
+        *block_mods, final_mods = mods
+
+        x = self.tokens(z_all, self.positions(h // p, w // p))                 # (B, L, E)
+        text = self.context_embedder(context)                                  # (B, T, E)
+        for i, (block, m) in enumerate(zip(self.blocks, block_mods)):
             if i not in skip:
-                x, text = self.run(block, x, text, c, mods and mods[i])
-        return -self.velocity(x, None, None, mods[-1] if mods else self.adaLN_final(c), h, w)
+                x, text = self.run(block, x, text, m)
+        return -self.velocity(x, final_mods, h, w)
 
     def positions(self, rows, columns):
         """The middle rows x columns of the position table, as tokens: (1, L, E)."""
         n = self.cfg.pos_size
-        top, left = (n - rows) // 2, (n - columns) // 2
-        return self.pos_embed.view(1, n, n, -1)[:, top:top + rows, left:left + columns].flatten(1, 2)
+        top = (n - rows) // 2
+        left = (n - columns) // 2
+        table = self.pos_embed.view(1, n, n, -1)
+        return table[:, top:top + rows, left:left + columns].flatten(1, 2)
 
-# ---------------------------------------------------------------- LoRA
 
-LORA_TARGETS = ("x.attn.qkv", "x.attn.proj", "x.attn2.qkv", "x.attn2.proj", "x.mlp.fc2", "x.adaLN")     # in every block
+# ---------------------------------------------------------------- parts of both, one equation each
+
+
+def Norm(E, rms=True):
+    """Holds the learned scale of an RMSNorm; or none, `weight` None, of a LayerNorm. kernels/ has the
+    formulas."""
+    return nn.RMSNorm(E) if rms else nn.LayerNorm(E, elementwise_affine=False)
+
+
+class Attention(nn.Module):
+    """Self-attention with A heads, q and k optionally normalised; its parts, for a joint attention."""
+
+    def __init__(self, E, A, qk_norm, proj=True):
+        super().__init__()
+        self.A = A
+        self.qkv = nn.Linear(E, 3 * E)
+        self.q_norm = Norm(E // A, qk_norm)
+        self.k_norm = Norm(E // A, qk_norm)
+        self.proj = nn.Linear(E, E) if proj else None
+
+    def heads(self, x):
+        """(B, L, E) -> q, k, v, each (B, A, L, K), q and k normalised."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.A, -1))                       # (B, L, 3, A, K)
+        return qknorm_rope(qkv, self.q_norm.weight, self.k_norm.weight)
+
+    def forward(self, x, *tables):
+        """(B, L, E) -> (B, L, E); tables: cos and sin of RoPE, or nothing."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.A, -1))                       # (B, L, 3, A, K)
+        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, *tables)    # (B, L, A, K)
+        return self.proj(y.flatten(2))
+
+
+# K: the most tokens that the kernel takes, where kernels are on. By its design; not measured
+SHORT = {72: 256}
+
+
+def attention(qkv, *norm_rope):
+    """softmax(q k^T / sqrt(K)) v over all tokens, q and k normalised and rotated as in
+    kernels/qknorm_rope.py.
+
+    qkv: (B, L, 3, A, K); norm_rope: the norms' weights, or None, and the tables of RoPE, if any.   -> (B, L,
+    A, K)
+    """
+    B, L, _, A, K = qkv.shape
+    if use_triton(qkv) and L <= SHORT.get(K, 0):
+        return short_attention.attention(qkv, *norm_rope)
+    q, k, v = qknorm_rope(qkv, *norm_rope)                                     # each (B, A, L, K)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """w3(SiLU(a) * b), where w12 computes a and b side by side (Shazeer, 2020)."""
+
+    def __init__(self, E, hidden):
+        super().__init__()
+        self.w12 = nn.Linear(E, 2 * hidden)
+        self.w3 = nn.Linear(hidden, E)
+
+    def forward(self, x):
+        return self.w3(swiglu(x, self.w12.weight, self.w12.bias))
+
+
+class MLP(nn.Module):
+    """fc2(GELU(fc1(x))), GELU by its tanh formula."""
+
+    def __init__(self, E, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(E, hidden)
+        self.fc2 = nn.Linear(hidden, E)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def timestep_embedding(t, width=256):
+    """[cos(t f_k), sin(t f_k)] with f_k = 10000^(-k / (width/2)).  (B,) -> (B, width) float32.
+
+    LightningDiT gives it t in [0, 1] as it is; most DiTs, SD3's among them, multiply by 1000 first.
+    """
+    k = torch.arange(width // 2, dtype=torch.float32, device=t.device)
+    f = torch.exp(-2 * math.log(10000) / width * k)
+    angle = t.float()[:, None] * f                                             # (B, width/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def unpatchify(x, p, h, w):
+    """Tokens back to a latent.  (B, L, p*p*C), channel fastest -> (B, C, h, w)."""
+    x = x.view(len(x), h // p, w // p, p, p, -1)   # row, column, row in patch, column in patch, channel
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h, w)
+
+
+def grid_positions(grid):
+    """Row and column of each token, row-major.  Two (L,) float64 tensors: only the finished tables are
+    rounded."""
+    i = torch.arange(grid, dtype=torch.float64, device="cpu")
+    return i.repeat_interleave(grid), i.repeat(grid)
+
+
+def sincos_table(grid, E, spacing=1.0):
+    """[sin(col w), cos(col w), sin(row w), cos(row w)], w_j = 10000^(-j / (E/4)): the fixed embedding, (1,
+    L, E)."""
+    row, col = grid_positions(grid)
+    w = 10000 ** (-torch.arange(E // 4, dtype=torch.float64, device="cpu") / (E // 4))
+    col = torch.outer(spacing * col, w)                                        # (L, E/4)
+    row = torch.outer(spacing * row, w)
+    return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=1).float()[None]
+
+
+def rope_table(grid, K):
+    """cos and sin of the rotary angles: the row turns the first K/2 channels, the column the rest.  Two (L,
+    K) tensors.
+
+    Opposite axis order to `sincos_table`, and LightningDiT uses both. Frequencies 10000^(-2j / (K/2)), one
+    per pair.
+    """
+    j = torch.arange(K // 4, dtype=torch.float64, device="cpu")
+    f = 10000 ** (-2 * j / (K // 2))
+    f = f.repeat_interleave(2)                                         # (K/2,): one for each pair of channels
+    row, col = grid_positions(grid)
+    angle = torch.cat([torch.outer(row, f), torch.outer(col, f)], dim=1)       # (L, K)
+    return angle.cos().float(), angle.sin().float()
+
+
+# ---------------------------------------------------------------- adapters: LoRA, for SD3.5
+
+# in every block
+LORA_TARGETS = ("x.attn.qkv", "x.attn.proj", "x.attn2.qkv", "x.attn2.proj", "x.mlp.fc2", "x.adaLN")
+
 
 class LoRA(nn.Module):
-    """y = W x + b + alpha/r B A x, W and b frozen (Hu et al., 2022); q, k, v, stacked in one W, each have their A and B."""
+    """y = W x + b + alpha/r B A x, W and b frozen (Hu et al., 2022); q, k, v, stacked in one W, each have
+    their A and B."""
 
     def __init__(self, linear, r, alpha, parts):
         super().__init__()
-        self.linear, self.scale = linear.requires_grad_(False), alpha / r
+        self.linear = linear.requires_grad_(False)
+        self.scale = alpha / r
         like = dict(device=linear.weight.device, dtype=torch.float32)
-        self.A = nn.Parameter(torch.randn(parts, r, linear.in_features, **like) / r)                # peft's "gaussian"
+        self.A = nn.Parameter(torch.randn(parts, r, linear.in_features, **like) / r)       # peft's "gaussian"
         self.B = nn.Parameter(torch.zeros(parts, linear.out_features // parts, r, **like))
 
     def forward(self, x):
-        low = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])                     # (..., parts, r)
-        return self.linear(x) + self.scale * torch.einsum("...pr,por->...po", low, self.B).flatten(-2)
+        low = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])              # (..., parts, r)
+        change = torch.einsum("...pr,por->...po", low, self.B).flatten(-2)                    # (..., out)
+        return self.linear(x) + self.scale * change
+
 
 def add_lora(model, r=256, alpha=256.0):
-    """Put adapters of rank r into an MMDiT, in place, and freeze all but them, P, P_new, O and O_new.  Sec. 4, method of SD3.5.
+    """Put adapters of rank r into an MMDiT, in place, and freeze all but them, P, P_new, O and O_new.  Sec.
+    4: SD3.5.
 
-    B starts at zero, so nothing changes until training does. Text-side layers and the first MLP layers stay frozen.
+    B starts at zero, so nothing changes until training does. Text-side layers and the first MLP layers stay
+    frozen.
     """
     model.requires_grad_(False)
-    for layer in (model.P, model.O) + ((model.P_new, model.O_new) if model.cfg.D else ()):
-        layer.requires_grad_(True)
+    for layer in (model.P, model.O, model.P_new, model.O_new):
+        if layer is not None:
+            layer.requires_grad_(True)
     for block in model.blocks:
-        for name, linear in [(n, m) for n, m in block.named_modules() if n in LORA_TARGETS]:
+        targets = [(name, layer) for name, layer in block.named_modules() if name in LORA_TARGETS]
+        for name, linear in targets:
             parent, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, LoRA(linear, r, alpha, 3 if leaf == "qkv" else 1))
+            parts = 3 if leaf == "qkv" else 1
+            setattr(block.get_submodule(parent), leaf, LoRA(linear, r, alpha, parts))
     model.cfg = replace(model.cfg, lora=r, alpha=float(alpha))
+
 
 @torch.no_grad()
 def merge_lora(model):
     """W <- W + alpha/r B A, in place, exact up to float32 rounding; the adapters are gone after it."""
-    for name, m in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA)]:
-        m.linear.weight += m.scale * torch.bmm(m.B, m.A).flatten(0, 1).to(m.linear.weight.dtype)
+    adapters = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRA)]
+    for name, lora in adapters:
+        change = lora.scale * torch.bmm(lora.B, lora.A).flatten(0, 1)
+        lora.linear.weight += change.to(lora.linear.weight.dtype)
         parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent).add_module(leaf, m.linear)
+        model.get_submodule(parent).add_module(leaf, lora.linear)
     model.cfg = replace(model.cfg, lora=0)
     return model
 
-@torch.no_grad()
-def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
-    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
-# ---------------------------------------------------------------- sharding: for models that do not fit on one GPU
-
-# ---------------------------------------------------------------- weights: loading, upstream names in and out
-
+# The transformers that the scripts know: name -> (its config, its class). The name is "kind" in a run's
+# config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT). Its config has C, D and p,
+# and num_classes where it draws classes; its class is an nn.Module with `cfg`, P, O, expand_channels(D),
+# forward(z_all, t, *cond).
+MODELS = {
+    "LightningDiT": (DiTConfig, LightningDiT),
+    "MMDiT": (MMDiTConfig, MMDiT),
+}

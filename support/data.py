@@ -1,4 +1,9 @@
-"""data"""
+"""Images, from files or drawn: cropped to squares, and in batches that a resumed run reads on exactly.
+
+A folder of images is a data set (`ImageFolder`), and so is every class that keeps the contract in `Dataset`.
+Pixels are uint8 (S, S, 3) while they are read and put into batches; `to_tensor` makes them (B, 3, S, S) in
+[-1, 1] for the models.
+"""
 import functools
 import itertools
 import json
@@ -12,29 +17,86 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from support.drawings import LETTERS, SCENES, SHAPES
+from support.drawings import SCENES, draw, make_textures
+
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError)
+# What Pillow's decoders were seen to raise on damaged files.
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError,
+)
 
 
-def center_crop(image, size):
-    """The ADM centre crop (Dhariwal & Nichol, 2021): PIL image -> (size, size); ValueError if it is far too thin."""
-    while min(image.size) >= 2 * size:      # 2x2 means while they fit, then bicubic: published statistics were made so
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    width, height = (round(side * (size / min(image.size))) for side in image.size)
-    if width * height > 200_000_000:        # a file of 1x9000 pixels would become gigabytes here
-        raise ValueError(f"{image.width}x{image.height} pixels are too thin to crop to {size}x{size}")
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+# ---------------------------------------------------------------- the contract of a data set
+
+
+class Dataset:
+    """What the scripts ask of a data set. To bring your own, subclass this and return it from `open_dataset`.
+
+    Yours must have:
+        labels       (N,) int64 numpy array: the class of each image, zeros if there are no classes. N is the
+                     length of the data set. Training on captions puts the numbers 0 to N - 1 here, by which
+                     it finds the caption of each image.
+        image(i)     (pixels, label) of image i: a uint8 array (S, S, 3), RGB, S being the run's image_size;
+                     and the int that stands in labels[i] at the time. The same i gives the same pixels
+                     every time. Several threads call it at once.
+
+    It may have, instead of what stands here:
+        classes      list of the classes' names, that of label k at k; [] if there are none
+        captions     list of N strings, "" where an image has none; None if no image has one
+        paths        list of N image files, for those who `read` whole images; None if there are none
+        bad          {path: reason} of the files that were found to be unreadable so far
+        summary()    one line about it all, which a run prints when it starts
+    """
+
+    classes = []
+    captions = None
+    bad = {}
+    paths = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def image(self, i):
+        raise NotImplementedError(f"{type(self).__name__} has no image(i); wanted: uint8 (S, S, 3), label")
+
+    def summary(self):
+        """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable'."""
+        line = f"{len(self)} images without classes"
+        if self.classes:
+            counts = np.bincount(self.labels, minlength=len(self.classes))
+            names = [f"{name} {counts[k]}" for k, name in enumerate(self.classes)]
+            more = ", ..." if len(names) > 10 else ""
+            line = f"{len(self)} images in {len(names)} classes ({', '.join(names[:10])}{more})"
+        if self.captions:
+            line += f", {len(list(filter(None, self.captions)))} captions"
+        if self.bad:
+            line += f", {len(self.bad)} unreadable"
+        return line
+
+
+def open_dataset(data_dir, size, length=6000, seed=0):
+    """The data set that `data_dir` means: "" or "procedural" the built-in one, anything else a folder.
+
+    size: of the square images; length, seed: of the built-in set
+    """
+    if data_dir in ("", "procedural"):
+        return Procedural(size, length, seed)
+    return ImageFolder(data_dir, size)
+
+
+# ---------------------------------------------------------------- one image
 
 
 def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB: 16 bits scaled (Pillow would clip them), transparency laid on white."""
+    """A PIL image of any mode as 8-bit RGB: 16 bits scaled (Pillow would clip), transparency laid on white.
+
+    raises: ValueError if its pixels are 32-bit numbers
+    """
     if image.mode in ("I", "F"):
         raise ValueError("its 32-bit pixels have no known range, save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
@@ -46,10 +108,14 @@ def to_rgb(image):
 
 
 def load_image(path):
-    """An image file (or an animation's first frame), upright, as RGB PIL image; ValueError names file and reason."""
+    """An image file (of an animation, the first frame) as RGB PIL image, turned upright by its EXIF data.
+
+    raises: ValueError naming the file and the reason
+    """
     try:
         with Image.open(path) as file:
-            if file.width * file.height > (Image.MAX_IMAGE_PIXELS or math.inf):     # Pillow itself would only warn
+            most = Image.MAX_IMAGE_PIXELS or math.inf
+            if file.width * file.height > most:                     # Pillow itself would only warn
                 raise ValueError(f"{file.width}x{file.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
             return to_rgb(ImageOps.exif_transpose(file))
     except UnidentifiedImageError:
@@ -59,159 +125,278 @@ def load_image(path):
     raise ValueError(f"cannot read the image {path}: {reason}")
 
 
-class Dataset:
-    """What scripts see: labels (N,) int64, classes (names; [] = none), captions (list or None), image(i); and these."""
-    captions, bad = None, {}
+def center_crop(image, size):
+    """The centre crop of ADM (Dhariwal & Nichol, 2021): a PIL image of any size -> (size, size).
 
-    def __len__(self):
-        return len(self.labels)
+    The published reference statistics of ImageNet were made with it: 2x2 means while the shorter side stays
+    at least `size`, then bicubic to make it `size`, then the middle.
+    raises: ValueError if the image is far too thin
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    if width * height > 200_000_000:        # 1x9000 pixels would become gigabytes here
+        raise ValueError(f"{image.width}x{image.height} pixels are too thin to crop to {size}x{size}")
+    left = (width - size) // 2
+    top = (height - size) // 2
+    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
 
-    def summary(self):
-        """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable'."""
-        names = [f"{c} {n}" for c, n in zip(self.classes, np.bincount(self.labels, minlength=len(self.classes)))]
-        more = ", ..." if len(names) > 10 else ""
-        line = f"in {len(names)} classes ({', '.join(names[:10])}{more})" if names else "without classes"
-        captions = f", {sum(map(bool, self.captions))} captions" if self.captions else ""
-        return f"{len(self)} images {line}{captions}" + (f", {len(self.bad)} unreadable" if self.bad else "")
+
+# ---------------------------------------------------------------- a folder of images
 
 
 def find_files(folder, above=frozenset()):
-    """{"": its files, sub-folder: all files below it}, sorted, none hidden; links are followed, but not back up."""
-    above, found = above | {os.path.realpath(folder)}, {"": []}
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith((".", "__MACOSX"))]
-    for entry in sorted(entries, key=lambda entry: entry.name):
+    """The files below a folder, {"": those in itself, sub-folder: all those below it}, sorted by name.
+
+    Hidden files and folders are left out. Links are followed, but not to a folder that they are in (`above`:
+    the real paths of those), where they would go round for ever.
+    """
+    above = above | {os.path.realpath(folder)}
+    found = {"": []}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith((".", "__MACOSX")):
+            continue
         if not entry.is_dir():
             found[""].append(entry.path)
         elif os.path.realpath(entry) not in above:
-            found[entry.name] = [path for paths in find_files(entry.path, above).values() for path in paths]
+            inside = find_files(entry.path, above)
+            found[entry.name] = list(itertools.chain.from_iterable(inside.values()))
     return found
 
 
+def read_metadata(root):
+    """The captions in <root>/metadata.jsonl, {path: caption}; its lines are {"file_name": ..., "text": ...}.
+
+    Instead of "text" they may say "caption".
+    """
+    captions = {}
+    text = (Path(root) / "metadata.jsonl").read_text("utf-8-sig")
+    for line in filter(str.strip, text.split("\n")):                # splitlines would also split at U+2028
+        row = json.loads(line)
+        path = os.path.join(root, os.path.normpath(row["file_name"]))
+        caption = row["text"] if "text" in row else row["caption"]
+        captions[path] = caption.strip()
+    return captions
+
+
 def read_captions(root, paths, files):
-    """One caption per image ("" = none) from `metadata.jsonl` or `name.txt` beside it; None if no image has one."""
-    captions, source, start = {}, os.path.join(root, "metadata.jsonl"), len(os.path.join(root, ""))
+    """One caption for each image of `paths` ("" = none), or None if no image has one.
+
+    They come from metadata.jsonl in `root` and from `name.txt` beside an image `name.png`; if there are both,
+    the latter counts. files: the set of all files below `root`.
+    raises: ValueError naming the file that holds something else
+    """
+    captions = {}
+    source = os.path.join(root, "metadata.jsonl")
     try:
-        lines = Path(source).read_text("utf-8-sig").split("\n") if source in files else []
-        for row in map(json.loads, filter(str.strip, lines)):
-            captions[os.path.normpath(row["file_name"])] = row["text" if "text" in row else "caption"].strip()
+        if source in files:
+            captions = read_metadata(root)
         for path in paths:
             source = os.path.splitext(path)[0] + ".txt"
             if source in files:
-                captions[path[start:]] = Path(source).read_text("utf-8-sig").strip()
+                captions[path] = Path(source).read_text("utf-8-sig").strip()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"captions in {source}: {error!r}; wanted text, or lines of {{file_name, text}}") from None
-    captions = [captions.get(path[start:], "") for path in paths]
-    return captions if any(captions) else None
+        raise ValueError(f"captions in {source}: {error!r}; "
+                         "wanted text, or lines of {file_name, text}") from None
+    found = [captions.get(path, "") for path in paths]
+    return found if any(found) else None
 
 
 class ImageFolder(Dataset):
-    """Images below `root`, centre-cropped to `size`; sub-folders are classes, numbered as torchvision does; or none.
-    An unreadable file is named once on stderr, kept in `bad` {path: reason}, and replaced by the next readable image.
-    raises: ValueError if there are no images or a class is empty; also when 10 files and 1 % of all prove unreadable
+    """The images below `root`, centre-cropped to `size`.
+
+    Sub-folders are classes, numbered in the order of their names as torchvision does; a folder without
+    sub-folders has no classes. An unreadable file is named once on stderr, kept in `bad`, and replaced by the
+    next readable image.
+    raises: ValueError if there are no images or a class is empty; also when 10 files and 1 % of all prove
+    unreadable
     """
+
     def __init__(self, root, size):
-        self.root, self.size, self.bad = os.fspath(root), size, {}
+        self.root = os.fspath(root)
+        self.size = size
+        self.bad = {}
         if not os.path.isdir(root):
-            raise ValueError(f"{root} is not a folder; give a folder of images, or 'procedural' for the built-in set")
+            raise ValueError(f"{root} is not a folder; "
+                             "give a folder of images, or 'procedural' for the built-in set")
         files = find_files(self.root)
-        images = {name: [f for f in files[name] if f.lower().endswith(EXTENSIONS)] for name in files}
-        loose = images.pop("")
-        if any(images.values()) and loose:
-            print(f"{root}: {len(loose)} images beside its class folders are left out", file=sys.stderr)
-        images = images if any(images.values()) else {"": loose}
-        empty = [name or root for name in images if not images[name]]
+        groups = self.group(files)
+        self.classes = [name for name in groups if name]
+        self.paths = list(itertools.chain.from_iterable(groups.values()))
+        self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
+        everything = set(itertools.chain.from_iterable(files.values()))
+        self.captions = read_captions(self.root, self.paths, everything)
+
+    def group(self, files):
+        """Files as from `find_files` -> {class: its images}, or {"": images} if there are no classes."""
+        groups = {}
+        for name, paths in files.items():
+            groups[name] = [path for path in paths if path.lower().endswith(EXTENSIONS)]
+        loose = groups.pop("")
+        if not any(groups.values()):
+            groups = {"": loose}
+        elif loose:
+            print(f"{self.root}: {len(loose)} images beside its class folders are left out", file=sys.stderr)
+        empty = [name or self.root for name in groups if not groups[name]]
         if empty:                           # skipping them would shift the numbers of the classes after them
-            raise ValueError(f"{root}: no images ({' '.join(EXTENSIONS)}) in {empty}; add some or remove these folders")
-        self.classes = [name for name in images if name]
-        self.paths = [path for group in images.values() for path in group]
-        self.labels = np.repeat(np.arange(len(images)), [len(group) for group in images.values()])
-        self.captions = read_captions(self.root, self.paths, {path for group in files.values() for path in group})
+            raise ValueError(f"{self.root}: no images ({' '.join(EXTENSIONS)}) in {empty}; "
+                             "add some or remove these folders")
+        return groups
 
     def image(self, i):
         """Image i as uint8 (size, size, 3) with its label; if it is unreadable, the next one that is not."""
-        for j in (k % len(self) for k in range(i, i + len(self))):
-            try:
-                if self.paths[j] not in self.bad:
-                    return np.asarray(center_crop(load_image(self.paths[j]), self.size)), int(self.labels[j])
-            except ValueError as error:
-                reason = str(error)
-                if self.bad.setdefault(self.paths[j], reason) is reason:    # else another thread was first to say so
-                    print(f"{reason}; the next image takes its place", file=sys.stderr)
-            if len(self.bad) >= min(len(self), max(10, len(self) / 100)):
-                raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, repair or "
-                                 f"remove them; the first: {'; '.join(list(self.bad.values())[:3])}")
+        for j in range(i, i + len(self)):
+            j = j % len(self)               # after the last image comes the first
+            path = self.paths[j]
+            if path not in self.bad:
+                try:
+                    return np.asarray(center_crop(load_image(path), self.size)), int(self.labels[j])
+                except ValueError as error:
+                    self.report(path, str(error))
+            most = max(10, len(self) / 100)
+            if len(self.bad) >= min(len(self), most):
+                first = "; ".join(list(self.bad.values())[:3])
+                raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, "
+                                 f"repair or remove them; the first: {first}")
+
+    def report(self, path, reason):
+        """Keep a file in `bad`, and name it on stderr, unless another thread was first to do so."""
+        if path not in reason:
+            reason = f"cannot crop the image {path}: {reason}"
+        if self.bad.setdefault(path, reason) is reason:
+            print(f"{reason}; the next image takes its place", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- the built-in set
 
 
 class Procedural(Dataset):
-    """`length` drawn pictures of ten classes, each a function of (seed, index) alone; label = index % 10.
-    Flat shapes tell the class at any blur. The textures are what bicubic halving averages out exactly (its taps weigh
-    odd and even pixels alike): detail that the base latent lacks and that the shapes predict.
-    """
+    """`length` drawn pictures of ten classes, each a function of (seed, index) alone; label = index % 10."""
+
     def __init__(self, size, length, seed=0):
-        self.size, self.seed = size, seed
-        self.classes, self.labels = list(SCENES), np.arange(length) % len(SCENES)
-        y, x = np.mgrid[:size, :size]       # a texture says which of its paint's two colours a pixel takes
-        self.textures = {"": 0 * x, "cols": x % 2, "rows": y % 2, "check": (x + y) % 2, "dots": x * y % 2,
-                         "text": (np.array([*map(list, LETTERS)]) == "#")[y % 6, x % 14].astype(int)}
+        self.size = size
+        self.seed = seed
+        self.classes = list(SCENES)
+        self.labels = np.arange(length) % len(SCENES)
+        self.textures = make_textures(size)
 
     def image(self, i):
         """Picture i as uint8 (size, size, 3) with its label."""
-        rng, label = np.random.default_rng((self.seed, i)), int(self.labels[i])
-        radius, centre = self.size * rng.uniform(0.33, 0.45), self.size * rng.uniform(0.44, 0.56, 2)
-        background, *strokes = map(str.split, SCENES[self.classes[label]].split(";"))
-        paints = list(dict.fromkeys(background + [stroke[1] for stroke in strokes]))
-        canvas = Image.new("L", (self.size, self.size))     # each pixel holds the number of its paint
-        for shape, paint, *points in strokes:
-            points = [centre[k % 2] + radius * int(p) / 20 for k, p in enumerate(points)]
-            getattr(ImageDraw.Draw(canvas), SHAPES[shape])(points, fill=paints.index(paint))
-        names, first, second = zip(*(paint.split("#")[:2] + paint.split("#")[-1:] for paint in paints))
-        colours = np.array([[[17 * int(h, 16) for h in c] for c in pair] for pair in zip(first, second)])   # (n, 2, 3)
-        colours = (colours + rng.uniform(-14, 14, (len(paints), 1, 3))).clip(0, 255).astype(np.uint8)
-        canvas = np.asarray(canvas)
-        return colours[canvas, np.choose(canvas, [self.textures[name] for name in names])], label
+        scene = SCENES[self.classes[i % len(self.classes)]]
+        rng = np.random.default_rng((self.seed, i))
+        return draw(scene, self.size, self.textures, rng), int(self.labels[i])
 
 
-def open_dataset(data_dir, size, length=6000, seed=0):
-    """The data set `data_dir` means: "" or "procedural" the built-in one (length, seed), anything else a folder."""
-    return Procedural(size, length, seed) if data_dir in ("", "procedural") else ImageFolder(data_dir, size)
+# ---------------------------------------------------------------- batches
+
+
+def collate(rows):
+    """[(image, label)] as `Dataset.image` gives them -> uint8 array (n, S, S, 3), int64 tensor (n,)."""
+    images = np.stack([image for image, _ in rows])
+    labels = torch.tensor([label for _, label in rows])
+    return images, labels
 
 
 def stack(dataset, indices, threads=8):
     """Images `indices` of a data set, read by threads: uint8 (n, S, S, 3), int64 (n,)."""
     with ThreadPoolExecutor(threads) as pool:
-        images, labels = zip(*pool.map(dataset.image, indices))
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+        images, labels = collate(list(pool.map(dataset.image, indices)))
+    return torch.from_numpy(images), labels
 
 
-@functools.lru_cache
-def permutation(length, seed, epoch):
+@functools.lru_cache(maxsize=4)             # of a large set, each is megabytes, and a batch needs one or two
+def epoch_order(length, seed, epoch):
+    """The order in which an epoch takes the images: a permutation of 0 to length - 1."""
     return np.random.default_rng((seed, 0, epoch)).permutation(length)
 
 
 def batch_plan(length, batch_size, seed, step, rank=0, world=1, flip=False):
-    """(indices, flips), int64 and bool, of this rank's part of global batch `step`: a function of its arguments alone."""
-    assert batch_size % world == 0, f"batch_size {batch_size} does not split over {world} ranks; give a multiple"
+    """Which images this rank reads at a step, and which of them it mirrors.
+
+    Imagine all epochs in a row, each a random order of all images. Step n takes places n * batch_size to
+    (n + 1) * batch_size of that row, and each rank an equal part of them: so a batch may begin in one epoch
+    and end in the next, and no image is left out. The flips are drawn for the batch of a step as a whole.
+
+    Nothing is remembered from step to step, all follows from (seed, step): a run that resumes at step 1000
+    reads on where it would have, without any state, and two ranks together read what one would.
+    Returns: indices (batch_size / world,) int64, flips (batch_size / world,) bool; numpy
+    raises: ValueError if the batch does not split over the ranks
+    """
+    if batch_size % world:
+        raise ValueError(f"batch_size {batch_size} does not split over {world} ranks; give a multiple")
     part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    places = np.arange(step * batch_size, (step + 1) * batch_size)[part]
-    indices = [permutation(length, seed, int(epoch))[k] for epoch, k in zip(*divmod(places, length))]
-    return np.array(indices), np.random.default_rng((seed, 1, step)).random(batch_size)[part] < flip / 2
+    indices = []
+    for place in range(step * batch_size, (step + 1) * batch_size)[part]:
+        epoch, k = divmod(place, length)
+        indices.append(epoch_order(length, seed, epoch)[k])
+    chances = np.random.default_rng((seed, 1, step)).random(batch_size)[part]
+    return np.array(indices), chances < flip / 2                    # flip=True: half of them
 
 
 def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, threads=8):
-    """Endless (uint8 (batch_size / world, S, S, 3), int64 labels) from step `start`; threads read two batches ahead."""
-    pool, ahead = ThreadPoolExecutor(threads), deque()
+    """Endless batches of this rank, as `batch_plan` has them from step `start` on.
+
+    Yields tensors, uint8 (batch_size / world, S, S, 3) and int64 labels (batch_size / world,). Threads
+    read two batches ahead of the one that is asked for.
+    """
+    pool = ThreadPoolExecutor(threads)
+    ahead = deque()
     try:
         for step in itertools.count(start):
             indices, flips = batch_plan(len(dataset), batch_size, seed, step, rank, world, flip)
             ahead.append((flips, [pool.submit(dataset.image, i) for i in indices.tolist()]))
             if len(ahead) > 2:
-                flips, rows = ahead.popleft()
-                images, labels = zip(*(row.result() for row in rows))
-                images = np.stack(images)
-                images[flips] = images[flips, :, ::-1]
-                yield torch.from_numpy(images), torch.tensor(labels)
+                flips, futures = ahead.popleft()
+                images, labels = collate([future.result() for future in futures])
+                images[flips] = images[flips, :, ::-1]              # left is right
+                yield torch.from_numpy(images), labels
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read(dataset, index, whole=0):
+    """Images `index` of a data set in order, as batches: x (B, 3, H, W) in [-1, 1], labels y (B,).
+
+    whole: if given, each image has its own size, and is a batch of its own, cut to sides that are multiples
+    of `whole`.
+    raises: ValueError if whole images are asked of a data set that has none
+    """
+    if whole and dataset.paths is None:
+        raise ValueError(f"whole images are read from files, which {type(dataset).__name__} has not; "
+                         "give a folder of images")
+    if whole:
+        for i in index:
+            x = crop_to_multiple(np.array(load_image(dataset.paths[i])), whole)
+            yield to_tensor(x[None]), torch.tensor(dataset.labels[i:i + 1])
+    else:
+        for k in range(0, len(index), 10):
+            x, y = stack(dataset, index[k:k + 10])
+            yield to_tensor(x), y
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def crop_to_multiple(x, multiple):
+    """The middle of an image (H, W, 3), as large as it can be with sides that are multiples of `multiple`."""
+    H, W = x.shape[:2]
+    top = H % multiple // 2
+    left = W % multiple // 2
+    return x[top:top + H // multiple * multiple, left:left + W // multiple * multiple]
+
+
+def random_crop(x, size, generator=None):
+    """A random window of each image: (B, 3, H, W) -> (B, 3, size, size), size <= H, W.
+
+    generator: of the CPU; None is torch's global one, which training reseeds at each step
+    """
+    B, _, H, W = x.shape
+    tops = torch.randint(H - size + 1, (B,), generator=generator).tolist()
+    lefts = torch.randint(W - size + 1, (B,), generator=generator).tolist()
+    windows = [image[:, a:a + size, b:b + size] for image, a, b in zip(x, tops, lefts, strict=True)]
+    return torch.stack(windows)
 
 
 def to_tensor(x):
@@ -220,22 +405,9 @@ def to_tensor(x):
 
 
 def to_uint8(x):
-    """(B, 3, H, W) in [-1, 1] -> uint8 numpy (B, H, W, 3), rounded as guided-diffusion does; inverts `to_tensor`."""
-    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    """(B, 3, H, W) in [-1, 1] -> uint8 numpy (B, H, W, 3): the inverse of `to_tensor`.
 
-
-def random_crop(x, size, generator=None):
-    """A random window per image: (B, 3, H, W) -> (B, 3, size, size), size <= H, W; `generator`: CPU, None = global."""
-    tops, lefts = (torch.randint(side - size + 1, (len(x),), generator=generator).tolist() for side in x.shape[2:])
-    return torch.stack([image[:, a:a + size, b:b + size] for image, a, b in zip(x, tops, lefts)])
-
-
-def read(dataset, index, whole=0):
-    """Batches (x (B, 3, H, W) in [-1, 1], y (B,)) of images `index`; whole: at their own sizes, cropped to multiples of it."""
-    for i in index if whole else ():
-        x = np.array(load_image(dataset.paths[i]))[None]
-        (top, H), (left, W) = ((side % whole // 2, side // whole * whole) for side in x.shape[1:3])
-        yield to_tensor(x[:, top:top + H, left:left + W]), torch.tensor(dataset.labels[i:i + 1])
-    for k in () if whole else range(0, len(index), 10):
-        x, y = stack(dataset, index[k:k + 10])
-        yield to_tensor(x), y
+    Rounded and clamped as guided-diffusion does.
+    """
+    x = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+    return x.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,4 +1,4 @@
-"""figures"""
+"""What a run shows: grids of images, curves, and aligned tables."""
 import json
 import os
 from pathlib import Path
@@ -9,61 +9,158 @@ from support import runs
 from support.data import to_uint8
 
 
+# ---------------------------------------------------------------- images
+
+
 def save_grid(x, path, columns, scale=1, labels=None):
-    """(B, 3, H, W) in [-1, 1] as one PNG, `scale` times larger, with `labels` (B strings) above the cells; atomic."""
-    images, head = to_uint8(x).repeat(scale, axis=1).repeat(scale, axis=2), 12 if labels else 0
-    height, width = images.shape[1] + head + 2, images.shape[2] + 2
-    sheet = Image.new("RGB", (2 + columns * width, 2 + -(-len(images) // columns) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default_imagefont()      # Latin-1, 6 pixels a letter
+    """(B, 3, H, W) in [-1, 1] as one PNG of `columns` cells a row, each image `scale` times larger; atomic.
+
+    labels: B strings, written above the cells
+    """
+    gap = 2                                                         # white pixels around the cells
+    head = 12 if labels else 0                                      # and above an image, for its label
+    images = to_uint8(x).repeat(scale, axis=1).repeat(scale, axis=2)        # (B, scale * H, scale * W, 3)
+    height = images.shape[1] + head + gap
+    width = images.shape[2] + gap
+    rows = -(-len(images) // columns)                               # rounded up
+    sheet = Image.new("RGB", (gap + columns * width, gap + rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default_imagefont()                       # Latin-1, 6 pixels a letter
     for i, image in enumerate(images):
-        left, top = 2 + i % columns * width, 2 + i // columns * height
+        left = gap + i % columns * width
+        top = gap + i // columns * height
         sheet.paste(Image.fromarray(image), (left, top + head))
-        draw.text((left, top), labels[i].encode("latin-1", "replace")[:width // 6] if labels else "", "black", font)
+        if labels:
+            text = labels[i].encode("latin-1", "replace")
+            pen.text((left, top), text[:width // 6], "black", font)
     sheet.save(f"{path}.part", "PNG")
     os.replace(f"{path}.part", path)
 
 
+# ---------------------------------------------------------------- curves
+
+
 def plot(panels, path, size=(9, 4.2)):
-    """A PNG of panels (x label, y label, line style, {curve: [x, y]}), which share a legend; power on a logarithmic scale."""
+    """A PNG of panels side by side, which share a legend; size in hundreds of pixels.
+
+    A panel is (x label, y label, line style as matplotlib's, {curve: [x, y]}). Two rules about its y label:
+    one that begins with "power" asks for a logarithmic scale, and "" says that the axes have no meaning, as
+    in an embedding.
+    """
     import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
+    plt.switch_backend("Agg")                                       # needs no display
     figure, axes = plt.subplots(1, len(panels), figsize=size, dpi=100, layout="constrained", squeeze=False)
-    for axis, (xlabel, ylabel, style, curves) in zip(axes[0], panels):
+    for axis, (xlabel, ylabel, style, curves) in zip(axes[0], panels, strict=True):
         for name, (x, y) in curves.items():
             axis.plot(x, y, style, label=name)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel.startswith("power") else "linear")
-        axis.set(**{} if ylabel else dict(xticks=[], yticks=[]))            # the axes of an embedding have no meaning
+        if not ylabel:
+            axis.set(xticks=[], yticks=[])
         axis.grid(alpha=0.3)
-    if len(panels[0][3]) > 1:
+    _, _, _, curves = panels[0]
+    if len(curves) > 1:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path)
     plt.close(figure)
 
 
-def plot_losses(out):
-    """loss.png: every number of log.jsonl against the step, one panel each."""
-    if (Path(out) / "log.jsonl").exists():                         # a run shorter than log_every has none
-        rows = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
-        names = [k for k in rows[-1] if k not in ("step", "img/s", "lr", "w")]
-        points = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
-        plot([("step", n, "-", {n: list(zip(*points[n]))}) for n in names], Path(out) / "loss.png", (2.8 * len(names), 2.6))
+def read_log(run):
+    """The numbers in all rows of a run's log.jsonl as curves: {name: ([steps], [values])}, steps ascending.
+
+    A run that was cut off and resumed may have rows of one step twice: of each number, the later counts.
+    """
+    at_step = {}
+    with open(Path(run) / "log.jsonl") as f:
+        for line in f:
+            row = json.loads(line)
+            at_step.setdefault(row["step"], {}).update(row)
+    curves = {}
+    for step in sorted(at_step):
+        for name, value in at_step[step].items():
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    return curves
+
+
+def plot_losses(run):
+    """<run>/loss.png: every number that is anywhere in log.jsonl against the step, one panel each.
+
+    Left out are the speed and what the settings say beforehand (the learning rate, w). A run that logged
+    nothing gets none.
+    """
+    if not (Path(run) / "log.jsonl").exists():
+        return
+    panels = []
+    for name, points in read_log(run).items():
+        if name not in ("step", "img/s", "lr", "w"):
+            panels.append(("step", name, "-", {name: points}))
+    if panels:
+        plot(panels, Path(run) / "loss.png", size=(2.8 * len(panels), 2.6))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def number(numbers, name, form):
+    """A number of a dict as text in a form such as ".2f"; "-" if it is not there."""
+    value = numbers.get(name)
+    return "-" if value is None else format(value, form)
+
+
+def stages_of(folders):
+    """These runs, and before each the base that it was trained on; every folder once, "" left out."""
+    stages = []
+    for run in filter(None, folders):
+        steps = runs.checkpoints(run)
+        base = runs.read_config(steps[-1])["config"]["base"] if steps else ""
+        if base and base not in folders:                            # else it has its own place among them
+            stages.append(base)
+        stages.append(run)
+    return list(dict.fromkeys(stages))
+
+
+def result_of(summary):
+    """What a stage came to, in words: a VAE's PSNR, a DiT's losses; "-" for what was not measured."""
+    stage = summary["stage"]
+    if stage.endswith("VAE"):
+        result = f"{number(summary, 'psnr', '.2f')} dB"
+        if stage == "DA-VAE":
+            result += f", base only {number(summary, 'psnr_base', '.2f')} dB"
+        return result
+    result = f"loss base {number(summary, 'base', '.3f')}"
+    if "warm_start" in summary:
+        result += f", detail {number(summary, 'detail', '.3f')}; warm start off by {summary['warm_start']}"
+    return result
 
 
 def final_table(folders):
-    """Print the summaries of runs of this script or finetune.py, and of a DA-VAE's base before it, one aligned line each."""
-    bases = {run: runs.read_config(runs.checkpoints(run)[-1])["config"]["base"] for run in folders if runs.checkpoints(run)}
-    folders = [name for run in folders for name in dict.fromkeys([bases.get(run, ""), run]) if name not in folders or name == run]
+    """Print the summaries of runs of both stages, and of their bases, one aligned line each.
+
+    A folder without a summary.json (a public checkpoint, or a run cut off) has none.
+    """
     print(f"\n{'stage':<12}{'folder':<22}{'steps':>8}{'seconds':>9}  result")
-    for run in (run for run in folders if run and (Path(run) / "summary.json").exists()):
-        s = json.loads((Path(run) / "summary.json").read_text())
-        more = f", base only {s['psnr_base']:.2f} dB" if s['stage'] == "DA-VAE" else ""
-        more += f", detail {s['detail']:.3f}; warm start off by {s['warm_start']}" if "warm_start" in s else ""
-        result = (f"{s['psnr']:.2f} dB" if "psnr" in s else f"loss base {s['base']:.3f}") + more
-        print(f"{s['stage']:<12}{run:<22}{s['steps']:>8}{s['seconds']:>9.0f}  {result}")
+    for run in stages_of(folders):
+        file = Path(run) / "summary.json"
+        if file.exists():
+            summary = json.loads(file.read_text())
+            steps = number(summary, "steps", "d")
+            seconds = number(summary, "seconds", ".0f")
+            print(f"{summary['stage']:<12}{run:<22}{steps:>8}{seconds:>9}  {result_of(summary)}")
 
 
 def print_table(title, table):
-    columns = {c: max(8, len(c)) + 2 for c in sorted({c for row in table.values() for c in row})}
-    print(f"\n{title:<34}" + "".join(f"{c:>{width}}" for c, width in columns.items()) if table else "")
+    """Print {row: {column: number}} aligned, columns in alphabetical order, blank where a row has none."""
+    if not table:
+        print()
+        return
+    columns = sorted(set().union(*table.values()))
+    widths = {column: max(8, len(column)) + 2 for column in columns}
+    heads = [f"{column:>{widths[column]}}" for column in columns]
+    print(f"\n{title:<34}{''.join(heads)}")
     for name, row in table.items():
-        print(f"{name:<34}" + "".join(f"{row[c]:>{width}.4g}" if c in row else " " * width for c, width in columns.items()))
+        cells = []
+        for column in columns:
+            cell = f"{row[column]:.4g}" if column in row else ""
+            cells.append(f"{cell:>{widths[column]}}")
+        print(f"{name:<34}{''.join(cells)}")

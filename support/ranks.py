@@ -1,26 +1,112 @@
-"""ranks"""
+"""Several processes as one: torchrun's set-up, signals, seeds, micro-batches, sums over ranks, sharding
+(FSDP2).
+
+Everything here works without torchrun as well: then there is one rank, number 0 of a world of 1.
+"""
+import math
 import os
 import signal
+import traceback
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
+
+# ---------------------------------------------------------------- a program's beginning and end
+
+
+def launch(main, cfg):
+    """Run a script's `main(cfg)` as a program, under torchrun or not: what is meant for the user ends in a
+    sentence."""
+
+    def program(cfg):
+        try:
+            main(cfg)
+        except torch.OutOfMemoryError as error:
+            raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {smaller(cfg)}") from None
+        except ValueError as error:
+            if not raised_here(error):
+                raise
+            raise SystemExit(str(error)) from None
+
+    record(program)(cfg)                   # torchrun then reports the rank that failed first
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def smaller(cfg):
+    """The flags that make a run need less memory, as far as its Config has them."""
+    advice = []
+    for name in ("micro_batch", "batch_size"):
+        size = getattr(cfg, name, 1)
+        if size > 1 and not advice:
+            same = " (the same batch)" if name == "micro_batch" else ""
+            advice.append(f"--{name}={size // 2}{same}")
+    for name in ("checkpointing", "shard"):
+        if not getattr(cfg, name, True):
+            advice.append(f"--{name}=True")
+    return ", ".join([*advice, "a smaller model"])
+
+
+def raised_here(error):
+    """Was an error raised by a line of this project, whose messages are sentences, and not by one of a
+    library?"""
+    project = Path(__file__).resolve().parent.parent
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return project in Path(last.filename).resolve().parents and "site-packages" not in last.filename
 
 
 def setup(device="auto"):
-    """Join torchrun's process group if there is one.  Returns (rank, world, device); (0, 1, device) without torchrun."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Join torchrun's process group, if there is one.  Returns (rank, world, device).
+
+    device: auto, cpu or cuda; auto takes a GPU if there is one. Matrix products in float32 may use TF32.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def this_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+# ---------------------------------------------------------------- signals
+
+ASKED = []                                 # the signals that came while `heed_signals` was on
+
+
+def heed_signals(on=True):
+    """Let SIGTERM and Ctrl-C only ask for an end after the step at hand; a second one ends the program at
+    once."""
+
+    def ask(number, frame):
+        ASKED.append(number)
+        heed_signals(False)
+
+    signal.signal(signal.SIGTERM, ask if on else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, ask if on else signal.default_int_handler)
+
+
+def asked_to_stop():
+    """Was any rank asked to stop?  All ranks must call this after the same step; on the CPU: no GPU is
+                                    waited for."""
+    return sum_over_ranks(torch.tensor(len(ASKED))).item() > 0
+
+
+# ---------------------------------------------------------------- sums over ranks
 
 
 def sum_over_ranks(x):
@@ -30,90 +116,146 @@ def sum_over_ranks(x):
     return x
 
 
+def average_gradients(parameters):
+    """Mean over ranks of gradients that DistributedDataParallel does not look after; all ranks must call
+    this."""
+    if dist.is_initialized():
+        for p in parameters:
+            if p.grad is not None:
+                p.grad = sum_over_ranks(p.grad) / dist.get_world_size()
+
+
 def wait_for_all():
     """Hold every rank here until all have come, so that none reads what rank 0 still writes."""
     if dist.is_initialized():
         dist.barrier()
 
 
-ASKED = []                                 # the signals that came while `heed_signals` was on
+def gather(parts):
+    """Batches of rows of every rank, where rank r holds rows r::world, as one CPU tensor (n, ...), on all
+    ranks."""
+    mine = torch.cat(parts).cpu()
+    per_rank = [mine]
+    if dist.is_initialized():
+        per_rank = [None] * dist.get_world_size()
+        dist.all_gather_object(per_rank, mine)
+    rows = torch.empty(sum(map(len, per_rank)), *mine.shape[1:], dtype=mine.dtype)
+    for r, part in enumerate(per_rank):
+        rows[r::len(per_rank)] = part
+    return rows
 
 
-def heed_signals(on=True):
-    """Let SIGTERM and Ctrl-C only ask for an end after the step at hand; a second one ends the program at once."""
-    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        signal.signal(number, (lambda n, _: (ASKED.append(n), heed_signals(False))) if on else default)
+# ---------------------------------------------------------------- micro-batches
 
 
-def asked_to_stop():
-    """Was any rank asked to stop?  All ranks must call this after the same step; on the CPU, so that no GPU is waited for."""
-    return sum_over_ranks(torch.tensor(len(ASKED))).item() > 0
+def accumulation(batch_size, micro_batch, world):
+    """How many passes of at most `micro_batch` images each rank makes for one step of `batch_size` images in
+    all.
 
-
-def micro_batches(batch_size, micro_batch, world):
-    """How many forward passes of at most `micro_batch` images each rank accumulates for one step of `batch_size` in all."""
-    per_rank, rest = divmod(batch_size, world)
-    count = max(1, -(-per_rank // micro_batch))
-    if rest or not per_rank or per_rank % count:
-        raise SystemExit(f"batch_size {batch_size} is not {world} ranks x equal parts of at most micro_batch {micro_batch}; "
-                         f"give --batch_size={max(1, round(batch_size / world / micro_batch)) * micro_batch * world}")
+    raises: SystemExit if they do not divide, with the nearest batch size that does
+    """
+    per_rank = batch_size // world
+    count = max(1, math.ceil(per_rank / micro_batch))
+    if batch_size % world or not per_rank or per_rank % count:
+        fits = max(1, round(batch_size / world / micro_batch)) * micro_batch * world
+        raise SystemExit(f"batch_size {batch_size} is not {world} ranks x equal parts of at most micro_batch "
+                         f"{micro_batch}; give --batch_size={fits}")
     return count
 
 
+def micro_batches(model, count, *batch, seed, step):
+    """The parts of this rank's batch, one after the other: tuples with a chunk of each tensor in `batch`.
+
+    Each part has random numbers of its own: what is drawn depends on neither resuming nor the number of
+    ranks. The model's gradients are summed over the ranks in the last part's backward pass only.
+    """
+    chunks = [x.chunk(count) for x in batch]
+    for i, part in enumerate(zip(*chunks)):
+        seed_step(seed, this_rank() * count + i, step)
+        synchronise(model, i == count - 1)
+        yield part
+
+
 def seed_step(seed, part, step):
-    """Reseed torch for micro-batch `part` of a step: neither resuming nor the number of ranks changes what is drawn."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, part, step)).generate_state(1, np.uint64)[0]))
+    """Reseed torch for micro-batch `part`, counted over all ranks, of a step."""
+    state = np.random.SeedSequence((seed, part, step)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+def synchronise(model, on):
+    """Whether the next backward pass sums a model's gradients over the ranks; nothing to do for one
+    process."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    elif hasattr(model, "set_requires_gradient_sync"):         # sharded
+        model.set_requires_gradient_sync(on)
+
+
+def stop_if_not_finite(norm, loss, model, step):
+    """Raise before the update when loss or gradient norm is not finite, naming the first bad parameter.
+
+    Ranks share gradients, so they stop together; one that lost only its loss takes the others along by
+    ending.
+    This is the one place where a step waits for the device.   raises: SystemExit
+    """
+    if torch.isfinite(norm + loss):
+        return
+    bad = "none"
+    for name, p in model.named_parameters():
+        if p.grad is not None and not p.grad.isfinite().all():
+            bad = name
+            break
+    raise SystemExit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, first bad parameter "
+                     f"{bad}; the weights were not touched. Lower --lr or --clip and run again")
+
+
+# ---------------------------------------------------------- sharding: for models that do not fit on one GPU
 
 
 def shard(model, device):
-    """Split a model's parameters, and so its gradients and its optimizer's state, over torchrun's ranks (FSDP2), by blocks."""
+    """Split a transformer's parameters over torchrun's ranks, and so its gradients and its optimizer's state
+    (FSDP2).
+
+    Blocks are gathered one at a time, for their forward and for their backward pass; so are the layers of
+    adaLN by themselves, because all of them compute before the first block does.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh)
+    for block in model.blocks:
+        for name, part in list(block.named_modules()):
+            if name.rpartition(".")[2] == "adaLN":
+                fully_shard(part, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
+def is_sharded(model):
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
 def whole(state, keep=True):
-    """A nested state with its sharded tensors whole, on the CPU of the ranks that `keep` it; all ranks must call this."""
-    def gather(x):
+    """A nested state with its sharded tensors whole, on the CPU of the ranks that `keep` it; all ranks must
+    call this."""
+
+    def gathered(x):
         if not hasattr(x, "full_tensor"):
             return x
         x = x.full_tensor()
         return x.cpu() if keep else None
-    return tree_map(gather, state)
+
+    return tree_map(gathered, state)
 
 
 def spread(opt_state, parameters):
     """An optimizer's state dict as `whole` made it, each tensor sharded like its parameter, if that is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
     for i, p in enumerate(parameters):
-        if isinstance(p, DTensor):
-            opt_state["state"][i] = {k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if v.dim() else v
-                                     for k, v in opt_state["state"][i].items()}
+        if not isinstance(p, DTensor):
+            continue
+        for name, value in opt_state["state"][i].items():
+            if value.dim():                                    # the step counter is not sharded
+                value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+            opt_state["state"][i][name] = value
     return opt_state
-
-
-def launch(main, cfg):
-    """Run the main function of this script or of finetune.py as a program, under torchrun or not."""
-    try:
-        record(main)(cfg)                                          # torchrun then reports the rank that failed first
-    except torch.OutOfMemoryError as error:
-        less = [f"--micro_batch={cfg.micro_batch // 2} (the same batch)"] if cfg.micro_batch > 1 else []
-        less += [f"--{name}=True" for name in ("checkpointing", "shard") if not getattr(cfg, name, True)]
-        raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {', '.join([*less, 'a smaller model'])}") from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def gather(parts):
-    """Batches of rows of every rank, where rank r holds rows r::world, as one CPU tensor (n, ...) in order, on all ranks."""
-    ranks = [mine := torch.cat(parts).cpu()]
-    if dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-    rows = torch.empty(sum(map(len, ranks)), *mine.shape[1:], dtype=mine.dtype)
-    for r, part in enumerate(ranks):
-        rows[r::len(ranks)] = part
-    return rows

@@ -1,4 +1,12 @@
-"""runs"""
+"""Run folders: checkpoints that are whole or absent, resuming, one job at a time, the log, disks that fail.
+
+    out/tiny/   config.json of each checkpoint, step_000300/ step_000600/ (the two newest), log.jsonl,
+                pictures, summary.json once it is finished, .lock while somebody trains in it
+    step_*/     model.safetensors, ema.safetensors, train_state.pt, config.json, SHA256SUMS
+
+`Run` is what the two training scripts hold of their folder. It owns no loop: it says which steps are left,
+when a checkpoint is due, and writes what it is given.
+"""
 import contextlib
 import dataclasses
 import hashlib
@@ -8,6 +16,7 @@ import pickle
 import re
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,40 +27,367 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support.ranks import sum_over_ranks
+from support import ranks
+
+# ---------------------------------------------------------------- a run, as a training script holds it
+
+
+class Run:
+    """A run's folder in the hands of this job: what it goes on from, which steps are left, when it saves.
+
+    cfg:  the script's Config; out, steps, save_every, log_every and batch_size are read here
+    free: names of fields that may change when a run goes on
+    raises: SystemExit if another job trains here, or another field was changed
+    """
+
+    def __init__(self, cfg, free, rank):
+        self.cfg = cfg
+        self.rank = rank
+        self.lock = hold(cfg.out, rank)                # until this object goes
+        self.checkpoint = resume(cfg, free)            # the step folder to go on from, or None
+        self.start = 0                                 # the first step that this job makes
+        self.results = {}                              # numbers for the summary; saved with each checkpoint
+        self.seconds = 0.0                             # of training, before this job
+        self.since = time.time()
+        self.log = None                                # see `steps`
+        self.stopping = False                          # see `save_due`
+        self.must_save = False
+        if self.checkpoint:
+            state = self.train_state()
+            self.start = state["step"]
+            self.seconds = state["seconds"]
+            # its name before 2026-11
+            self.results = state["results"] if "results" in state else state["extra"]
+
+    def train_state(self):
+        """What the checkpoint holds beside the weights: optimizers, step, seconds."""
+        return read_state_dict(self.checkpoint / "train_state.pt")
+
+    def steps(self, stream):
+        """(step, batch) of every step that is left, while a signal to stop only asks for the end of the step
+        at hand."""
+        cfg = self.cfg
+        self.since = time.time()
+        self.log = Log(cfg.out, self.rank, self.start, cfg.steps, cfg.log_every, cfg.batch_size)
+        bar = tqdm(range(self.start, cfg.steps), initial=self.start, total=cfg.steps, desc=cfg.out,
+                   disable=self.rank > 0, mininterval=1)
+        ranks.heed_signals()
+        for step, batch in zip(bar, stream):
+            yield step, batch
+            if self.stopping and step + 1 < cfg.steps:
+                if self.rank == 0:
+                    tqdm.write(f"{cfg.out}: stopped after step {step + 1}; the same command goes on")
+                raise SystemExit(0)
+        ranks.heed_signals(False)
+
+    def save_due(self, done):
+        """Is a checkpoint due, now that `done` steps are made?  All ranks must ask after each step: any may
+        be told to stop."""
+        self.stopping = ranks.asked_to_stop()
+        self.must_save = self.stopping or done == self.cfg.steps
+        return self.must_save or done % self.cfg.save_every == 0
+
+    def save(self, done, weights, state, config):
+        """Write step_<done>/, by rank 0; where the disk refuses, training goes on, unless this is the first
+        or last save.
+
+        weights: {file name: state dict};  state: optimizers and the like;  config: see save_checkpoint
+        """
+        state = {"step": done, "seconds": self.elapsed(), "results": self.results} | state
+        if self.rank == 0:
+            with disk_may_fail(must=done == 0 or self.must_save):
+                save_checkpoint(self.cfg.out, done, weights, state, config)
+
+    def elapsed(self):
+        """Seconds of training, all jobs together."""
+        return self.seconds + time.time() - self.since
+
+    def finish(self, stage):
+        """Write summary.json, once all ranks are here.  Returns the summary."""
+        ranks.wait_for_all()
+        summary = {"stage": stage, "steps": self.cfg.steps, "seconds": self.elapsed(), **self.results}
+        if self.rank == 0:
+            write_json(Path(self.cfg.out) / "summary.json", summary)
+        return summary
+
+
+def finished(cfg):
+    """The summary of a run that has made all of its steps, said aloud; else None."""
+    path = Path(cfg.out) / "summary.json"
+    if step_of(cfg.out) < cfg.steps or not path.exists():
+        return None
+    print(f"{cfg.out}: finished at step {step_of(cfg.out)}; give more --steps or another --out to go on")
+    return json.loads(path.read_text())
 
 
 def hold(run, rank):
-    """Take a run's folder for this job, as long as the object returned lives.   raises: SystemExit if it is taken."""
+    """Take a run's folder for this job, as long as the object returned lives.   raises: SystemExit if it is
+    taken."""
     lock = FileLock(Path(run) / ".lock", blocking=False)
     try:
         with disk_may_fail(must=True):
             Path(run).mkdir(parents=True, exist_ok=True)
-            return lock.acquire() if rank == 0 else lock
+            if rank == 0:
+                lock.acquire()
     except Timeout:
-        raise SystemExit(f"{run}: another process is training here; wait for it, or give another --out") from None
+        raise SystemExit(f"{run}: another process is training here; wait, or give another --out") from None
+    return lock
+
+
+def resume(cfg, free):
+    """The checkpoint that cfg.out goes on from; None before step 1.
+
+    raises: SystemExit for a setting that is not the run's own; one in `free` is only said aloud
+    """
+    if step_of(cfg.out) < 1:
+        return None
+    latest = checkpoints(cfg.out)[-1]
+    saved = read_config(latest)["config"]
+    for name, new in dataclasses.asdict(cfg).items():
+        old = saved.get(name, new)                     # a field that is younger than the run
+        if json.dumps(old) == json.dumps(new):
+            continue
+        if name not in free:
+            raise SystemExit(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
+                             f"give --{name}={old} to go on, or another --out to start afresh")
+        tqdm.write(f"resuming with {name}={new} (was {old})")
+    return latest
+
+
+# ---------------------------------------------------------------- the log
 
 
 class Log:
-    """One aligned line to the terminal and to <run>/log.jsonl; lines after `start`, left by a run cut off, are dropped."""
+    """One aligned line to the terminal and to <run>/log.jsonl every few steps, and at the last.
 
-    def __init__(self, run, rank, start, total):
-        self.path, self.on, self.total = Path(run) / "log.jsonl", rank == 0, total
-        if self.on and self.path.exists():
+        log.add({"loss": loss, "base": base})      # once or more in a step: () tensors of this rank
+        log.row(step, lr=lr)                       # after each step; writes a line if one is due
+        log.sinks.append(tracker)                  # tracker(step, {name: number}) is called with each line
+
+    A line has, of each name, the mean over the latest step in which it was added, averaged over the ranks
+    (which must all add the same names), and the numbers that `row` was given. What a metric adds every k
+    steps stands in the next line. Lines after `start`, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, run, rank, start, total, every, batch_size):
+        self.path = Path(run) / "log.jsonl"
+        self.rank = rank
+        self.start = start
+        self.total = total
+        self.every = every
+        self.batch_size = batch_size
+        self.since = time.time()
+        self.added = {}                    # name -> the values of this step
+        self.means = {}             # name -> the mean over its latest step; nothing here waits for the device
+        self.latest = {}                   # the numbers of the last line
+        self.sinks = [self.to_terminal, self.to_file]
+        if rank == 0 and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            replace(self.path, "".join(k for k in lines if k.endswith("\n") and json.loads(k)["step"] <= start))
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            replace(self.path, "".join(kept))
 
-    def __call__(self, step, sums, **numbers):
-        """sums: {name: () tensor of this rank}, averaged over the ranks, that must all call this.  Returns the averages."""
-        values = sum_over_ranks(torch.stack([*sums.values(), torch.ones_like(next(iter(sums.values())))]).float())
-        means = dict(zip(sums, (values / values[-1]).tolist()))
-        numbers = means | numbers | ({"GB": torch.cuda.max_memory_allocated() / 1e9} if values.is_cuda else {})
-        if self.on:
-            cells = [f"{k} {v:>8.4f}" if 1e-3 <= abs(v) < 1e4 or v == 0 else f"{k} {v:>8.1e}" for k, v in numbers.items()]
-            tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total} | " + " | ".join(cells))
-            with disk_may_fail(), open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **numbers}) + "\n")
-        return means
+    def add(self, numbers):
+        """Count in {name: () tensor of this rank}."""
+        for name, value in numbers.items():
+            self.added.setdefault(name, []).append(value.detach())
+
+    def row(self, step, **numbers):
+        """Close a step; write a line if one is due.  numbers: floats or () tensors, the same on all ranks."""
+        for name, values in self.added.items():
+            self.means[name] = sum(values) / len(values)
+        self.added = {}
+        if step % self.every and step != self.total:
+            return
+        line = self.averaged()
+        line |= {name: float(value) for name, value in numbers.items()}
+        line["img/s"] = (step - self.start) * self.batch_size / (time.time() - self.since)
+        if torch.cuda.is_initialized():
+            line["GB"] = torch.cuda.max_memory_allocated() / 1e9
+        self.latest = line
+        self.means = {}
+        if self.rank == 0:
+            for sink in self.sinks:
+                sink(step, line)
+
+    def averaged(self):
+        """The means over all ranks, as floats."""
+        if not self.means:
+            return {}
+        values = torch.stack([value.float() for value in self.means.values()])
+        world = ranks.sum_over_ranks(torch.ones_like(values[:1]))
+        values = ranks.sum_over_ranks(values) / world
+        return dict(zip(self.means, values.tolist()))
+
+    def to_terminal(self, step, line):
+        cells = []
+        for name, value in line.items():
+            plain = value == 0 or 1e-3 <= abs(value) < 1e4
+            cells.append(f"{name} {value:>8.4f}" if plain else f"{name} {value:>8.1e}")
+        tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total} | " + " | ".join(cells))
+
+    def to_file(self, step, line):
+        with disk_may_fail(), open(self.path, "a") as f:
+            f.write(json.dumps({"step": step, **line}) + "\n")
+
+
+# ---------------------------------------------------------------- what may fail without ending a run
+
+
+DISK = ("No space left|Read-only|quota|File too large|Input/output error|I/O error|IoError|"
+        "inline_container|PytorchStreamWriter")
+
+
+@contextlib.contextmanager
+def disk_may_fail(must=False):
+    """One sentence where the disk refuses what is written in here: then training goes on, or ends if it
+    `must` be."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        if not re.search(DISK, str(error)):
+            raise
+        sentence = f"not written: {str(error).splitlines()[0]}. Make room or give another --out"
+        if must:
+            raise SystemExit(f"{sentence}, and run the same command again; what was saved is whole") from None
+        tqdm.write(f"{sentence}; training goes on, and the next save tries again", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def picture_may_fail(what):
+    """One sentence where a picture cannot be made (memory, disk, matplotlib): the weights are safe, training
+    goes on."""
+    try:
+        yield
+    # out of GPU memory: RuntimeError
+    except (OSError, RuntimeError, MemoryError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        tqdm.write(f"{what} not drawn: {reason}; training goes on", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run, step, weights, train_state, config, keep=2):
+    """Write <run>/step_<step>/ with `save_folder`, then prune all but the `keep` newest, and what killed
+    saves left."""
+    save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
+    for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
+        shutil.rmtree(old)
+
+
+def save_folder(final, weights, config, train_state=None):
+    """Write a folder of weights so that it is whole or absent: aside, with SHA256SUMS, flushed, renamed.
+
+    weights: {name: state dict} -> <name>.safetensors;  config -> config.json;  train_state -> train_state.pt
+    """
+    final = Path(final)
+    temporary = Path(f"{final}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, state in weights.items():
+            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
+        if train_state is not None:
+            torch.save(train_state, temporary / "train_state.pt")
+        write_json(temporary / "config.json", config)
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+        replace(temporary / "SHA256SUMS", "".join(sums))
+        for path in temporary.iterdir():
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)           # on a full disk, its bytes are wanted
+
+
+def checkpoints(run):
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def latest_checkpoint(run):
+    """The newest complete checkpoint of a run (or `run` itself, if that is one).   raises: SystemExit if
+    there is none"""
+    if (Path(run) / "config.json").exists():
+        return Path(run)
+    found = checkpoints(run)
+    if not found:
+        what = "an empty run" if Path(run).is_dir() else "no such folder"
+        raise SystemExit(f"{run}: no checkpoint here ({what}); wanted a run folder with step_*/config.json, "
+                         "or one such step folder")
+    return found[-1]
+
+
+def step_of(run):
+    """The step of a run's newest checkpoint, -1 if it has none."""
+    found = checkpoints(run)
+    return int(found[-1].name[5:]) if found else -1
+
+
+def read_config(checkpoint):
+    """The config.json of a checkpoint directory, as a dict."""
+    path = Path(checkpoint) / "config.json"
+    check_whole(path)
+    return json.loads(path.read_text())
+
+
+def check_whole(path):
+    """Refuse a file whose SHA-256 is not the one in the SHA256SUMS beside it, and offer the checkpoint
+    before."""
+    sums = path.parent / "SHA256SUMS"                          # which `sha256sum --check` reads, too
+    if not sums.exists():
+        return
+    wanted = {}
+    for line in sums.read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        wanted[name] = digest
+    if path.name not in wanted or (path.exists() and sha256(path) == wanted[path.name]):
+        return
+    steps = checkpoints(path.parent.parent)
+    before = steps[:steps.index(path.parent)] if path.parent in steps else []
+    instead = f"remove {path.parent} to go on from {before[-1]}" if before else "start the run afresh"
+    raise SystemExit(f"{path}: damaged, not what SHA256SUMS beside it says; copy it again, or {instead}")
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_state_dict(source):
+    """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.
+
+    Pickles are memory-mapped, and nothing in them runs.   raises: SystemExit saying what is wrong with it
+    """
+    if isinstance(source, dict):
+        return source
+    path = weight_file(Path(source))
+    check_whole(path)
+    if not path.exists():
+        raise SystemExit(f"{path}: no such file or folder")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and is "
+                         "not opened; save its state dict as safetensors on a machine that trusts it") from None
+    except (EOFError, OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"{path}: not a whole {path.suffix} file ({reason}); copy it again") from None
+
+
+def weight_file(path):
+    """The path itself, or the one weight file of a folder."""
+    if not path.is_dir():
+        return path
+    endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+    files = [file for file in sorted(path.iterdir()) if file.suffix in endings]
+    if len(files) != 1:
+        names = [file.name for file in files]
+        raise SystemExit(f"{path}: holds {len(files)} weight files {names}; name the one you mean")
+    return files[0]
 
 
 def write_json(path, obj):
@@ -64,134 +400,18 @@ def replace(path, text):
     os.replace(f"{path}.tmp", path)
 
 
-DISK = "No space left|Read-only|quota|File too large|Input/output error|inline_container|PytorchStreamWriter|IoError|I/O error"
-
-
-@contextlib.contextmanager
-def disk_may_fail(must=False):
-    """One sentence where the disk refuses what is written in here: then training goes on, or ends if it `must` be written."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:      # torch's and safetensors' writers wrap the system's error
-        if not re.search(DISK, str(error)):
-            raise
-        sentence = f"not written: {str(error).splitlines()[0]}. Make room or give another --out"
-        if must:
-            raise SystemExit(f"{sentence}, and run the same command again; earlier checkpoints are whole") from None
-        tqdm.write(f"{sentence}; training goes on, and the next save tries again", file=sys.stderr)
-
-
-def save_folder(final, weights, config, train_state=None):
-    """Write <name>.safetensors of {name: state dict}, config.json, train_state.pt and their SHA256SUMS aside, flush, rename."""
-    final, temporary = Path(final), Path(f"{final}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name, state in weights.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / f"{name}.safetensors")
-        if train_state is not None:
-            torch.save(train_state, temporary / "train_state.pt")
-        write_json(temporary / "config.json", config)
-        replace(temporary / "SHA256SUMS", "".join(f"{sha256(p)}  {p.name}\n" for p in sorted(temporary.iterdir())))
-        for path in temporary.iterdir():
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)               # on a full disk, its bytes are wanted
-
-
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def save_checkpoint(run, step, weights, train_state, config, keep=2):
-    """Write <run>/step_<step>/ with `save_folder`, then prune all but the `keep` newest, and what killed saves left."""
-    save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
-    for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
-        shutil.rmtree(old)
-
-
-def checkpoints(run):
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((p for p in Path(run).glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-
-
-def latest_checkpoint(run):
-    """The newest complete checkpoint of a run (or `run` itself, if that is one)."""
-    found = [Path(run)] if (Path(run) / "config.json").exists() else checkpoints(run)
-    if not found:
-        raise SystemExit(f"{run}: no checkpoint here ({'an empty run' if Path(run).is_dir() else 'no such folder'}); "
-                         "wanted a run folder with step_*/config.json, or one such step folder")
-    return found[-1]
-
-
-def step_of(run):
-    """The step of a run's newest checkpoint, -1 if it has none."""
-    return int(checkpoints(run)[-1].name[5:]) if checkpoints(run) else -1
-
-
-def check_whole(path):
-    """Refuse a file whose SHA-256 is not the one that the SHA256SUMS beside it holds, and offer the checkpoint before."""
-    sums = path.parent / "SHA256SUMS"      # which `sha256sum --check` reads, too
-    wanted = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines()) if sums.exists() else {}
-    if path.name in wanted and (not path.exists() or sha256(path) != wanted[path.name]):
-        steps = checkpoints(path.parent.parent)
-        before = steps[:steps.index(path.parent)] if path.parent in steps else []
-        raise SystemExit(f"{path}: damaged, it is not what SHA256SUMS beside it says; copy it again, or "
-                         + (f"remove {path.parent} to go on from {before[-1]}" if before else "start the run afresh"))
-
-
-def read_config(checkpoint):
-    """The config.json of a checkpoint directory, as a dict."""
-    check_whole(Path(checkpoint) / "config.json")
-    return json.loads((Path(checkpoint) / "config.json").read_text())
-
-
-def resume(cfg, free):
-    """The checkpoint cfg.out goes on from, None before step 1. Settings not its own are refused, or if `free`, said aloud."""
-    latest = checkpoints(cfg.out)[-1] if step_of(cfg.out) > 0 else None
-    saved = read_config(latest)["config"] if latest else {}
-    for name, new in dataclasses.asdict(cfg).items():
-        if json.dumps(old := saved.get(name, new)) != json.dumps(new):
-            if name not in free:
-                raise SystemExit(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
-                                 f"give --{name}={old} to go on, or another --out to start afresh")
-            tqdm.write(f"resuming with {name}={new} (was {old})")
-    return latest
-
-
-def read_state_dict(source):
-    """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.
-    Pickles are memory-mapped, and nothing in them runs.   raises: SystemExit saying what is wrong with it."""
-    if isinstance(source, dict):
-        return source
-    path = Path(source)
-    if path.is_dir():
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin")]
-        if len(files) != 1:
-            raise SystemExit(f"{path}: holds {len(files)} weight files {[p.name for p in files]}; name the one you mean")
-        path = files[0]
-    check_whole(path)
-    if not path.exists():
-        raise SystemExit(f"{path}: no such file or folder")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and is not opened; "
-                         "save its state dict as safetensors on a machine that trusts it") from None
-    except (EOFError, OSError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(f"{path}: not a whole {path.suffix} file ({str(error).splitlines()[0]}); copy it again") from None
-
-
 def hash_of(thing):
     """Sixteen digits of the SHA-256 of bytes, an array, or a module: every name and weight."""
     digest = hashlib.sha256()
-    for name, x in thing.state_dict().items() if isinstance(thing, nn.Module) else [("", thing)]:
+    named = thing.state_dict().items() if isinstance(thing, nn.Module) else [("", thing)]
+    for name, x in named:
         digest.update(name.encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if isinstance(x, torch.Tensor) else x)
+        if isinstance(x, torch.Tensor):
+            x = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(x)
     return digest.hexdigest()[:16]

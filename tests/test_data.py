@@ -1,4 +1,4 @@
-"""data.py: odd and damaged files, folder layouts, the built-in set, batches that resume, pixels there and back."""
+"""data.py: odd and damaged files, folders, data sets of one's own, batches that resume, pixels and back."""
 import itertools
 import json
 import os
@@ -8,9 +8,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from support import data, figures
+from support import data
 
 
 RED = (200, 30, 40)
@@ -26,27 +25,15 @@ def noise(height, width, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def halve_and_back(x):
-    half = F.interpolate(x, scale_factor=0.5, mode="bicubic", align_corners=False)
-    return F.interpolate(half, scale_factor=2, mode="bicubic", align_corners=False).clamp(-1, 1)
-
-
 def take(generator, n):
     return list(itertools.islice(generator, n))
-
-
-@pytest.fixture(scope="module")
-def drawn():
-    """400 drawn pictures at 64 pixels: (400, 3, 64, 64) in [-1, 1], labels (400,)."""
-    dataset = data.Procedural(64, 400)
-    return data.to_tensor(np.stack([dataset.image(i)[0] for i in range(400)])), torch.from_numpy(dataset.labels)
 
 
 # ---- one image ----
 
 def test_center_crop_halves_by_box_means_then_bicubic():
     image = noise(101, 163)
-    halved = image.resize((81, 50), Image.BOX)                      # floor of the half; 50 < 2 * 32 ends the halving
+    halved = image.resize((81, 50), Image.BOX)          # floors of the halves; 50 < 2 * 32 ends it
     scaled = halved.resize((round(81 * 32 / 50), 32), Image.BICUBIC)
     expected = np.asarray(scaled)[:, (52 - 32) // 2:(52 - 32) // 2 + 32]
     assert np.array_equal(np.asarray(data.center_crop(image, 32)), expected)
@@ -111,7 +98,7 @@ def test_float_pixels_are_refused_because_their_range_is_unknown(tmp_path):
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                # the camera was held turned: rotate by 270 degrees
+    exif[0x0112] = 6                                    # the camera was held turned: rotate by 270 degrees
     image = Image.new("RGB", (40, 20), "blue")
     image.paste((255, 0, 0), (0, 0, 20, 20))
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
@@ -162,7 +149,7 @@ def test_pillows_pixel_limit_is_an_error_and_not_a_warning(tmp_path, monkeypatch
     path = save(tmp_path / "a.png", size=(30, 20))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     assert data.load_image(path).size == (30, 20)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns here, and refuses only at twice this
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns here, refuses at twice this
     with pytest.raises(ValueError, match="30x20 pixels exceed"):
         data.load_image(path)
 
@@ -173,7 +160,7 @@ def test_sub_folders_are_classes_in_sorted_order(tmp_path):
     for name in ("n02/b.png", "n02/a.jpg", "n10/x/deep.png", "n1/c.JPEG", "B/d.PNG", "a/e.webp"):
         save(tmp_path / name)
     dataset = data.ImageFolder(tmp_path, 8)
-    assert dataset.classes == ["B", "a", "n02", "n1", "n10"]        # plain string order: capitals first, n10 after n1
+    assert dataset.classes == ["B", "a", "n02", "n1", "n10"]        # capitals first, n1 before n10
     names = [os.path.relpath(path, tmp_path) for path in dataset.paths]
     assert names == ["B/d.PNG", "a/e.webp", "n02/a.jpg", "n02/b.png", "n1/c.JPEG", "n10/x/deep.png"]
     assert dataset.labels.tolist() == [0, 1, 2, 2, 3, 4] and dataset.labels.dtype == np.int64
@@ -250,13 +237,24 @@ def test_captions_come_from_text_files(tmp_path):
 def test_captions_come_from_metadata_jsonl(tmp_path):
     for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
         save(tmp_path / name)
-    rows = [{"file_name": "dog/c.png", "caption": "a dog"}, {"file_name": "./cat/a.png", "text": "one\u2028line"}]
+    rows = [{"file_name": "dog/c.png", "caption": "a dog"},
+            {"file_name": "./cat/a.png", "text": "one\u2028line"}]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "metadata.jsonl").write_text(lines + "\n", "utf-8")
     assert data.ImageFolder(f"{tmp_path}/", 8).captions == ["one\u2028line", "", "a dog"]
 
 
-@pytest.mark.parametrize("line", ['{"file_name": "a.png"', '{"text": "nameless"}', '["a.png"]', '{"file_name": "a.png"}'])
+def test_a_text_file_beside_an_image_counts_before_metadata(tmp_path):
+    save(tmp_path / "a.png"), save(tmp_path / "b.png")
+    lines = [json.dumps({"file_name": f"{name}.png", "text": "of the list"}) for name in "ab"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("its own")
+    assert data.ImageFolder(tmp_path, 8).captions == ["of the list", "its own"]
+
+
+@pytest.mark.parametrize("line", [
+    '{"file_name": "a.png"', '{"text": "nameless"}', '["a.png"]', '{"file_name": "a.png"}',
+])
 def test_broken_metadata_is_named(tmp_path, line):
     save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(line)
@@ -272,11 +270,20 @@ def test_an_unreadable_file_is_named_once_and_the_next_takes_its_place(tmp_path,
     dataset = data.ImageFolder(tmp_path, 8)
     for _ in range(2):
         image, label = dataset.image(1)
-        assert label == 3 and image[0, 0].tolist() == [180, 0, 0]   # picture and label of the next readable one
+        assert label == 3 and image[0, 0].tolist() == [180, 0, 0]   # both are the next readable one's
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and "class1" in warnings[0] and "no image" in warnings[0]
     assert list(dataset.bad) == [str(tmp_path / f"class{k}" / "a.png") for k in (1, 2)]
     assert dataset.summary().endswith(", 2 unreadable")
+
+
+def test_an_image_too_thin_to_crop_is_named_and_replaced_too(tmp_path, capsys):
+    save(tmp_path / "a.png", size=(1, 9000))
+    save(tmp_path / "b.png")
+    dataset = data.ImageFolder(tmp_path, 256)
+    assert dataset.image(0)[0][0, 0].tolist() == list(RED)
+    assert "a.png" in dataset.bad[str(tmp_path / "a.png")]
+    assert "a.png: 1x9000 pixels are too thin" in capsys.readouterr().err
 
 
 def test_the_last_file_is_replaced_by_the_first(tmp_path):
@@ -293,7 +300,8 @@ def test_ten_unreadable_files_stop_a_small_set_and_one_percent_a_large_one(tmp_p
     with pytest.raises(ValueError, match=r"10 of 11 images in .* are unreadable.*bad0.png.*bad1.png"):
         dataset.image(0)
     dataset = data.ImageFolder(tmp_path, 8)
-    dataset.paths, dataset.labels = dataset.paths * 200, np.tile(dataset.labels, 200)       # 10 of 2200 are below 1 %
+    dataset.paths = dataset.paths * 200                             # 10 of 2200 are below 1 %
+    dataset.labels = np.tile(dataset.labels, 200)
     assert dataset.image(0)[0][0, 0].tolist() == list(RED) and len(dataset.bad) == 10
 
 
@@ -310,61 +318,47 @@ def test_a_one_pixel_image_is_enlarged(tmp_path):
     assert image.shape == (16, 16, 3) and (image == RED).all()
 
 
-# ---- the built-in set ----
+# ---- data sets of one's own, and the one that is meant ----
 
-def test_a_drawn_picture_depends_on_seed_and_index_alone():
-    one, two = data.Procedural(48, 30, seed=3), data.Procedural(48, 99, seed=3)
-    forward = [one.image(i)[0] for i in range(30)]
-    assert all(np.array_equal(forward[i], two.image(i)[0]) for i in reversed(range(30)))
-    assert not np.array_equal(forward[0], forward[10])              # same class, another picture
-    assert not np.array_equal(forward[0], data.Procedural(48, 30, seed=4).image(0)[0])
+class Greys(data.Dataset):
+    """The least that a data set can be: image i is grey i."""
 
+    def __init__(self, length):
+        self.labels = np.zeros(length, np.int64)
 
-def test_drawn_labels_cycle_through_ten_named_classes():
-    dataset = data.Procedural(32, 25)
-    assert dataset.labels.tolist() == [i % 10 for i in range(25)] == [dataset.image(i)[1] for i in range(25)]
-    assert len(set(dataset.classes)) == 10 and dataset.captions is None
-    assert dataset.summary().startswith("25 images in 10 classes (balloon 3, book 3,")
+    def image(self, i):
+        return np.full((4, 4, 3), i, np.uint8), int(self.labels[i])
 
 
-def test_period_two_stripes_vanish_at_half_size():
-    y, x = np.mgrid[:32, :32]
-    textures = data.Procedural(32, 1).textures
-    for name in ("cols", "rows", "check", "dots"):
-        stripes = torch.from_numpy(textures[name] * 2.0 - 1)[None, None]
-        assert stripes.std() > 0.8
-        half = F.interpolate(stripes, scale_factor=0.5, mode="bicubic", align_corners=False)[..., 2:-2, 2:-2]
-        assert half.std() < 1e-6 and torch.allclose(half, stripes.mean().expand_as(half))
+def test_labels_and_images_are_all_that_a_data_set_of_ones_own_needs():
+    dataset = Greys(30)
+    assert len(dataset) == 30 and dataset.summary() == "30 images without classes"
+    assert (dataset.classes, dataset.captions, dataset.bad) == ([], None, {})
+    x, y = take(data.batches(dataset, 6, seed=0), 1)[0]
+    assert x[:, 0, 0, 0].tolist() == data.batch_plan(30, 6, 0, 0)[0].tolist() and y.tolist() == [0] * 6
+    read = torch.cat([x for x, _ in data.read(dataset, range(30))])
+    assert np.array_equal(data.to_uint8(read)[:, 0, 0, 0], np.arange(30))
+    with pytest.raises(ValueError, match="read from files, which Greys has not"):
+        next(data.read(dataset, [0], whole=8))
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_half_size_loses_detail_in_every_class_at_every_size(size):
-    dataset = data.Procedural(size, 100)
-    x = data.to_tensor(np.stack([dataset.image(i)[0] for i in range(100)]))
-    psnr = 10 * torch.log10(4 / (halve_and_back(x) - x).square().mean((1, 2, 3)))
-    by_class = psnr.view(10, 10).mean(0)
-    assert by_class.max() < 24 and by_class.min() > 12, by_class
+def test_classes_and_captions_of_ones_own_are_in_the_summary():
+    dataset = Greys(3)
+    dataset.classes, dataset.captions, dataset.labels = ["a", "b", "c"], ["", "x", "y"], np.array([2, 0, 2])
+    assert dataset.summary() == "3 images in 3 classes (a 1, b 0, c 2), 2 captions"
 
 
-def test_a_16_pixel_preview_shows_the_class(drawn):
-    x, y = drawn
-    preview = F.interpolate(x, size=(16, 16), mode="area").flatten(1)
-    means = torch.stack([preview[:200][y[:200] == k].mean(0) for k in range(10)])
-    accuracy = (torch.cdist(preview[200:], means).argmin(1) == y[200:]).float().mean()
-    assert accuracy > 0.95
-
-
-def test_pictures_of_a_class_vary_but_modestly(drawn):
-    x, y = drawn
-    within = torch.stack([x[y == k].std(0).mean() for k in range(10)])
-    assert 0.05 < within.min() and within.max() < 0.5
+def test_a_data_set_without_image_says_so():
+    with pytest.raises(NotImplementedError, match=r"Dataset has no image\(i\)"):
+        data.Dataset().image(0)
 
 
 def test_open_dataset_knows_the_built_in_set_and_folders(tmp_path):
     save(tmp_path / "a.png")
     for name in ("", "procedural"):
         dataset = data.open_dataset(name, 32, 7, 5)
-        assert len(dataset) == 7 and np.array_equal(dataset.image(3)[0], data.Procedural(32, 7, 5).image(3)[0])
+        assert len(dataset) == 7
+        assert np.array_equal(dataset.image(3)[0], data.Procedural(32, 7, 5).image(3)[0])
     assert isinstance(data.open_dataset(str(tmp_path), 8), data.ImageFolder)
 
 
@@ -392,7 +386,7 @@ def test_batches_resumed_at_a_step_equal_straight_ones():
     dataset = data.Procedural(32, 20)
     straight = take(data.batches(dataset, 6, seed=1, flip=True), 7)
     resumed = take(data.batches(dataset, 6, seed=1, flip=True, start=4, threads=1), 3)
-    for (x, y), (x2, y2) in zip(straight[4:], resumed):
+    for (x, y), (x2, y2) in zip(straight[4:], resumed, strict=True):
         assert torch.equal(x, x2) and torch.equal(y, y2) and x.dtype == torch.uint8 and y.dtype == torch.int64
 
 
@@ -402,19 +396,20 @@ def test_two_ranks_together_read_what_one_rank_reads():
     ranks = [take(data.batches(dataset, 6, seed=1, flip=True, rank=r, world=2), 4) for r in (0, 1)]
     for step, (x, y) in enumerate(alone):
         for r in (0, 1):
-            assert torch.equal(x.chunk(2)[r], ranks[r][step][0]) and torch.equal(y.chunk(2)[r], ranks[r][step][1])
+            assert torch.equal(x.chunk(2)[r], ranks[r][step][0])
+            assert torch.equal(y.chunk(2)[r], ranks[r][step][1])
 
 
 def test_a_batch_that_does_not_split_over_the_ranks_is_refused():
-    with pytest.raises(AssertionError, match="batch_size 6 does not split over 4 ranks"):
+    with pytest.raises(ValueError, match="batch_size 6 does not split over 4 ranks"):
         next(data.batches(data.Procedural(32, 20), 6, seed=0, world=4))
 
 
 def test_flip_mirrors_about_half_of_the_images_and_no_others():
     dataset = data.Procedural(32, 200)
     plain, flipped = (next(data.batches(dataset, 200, seed=0, flip=flip))[0] for flip in (False, True))
-    mirrored = torch.tensor([torch.equal(a.flip(1), b) for a, b in zip(plain, flipped)])
-    same = torch.tensor([torch.equal(a, b) for a, b in zip(plain, flipped)])
+    mirrored = torch.tensor([torch.equal(a.flip(1), b) for a, b in zip(plain, flipped, strict=True)])
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)])
     assert (mirrored ^ same).all() and 70 < mirrored.sum() < 130
 
 
@@ -422,6 +417,15 @@ def test_batches_raise_what_reading_raises(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="1 of 1 images"):
         next(data.batches(data.ImageFolder(tmp_path, 8), 2, seed=0))
+
+
+def test_whole_images_keep_their_size_but_for_a_multiple(tmp_path):
+    for name, size in (("a", (21, 17)), ("b", (16, 40))):
+        noise(*reversed(size)).save(tmp_path / f"{name}.png")
+    (a, y), (b, _) = data.read(data.ImageFolder(tmp_path, 8), [0, 1], whole=8)
+    assert a.shape == (1, 3, 16, 16) and b.shape == (1, 3, 40, 16) and y.tolist() == [0]
+    assert torch.equal(a, data.to_tensor(np.array(noise(17, 21))[None, :16, 2:18]))        # 1 and 5 too many
+    assert torch.equal(b, data.to_tensor(np.array(noise(40, 16))[None]))
 
 
 # ---- pixels ----
@@ -436,7 +440,7 @@ def test_to_uint8_inverts_to_tensor_for_every_value():
 
 def test_to_uint8_truncates_and_clamps_as_guided_diffusion():
     x = torch.tensor([-2.0, -1.0, 0.0, 0.99, 1.0, 2.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
-    assert data.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 254, 255, 255]      # 127.5 * 0.99 + 128 = 254.2
+    assert data.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 254, 255, 255]  # 127.5 * 0.99 + 128 = 254.2
 
 
 def test_random_crop_takes_one_window_per_image():
@@ -448,31 +452,10 @@ def test_random_crop_takes_one_window_per_image():
     assert torch.equal(crops[:, :2], images[:, :2, :8, :8] + torch.stack([tops, lefts], 1)[..., None, None])
     assert len(set(tops.tolist())) > 3 and len(set(lefts.tolist())) > 3
     assert torch.equal(crops, data.random_crop(images, 8, torch.Generator().manual_seed(0)))
-    torch.manual_seed(0)                                            # without a generator: torch's own, reseeded each step
+    torch.manual_seed(0)                                # without a generator: torch's own, reseeded each step
     assert torch.equal(crops, data.random_crop(images, 8))
 
 
-def test_a_crop_of_the_full_size_is_the_image(drawn):
-    x = drawn[0][:4]
+def test_a_crop_of_the_full_size_is_the_image():
+    x = data.to_tensor(data.stack(data.Procedural(64, 4), range(4))[0])
     assert torch.equal(data.random_crop(x, 64, torch.Generator()), x)
-
-
-def test_save_grid_places_every_cell(tmp_path, drawn):
-    x = drawn[0][:5]
-    figures.save_grid(x, tmp_path / "grid.png", columns=3, scale=2)
-    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert sheet.shape == (2 * 130 + 2, 3 * 130 + 2, 3)
-    cells = data.to_uint8(x).repeat(2, axis=1).repeat(2, axis=2)
-    for i in range(5):
-        top, left = 2 + i // 3 * 130, 2 + i % 3 * 130
-        assert np.array_equal(sheet[top:top + 128, left:left + 128], cells[i])
-    assert (sheet[:2] == 255).all() and (sheet[:, :2] == 255).all() and (sheet[132:, 262:] == 255).all()
-    assert os.listdir(tmp_path) == ["grid.png"]
-
-
-def test_save_grid_writes_labels_above_the_cells(tmp_path, drawn):
-    figures.save_grid(drawn[0][:2], tmp_path / "grid.png", columns=2, labels=["cat 日", ""])
-    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert sheet.shape == (2 + 64 + 12 + 2, 2 + 2 * 66, 3)
-    assert (sheet[2:14, 2:66] < 128).any() and (sheet[2:14, 68:] == 255).all()
-    assert np.array_equal(sheet[14:78, 2:66], data.to_uint8(drawn[0][:1])[0])

@@ -1,0 +1,176 @@
+"""figures.py: grids of images, curves of a log, tables of runs."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import data, figures
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Five drawn pictures at 64 pixels: (5, 3, 64, 64) in [-1, 1]."""
+    return data.to_tensor(data.stack(data.Procedural(64, 5), range(5))[0])
+
+
+# ---- grids ----
+
+def test_save_grid_places_every_cell(tmp_path, drawn):
+    x = drawn
+    figures.save_grid(x, tmp_path / "grid.png", columns=3, scale=2)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (2 * 130 + 2, 3 * 130 + 2, 3)
+    cells = data.to_uint8(x).repeat(2, axis=1).repeat(2, axis=2)
+    for i in range(5):
+        top, left = 2 + i // 3 * 130, 2 + i % 3 * 130
+        assert np.array_equal(sheet[top:top + 128, left:left + 128], cells[i])
+    assert (sheet[:2] == 255).all() and (sheet[:, :2] == 255).all() and (sheet[132:, 262:] == 255).all()
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_save_grid_writes_labels_above_the_cells(tmp_path, drawn):
+    figures.save_grid(drawn[:2], tmp_path / "grid.png", columns=2, labels=["cat 日", ""])
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (2 + 64 + 12 + 2, 2 + 2 * 66, 3)
+    assert (sheet[2:14, 2:66] < 128).any() and (sheet[2:14, 68:] == 255).all()
+    assert np.array_equal(sheet[14:78, 2:66], data.to_uint8(drawn[:1])[0])
+
+
+# ---- curves ----
+
+def write_log(run, rows):
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+@pytest.fixture
+def plotted(monkeypatch):
+    """The panels that `figures.plot` is asked for; it still draws them."""
+    seen, plot = [], figures.plot
+
+    def spy(panels, *rest, **more):
+        seen.extend(panels)
+        plot(panels, *rest, **more)
+
+    monkeypatch.setattr(figures, "plot", spy)
+    return seen
+
+
+def test_plot_draws_panels_given_as_tuples(tmp_path):
+    curves = {"a": [[1, 2, 3], [1, 10, 100]], "b": [[1, 2], [4, 5]]}
+    panels = [("x", "power of x", "o-", curves), ("", "", ".", {"a": [[0, 1], [1, 0]]})]
+    figures.plot(panels, tmp_path / "plot.png", size=(6, 3))
+    assert Image.open(tmp_path / "plot.png").size == (600, 300)
+
+
+def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted):
+    rows = [{"step": step, "loss": 1 / step, "lr": 1.0, "w": 0.5, "img/s": 9.0} for step in range(1, 8)]
+    for row in rows[1::2]:
+        row["fid"] = 100.0 / row["step"]                            # not in the last row, that of step 7
+    figures.plot_losses(write_log(tmp_path, rows))
+    assert [panel[:3] for panel in plotted] == [("step", "loss", "-"), ("step", "fid", "-")]
+    steps, values = plotted[1][3]["fid"]
+    assert list(steps) == [2, 4, 6] and list(values) == [50.0, 25.0, pytest.approx(100 / 6)]
+    assert list(plotted[0][3]["loss"][0]) == list(range(1, 8))
+    assert Image.open(tmp_path / "loss.png").size == (560, 260)
+
+
+def test_a_metric_that_ends_or_begins_within_a_run_has_a_panel(tmp_path, plotted):
+    figures.plot_losses(write_log(tmp_path, [{"step": 1, "a": 1.0}, {"step": 2, "b": 2.0}]))
+    assert [panel[3] for panel in plotted] == [{"a": ([1], [1.0])}, {"b": ([2], [2.0])}]
+
+
+def test_of_two_rows_of_one_step_the_later_counts(tmp_path):
+    rows = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (2, 20.0), (3, 30.0)]
+    write_log(tmp_path, [{"step": step, "loss": loss} for step, loss in rows])
+    assert figures.read_log(tmp_path)["loss"] == ([1, 2, 3, 4], [1.0, 20.0, 30.0, 4.0])
+
+
+def test_a_run_that_logged_nothing_gets_no_picture_and_no_error(tmp_path):
+    figures.plot_losses(tmp_path)
+    figures.plot_losses(write_log(tmp_path, []))
+    figures.plot_losses(write_log(tmp_path, [{"step": 1, "lr": 0.1}]))
+    assert os.listdir(tmp_path) == ["log.jsonl"]
+
+
+# ---- tables ----
+
+@pytest.fixture
+def make_run(tmp_path, monkeypatch):
+    """make_run(name, base, **summary) makes a run with one checkpoint; without a summary, no summary.json."""
+    def make(name, trained_on="", /, **summary):
+        folder = Path(name) / "step_000003"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"config": {"base": trained_on}}))
+        if summary:
+            (Path(name) / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.chdir(tmp_path)
+    return make
+
+
+def lines_of(capsys):
+    return capsys.readouterr().out.rstrip("\n").split("\n")
+
+
+def test_the_final_table_has_a_run_and_its_bases_before_it(make_run, capsys):
+    make_run("base-vae", stage="base VAE", steps=300, seconds=12.4, psnr=20.126)
+    make_run("vae", "base-vae", stage="DA-VAE", steps=600, seconds=99.6, psnr=24.5, psnr_base=19.25)
+    make_run("base", stage="base DiT", steps=400, seconds=1.0, base=0.8125)
+    make_run("run", "base", stage="DA-VAE DiT", steps=900, seconds=7.0, base=0.75, detail=0.5, warm_start=0.0)
+    figures.final_table(["vae", "base", "run"])
+    expected = [
+        "",
+        "stage       folder                   steps  seconds  result",
+        "base VAE    base-vae                   300       12  20.13 dB",
+        "DA-VAE      vae                        600      100  24.50 dB, base only 19.25 dB",
+        "base DiT    base                       400        1  loss base 0.812",
+        "DA-VAE DiT  run                        900        7  "
+        "loss base 0.750, detail 0.500; warm start off by 0.0",
+    ]
+    assert lines_of(capsys) == expected
+    figures.final_table(["vae", "", "run"])                         # the base is found without being named
+    assert lines_of(capsys) == expected
+
+
+def test_a_missing_number_is_a_dash_in_the_final_table(make_run, capsys):
+    make_run("base-vae", stage="base VAE", steps=3, seconds=1.0)
+    make_run("vae", "base-vae", stage="DA-VAE", steps=3, seconds=1.0, psnr=None, psnr_base=19.25)
+    make_run("base", stage="base DiT", steps=3, seconds=1.0)
+    make_run("run", "base", stage="DA-VAE DiT", warm_start=0.0)
+    figures.final_table(["vae", "base", "run"])
+    assert lines_of(capsys)[2:] == [
+        "base VAE    base-vae                     3        1  - dB",
+        "DA-VAE      vae                          3        1  - dB, base only 19.25 dB",
+        "base DiT    base                         3        1  loss base -",
+        "DA-VAE DiT  run                          -        -  loss base -, detail -; warm start off by 0.0",
+    ]
+
+
+def test_a_base_of_two_runs_is_in_the_final_table_once(make_run, capsys):
+    make_run("base-vae", stage="base VAE", steps=3, seconds=1.0, psnr=20.0)
+    for name in ("one", "two"):
+        make_run(name, "base-vae", stage="DA-VAE", steps=3, seconds=1.0, psnr=24.0, psnr_base=19.0)
+    figures.final_table(["one", "two"])
+    assert [line.split()[2] for line in lines_of(capsys)[2:]] == ["base-vae", "3", "3"]
+
+
+def test_folders_without_a_summary_are_not_in_the_final_table(make_run, capsys):
+    make_run("cut-off")
+    make_run("vae", "taef2", stage="DA-VAE", steps=3, seconds=1.0, psnr=24.0, psnr_base=19.0)
+    figures.final_table(["vae", "cut-off", "nowhere"])
+    assert len(lines_of(capsys)) == 3
+
+
+def test_print_table_aligns_its_columns_and_leaves_blank_what_a_row_lacks(capsys):
+    figures.print_table("held-out", {"one": {"psnr": 23.456, "a long metric": 1e-9}, "two": {"psnr": 3}})
+    assert lines_of(capsys) == [
+        "",
+        "held-out" + " " * 26 + "  a long metric" + "      psnr",
+        "one" + " " * 31 + "          1e-09" + "     23.46",
+        "two" + " " * 31 + " " * 15 + "         3",
+    ]
+    figures.print_table("nothing", {})
+    assert capsys.readouterr().out == "\n"
