@@ -370,7 +370,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
         tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, "
                    f"max |v_d| = {detail}")
     if not max(change, detail) <= 1e-5:
-        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, or a base weight "
+        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, or some weight "
                          "is not finite")
     run.results["warm_start"] = change
     with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
