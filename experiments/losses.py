@@ -25,8 +25,8 @@ def losses(folder):
     """
     curves = read_log(folder) if (folder / "log.jsonl").exists() else {}
     if "detail" not in curves:
-        raise SystemExit(f"{folder}/log.jsonl: wanted the log of a DA-VAE run of finetune.py, with at least one "
-                         "line")
+        raise SystemExit(f"{folder}/log.jsonl: wanted the log of a DA-VAE run of finetune.py, with at least "
+                         "one line")
     found = {}
     for name in ("base", "detail"):
         steps, logged = curves[name]

@@ -1,4 +1,4 @@
-"""support/metrics.py: metrics against closed forms, torch-fidelity and transformers; references; what cannot be had."""
+"""support/metrics.py: against closed forms, torch-fidelity and transformers; what cannot be had is named."""
 import numpy as np
 import pytest
 import torch
@@ -9,7 +9,8 @@ from support.metrics import FeatureNetwork, distances, frechet_distance, moments
 
 
 def features(n, d, seed, shift=0.0, scale=1.0):
-    return shift + scale * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return shift + scale * torch.randn(n, d, generator=generator, dtype=torch.float64)
 
 
 # ---------------------------------------------------------------- distances
@@ -18,19 +19,21 @@ def features(n, d, seed, shift=0.0, scale=1.0):
 def test_frechet_distance_of_a_set_with_itself_is_zero_even_where_the_covariance_is_singular():
     for n, d in ((500, 16), (20, 64)):
         f = features(n, d, 0)
-        assert abs(frechet_distance(moments(f), moments(f))) < 1e-5      # square roots of eigenvalues that are 0 but for rounding
+        distance = frechet_distance(moments(f), moments(f))
+        assert abs(distance) < 1e-5                # square roots of eigenvalues that are 0 but for rounding
 
 
 def test_frechet_distance_of_two_gaussians_equals_the_closed_form():
     a = features(4000, 3, 1)
-    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T          # exactly N(0, I) moments
-    b = a * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) + torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
+    a = (a - a.mean(0)) @ whiten                                           # its moments are N(0, I)'s exactly
+    b = a * torch.tensor([1.0, 2.0, 3.0]).double() + torch.tensor([1.0, 0.0, -2.0]).double()
     closed = 1 + 4 + sum((1 - s) ** 2 for s in (1, 2, 3))          # |mu|^2 + sum (sigma_a - sigma_b)^2
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(closed, rel=1e-9)
     assert frechet_distance(moments(b), moments(a)) == pytest.approx(closed, rel=1e-9)
 
 
-@pytest.mark.parametrize("n,m,d", [(600, 500, 24), (20, 30, 64)])              # the second: covariances of rank 19 and 29
+@pytest.mark.parametrize("n,m,d", [(600, 500, 24), (20, 30, 64)])  # the second: covariances of rank 19 and 29
 def test_frechet_distance_agrees_with_torch_fidelity(n, m, d):
     metrics.import_torchvision()
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -43,9 +46,10 @@ def test_frechet_distance_agrees_with_torch_fidelity(n, m, d):
 def test_distances_have_their_own_names_and_kid_is_zero_for_equal_gaussians_only():
     a, b, c = features(800, 8, 4), features(800, 8, 5), features(800, 8, 6, shift=0.5)
     near, far = (distances("SqueezeNet", f, moments(a), real=a) for f in (b, c))
-    assert set(near) == {"SqueezeNet-FD", "SqueezeNet-KID"} and abs(near["SqueezeNet-KID"]) < 0.02 < far["SqueezeNet-KID"]
+    assert set(near) == {"SqueezeNet-FD", "SqueezeNet-KID"}
+    assert abs(near["SqueezeNet-KID"]) < 0.02 < far["SqueezeNet-KID"]
     assert far["SqueezeNet-FD"] == frechet_distance(moments(c), moments(a))
-    assert set(distances("Probe", b, moments(a))) == {"Probe-FD"}              # a reference of statistics alone: no KID
+    assert set(distances("Probe", b, moments(a))) == {"Probe-FD"}    # a reference of statistics alone: no KID
 
 
 @pytest.mark.parametrize("n,name", [(49_999, "Inception-FID@49999"), (50_000, "Inception-FID-50k")])
@@ -95,7 +99,8 @@ def test_the_probe_sees_lost_detail():
         probe, again = metrics.make_probe(64), metrics.make_probe(64)
         x, y = next(data.read(data.open_dataset("procedural", 64, 100, seed=77), range(100)))
         for blurred in metrics.upsampled(half(x), 2).values():                 # bilinear, bicubic
-            assert (probe(x)[:, 10] > 0).float().mean() > 0.9 and (probe(blurred)[:, 10] > 0).float().mean() < 0.1
+            assert (probe(x)[:, 10] > 0).float().mean() > 0.9
+            assert (probe(blurred)[:, 10] > 0).float().mean() < 0.1
     assert (probe(x)[:, :10].argmax(1) == y).float().mean() > 0.9
     assert runs.hash_of(probe) == runs.hash_of(again)
 
@@ -119,7 +124,8 @@ def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_posit
     (a, logits), (b, _) = network(torch.ones(2, 1, 3, 3)), network(torch.arange(1.0, 10).view(1, 1, 3, 3))
     assert torch.allclose(a, b, rtol=1e-5) and logits.shape == (2, 0)
     maps = torch.ones(2, 512, 3, 3)
-    assert torch.allclose(network(torch.full((2, 1, 3, 3), 7.0))[0], torch.ones(2, 512))       # mean square over channels: 1
+    f, _ = network(torch.full((2, 1, 3, 3), 7.0))
+    assert torch.allclose(f, torch.ones(2, 512))                               # mean square over channels: 1
 
 
 def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
@@ -142,7 +148,8 @@ def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
         assert all(torch.allclose(*pair) for pair in zip(network(x), (expected, logits)))
 
 
-@pytest.mark.parametrize("kind,sentence", [("inception", "with --inception_weights="), ("fid", "wanted inception"),
+@pytest.mark.parametrize("kind,sentence", [("inception", "with --inception_weights="),
+                                           ("fid", "wanted inception"),
                                            ("probe", "knows the procedural images only")])
 def test_features_that_cannot_be_had_are_named(kind, sentence):
     with pytest.raises(SystemExit, match=sentence):
@@ -156,7 +163,8 @@ def test_features_are_by_default_what_weights_and_data_allow(monkeypatch):
     assert feature_network("auto", lpips_trunk="s", data_dir="procedural") == "squeezenet"
     assert feature_network("auto", data_dir="procedural") == "probe"
     none = feature_network("auto")
-    assert none.name == none.described == "" and [f.shape for f in none(torch.zeros(2, 3, 8, 8))] == [(2, 0), (2, 0)]
+    assert none.name == none.described == ""
+    assert [f.shape for f in none(torch.zeros(2, 3, 8, 8))] == [(2, 0), (2, 0)]
 
 
 # ---------------------------------------------------------------- Inception metrics and references
@@ -176,7 +184,7 @@ def test_inception_score_is_one_for_equal_guesses_and_the_number_of_classes_for_
     f = features(80, 6, 1)
     assert inception(f[:60], torch.zeros(60, 8))["IS"] == pytest.approx(1)
     sure = inception(f, 100 * torch.eye(8).repeat(10, 1))
-    assert sure["IS"] == pytest.approx(8) and "recall" not in sure                                  # no reals: no recall
+    assert sure["IS"] == pytest.approx(8) and "recall" not in sure                     # no reals: no recall
 
 
 def pool(x):
@@ -194,7 +202,8 @@ def test_a_reference_of_images_and_one_of_their_statistics_give_the_same_distanc
     a, f, named = metrics.read_reference(tmp_path / "images.npz", POOL)
     x = data.to_tensor(arr_0)
     assert named.startswith("60 images, sha256 ") and torch.allclose(f, pool(x)[0])
-    np.savez(tmp_path / "statistics.npz", mu=f.double().numpy().mean(0), sigma=np.cov(f.double().numpy(), rowvar=False))
+    f = f.double().numpy()
+    np.savez(tmp_path / "statistics.npz", mu=f.mean(0), sigma=np.cov(f, rowvar=False))
     b, none, other = metrics.read_reference(tmp_path / "statistics.npz", POOL)
     assert none is None and other.startswith("? images, sha256 ") and other[-16:] != named[-16:]
     assert abs(frechet_distance(a, b)) < 1e-6
@@ -202,9 +211,10 @@ def test_a_reference_of_images_and_one_of_their_statistics_give_the_same_distanc
     assert frechet_distance(other, a) == pytest.approx(frechet_distance(other, b), rel=1e-9)
 
 
-@pytest.mark.parametrize("arrays,sentence", [(dict(mu=[0.0]), r"wanted arr_0 \(images\), or mu and sigma, .* found \['mu'\]"),
-                                             (dict(mu=[0.0], sigma=[[1.0]], features="Probe, sha256 0"), "Probe, sha256 0"),
-                                             (None, "not an npz file")])
+@pytest.mark.parametrize("arrays,sentence", [
+    (dict(mu=[0.0]), r"wanted arr_0 \(images\), or mu and sigma, .* found \['mu'\]"),
+    (dict(mu=[0.0], sigma=[[1.0]], features="Probe, sha256 0"), "Probe, sha256 0"),
+    (None, "not an npz file")])
 def test_a_reference_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, arrays, sentence):
     path = tmp_path / "r.npz"
     path.write_text("text") if arrays is None else np.savez(path, **arrays)
@@ -214,9 +224,9 @@ def test_a_reference_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, ar
 
 def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path, sd3_folder):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-    tokenizer, small = CLIPTokenizer.from_pretrained(sd3_folder / "tokenizer"), dict(hidden_size=16, intermediate_size=32)
+    tokenizer = CLIPTokenizer.from_pretrained(sd3_folder / "tokenizer")
     torch.manual_seed(0)
-    small |= dict(num_hidden_layers=2, num_attention_heads=2)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     text = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1, **small)
     vision = dict(image_size=28, patch_size=14, **small)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
