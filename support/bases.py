@@ -1,63 +1,171 @@
-"""bases"""
-from functools import partial
+"""Base VAEs beside davae.py's AutoencoderKL, and the dict of all of them.
 
+A base of your own is a subclass of `davae.BaseVAE`, whose docstring says what it must offer: four parts
+(encoder, to_moments, from_latent, decoder), C, f and width; `config()` and `build`, if it has settings; its
+own `encode`, if it has no posterior. Then, in your file or here:
+
+    BASES["Mine"] = Mine                               # the name is the class's own
+    save_base_vae(Mine(...), "out/mine")               # support/weights.py
+
+and out/mine is a base like any other: `python train_vae.py --base=out/mine`. A run of train_vae.py keeps the
+name as "kind" in its config.json, so whoever loads the run must have filled in BASES first.
+"""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from davae import BaseVAE
+from davae import AutoencoderKL, BaseVAE, normalise
 
-
-class TinyBlock(nn.Module):
-    """TAEF2's residual block: three 3x3 convolutions, ReLU; `wide` ones first add a 1x1 bottleneck of 4x the width."""
-
-    def __init__(self, width=64, wide=False):
-        super().__init__()
-        self.pool = nn.Sequential(nn.Conv2d(width, 4 * width, 1, bias=False), nn.GroupNorm(4, 4 * width), nn.ReLU(),
-                                  nn.Conv2d(4 * width, width, 1, bias=False)) if wide else None
-        self.conv = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
-                                  nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
-
-    def forward(self, x):
-        if self.pool is not None:
-            x = x + self.pool(x)
-        return F.relu(self.conv(x) + x)
-
-
-class Apply(nn.Module):
-    """A function as a layer without weights."""
-
-    def __init__(self, f):
-        super().__init__()
-        self.forward = f
+# ---------------------------------------------------------------- TAEF2
 
 
 class TAEF2(BaseVAE):
-    """The tiny autoencoder of FLUX.2's latents: f8, 32 channels, no posterior.  (B, 3, H, W) <-> (B, 32, H/8, W/8)
+    """The tiny autoencoder of FLUX.2's latents: f8, 32 channels.  (B, 3, H, W) <-> (B, 32, H/8, W/8)
 
-    Its files work on [0, 1] pixels; the functions at both ends keep this project's [-1, 1].
+    It makes latents that are normalised already: `mean` and `std` stay 0 and 1. It has no posterior: it can
+    be the frozen base of a DAVAE, but not be trained itself.
     """
 
     def __init__(self, C=32, width=64):
-        super().__init__(C, 8)
-
-        conv = partial(nn.Conv2d, width, width, 3, padding=1, bias=False)
-
-        def blocks(n, wide=False):
-            return [TinyBlock(width, wide) for _ in range(n)]
-
+        super().__init__(C, f=8, width=width)
         self.encoder = nn.Sequential(
-            Apply(lambda x: 0.5 * x + 0.5), nn.Conv2d(3, width, 3, padding=1), *blocks(1), conv(stride=2), *blocks(3),
-            conv(stride=2), *blocks(3), conv(stride=2), *blocks(3, wide=True))
+            ToUnit(),
+            nn.Conv2d(3, width, 3, padding=1),
+            TinyBlock(width),                                            # (B, width, H, W)
+
+            halving(width),
+            TinyBlock(width),
+            TinyBlock(width),
+            TinyBlock(width),                                            # (B, width, H/2, W/2)
+
+            halving(width),
+            TinyBlock(width),
+            TinyBlock(width),
+            TinyBlock(width),                                            # (B, width, H/4, W/4)
+
+            halving(width),
+            WideBlock(width),
+            WideBlock(width),
+            WideBlock(width),                                            # (B, width, H/8, W/8)
+        )
         self.to_moments = nn.Conv2d(width, C, 3, padding=1)
-        self.from_latent = nn.Sequential(Apply(lambda z: 3 * torch.tanh(z / 3)), nn.Conv2d(C, width, 3, padding=1), nn.ReLU())
-        self.decoder = nn.Sequential(*blocks(3, wide=True), nn.Upsample(scale_factor=2), conv(), *blocks(3),
-                                     nn.Upsample(scale_factor=2), conv(), *blocks(3), nn.Upsample(scale_factor=2), conv(),
-                                     *blocks(1), nn.Conv2d(width, 3, 3, padding=1), Apply(lambda x: 2 * x - 1))
-        self.encoder.width = self.decoder.width = width
+        self.from_latent = nn.Sequential(
+            SoftClamp(),
+            nn.Conv2d(C, width, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.decoder = nn.Sequential(
+            WideBlock(width),
+            WideBlock(width),
+            WideBlock(width),                                            # (B, width, h, w)
+
+            nn.Upsample(scale_factor=2),
+            smooth(width),
+            TinyBlock(width),
+            TinyBlock(width),
+            TinyBlock(width),                                            # (B, width, 2h, 2w)
+
+            nn.Upsample(scale_factor=2),
+            smooth(width),
+            TinyBlock(width),
+            TinyBlock(width),
+            TinyBlock(width),                                            # (B, width, 4h, 4w)
+
+            nn.Upsample(scale_factor=2),
+            smooth(width),
+            TinyBlock(width),
+            nn.Conv2d(width, 3, 3, padding=1),
+            FromUnit(),                                            # (B, 3, 8h, 8w)
+        )
+
+    def posterior(self, x):
+        raise SystemExit("TAEF2 has no posterior: it can be the base of a DA-VAE, but not be trained as "
+                         "a plain VAE (D = 0)")
 
     def encode(self, x):
-        return self.normalise(self.to_moments(self.encoder(x)))
+        """Latent of an image: (B, 3, H, W) in [-1, 1] -> (B, 32, H/8, W/8)."""
+        return normalise(self.to_moments(self.encoder(x)), self.mean, self.std)
 
     def decode(self, z):
         return super().decode(z).clamp(-1, 1)
+
+    def config(self):
+        return {"C": self.C, "width": self.width}
+
+
+class TinyBlock(nn.Module):
+    """relu(x + conv(x)), conv being three 3x3 convolutions."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = three_convolutions(width)
+
+    def forward(self, x):
+        return F.relu(self.conv(x) + x)
+
+
+class WideBlock(nn.Module):
+    """The same of x + pool(x), where pool looks at each position by itself, four times as wide."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.pool = nn.Sequential(
+            nn.Conv2d(width, 4 * width, 1, bias=False),
+            nn.GroupNorm(4, 4 * width),
+            nn.ReLU(),
+            nn.Conv2d(4 * width, width, 1, bias=False),
+        )
+        self.conv = three_convolutions(width)
+
+    def forward(self, x):
+        x = x + self.pool(x)
+        return F.relu(self.conv(x) + x)
+
+
+def three_convolutions(width):
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+    )
+
+
+def halving(width):
+    return nn.Conv2d(width, width, 3, padding=1, stride=2, bias=False)
+
+
+def smooth(width):
+    """The convolution after a nearest-neighbour doubling."""
+    return nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+
+class ToUnit(nn.Module):
+    """[-1, 1] -> [0, 1], the range of TAEF2's pixels."""
+
+    def forward(self, x):
+        return 0.5 * x + 0.5
+
+
+class FromUnit(nn.Module):
+    """[0, 1] -> [-1, 1]."""
+
+    def forward(self, x):
+        return 2 * x - 1
+
+
+class SoftClamp(nn.Module):
+    """Latents to (-3, 3), smoothly."""
+
+    def forward(self, z):
+        return 3 * torch.tanh(z / 3)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+BASES = {
+    "AutoencoderKL": AutoencoderKL,
+    "TAEF2": TAEF2,
+}

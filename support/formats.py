@@ -1,11 +1,114 @@
-"""formats"""
+"""The names of public checkpoints, in and out: one state dict in, another out; nothing is read or built here.
+
+    import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2
+    import_dit(sd)    LightningDiT; SD3.5's transformer (the single file's or diffusers' names)
+    export_*(model)   back again, the D detail channels merged with the C base channels
+
+A format is a table of `Layer`s: our name of a layer, and the names under which the file holds it. Whatever a
+table does not name is refused, and what is left out on purpose stands in DROPPED or TABLES with the reason.
+`sizes` are the fields of our config dataclass (KLConfig, DiTConfig, MMDiTConfig) as a plain dict, read off
+the keys and shapes, because the files do not hold them. `kind` is a name in BASES (support/bases.py) or in
+MODELS (dit.py).
+
+Every function that finds something wrong raises ValueError with one sentence, without the file's name:
+support/weights.py, which opens the files, puts it in front.
+"""
 import math
+from typing import NamedTuple
 
 import torch
 
-from dit import SIZES, DiTConfig, MMDiTConfig, rope_table, sincos_table
+# ---------------------------------------------------------------- tables of layers
 
-DROPPED = {                  # first components of keys that a base VAE checkpoint may carry beside the autoencoder
+
+class Layer(NamedTuple):
+    """One layer with weights, under our name and under theirs."""
+    ours: str
+    theirs: tuple              # more than one name where our weight is several of theirs, one below the other
+    swapped: bool = False          # the two halves of the rows are in the other order there
+
+
+PARTS = ("weight", "bias")
+
+
+def import_layers(sd, layers):
+    """Their names -> ours, as `layers` say; a layer that `sd` has not is left out, and missed on loading.
+
+    raises: ValueError naming what no layer accounts for, and a stacked layer of which a part is missing
+    """
+    ours = {}
+    known = set()
+    for layer in layers:
+        for part in PARTS:
+            names = [f"{name}.{part}" for name in layer.theirs]
+            missing = [name for name in names if name not in sd]
+            if len(missing) == len(names):
+                continue
+            need(sd, *names)
+            known.update(names)
+            weight = sd[names[0]] if len(names) == 1 else torch.cat([sd[name] for name in names])
+            ours[f"{layer.ours}.{part}"] = swap_halves(weight) if layer.swapped else weight
+    refuse_unknown(key for key in sd if key not in known)
+    return ours
+
+
+def export_layers(sd, layers):
+    """Our names -> theirs: the inverse of `import_layers`."""
+    theirs = {}
+    known = set()
+    for layer in layers:
+        for part in PARTS:
+            name = f"{layer.ours}.{part}"
+            if name not in sd:
+                continue
+            known.add(name)
+            weight = swap_halves(sd[name]) if layer.swapped else sd[name]
+            pieces = weight.chunk(len(layer.theirs))
+            theirs |= {f"{their}.{part}": piece.contiguous() for their, piece in zip(layer.theirs, pieces)}
+    refuse_unknown(key for key in sd if key not in known)
+    return theirs
+
+
+def refuse_unknown(keys):
+    keys = list(keys)
+    if keys:
+        raise ValueError(f"it has layers that are not known here: {some(keys)}")
+
+
+def need(sd, *names):
+    """raises: ValueError if one of these is not among the names."""
+    missing = [name for name in names if name not in sd]
+    if missing:
+        raise ValueError(f"not a whole checkpoint (it lacks {some(missing)})")
+
+
+def some(names):
+    """The first three of many names, for a sentence."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def swap_halves(weight):
+    """[scale, shift] rows -> [shift, scale] rows, and back."""
+    first, second = weight.chunk(2)
+    return torch.cat([second, first])
+
+
+def count(sd, prefix):
+    """How many numbers follow `prefix` in the names: levels of an encoder, blocks of a transformer."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in sd if key.startswith(prefix)})
+
+
+def below(sd, prefix):
+    """The part of a larger checkpoint whose names begin with `prefix`, without it; all of `sd` if none do."""
+    part = {key.removeprefix(prefix): value for key, value in sd.items() if key.startswith(prefix)}
+    return part or sd
+
+
+# ---------------------------------------------------------------- base VAEs
+
+
+DROPPED = {                  # first components of names that a VAE's file may hold beside the autoencoder
     "loss": "perceptual loss and discriminator of VA-VAE's training",
     "foundation_model": "the DINOv2 that VA-VAE was aligned to",
     "linear_proj": "its projection, used in training only",
@@ -15,258 +118,423 @@ DROPPED = {                  # first components of keys that a base VAE checkpoi
 }
 
 
-# diffusers' names of the same layers, the original ones; the last four are diffusers' own old spellings
-KL_DIFFUSERS = ((".down_blocks.", ".down."), (".mid_block.attentions.0.group_norm.", ".mid.attn_1.norm."),
-             (".mid_block.attentions.0.", ".mid.attn_1."), (".mid_block.resnets.0.", ".mid.block_1."),
-             (".mid_block.resnets.1.", ".mid.block_2."), (".resnets.", ".block."), (".downsamplers.0.", ".downsample."),
-             (".upsamplers.0.", ".upsample."), (".conv_shortcut.", ".nin_shortcut."), (".conv_norm_out.", ".norm_out."),
-             (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."),
-             (".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."))
+def import_vae(sd):
+    """A public autoencoder -> (kind, state dict in our names but for the statistics, sizes)."""
+    if "encoder.11.pool.0.weight" in sd:                       # the wide blocks are what only TAEF2 has
+        return "TAEF2", import_taef2(sd), {}
+    ours = import_kl(sd)
+    return "AutoencoderKL", ours, kl_sizes(ours)
 
 
-def _parts(quant):
-    """Where original names keep the layers beside the latent, and where we do."""
-    return {"encoder.conv_out.": "to_moments.0.", "quant_conv.": "to_moments.1.", "post_quant_conv.": "from_latent.0.",
-            "decoder.conv_in.": f"from_latent.{int(quant)}."}
+# A residual block's and an attention's layers: LDM's names, which are ours too, and diffusers'
+RESIDUAL = [("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"),
+            ("nin_shortcut", "conv_shortcut")]
+ATTENTION = [("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")]
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of old diffusers
+
+# Ours, LDM's (VA-VAE; SD3's single file below first_stage_model.) and diffusers' name of each single layer.
+# {i} counts levels from full size down, {back} from the latent up, as diffusers does in its decoder.
+# Ours differ from LDM's beside the latent, where DAVAE must be able to leave layers out: with `quant`
+# there is
+# a 1x1 convolution on each side, and then {conv_in} is 1, else 0.
+KL_SINGLE = [
+    ("encoder.conv_in", "encoder.conv_in", "encoder.conv_in"),
+    ("encoder.down.{i}.resample.conv",
+     "encoder.down.{i}.downsample.conv", "encoder.down_blocks.{i}.downsamplers.0.conv"),
+    ("encoder.norm_out", "encoder.norm_out", "encoder.conv_norm_out"),
+    ("to_moments.0", "encoder.conv_out", "encoder.conv_out"),
+    ("to_moments.1", "quant_conv", "quant_conv"),
+    ("from_latent.0", "post_quant_conv", "post_quant_conv"),
+    ("from_latent.{conv_in}", "decoder.conv_in", "decoder.conv_in"),
+    ("decoder.up.{i}.resample.conv",
+     "decoder.up.{i}.upsample.conv", "decoder.up_blocks.{back}.upsamplers.0.conv"),
+    ("decoder.norm_out", "decoder.norm_out", "decoder.conv_norm_out"),
+    ("decoder.conv_out", "decoder.conv_out", "decoder.conv_out"),
+]
+
+# Ours, which are LDM's too, and diffusers' name of each block, and the layers in it. {j} counts a level's
+# blocks.
+KL_BLOCKS = [
+    ("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}", RESIDUAL),
+    ("encoder.down.{i}.attn.{j}", "encoder.down_blocks.{i}.attentions.{j}", ATTENTION),
+    ("encoder.mid.block_1", "encoder.mid_block.resnets.0", RESIDUAL),
+    ("encoder.mid.attn_1", "encoder.mid_block.attentions.0", ATTENTION),
+    ("encoder.mid.block_2", "encoder.mid_block.resnets.1", RESIDUAL),
+    ("decoder.mid.block_1", "decoder.mid_block.resnets.0", RESIDUAL),
+    ("decoder.mid.attn_1", "decoder.mid_block.attentions.0", ATTENTION),
+    ("decoder.mid.block_2", "decoder.mid_block.resnets.1", RESIDUAL),
+    ("decoder.up.{i}.block.{j}", "decoder.up_blocks.{back}.resnets.{j}", RESIDUAL),
+    ("decoder.up.{i}.attn.{j}", "decoder.up_blocks.{back}.attentions.{j}", ATTENTION),
+]
 
 
-def _moved(key, parts):
-    part = next((p for p in parts if key.startswith(p)), "")
-    return parts.get(part, "") + key.removeprefix(part)
+def kl_layers(levels, blocks, quant, diffusers):
+    """The table of an AutoencoderKL with so many levels, and at most so many residual blocks in each."""
+    rows = [(ours, theirs if diffusers else ldm) for ours, ldm, theirs in KL_SINGLE]
+    for ours, theirs, leaves in KL_BLOCKS:
+        for leaf, their_leaf in leaves:
+            rows.append((f"{ours}.{leaf}", f"{theirs}.{their_leaf}" if diffusers else f"{ours}.{leaf}"))
+    if not quant:
+        rows = [(ours, theirs) for ours, theirs in rows if "quant_conv" not in theirs]
+
+    layers = {}
+    for i in range(levels):
+        for j in range(blocks):
+            numbers = {"i": i, "back": levels - 1 - i, "j": j, "conv_in": int(quant)}
+            for ours, theirs in rows:                 # those without {i} and {j} come out the same every time
+                layers[ours.format(**numbers)] = theirs.format(**numbers)
+    return [Layer(ours, (theirs,)) for ours, theirs in layers.items()]
 
 
-def import_kl(sd, where="state dict"):
-    """Original (LDM) or diffusers names of an AutoencoderKL -> ours; pure, and only DROPPED is left out."""
-    prefix = "first_stage_model."
-    if any(k.startswith(prefix) for k in sd):
-        sd = {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
-    sd = {k: v for k, v in sd.items() if k.split(".")[0] not in DROPPED}
-    foreign = [k for k in sd if k.split(".")[0] not in ("encoder", "decoder", "quant_conv", "post_quant_conv")]
+def import_kl(sd):
+    """LDM's or diffusers' names of an AutoencoderKL -> ours; only DROPPED is left out"""
+    sd = below(sd, "first_stage_model.")
+    sd = {key: weight for key, weight in sd.items() if key.split(".")[0] not in DROPPED}
+    check_kl(sd)
+    diffusers = any(".mid_block." in key for key in sd)
+    if diffusers:
+        sd = {new_name(key): weight for key, weight in sd.items()}
+    level = "encoder.down_blocks." if diffusers else "encoder.down."
+    block = "0.resnets." if diffusers else "0.block."
+    blocks = count(sd, level + block) + 1                 # the decoder has one more than the encoder
+    ours = import_layers(sd, kl_layers(count(sd, level), blocks, "quant_conv.weight" in sd, diffusers))
+    return {key: as_conv(key, weight) for key, weight in ours.items()}
+
+
+def new_name(key):
+    """A name of diffusers as it is now, attention's layers in particular."""
+    return ".".join(OLD_ATTENTION.get(word, word) for word in key.split("."))
+
+
+def as_conv(key, weight):
+    """diffusers' attention has Linear layers (F, F); here they are 1x1 convolutions, (F, F, 1, 1)."""
+    return weight[:, :, None, None] if "attn" in key and weight.ndim == 2 else weight
+
+
+def check_kl(sd):
+    """raises: ValueError if the names are no autoencoder's, or those of one that AutoencoderKL cannot be."""
+    parts = {key.split(".")[0] for key in sd}
+    known = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+    foreign = [key for key in sd if key.split(".")[0] not in known]
     if foreign or "encoder.conv_in.weight" not in sd:
-        keys = ", ".join((foreign or list(sd))[:3]) or "no keys"
-        raise SystemExit(f"{where}: not an autoencoder (it holds {keys}, ...); wanted VA-VAE, an SD or SD3 VAE, or TAEF2")
-    if any(".mid_block." in k for k in sd):
-        sd = _from_diffusers(sd)
-    sd = {_moved(k, _parts("quant_conv.weight" in sd)): v for k, v in sd.items()}
-    return {k.replace(".downsample.", ".resample.").replace(".upsample.", ".resample."): v for k, v in sd.items()}
+        held = some(foreign or sd) or "nothing"
+        raise ValueError(f"not an autoencoder (it holds {held}); wanted VA-VAE, an SD or SD3 VAE, or TAEF2")
+    if ("quant_conv" in parts) != ("post_quant_conv" in parts):
+        raise ValueError("an autoencoder with one of quant_conv and post_quant_conv; wanted both, or neither")
+    if not any(".mid.attn_1." in key or ".mid_block.attentions.0." in key for key in sd):
+        raise ValueError("an autoencoder without attention in its middle; wanted one with it")
+    channels = sd["encoder.conv_in.weight"].shape[1]
+    if channels != 3:
+        raise ValueError(f"an autoencoder for images of {channels} channels; wanted 3, RGB")
+
+
+def kl_sizes(ours):
+    """The fields of KLConfig, but for `groups`, from an AutoencoderKL's state dict in our names."""
+    levels = range(count(ours, "encoder.down."))
+    need(ours, "from_latent.0.weight", *(f"encoder.down.{i}.block.0.conv1.weight" for i in levels))
+    return {
+        "C": ours["from_latent.0.weight"].shape[1],
+        "widths": [ours[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels],
+        "blocks": count(ours, "encoder.down.0.block."),
+        "attn": [i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in ours],
+        "quant": "to_moments.1.weight" in ours,
+    }
 
 
 def export_kl(vae, diffusers=False):
-    """Our AutoencoderKL -> original names (VA-VAE, SD3 without its prefix), or diffusers'; without the statistics."""
-    parts, theirs = {ours: name for name, ours in _parts(vae.cfg.quant).items()}, {}
-    for k, v in ((k, v) for k, v in vae.state_dict().items() if k not in ("mean", "std")):
-        k = _moved(k, parts)
-        k = k.replace(".resample.", ".downsample." if k.startswith("encoder.") else ".upsample.")
-        if diffusers:
-            for new, old in KL_DIFFUSERS[:-4]:
-                k = k.replace(old, new)
-            if k.startswith("decoder.up."):
-                _, _, i, rest = k.split(".", 3)
-                k = f"decoder.up_blocks.{len(vae.cfg.ch_mult) - 1 - int(i)}.{rest}"
-            v = v[:, :, 0, 0] if ".attentions." in k and v.ndim == 4 else v
-        theirs[k] = v
+    """Our AutoencoderKL -> LDM's names (VA-VAE; SD3 without its prefix), or diffusers'; no statistics."""
+    cfg = vae.cfg
+    sd = {key: value for key, value in vae.state_dict().items() if key not in ("mean", "std")}
+    theirs = export_layers(sd, kl_layers(len(cfg.widths), cfg.blocks + 1, cfg.quant, diffusers))
+    for key, weight in theirs.items():
+        if ".attentions." in key and weight.ndim == 4:            # see `as_conv`
+            theirs[key] = weight[:, :, 0, 0]
     return theirs
-
-
-def _from_diffusers(sd):
-    """diffusers names -> original names: the decoder's levels are counted from the other end, attention is linear."""
-    levels = len({k.split(".")[2] for k in sd if k.startswith("encoder.down_blocks.")})
-    original = {}
-    for k, v in sd.items():
-        if k.startswith("decoder.up_blocks."):
-            _, _, i, rest = k.split(".", 3)
-            k = f"decoder.up.{levels - 1 - int(i)}.{rest}"
-        for theirs, ours in KL_DIFFUSERS:
-            k = k.replace(theirs, ours)
-        original[k] = v[:, :, None, None] if ".mid.attn_1." in k and v.ndim == 2 else v
-    return original
 
 
 def import_taef2(sd):
-    """TAEF2's two Sequentials, `encoder.i` and `decoder.i`, -> our four parts; statistics stay 0 and 1."""
-    ours = {"mean": torch.zeros(32), "std": torch.ones(32)}
-    for k, v in sd.items():
-        part, i, rest = k.split(".", 2)
-        i = int(i)
-        if part == "encoder":                # ours has an affine layer in front
-            ours[f"to_moments.{rest}" if i == 14 else f"encoder.{i + 1}.{rest}"] = v
-        else:                                # theirs counts the clamp, a convolution and a ReLU as 0, 1, 2
-            ours[f"from_latent.1.{rest}" if i == 1 else f"decoder.{i - 3}.{rest}"] = v
+    """TAEF2's two Sequentials, encoder.0 to .14 and decoder.0 to .19 -> the four parts of a BaseVAE."""
+    names = {}
+    for i in range(14):
+        names[f"encoder.{i}"] = f"encoder.{i + 1}"       # in front, ours has the layer from [-1, 1] to [0, 1]
+    names["encoder.14"] = "to_moments"                    # the last convolution, to 32 channels
+    names["decoder.1"] = "from_latent.1"     # the first, from 32; around it tanh and ReLU, as numbers 0 and 2
+    for i in range(3, 20):
+        names[f"decoder.{i}"] = f"decoder.{i - 3}"    # so that the layer after them is our decoder's number 0
+
+    ours = {}
+    for key, weight in sd.items():
+        layer = ".".join(key.split(".")[:2])                          # encoder.11 of encoder.11.pool.0.weight
+        if layer not in names:
+            raise ValueError(f"it has layers that are not known here: {key}")
+        ours[names[layer] + key.removeprefix(layer)] = weight
     return ours
 
 
-def import_dit(sd):
-    """Released names of either model -> (our state dict, its config).  raises: ValueError saying what `sd` looks like."""
-    prefix = "model.diffusion_model."              # beside it, a single-file checkpoint may hold the VAE and text encoders
-    if any(k.startswith(prefix) for k in sd):
-        sd = {k.removeprefix(prefix): v for k, v in sd.items() if k.startswith(prefix)}
-    if "transformer_blocks.0.attn.to_q.weight" in sd:
-        return import_diffusers(sd)
-    if "joint_blocks.0.x_block.attn.qkv.weight" in sd:
-        ours = {_rename(k, SD3_RENAME): v for k, v in sd.items()}
-        return ours, _mmdit_config(ours)
-    return import_lightningdit(sd)
+# ---------------------------------------------------------------- LightningDiT
 
 
-RENAME = [("x_embedder.proj.", "P."), ("final_layer.linear.", "O."), ("final_layer.norm_final.", "norm_final."),
-          ("final_layer.adaLN_modulation.1.", "adaLN_final."), (".adaLN_modulation.1.", ".adaLN."),
-          ("t_embedder.mlp.", "t_embedder."), ("y_embedder.embedding_table.", "y_embedder.")]    # upstream, ours
+# ours, LightningDiT's
+LIGHTNINGDIT = {
+    "P": "x_embedder.proj",
+    "t_embedder.0": "t_embedder.mlp.0",
+    "t_embedder.2": "t_embedder.mlp.2",
+    "y_embedder": "y_embedder.embedding_table",
+    "norm_final": "final_layer.norm_final",
+    "adaLN_final": "final_layer.adaLN_modulation.1",                       # number 0 is the SiLU
+    "O": "final_layer.linear",
+}
+
+# of each block, below blocks.{i}.
+LIGHTNINGDIT_BLOCK = {
+    "norm1": "norm1", "attn.qkv": "attn.qkv", "attn.q_norm": "attn.q_norm", "attn.k_norm": "attn.k_norm",
+    "attn.proj": "attn.proj", "norm2": "norm2", "mlp.w12": "mlp.w12", "mlp.w3": "mlp.w3",             # SwiGLU
+    "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",                                                      # or GELU
+    "adaLN": "adaLN_modulation.1",
+}
+
+TABLES = ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"]   # saved there; ours come from a formula
+
+RELEASED_HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}       # of LightningDiT's released widths
 
 
-TABLES = ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"]     # upstream saves them; ours come from a formula
+def lightningdit_layers(depth):
+    layers = [Layer(ours, (theirs,)) for ours, theirs in LIGHTNINGDIT.items()]
+    for i in range(depth):
+        for ours, theirs in LIGHTNINGDIT_BLOCK.items():
+            layers.append(Layer(f"blocks.{i}.{ours}", (f"blocks.{i}.{theirs}",)))
+    return layers
 
 
 def import_lightningdit(sd):
-    """Upstream LightningDiT names -> (our state dict, DiTConfig).  Drops `TABLES`, once they are seen to be ours."""
-    cfg = _dit_config(sd)
-    ours = [sincos_table(cfg.grid, cfg.E), *(rope_table(cfg.grid, cfg.E // cfg.A) if cfg.rope else ())]
-    for name, table in zip(TABLES, ours):
-        # Upstream computes the RoPE angles in float32, up to 1e-6 off; another formula would be off by 0.1.
-        tolerance = max(1e-5, torch.finfo(sd[name].dtype).eps)
-        if sd[name].shape != table.shape or (sd[name].float().cpu() - table).abs().max() > tolerance:
-            raise ValueError(f"the table {name} {tuple(sd[name].shape)} is not the one LightningDiT computes for a "
-                             f"{cfg.grid}x{cfg.grid} grid; only tokens at whole positions 0, 1, 2 ... can be loaded")
-    return {_rename(k, RENAME): v for k, v in sd.items() if k not in TABLES}, cfg
+    """LightningDiT's names -> ours, without TABLES."""
+    sd = {key: value for key, value in sd.items() if key not in TABLES}
+    return import_layers(sd, lightningdit_layers(count(sd, "blocks.")))
 
 
 def export_lightningdit(model):
-    """Our model -> upstream names, of a stock LightningDiT with in_channels C + D.  Inverse of the import if D = 0."""
-    sd = {_rename(k, RENAME, back=True): v for k, v in merged(model).items()}
-    tables = [model.pos_embed, model.rope_cos, model.rope_sin]
-    return sd | {name: table for name, table in zip(TABLES, tables) if table is not None}
+    """Our LightningDiT -> its original names, with in_channels C + D.  The inverse of the import if D = 0."""
+    theirs = export_layers(merge_details(model), lightningdit_layers(model.cfg.depth))
+    tables = zip(TABLES, (model.pos_embed, model.rope_cos, model.rope_sin))
+    return theirs | {name: table for name, table in tables if table is not None}
 
 
-def merged(model):
-    """Our state dict with P_new inside P and O_new inside O, as one wider layer each."""
-    sd, p = {k: v.detach() for k, v in model.state_dict().items()}, model.cfg.p
-    if model.cfg.D:
-        sd["P.weight"] = torch.cat([sd["P.weight"], sd.pop("P_new.weight")], dim=1)       # (E, C+D, p, p)
-        for name in ("weight", "bias"):            # rows run over (p, p, C): the channels meet inside each pixel
-            heads = [sd[f"O.{name}"], sd.pop(f"O_new.{name}")]
-            sd[f"O.{name}"] = torch.cat([o.unflatten(0, (p**2, -1)) for o in heads], dim=1).flatten(0, 1)
-    return sd
+def lightningdit_sizes(sd):
+    """The fields of DiTConfig from LightningDiT's own names and shapes.
 
-
-def _rename(key, pairs, back=False):
-    """`key` with every (upstream, ours) replaced, or replaced back; without a leading dot, only where a key begins."""
-    for pair in pairs:
-        old, new = pair[::-1] if back else pair
-        key = key.replace(old, new) if old.startswith(".") or key.startswith(old) else key
-    return key
-
-
-def _dit_config(sd):
-    """DiTConfig from the names and shapes of an upstream state dict."""
-    needed = ["x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight",
-              "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight"]
-    if any(k not in sd for k in needed):
-        raise ValueError(f"this looks like {_looks_like(sd)}; wanted a LightningDiT, SD3.5's transformer, or a run of ours")
+    raises: ValueError saying what `sd` looks like instead, or which variant it is that is left out here
+    """
+    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
+              "blocks.0.attn.qkv.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight")
+    if any(key not in sd for key in needed):
+        raise ValueError(f"this looks like {looks_like(sd)}; "
+                         "wanted a LightningDiT, SD3.5's transformer, or a run of ours")
     E, C, p, _ = sd["x_embedder.proj.weight"].shape
-    swiglu = "blocks.0.mlp.w3.weight" in sd
     if sd["blocks.0.adaLN_modulation.1.weight"].shape[0] != 6 * E:
-        raise ValueError("this LightningDiT was trained with wo_shift (no shift in its adaLN), which is left out here")
+        raise ValueError("this LightningDiT was trained with wo_shift (no shift in its adaLN), "
+                         "which is left out here")
     if sd["final_layer.linear.weight"].shape[0] != p * p * C:
-        raise ValueError("its head does not predict as many channels as come in (learn_sigma?), wanted a velocity only")
-    qk_norm, rope_on = "blocks.0.attn.q_norm.weight" in sd, "feat_rope.freqs_cos" in sd
-    A = {width: heads for _, width, heads in SIZES.values()}.get(E)
-    if qk_norm or rope_on:
-        A = E // sd["blocks.0.attn.q_norm.weight" if qk_norm else "feat_rope.freqs_cos"].shape[-1]
-    if A is None:
-        raise ValueError(f"neither a RoPE table, nor q_norm, nor a released width tells the number of heads (E={E})")
-    return DiTConfig(C=C, p=p, grid=math.isqrt(sd["pos_embed"].shape[1]), E=E, A=A,
-                     depth=sum(k.endswith(".attn.qkv.weight") for k in sd),
-                     hidden=sd[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1],
-                     num_classes=sd["y_embedder.embedding_table.weight"].shape[0] - 1,
-                     swiglu=swiglu, qk_norm=qk_norm, rms_norm="blocks.0.norm1.weight" in sd, rope=rope_on)
+        raise ValueError("its head does not predict as many channels as come in (learn_sigma?), wanted a "
+                         "velocity only")
+    swiglu = "blocks.0.mlp.w3.weight" in sd
+    last = "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"
+    need(sd, last)
+    return {
+        "C": C,
+        "p": p,
+        "grid": math.isqrt(sd["pos_embed"].shape[1]),
+        "E": E,
+        "depth": count(sd, "blocks."),
+        "A": lightningdit_heads(sd, E),
+        "hidden": sd[last].shape[1],
+        "num_classes": sd["y_embedder.embedding_table.weight"].shape[0] - 1,      # the last row is "no class"
+        "swiglu": swiglu,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in sd,
+        "rms_norm": "blocks.0.norm1.weight" in sd,
+        "rope": "feat_rope.freqs_cos" in sd,
+    }
 
 
-def _looks_like(sd):
-    """A few words for a state dict that is not a LightningDiT's."""
-    signs = {"a LoRA": ("lora_",), "an incomplete SD3 transformer": ("joint_blocks.", "transformer_blocks."),
-             "an autoencoder": ("encoder.", "decoder."), "one file of our own checkpoint": ("P.weight",)}
-    found = (what for what, parts in signs.items() if any(part in k for k in sd for part in parts))
-    return next(found, f"something else (it holds {', '.join(map(str, list(sd)[:4]))} ...)")
+def lightningdit_heads(sd, E):
+    """How many heads E has: q_norm and the RoPE table are as wide as one; else E must be a released width."""
+    for name in ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos"):
+        if name in sd:
+            return E // sd[name].shape[-1]
+    if E not in RELEASED_HEADS:
+        raise ValueError("neither a RoPE table, nor q_norm, nor a released width tells the number of heads "
+                         f"(E={E})")
+    return RELEASED_HEADS[E]
 
 
-SD3_RENAME = [("x_embedder.proj.", "P."), ("final_layer.linear.", "O."), ("final_layer.adaLN_modulation.1.", "adaLN_final."),
-              (".adaLN_modulation.1.", ".adaLN."), ("t_embedder.mlp.", "t_embedder."), ("y_embedder.mlp.", "y_embedder."),
-              ("joint_blocks.", "blocks."), (".x_block.", ".x."), (".context_block.", ".text."),
-              (".ln_q.", ".q_norm."), (".ln_k.", ".k_norm.")]           # the single-file names, ours
+def looks_like(sd):
+    """A few words for a state dict that is no transformer known here."""
+    signs = {
+        "a LoRA": ["lora_"],
+        "an incomplete SD3 transformer": ["joint_blocks.", "transformer_blocks."],
+        "an autoencoder": ["encoder.", "decoder."],
+        "one file of our own checkpoint": ["P.weight"],
+    }
+    for what, pieces in signs.items():
+        if any(piece in str(key) for key in sd for piece in pieces):
+            return what
+    return f"something else (it holds {some(sd)})"
 
 
-DIFFUSERS = {"P": "pos_embed.proj", "O": "proj_out", "context_embedder": "context_embedder", "adaLN_final": "norm_out.linear",
-             **{f"{e}_embedder.{2 * i}": f"time_text_embed.{name}_embedder.linear_{i + 1}"
-                for e, name in (("t", "timestep"), ("y", "text")) for i in (0, 1)}}
+# ---------------------------------------------------------------- SD3.5's transformer
 
 
-DIFFUSERS_BLOCK = {          # our layer of a block: the diffusers layers that it stacks
-    "x.adaLN": "norm1.linear", "x.mlp.fc1": "ff.net.0.proj", "x.mlp.fc2": "ff.net.2",
-    "text.adaLN": "norm1_context.linear", "text.mlp.fc1": "ff_context.net.0.proj", "text.mlp.fc2": "ff_context.net.2",
-    "text.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "text.attn.proj": "attn.to_add_out",
-    "text.attn.q_norm": "attn.norm_added_q", "text.attn.k_norm": "attn.norm_added_k"}
+# ours, the single file's (below model.diffusion_model.), diffusers'
+MMDIT = [
+    ("P", "x_embedder.proj", "pos_embed.proj"),
+    ("t_embedder.0", "t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_1"),
+    ("t_embedder.2", "t_embedder.mlp.2", "time_text_embed.timestep_embedder.linear_2"),
+    ("y_embedder.0", "y_embedder.mlp.0", "time_text_embed.text_embedder.linear_1"),
+    ("y_embedder.2", "y_embedder.mlp.2", "time_text_embed.text_embedder.linear_2"),
+    ("context_embedder", "context_embedder", "context_embedder"),
+    ("adaLN_final", "final_layer.adaLN_modulation.1", "norm_out.linear"),
+    ("O", "final_layer.linear", "proj_out"),
+]
+
+# of each block: below blocks.{i}., joint_blocks.{i}., transformer_blocks.{i}.; where diffusers has three,
+# ours is stacked
+MMDIT_BLOCK = [
+    ("x.adaLN", "x_block.adaLN_modulation.1", "norm1.linear"),
+    ("x.attn.qkv", "x_block.attn.qkv", "attn.to_q attn.to_k attn.to_v"),
+    ("x.attn.q_norm", "x_block.attn.ln_q", "attn.norm_q"),
+    ("x.attn.k_norm", "x_block.attn.ln_k", "attn.norm_k"),
+    ("x.attn.proj", "x_block.attn.proj", "attn.to_out.0"),
+    ("x.attn2.qkv", "x_block.attn2.qkv", "attn2.to_q attn2.to_k attn2.to_v"),
+    ("x.attn2.q_norm", "x_block.attn2.ln_q", "attn2.norm_q"),
+    ("x.attn2.k_norm", "x_block.attn2.ln_k", "attn2.norm_k"),
+    ("x.attn2.proj", "x_block.attn2.proj", "attn2.to_out.0"),
+    ("x.mlp.fc1", "x_block.mlp.fc1", "ff.net.0.proj"),
+    ("x.mlp.fc2", "x_block.mlp.fc2", "ff.net.2"),
+    ("text.adaLN", "context_block.adaLN_modulation.1", "norm1_context.linear"),
+    ("text.attn.qkv", "context_block.attn.qkv", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
+    ("text.attn.q_norm", "context_block.attn.ln_q", "attn.norm_added_q"),
+    ("text.attn.k_norm", "context_block.attn.ln_k", "attn.norm_added_k"),
+    ("text.attn.proj", "context_block.attn.proj", "attn.to_add_out"),
+    ("text.mlp.fc1", "context_block.mlp.fc1", "ff_context.net.0.proj"),
+    ("text.mlp.fc2", "context_block.mlp.fc2", "ff_context.net.2"),
+]
 
 
-for _a in ("attn", "attn2"):
-    DIFFUSERS_BLOCK |= {f"x.{_a}.qkv": f"{_a}.to_q {_a}.to_k {_a}.to_v", f"x.{_a}.proj": f"{_a}.to_out.0",
-                        f"x.{_a}.q_norm": f"{_a}.norm_q", f"x.{_a}.k_norm": f"{_a}.norm_k"}
+def mmdit_layers(depth, diffusers):
+    """The table of an MMDiT of `depth` blocks under the single file's or diffusers' names."""
+    rows = list(MMDIT)
+    for i in range(depth):
+        for ours, single, theirs in MMDIT_BLOCK:
+            theirs = " ".join(f"transformer_blocks.{i}.{name}" for name in theirs.split())
+            rows.append((f"blocks.{i}.{ours}", f"joint_blocks.{i}.{single}", theirs))
+    if not diffusers:
+        return [Layer(ours, (single,)) for ours, single, _ in rows]
+    # the two adaLN layers without a gate: shift before scale in ours and the single file, after it in
+    # diffusers
+    swapped = ("adaLN_final", f"blocks.{depth - 1}.text.adaLN")
+    return [Layer(ours, tuple(theirs.split()), ours in swapped) for ours, _, theirs in rows]
 
 
-def _diffusers_layers(depth):
-    """(our layer, its diffusers layers, halves swapped?): diffusers has scale before shift in its two 2-way adaLN layers."""
-    last = f"blocks.{depth - 1}.text.adaLN"
-    layers = DIFFUSERS | {f"blocks.{i}.{ours}": " ".join(f"transformer_blocks.{i}.{name}" for name in theirs.split())
-                          for i in range(depth) for ours, theirs in DIFFUSERS_BLOCK.items()}
-    return [(ours, theirs.split(), ours in ("adaLN_final", last)) for ours, theirs in layers.items()]
+def import_sd3(sd):
+    """The single file's names, without their prefix -> ours."""
+    rest = {key: value for key, value in sd.items() if key != "pos_embed"}
+    ours = import_layers(rest, mmdit_layers(count(rest, "joint_blocks."), diffusers=False))
+    return with_position_table(ours, sd, "pos_embed")
 
 
 def import_diffusers(sd):
-    """diffusers' SD3Transformer2DModel names -> (our state dict, MMDiTConfig).  Nothing is dropped."""
-    sd, ours = dict(sd), {"pos_embed": sd["pos_embed.pos_embed"]}
-    del sd["pos_embed.pos_embed"]
-    for layer, theirs, swapped in _diffusers_layers(sum(k.endswith(".attn.to_q.weight") for k in sd)):
-        for name in ("weight", "bias"):
-            if f"{theirs[0]}.{name}" in sd:
-                w = torch.cat([sd.pop(f"{t}.{name}") for t in theirs])
-                ours[f"{layer}.{name}"] = torch.cat(w.chunk(2)[::-1]) if swapped else w
-    if sd:
-        raise ValueError(f"an SD3 transformer with layers that are not known here: {', '.join(list(sd)[:3])} ...")
-    return ours, _mmdit_config(ours)
+    """The names of diffusers' SD3Transformer2DModel -> ours."""
+    rest = {key: value for key, value in sd.items() if key != "pos_embed.pos_embed"}
+    ours = import_layers(rest, mmdit_layers(count(rest, "transformer_blocks."), diffusers=True))
+    return with_position_table(ours, sd, "pos_embed.pos_embed")
+
+
+def with_position_table(ours, sd, name):
+    """The position table is the file's, unlike LightningDiT's: whether a formula gives it is not known."""
+    need(sd, name)
+    return ours | {"pos_embed": sd[name]}
+
+
+def mmdit_sizes(ours):
+    """The fields of MMDiTConfig from the names and shapes of a state dict in our names."""
+    need(ours, "P.weight", "blocks.0.x.attn.qkv.weight", "y_embedder.0.weight", "context_embedder.weight")
+    if "blocks.0.x.attn.q_norm.weight" not in ours:
+        raise ValueError("this looks like SD3-medium (its attention has no QK-norm); wanted SD3.5-Medium or "
+                         "-Large")
+    E, C, p, _ = ours["P.weight"].shape
+    return {
+        "C": C,
+        "p": p,
+        "E": E,
+        "depth": count(ours, "blocks."),
+        "A": E // len(ours["blocks.0.x.attn.q_norm.weight"]),
+        "dual": sum(key.endswith(".x.attn2.qkv.weight") for key in ours),
+        "context": ours["context_embedder.weight"].shape[1],
+        "pooled": ours["y_embedder.0.weight"].shape[1],
+        "pos_size": math.isqrt(ours["pos_embed"].shape[1]),
+    }
 
 
 def export_sd3(model):
-    """Our MMDiT without adapters -> the single-file names, for channels C + D.  Inverse of the import if D = 0."""
-    return {"model.diffusion_model." + _rename(k, SD3_RENAME, back=True): v for k, v in merged(model).items()}
-
-
-def export_lora(model):
-    """Adapters under peft's names, and beside them the trained first and last layer, merged as in `export_diffusers`."""
-    ours, lora = merged(model), {}
-    for layer, theirs, _ in _diffusers_layers(model.cfg.depth):
-        for ab in ("A", "B"):
-            parts = ours.get(f"{layer}.{ab}", ())
-            lora |= {f"base_model.model.{t}.lora_{ab}.weight": w.contiguous() for t, w in zip(theirs, parts)}
-    heads = {f"base_model.model.{DIFFUSERS[k]}.{n}": ours[f"{k}.{n}"] for k in "PO" for n in ("weight", "bias")}
-    return lora | heads
+    """Our MMDiT without adapters -> the single file's names, for C + D channels.  The inverse if D = 0."""
+    ours = merge_details(model)
+    table = ours.pop("pos_embed")
+    theirs = {"pos_embed": table} | export_layers(ours, mmdit_layers(model.cfg.depth, diffusers=False))
+    return {f"model.diffusion_model.{name}": weight for name, weight in theirs.items()}
 
 
 def export_diffusers(model):
-    """Our MMDiT without adapters -> the state dict of a stock SD3Transformer2DModel with in_channels = C + D."""
-    ours, theirs = merged(model), {"pos_embed.pos_embed": model.pos_embed}
-    for layer, names, swapped in _diffusers_layers(model.cfg.depth):
-        for name in ("weight", "bias"):
-            if f"{layer}.{name}" in ours:
-                w = ours[f"{layer}.{name}"]
-                w = torch.cat(w.chunk(2)[::-1]) if swapped else w
-                theirs |= {f"{n}.{name}": part.contiguous() for n, part in zip(names, w.chunk(len(names)))}
-    return theirs
+    """Our MMDiT without adapters -> the names of a stock SD3Transformer2DModel with in_channels = C + D."""
+    ours = merge_details(model)
+    table = ours.pop("pos_embed")
+    theirs = export_layers(ours, mmdit_layers(model.cfg.depth, diffusers=True))
+    return {"pos_embed.pos_embed": table} | theirs
 
 
-def _mmdit_config(ours):
-    """MMDiTConfig from the names and shapes of a state dict in our names."""
-    if "blocks.0.x.attn.q_norm.weight" not in ours and "blocks.0.x.attn.qkv.weight" in ours:
-        raise ValueError("this looks like SD3-medium (its attention has no QK-norm); wanted SD3.5-Medium or -Large")
-    E, C, p, _ = ours["P.weight"].shape
-    depth, dual = (sum(k.endswith(f"{name}.qkv.weight") for k in ours) for name in ("x.attn", "x.attn2"))
-    return MMDiTConfig(C=C, p=p, E=E, depth=depth, A=E // len(ours["blocks.0.x.attn.q_norm.weight"]), dual=dual,
-                       pooled=ours["y_embedder.0.weight"].shape[1],
-                       context=ours["context_embedder.weight"].shape[1], pos_size=math.isqrt(ours["pos_embed"].shape[1]))
+def export_lora(model):
+    """Adapters under peft's names, q, k and v each with its own; beside them the first and last layer, which
+    were trained too, merged as in `export_diffusers`."""
+    ours = merge_details(model)
+    lora = {}
+    for layer in mmdit_layers(model.cfg.depth, diffusers=True):
+        for matrix in ("A", "B"):
+            if f"{layer.ours}.{matrix}" in ours:                       # (parts, r, in) or (parts, out, r)
+                for name, weight in zip(layer.theirs, ours[f"{layer.ours}.{matrix}"]):
+                    lora[f"base_model.model.{name}.lora_{matrix}.weight"] = weight.contiguous()
+    for ours_name, theirs in (("P", "pos_embed.proj"), ("O", "proj_out")):
+        for part in PARTS:
+            lora[f"base_model.model.{theirs}.{part}"] = ours[f"{ours_name}.{part}"]
+    return lora
+
+
+# ---------------------------------------------------------------- transformers, of either kind
+
+
+def import_dit(sd):
+    """A released transformer -> (kind, state dict in our names, sizes, tables).
+
+    tables: {name in TABLES: tensor} that a LightningDiT's file holds and ours computes; for an MMDiT, none
+    raises: ValueError saying what `sd` looks like instead
+    """
+    sd = below(sd, "model.diffusion_model.")       # SD3's single file may also hold the VAE and text encoders
+    if "transformer_blocks.0.attn.to_q.weight" in sd:
+        ours = import_diffusers(sd)
+        return "MMDiT", ours, mmdit_sizes(ours), {}
+    if "joint_blocks.0.x_block.attn.qkv.weight" in sd:
+        ours = import_sd3(sd)
+        return "MMDiT", ours, mmdit_sizes(ours), {}
+    sizes = lightningdit_sizes(sd)
+    tables = {name: sd[name] for name in TABLES if name in sd}
+    return "LightningDiT", import_lightningdit(sd), sizes, tables
+
+
+def merge_details(model):
+    """A transformer's state dict with P_new inside P and O_new inside O, as one wider layer each."""
+    sd = {name: weight.detach() for name, weight in model.state_dict().items()}
+    if model.cfg.D:
+        sd["P.weight"] = torch.cat([sd["P.weight"], sd.pop("P_new.weight")], dim=1)           # (E, C+D, p, p)
+        for part in PARTS:                 # rows run over (p, p, C): the channels meet inside each pixel
+            heads = [sd[f"O.{part}"], sd.pop(f"O_new.{part}")]
+            pixels = [head.unflatten(0, (model.cfg.p**2, -1)) for head in heads]          # (p*p, C or D, ...)
+            sd[f"O.{part}"] = torch.cat(pixels, dim=1).flatten(0, 1)                        # (p*p*(C+D), ...)
+    return sd

@@ -1,5 +1,18 @@
-"""weights"""
-import dataclasses
+"""Models from files, and files from models.  The three doors, and a fourth for runs:
+
+    load_base_vae(source)       a base VAE: public files, diffusers' folders, or a run of train_vae.py
+    load_davae(source)          a DAVAE: a run of train_vae.py; any other base VAE comes as a PlainVAE
+    load_dit(source)            a transformer: our checkpoints, LightningDiT's file, SD3.5's file or folder
+    load_run(run)               a run of finetune.py: its transformer, its VAE, its config.json
+
+    main_export(cfg)            `python sample.py export`: a run of finetune.py in the public formats
+
+A source is a file, a folder or a state dict. A load finds the files, reads them, brings their names to ours
+(support/formats.py), builds the module on the "meta" device, where it costs neither memory nor random
+numbers, and fills it, strictly. What is wrong with a source is one sentence that begins with its name
+(SystemExit).
+"""
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass, fields
@@ -7,201 +20,456 @@ from pathlib import Path
 
 import torch
 
-from davae import DAVAE, LAYOUT, AutoencoderKL, KLConfig
-from dit import DiTConfig, LightningDiT, MMDiT, MMDiTConfig, merge_lora
-from support import runs
-from support.bases import TAEF2
+from davae import DAVAE, LAYOUT, DAVAEConfig, PlainVAE
+from dit import MODELS, LightningDiT, MMDiT, merge_lora, rope_table, sincos_table
+from support import formats, runs
+from support.bases import BASES
 from support.config import field
-from support.formats import (
-    export_diffusers,
-    export_lightningdit,
-    export_lora,
-    import_dit,
-    import_kl,
-    import_taef2,
-)
 from support.runs import latest_checkpoint, read_config, read_state_dict
 
-
-def load_davae(source):
-    """A DAVAE in eval mode, from a run or step folder of train_vae.py; any base VAE file gives its D = 0 form."""
-    if not (Path(source).is_dir() and (list(Path(source).glob("step_*")) or _is_ours(source))):
-        return DAVAE(load_base_vae(source), D=0).eval()
-    checkpoint = latest_checkpoint(source)
-    config = read_config(checkpoint)["model"]
-    base = config.pop("base")
-    with torch.device("meta"):
-        vae = DAVAE(TAEF2() if base.pop("kind") == "TAEF2" else AutoencoderKL(KLConfig(**base)), **config)
-    vae.load_state_dict(read_state_dict(checkpoint / "model.safetensors"), strict=True, assign=True)
-    return vae.eval()
-
-
-def _is_ours(folder):
-    return (path := Path(folder) / "config.json").exists() and "base" in json.loads(path.read_text()).get("model", {})
+# ---------------------------------------------------------------- base VAEs
 
 
 def load_base_vae(source):
     """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
 
-    source: a file (VA-VAE .pt, SD3 single-file or VAE-only .safetensors), a folder (diffusers; TAEF2's encoder and
-    decoder files; a run of train_vae.py) or a state dict. Built on the meta device and assigned, strictly.
-    raises: SystemExit with one sentence that says what the source looks like and what was wanted.
+    source: a file (VA-VAE's .pt, SD3's single file, a VAE alone), a folder (diffusers' VAE or whole pipeline;
+    TAEF2's two files; a run of train_vae.py), or a state dict.
+    raises: SystemExit saying what the source looks like and what was wanted
     """
-    config = {}
-    if not isinstance(source, dict) and Path(source).is_dir():
-        folder = Path(source)
-        if list(folder.glob("step_*")) or _is_ours(folder):
-            return load_davae(folder).base
-        if (folder / "vae").is_dir():                                            # a whole diffusers pipeline
-            source = folder = folder / "vae"
-        config = json.loads(path.read_text()) if (path := folder / "config.json").exists() else {}
-        if (folder / "taef2_encoder.pth").exists():
-            source = {f"{part}.{k}": v for part in ("encoder", "decoder")
-                      for k, v in read_state_dict(folder / f"taef2_{part}.pth").items()}
-    sd = read_state_dict(source)
-    sd = sd.get("state_dict", sd)
-    if "encoder.11.pool.0.weight" in sd:
-        module, sd = TAEF2, import_taef2(sd)
-    else:
-        sd = import_kl(sd, where="state dict" if isinstance(source, dict) else source)
-        cfg = dataclasses.replace(kl_config(sd), groups=config.get("norm_num_groups", 32))
-        sd.update(_pipeline_statistics(cfg, config, source))
-        module = lambda: AutoencoderKL(cfg)                                      # noqa: E731
-    with torch.device("meta"):
-        vae = module()
-    vae.load_state_dict(sd, strict=True, assign=True)
+    if is_vae_run(source):
+        return load_davae(source).base
+
+    name = name_of(source)
+    files, folder = find_base_vae(source)
+    config = read_diffusers_config(folder)
+    with one_sentence(name):
+        kind, sd, settings = formats.import_vae(read_parts(files))
+        if kind == "AutoencoderKL":
+            settings["groups"] = groups_of(settings["widths"], config)
+            sd |= latent_statistics(settings, config, folder, name)
+        else:
+            sd |= statistics(0.0, 1.0, channels=32)
+        with torch.device("meta"):
+            vae = BASES[kind].build(settings)
+        fill(vae, sd)
     return vae.float().eval()
 
 
-def _pipeline_statistics(cfg, config, source):
-    """Per-channel mean and std by which the pretrained pipeline normalises: z -> (z - mean) / std.
+def find_base_vae(source):
+    """({prefix of the names: file, folder or dict}, the folder that describes them; None for a dict)."""
+    if isinstance(source, dict):
+        return {"": source}, None
+    path = Path(source)
+    if (path / "vae").is_dir():                                    # a whole diffusers pipeline
+        return {"": path / "vae"}, path / "vae"
+    if (path / "taef2_encoder.pth").exists():
+        return {"encoder.": path / "taef2_encoder.pth", "decoder.": path / "taef2_decoder.pth"}, path
+    return {"": path}, path if path.is_dir() else path.parent
 
-    From a diffusers config.json, or VA-VAE's latents_stats.pt, beside the weights. A bare 16-channel file is taken for
-    SD3's; another one without its statistics gets 0 and 1, and says so: a DiT that was trained on it expects the real ones.
+
+def read_parts(files):
+    """One state dict of the files of `find_base_vae`."""
+    sd = {}
+    for prefix, source in files.items():
+        part = pick_weights(read_state_dict(source))
+        sd |= {prefix + key: weight for key, weight in part.items()}
+    return sd
+
+
+def read_diffusers_config(folder):
+    """The config.json of diffusers' AutoencoderKL in this folder; {} if there is none, or another one."""
+    if folder is None or not (folder / "config.json").exists():
+        return {}
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("_class_name") != "AutoencoderKL":
+        return {}
+    if config.get("act_fn", "silu") != "silu":                     # which no key or shape would show
+        raise SystemExit(f"{folder}: an autoencoder with act_fn={config['act_fn']!r}; wanted silu")
+    return config
+
+
+def groups_of(widths, config):
+    """Groups of every GroupNorm, which no key or shape shows: config.json's; else 32, as public VAEs have."""
+    groups = config.get("norm_num_groups", 32)
+    if any(width % groups for width in widths):
+        raise ValueError(f"its levels of {widths} channels do not divide into {groups} groups; "
+                         "wanted diffusers' config.json beside it, with the right norm_num_groups")
+    return groups
+
+
+def latent_statistics(settings, config, folder, name):
+    """mean and std by which the pretrained pipeline normalises latents: z -> (z - mean) / std, per channel.
+
+    In this order: VA-VAE's latents_stats.pt beside the weights; what diffusers' config.json states; for a
+    bare file of 16 channels without quant convolutions, SD3's numbers. Else 0 and 1, and a line that says
+    so, because a DiT that was trained on the latents expects the real ones.
     """
-    path = Path("" if isinstance(source, dict) else source)
-    stats = (path if path.is_dir() else path.parent) / "latents_stats.pt"
-    if not isinstance(source, dict) and stats.exists():
-        return {k: v.float().flatten() for k, v in read_state_dict(stats).items() if k in ("mean", "std")}
-    shift, scale = (0.0609, 1.5305) if cfg.C == 16 and not cfg.quant else (0.0, 1.0)
-    shift, scale = config.get("shift_factor") or shift, config.get("scaling_factor") or scale
-    if (shift, scale) == (0.0, 1.0) and not isinstance(source, dict):
-        print(f"{source}: no latents_stats.pt beside it; its latents stay as they are. Put that file of the pretrained "
-              "LightningDiT there to warm-start from it")
-    return {"mean": torch.full((cfg.C,), shift), "std": torch.full((cfg.C,), 1 / scale)}
+    C = settings["C"]
+    if folder is not None and (folder / "latents_stats.pt").exists():
+        return saved_statistics(folder / "latents_stats.pt", C)
+    if any(name in config for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")):
+        return stated_statistics(config, C)
+    if C == 16 and not settings["quant"] and not config:
+        return statistics(0.0609, 1 / 1.5305, C)
+    if folder is not None:
+        print(f"{name}: no latents_stats.pt beside it; its latents stay as they are. Put that file of the "
+              "pretrained LightningDiT there to warm-start from it")
+    return statistics(0.0, 1.0, C)
 
 
-def kl_config(sd):
-    """Read an AutoencoderKL's sizes off a state dict in our names."""
-    levels, blocks = (len({k[len(prefix):].split(".")[0] for k in sd if k.startswith(prefix)})
-                      for prefix in ("encoder.down.", "encoder.down.0.block."))
-    ch, attn = sd["encoder.conv_in.weight"].shape[0], [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in sd]
-    ch_mult = [sd[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels)]
-    return KLConfig(sd["from_latent.0.weight"].shape[1], ch, ch_mult, blocks, attn, quant="to_moments.1.weight" in sd)
+def saved_statistics(path, C):
+    """Those of VA-VAE's latents_stats.pt: {"mean", "std"}, (1, C, 1, 1) each."""
+    saved = read_state_dict(path)
+    if not isinstance(saved, dict) or "mean" not in saved or "std" not in saved:
+        raise ValueError(f"{path.name} beside it has no mean and std")
+    return statistics(saved["mean"].flatten(), saved["std"].flatten(), C)
+
+
+def stated_statistics(config, C):
+    """The statistics of diffusers' config.json, where null is 0 for a mean and 1 for a scale.
+
+    SD3's pipelines compute (z - shift_factor) * scaling_factor. latents_mean and latents_std have one number
+    per channel; of the pipelines with an AutoencoderKL only SDXL's read them, where both are there, and
+    compute (z - latents_mean) * scaling_factor / latents_std, without a shift (diffusers 0.42.1).
+    """
+    shift = stated(config, "shift_factor", 0.0)
+    scale = stated(config, "scaling_factor", 1.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if scale <= 0:
+        raise ValueError(f"its config.json has scaling_factor={scale}; wanted a number above 0")
+    if mean is None and std is None:
+        return statistics(shift, 1 / scale, C)
+    if mean is None or std is None or shift:
+        raise ValueError("its config.json has latents_mean or latents_std without the other, or beside a "
+                         "shift_factor; wanted both, and no shift")
+    return statistics(torch.tensor(mean), torch.tensor(std) / scale, C)
+
+
+def stated(config, name, null):
+    value = config.get(name)
+    return null if value is None else float(value)
+
+
+def statistics(mean, std, channels):
+    """{"mean", "std"}: (channels,) float32 each.
+
+    mean, std: one number for all channels, or a tensor of one per channel
+    raises:    ValueError if there are more or fewer, or a std is not above 0
+    """
+    found = {}
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, torch.Tensor):
+            values = torch.full((channels,), values)
+        if len(values) != channels:
+            raise ValueError(f"the {name} of its latents has {len(values)} numbers; wanted {channels}, "
+                             "one per channel")
+        found[name] = values.float()
+    if not (found["std"] > 0).all():
+        raise ValueError("the std of its latents is not above 0 in every channel")
+    return found
+
+
+# ---------------------------------------------------------------- our own autoencoders
+
+
+def load_davae(source):
+    """A DAVAE, or a PlainVAE (D = 0), in eval mode: that of a run or step folder of train_vae.py. Any other
+    source that `load_base_vae` takes comes as a PlainVAE."""
+    if not is_vae_run(source):
+        return PlainVAE(load_base_vae(source)).eval()
+    checkpoint = latest_checkpoint(source)
+    config = read_config(checkpoint).get("model", {})
+    if "base" not in config:
+        raise SystemExit(f"{source}: holds a transformer; wanted a run of train_vae.py (or {source}/vae)")
+    with one_sentence(checkpoint):
+        with torch.device("meta"):
+            vae = build_vae(upgrade_vae_config(config))
+        fill(vae, read_state_dict(checkpoint / "model.safetensors"))
+    return vae.eval()
+
+
+def save_base_vae(base, folder):
+    """Write a base VAE, of a class in BASES, as a folder that `load_base_vae` and `load_davae` take."""
+    vae = PlainVAE(base)
+    runs.save_folder(folder, {"model": vae.state_dict()}, {"model": vae.config()})
+
+
+def is_vae_run(source):
+    """Is it a folder of checkpoints, or one checkpoint with the config of a VAE of ours?"""
+    if isinstance(source, dict) or not Path(source).is_dir():
+        return False
+    if list(Path(source).glob("step_*")):
+        return True
+    path = Path(source) / "config.json"
+    return path.exists() and "base" in json.loads(path.read_text()).get("model", {})
+
+
+def build_vae(config):
+    """The module that the "model" of a config.json describes, with new weights.   raises: ValueError"""
+    base = dict(config["base"])
+    kind = base.pop("kind")
+    if kind not in BASES:
+        raise ValueError(f"its base VAE is a {kind!r}; BASES has {', '.join(BASES)} (see support/bases.py)")
+    try:
+        module = BASES[kind].build(base)
+    except TypeError as error:
+        raise ValueError(f"config.json describes another {kind} ({error})") from None
+    if config["D"] == 0:
+        return PlainVAE(module)
+    options = {name: value for name, value in config.items() if name != "base"}
+    return DAVAE(module, settings_from(options, DAVAEConfig, "DAVAE"))
+
+
+def upgrade_vae_config(config):
+    """The "model" of an older run's config.json as it is now: widths, not ch and ch_mult; r, which was 2."""
+    base = dict(config["base"])
+    if "ch" in base:
+        ch = base.pop("ch")
+        base["widths"] = [ch * multiple for multiple in base.pop("ch_mult")]
+    if config["D"] == 0:                                           # other options have no meaning there
+        return {"base": base, "D": 0}
+    return {"r": 2} | config | {"base": base}
+
+
+# ---------------------------------------------------------------- transformers
 
 
 def load_dit(source, weights=None):
-    """Build the transformer that a checkpoint holds; sizes and options are read off it.
+    """The transformer that a checkpoint holds, on the CPU, float32, in eval mode; its sizes are read off.
 
-    source:  a checkpoint folder of ours (config.json beside ema/model.safetensors), or released weights of LightningDiT or
-             SD3.5 (single-file or diffusers): a file, a folder (a diffusers pipeline's too) or a dict
+    source:  a checkpoint folder of ours (config.json beside ema and model.safetensors), or released weights
+             of LightningDiT or SD3.5 (single file, diffusers): a file, a folder (a pipeline's too), a dict
     weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
-    returns: LightningDiT or MMDiT on the CPU, float32, in eval mode.   raises: SystemExit saying what the file looks like
+    raises:  SystemExit saying what the source looks like
     """
-    name = "the given dict" if isinstance(source, dict) else source
     if weights not in (None, "ema", "model"):
         raise ValueError(f"weights={weights!r}, wanted 'ema', 'model' or None")
-    if not isinstance(source, dict) and (Path(source) / "transformer").is_dir():
-        source = Path(source) / "transformer"
-    try:
-        own = None if isinstance(source, dict) else _read_own(Path(source), weights)
-        sd, cfg = own or import_dit(pick_weights(read_state_dict(source), weights))
-        with torch.device("meta"):                 # no memory, no random numbers: the weights come next
-            model = MMDiT(cfg) if isinstance(cfg, MMDiTConfig) else LightningDiT(cfg)
-        sd = {k: sd.pop(k).to("cpu", torch.float32, copy=True) for k in list(sd)}       # its own, one by one
-        model.load_state_dict(sd, strict=True, assign=True)
-    except (ValueError, KeyError, RuntimeError) as error:
-        problem = error if isinstance(error, ValueError) else f"not a whole checkpoint ({str(error).splitlines()[-1].strip()})"
-        raise SystemExit(f"{name}: {problem}") from None
-    if isinstance(model, LightningDiT):
+    name = name_of(source)
+    where = find_dit(source)
+    with one_sentence(name):
+        if is_our_dit(where):
+            kind, settings, sd = read_our_dit(where, weights)
+        else:
+            kind, settings, sd = read_public_dit(where, weights)
+        Config, Model = MODELS[kind]
+        with torch.device("meta"):
+            model = Model(settings_from(settings, Config, kind))
+        sd = own_float32(sd)
+        fill(model, sd)
+    if hasattr(model, "build_tables"):             # position tables are made, not loaded
         model.build_tables("cpu")
     return model.eval()
 
 
-def _read_own(folder, weights):
-    """(state dict, config) of one of our checkpoint folders; None if it is not one."""
-    config = read_config(folder) if (folder / "config.json").exists() else {}
-    if "model" not in config:
-        return None
-    kind = MMDiTConfig if "context" in config["model"] else DiTConfig
-    unknown = sorted(set(config["model"]) - {f.name for f in fields(kind)})
-    if unknown:
-        raise ValueError(f"config.json describes another model (it has {', '.join(unknown[:4])}), wanted a DiT")
+def find_dit(source):
+    """The transformer's own folder in a diffusers pipeline; any other source is itself."""
+    if isinstance(source, dict):
+        return source
+    inside = Path(source) / "transformer"
+    return inside if inside.is_dir() else Path(source)
+
+
+def is_our_dit(where):
+    if isinstance(where, dict) or not (where / "config.json").exists():
+        return False
+    return "model" in read_config(where)
+
+
+def read_our_dit(folder, weights):
+    """(kind, fields of its config, state dict) of a checkpoint folder of ours."""
+    settings = dict(read_config(folder)["model"])
+    guess = "MMDiT" if "context" in settings else "LightningDiT"   # older ones do not say
+    kind = settings.pop("kind", guess)
+    if kind not in MODELS:
+        raise ValueError(f"its transformer is a {kind!r}; MODELS has {', '.join(MODELS)} (see dit.py)")
+    settings_from(settings, MODELS[kind][0], kind)     # another model is told before missing files
+
     files = [folder / f"{name}.safetensors" for name in ([weights] if weights else ["ema", "model"])]
-    found = [f for f in files if f.exists()]
+    found = [file for file in files if file.exists()]
     if not found:
-        raise ValueError(f"config.json is there, but not {' or '.join(f.name for f in files)}")
-    frozen = folder.parent / "frozen"              # what LoRA never changes is saved once for all steps of a run
-    return (read_state_dict(frozen) if frozen.is_dir() else {}) | read_state_dict(found[0]), kind(**config["model"])
+        raise ValueError(f"config.json is there, but not {' or '.join(file.name for file in files)}")
+    frozen = folder.parent / "frozen"     # what LoRA never changes, saved once for all steps of a run
+    shared = read_state_dict(frozen) if frozen.is_dir() else {}
+    return kind, settings, shared | read_state_dict(found[0])
+
+
+def read_public_dit(where, weights):
+    """(kind, fields of its config, state dict in our names) of released weights."""
+    sd = pick_weights(read_state_dict(where), weights)
+    kind, ours, sizes, tables = formats.import_dit(sd)
+    if kind == "LightningDiT":
+        check_tables(tables, MODELS[kind][0](**sizes))
+    return kind, sizes, ours
+
+
+def check_tables(tables, cfg):
+    """raises: ValueError if a position table that the file holds is not the one that LightningDiT computes.
+
+    Upstream computes the angles of RoPE in float32, up to 1e-6 off; another formula would be off by 0.1.
+    """
+    ours = {"pos_embed": sincos_table(cfg.grid, cfg.E)}
+    if cfg.rope:
+        ours["feat_rope.freqs_cos"], ours["feat_rope.freqs_sin"] = rope_table(cfg.grid, cfg.E // cfg.A)
+    for name, table in ours.items():
+        if name not in tables:
+            raise ValueError(f"not a whole checkpoint (it lacks {name})")
+        theirs = tables[name]
+        tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)
+        if theirs.shape != table.shape or (theirs.float().cpu() - table).abs().max() > tolerance:
+            raise ValueError(f"the table {name} {tuple(theirs.shape)} is not the one LightningDiT computes "
+                             f"for a {cfg.grid}x{cfg.grid} grid; only tokens at whole positions 0, 1, 2 ... "
+                             "can be loaded")
+
+
+def load_run(run, weights="ema", device="cpu"):
+    """(dit, vae, config) of a run of finetune.py or one of its step folders, in eval mode."""
+    checkpoint = latest_checkpoint(run)
+    config = read_config(checkpoint)
+    if config.get("script") != "finetune.py":
+        raise SystemExit(f"{run}: holds a checkpoint of {config.get('script')}; wanted a run of finetune.py")
+    vae = load_davae(checkpoint.parent / "vae")
+    vae = vae.to(device, memory_format=LAYOUT[torch.device(device).type])
+    return load_dit(checkpoint, weights).to(device), vae, config
+
+
+# ---------------------------------------------------------------- steps that the loads share
+
+
+def name_of(source):
+    """What a sentence calls a source."""
+    return "the given state dict" if isinstance(source, dict) else source
+
+
+@contextlib.contextmanager
+def one_sentence(name):
+    """A ValueError inside becomes a SystemExit that begins with the name of what was read."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"{name}: {error}") from None
 
 
 def pick_weights(state, weights=None):
-    """The state dict in a checkpoint: its `ema`, `model`, `state_dict` or itself, in this order; `weights` insists."""
+    """The state dict in a checkpoint: its `ema`, `model`, `state_dict` or itself, in this order.
+
+    weights: insist on one of them
+    """
     if not isinstance(state, dict):
         raise ValueError(f"holds one {type(state).__name__}, wanted a state dict")
     names = [weights] if weights else ["ema", "model", "state_dict"]
-    found = [state[n] for n in names if isinstance(state.get(n), dict)]
+    found = [state[name] for name in names if isinstance(state.get(name), dict)]
     if weights and not found:
-        raise ValueError(f"no {weights!r} weights in here, the file holds {', '.join(list(state)[:4])} ...")
-    sd = found[0] if found else state              # DDP and torch.compile put these in front of the names
-    while any(k.startswith(("module.", "_orig_mod.")) for k in sd):
-        sd = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in sd.items()}
+        raise ValueError(f"no {weights!r} weights in here, the file holds {formats.some(state)}")
+    sd = found[0] if found else state
+    while any(key.startswith(("module.", "_orig_mod.")) for key in sd):        # of DDP and torch.compile
+        sd = {key.removeprefix("module.").removeprefix("_orig_mod."): weight for key, weight in sd.items()}
     return sd
 
 
-def load_run(run, weights="ema", device=torch.device("cpu")):
-    """(dit, vae, config) of a run of finetune.py or one of its step folders, in eval mode."""
-    checkpoint = runs.latest_checkpoint(run)
-    config = runs.read_config(checkpoint)
-    if config.get("script") != "finetune.py":
-        raise SystemExit(f"{run}: holds a checkpoint of {config.get('script')}; wanted a run of finetune.py")
-    vae = load_davae(checkpoint.parent / "vae").to(device, memory_format=LAYOUT[device.type])
-    return load_dit(checkpoint, weights).to(device), vae, config
+def settings_from(values, Config, kind):
+    """Config(**values).   raises: ValueError naming what is no field of it"""
+    unknown = sorted(set(values) - {f.name for f in fields(Config)})
+    if unknown:
+        raise ValueError(f"config.json describes another model (it has {formats.some(unknown)}), "
+                         f"wanted a {kind}")
+    return Config(**values)
+
+
+def own_float32(sd):
+    """Copies in float32 on the CPU, one by one: `sd` is emptied, so that a file is never in memory twice."""
+    return {name: sd.pop(name).to("cpu", torch.float32, copy=True) for name in list(sd)}
+
+
+def fill(module, sd):
+    """Give a module made on "meta" its weights.
+
+    raises: ValueError naming weights that are missing, left over, of another shape, or not finite
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in sd]
+    unknown = [name for name in sd if name not in wanted]
+    if missing:
+        raise ValueError(f"not a whole checkpoint (it lacks {formats.some(missing)})")
+    if unknown:
+        raise ValueError(f"it has layers that are not known here: {formats.some(unknown)}")
+    for name, weight in sd.items():
+        if weight.shape != wanted[name].shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}; wanted {tuple(wanted[name].shape)}, "
+                             "by the shapes of other layers")
+        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(f"{name} is not finite: a damaged file, or of a training that diverged")
+    module.load_state_dict(sd, strict=True, assign=True)
+
+
+# ---------------------------------------------------------------- export
 
 
 @dataclass
 class ExportConfig:
     run: str = field("", "a run of finetune.py, or one of its step folders")
     out: str = field("", "a folder that does not exist yet")
-    weights: str = field("ema", "ema or model")
+    weights: str = field("ema", "ema or model", choices=("ema", "model"))
 
 
 def main_export(cfg):
-    """`sample.py export`: the DA-VAE, and the transformer under its public names with P_new, O_new and adapters merged.
+    """`sample.py export`: the DA-VAE, and the transformer under its public names, P_new, O_new and adapters
+    merged into its layers.
 
-    vae/: model.safetensors and config.json, as `load_davae` takes them. LightningDiT: lightningdit.pt, {"ema": weights} as
-    its own code reads it, in_channels C + D. SD3.5: transformer/, a stock SD3Transformer2DModel folder of diffusers with
-    in_channels C + D, and with adapters also lora/, them alone in peft's format, for the unmerged transformer.
+    vae/         model.safetensors and config.json, as `load_davae` takes them
+    LightningDiT lightningdit.pt: {"ema": weights} as its own code reads it, with in_channels C + D
+    SD3.5        transformer/: a stock SD3Transformer2DModel folder of diffusers with in_channels C + D; with
+                 adapters also lora/, them alone in peft's format, for the unmerged transformer
     """
-    dit, vae, config = load_run(cfg.run, cfg.weights)
+    dit, vae, _ = load_run(cfg.run, cfg.weights)
     if not cfg.out or Path(cfg.out).exists():
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
-    out, temporary, m = Path(cfg.out), Path(f"{cfg.out}.tmp"), dit.cfg
+    if not isinstance(dit, (LightningDiT, MMDiT)):
+        raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")
+    temporary = Path(f"{cfg.out}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    runs.save_folder(temporary / "vae", {"model": vae.state_dict()}, {"source": cfg.run, "model": vae.config()})
-    if isinstance(dit, MMDiT):
-        if m.lora:
-            targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"]
-            runs.save_folder(temporary / "lora", {"adapter_model": export_lora(dit)}, {"source": cfg.run})
-            adapter = dict(peft_type="LORA", r=m.lora, lora_alpha=m.alpha, target_modules=targets, bias="none")
-            adapter["modules_to_save"] = ["pos_embed.proj", "proj_out"]
-            runs.write_json(temporary / "lora" / "adapter_config.json", adapter)
-        runs.save_folder(temporary / "transformer", {"diffusion_pytorch_model": export_diffusers(merge_lora(dit))}, dict(
-            _class_name="SD3Transformer2DModel", sample_size=128, patch_size=m.p, in_channels=m.C + m.D, out_channels=m.C + m.D,
-            num_layers=m.depth, num_attention_heads=m.A, attention_head_dim=m.E // m.A, caption_projection_dim=m.E,
-            joint_attention_dim=m.context, pooled_projection_dim=m.pooled, pos_embed_max_size=m.pos_size,
-            dual_attention_layers=list(range(m.dual)), qk_norm="rms_norm"))
+    source = {"source": cfg.run}
+    runs.save_folder(temporary / "vae", {"model": vae.state_dict()}, source | {"model": vae.config()})
+    if isinstance(dit, LightningDiT):
+        torch.save({"ema": formats.export_lightningdit(dit)}, temporary / "lightningdit.pt")
     else:
-        torch.save({"ema": export_lightningdit(dit)}, temporary / "lightningdit.pt")
-    temporary.replace(out)
-    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+        if dit.cfg.lora:
+            write_lora(dit, temporary / "lora", source)
+        merged = formats.export_diffusers(merge_lora(dit))
+        config = diffusers_config(dit.cfg)
+        runs.save_folder(temporary / "transformer", {"diffusion_pytorch_model": merged}, config)
+    temporary.replace(cfg.out)
+    print(f"{cfg.out}: {', '.join(sorted(path.name for path in Path(cfg.out).iterdir()))}")
+
+
+def write_lora(dit, folder, source):
+    """The adapters of an MMDiT as peft reads them."""
+    runs.save_folder(folder, {"adapter_model": formats.export_lora(dit)}, source)
+    runs.write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA",
+        "r": dit.cfg.lora,
+        "lora_alpha": dit.cfg.alpha,
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"],
+        "bias": "none",
+        "modules_to_save": ["pos_embed.proj", "proj_out"],
+    })
+
+
+def diffusers_config(cfg):
+    """The config.json of the SD3Transformer2DModel that an MMDiT is."""
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": cfg.p,
+        "in_channels": cfg.C + cfg.D,
+        "out_channels": cfg.C + cfg.D,
+        "num_layers": cfg.depth,
+        "num_attention_heads": cfg.A,
+        "attention_head_dim": cfg.E // cfg.A,
+        "caption_projection_dim": cfg.E,
+        "joint_attention_dim": cfg.context,
+        "pooled_projection_dim": cfg.pooled,
+        "pos_embed_max_size": cfg.pos_size,
+        "dual_attention_layers": list(range(cfg.dual)),
+        "qk_norm": "rms_norm",
+    }

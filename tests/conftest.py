@@ -1,4 +1,4 @@
-"""Shared fixtures: where the small golden files are, and which tests are skipped, with the reason."""
+"""Shared fixtures: golden files, small models and runs, faults; and which tests are skipped, with the reason."""
 import dataclasses
 import json
 import os
@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = ROOT.parent / "shared"            # real photos and weights that cannot be redistributed with this repository
+
+torch.set_num_threads(1)                   # for tensors this small, threads would only wait for each other
 
 
 def pytest_addoption(parser):
@@ -27,16 +31,29 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# ---------------------------------------------------------------- files, and how to compare with them
+
+
 @pytest.fixture
 def golden():
     """golden(name) -> (weights under their original names, everything else by its key, the metadata's config)."""
     def load(name):
-        with safe_open(ROOT / "tests" / "fixtures" / f"{name}.safetensors", "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        weights, others = {}, {}
+        with safe_open(FIXTURES / f"{name}.safetensors", "pt") as f:
             config = json.loads(f.metadata()["config"])
-        weights = {k.removeprefix("sd/"): v for k, v in tensors.items() if k.startswith("sd/")}
-        return weights, {k: v for k, v in tensors.items() if not k.startswith("sd/")}, config
+            for key in f.keys():                                   # noqa: SIM118  (not a dict)
+                if key.startswith("sd/"):
+                    weights[key.removeprefix("sd/")] = f.get_tensor(key)
+                else:
+                    others[key] = f.get_tensor(key)
+        return weights, others, config
     return load
+
+
+@pytest.fixture(scope="session")
+def full_size():
+    """{checkpoint: {key: shape}} of public files and of the original classes at full size."""
+    return json.loads((FIXTURES / "full_size_keys.json").read_text())
 
 
 @pytest.fixture
@@ -49,7 +66,181 @@ def shared():
     return path
 
 
+@pytest.fixture(scope="session")
+def error():
+    """error(x, ref) -> the largest difference, relative to the largest value of ref, or to 1 if that is larger."""
+    def relative(x, ref):
+        largest = ref.abs().max().clamp(min=1)
+        return ((x - ref).abs().max() / largest).item()
+    return relative
+
+
+@pytest.fixture(scope="session")
+def same_weights():
+    """same_weights(a, b, names=("model",)): do two runs' newest checkpoints hold the same weights, bit for bit?"""
+    from support import runs
+
+    def same(a, b, names=("model",)):
+        for name in names:
+            x = load_file(runs.latest_checkpoint(a.out) / f"{name}.safetensors")
+            y = load_file(runs.latest_checkpoint(b.out) / f"{name}.safetensors")
+            if x.keys() != y.keys() or not all(torch.equal(x[k], y[k]) for k in x):
+                return False
+        return True
+    return same
+
+
+# ---------------------------------------------------------------- small models of random weights
+
+
+def random_weights(model, seed=0, names=""):
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if names in name:
+            param.data = torch.randn(param.shape, generator=generator) * 0.15
+    return model
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """randomise(model, seed=0, names="") -> model, with random values for every parameter with `names` in its name.
+
+    A fresh DiT computes 0, which would prove nothing.
+    """
+    return random_weights
+
+
+@pytest.fixture
+def kl_config():
+    """The sizes of an AutoencoderKL of 8 and 16 channels: C = 4, f = 2."""
+    from davae import KLConfig
+    return KLConfig(C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4)
+
+
+@pytest.fixture
+def make_base(kl_config):
+    """make_base() -> an AutoencoderKL of these sizes with random weights and statistics, the same ones every time."""
+    from davae import AutoencoderKL
+
+    def make():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(kl_config).eval()
+        vae.mean.uniform_(-1, 1)
+        vae.std.uniform_(0.5, 2)
+        return vae
+    return make
+
+
+@pytest.fixture
+def make_davae(make_base):
+    """make_davae(D=12, **options) -> a DAVAE on such a base, with random statistics."""
+    from davae import DAVAE
+
+    def make(D=12, **options):
+        vae = DAVAE(make_base(), D, **options).eval()
+        torch.manual_seed(1)
+        vae.mean.uniform_(-1, 1)
+        vae.std.uniform_(0.5, 2)
+        return vae
+    return make
+
+
+@pytest.fixture
+def make_dit():
+    """make_dit(p=1, D=0, seed=0, **options) -> a LightningDiT (C = 4, 4x4 tokens, 5 classes) of random weights."""
+    from dit import DiTConfig, LightningDiT
+
+    def make(p=1, D=0, seed=0, **options):
+        sizes = {"E": 32, "A": 4, "depth": 2, "qk_norm": True} | options
+        model = LightningDiT(DiTConfig(C=4, D=D, p=p, grid=4, num_classes=5, **sizes))
+        return random_weights(model, seed).eval()
+    return make
+
+
+@pytest.fixture
+def dit_inputs():
+    """dit_inputs(p, channels=4) -> (z, t, y) for such a LightningDiT: three latents, the last of the null class."""
+    def make(p, channels=4):
+        generator = torch.Generator().manual_seed(1)
+        z = torch.randn(3, channels, 4 * p, 4 * p, generator=generator)
+        return z, torch.tensor([0.0, 0.4, 1.0]), torch.tensor([0, 3, 5])
+    return make
+
+
+@pytest.fixture(scope="session")
+def stock():
+    """A small SD3Transformer2DModel with everything SD3.5-Medium has: dual blocks, QK-norm, an odd position table."""
+    from support.metrics import import_torchvision
+    import_torchvision()
+    from diffusers import SD3Transformer2DModel
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=4, pos_embed_max_size=21,
+        attention_head_dim=16, num_attention_heads=3, caption_projection_dim=48, joint_attention_dim=40,
+        pooled_projection_dim=24, dual_attention_layers=(0, 1), qk_norm="rms_norm")
+    return random_weights(model.eval())
+
+
+@pytest.fixture
+def sd3_inputs():
+    """sd3_inputs(channels=4, h=16, w=24) -> (z, t, context, pooled) for `stock`: two latents, seven tokens of text."""
+    def make(channels=4, h=16, w=24):
+        generator = torch.Generator().manual_seed(1)
+        z = torch.randn(2, channels, h, w, generator=generator)
+        context = torch.randn(2, 7, 40, generator=generator)
+        pooled = torch.randn(2, 24, generator=generator)
+        return z, torch.linspace(0, 1, 2), context, pooled
+    return make
+
+
+@pytest.fixture
+def widened(stock):
+    """widened(spoil=None) -> `stock` as our MMDiT, widened by 6 channels; random where a name has `spoil` in it."""
+    from support.weights import load_dit
+
+    def make(spoil=None):
+        model = load_dit(stock.state_dict())
+        model.expand_channels(6)
+        return random_weights(model, seed=3, names=spoil) if spoil else model
+    return make
+
+
 # ---------------------------------------------------------------- runs of a few steps, made once and read by several files
+
+
+@pytest.fixture(scope="session")
+def vae_config():
+    """vae_config(out, **changes) -> train_vae's Config of a base VAE of 8 channels on 16-pixel images.
+
+    A step takes milliseconds.
+    """
+    import train_vae
+
+    def make(out, **changes):
+        values = dict(
+            preset="tiny-base", out=str(out), D=0, C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4, image_size=16,
+            images=32, flip=False, perceptual="none", gan=0.0, stats=16, steps=4, batch_size=4, lr=1e-3, log_every=1,
+            save_every=100)
+        return train_vae.Config(**{**values, **changes})
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_run(vae_config, tmp_path_factory):
+    """The folder of that base VAE, trained for four steps."""
+    import train_vae
+    out = tmp_path_factory.mktemp("runs") / "base"
+    train_vae.main(vae_config(out))
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def davae_config(vae_config, base_run):
+    """davae_config(out, **changes) -> train_vae's Config of 12 detail channels on `base_run`, with a discriminator."""
+    def make(out, **changes):
+        values = dict(preset="tiny", D=12, base=base_run, gan=0.1, disc_start=3, disc_width=4, image_size=64)
+        return vae_config(out, **{**values, **changes})
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +248,19 @@ def tiny_vae(tmp_path_factory):
     """The folder of a DA-VAE (C = 4, D = 12, f = 4) trained for three steps on 64-pixel procedural images."""
     import train_vae
     runs = tmp_path_factory.mktemp("runs")
-    small = dict(image_size=64, images=64, flip=False, perceptual="none", gan=0.0, stats=32, steps=3, batch_size=4, lr=1e-3,
-                 log_every=1, save_every=100)
-    train_vae.main(train_vae.Config(preset="tiny-base", out=str(runs / "base-vae"), D=0, C=4, ch=8, ch_mult=(1, 2, 2), blocks=1,
-                                    groups=4, **small))
-    train_vae.main(train_vae.Config(preset="tiny", out=str(runs / "vae"), D=12, base=str(runs / "base-vae"), **small))
+    small = dict(
+        image_size=64, images=64, flip=False, perceptual="none", gan=0.0, stats=32, steps=3, batch_size=4, lr=1e-3,
+        log_every=1, save_every=100)
+    base = train_vae.Config(
+        preset="tiny-base", out=str(runs / "base-vae"), D=0, C=4, ch=8, ch_mult=(1, 2, 2), blocks=1, groups=4, **small)
+    train_vae.main(base)
+    train_vae.main(train_vae.Config(preset="tiny", out=str(runs / "vae"), D=12, base=base.out, **small))
     return str(runs / "vae")
+
+
+DIT = dict(
+    image_size=64, images=64, flip=False, steps=3, batch_size=8, micro_batch=8, lr=1e-3, N=4, log_every=1,
+    save_every=100, sample_steps=2, cfg=2.0, shift=1.0)
 
 
 @pytest.fixture(scope="session")
@@ -75,19 +273,36 @@ def tiny_base(tiny_vae):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_vae, tiny_base):
-    """The folder of a DiT widened from `tiny_base` and trained for three steps."""
+def finetune_config(tiny_vae, tiny_base):
+    """finetune_config(out, **changes) -> finetune's Config that widens `tiny_base` and trains for three steps."""
+    import finetune
+
+    def make(out, **changes):
+        values = dict(preset="tiny", out=str(out), vae=tiny_vae, base=tiny_base, D=12, **DIT)
+        return finetune.Config(**{**values, **changes})
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_vae, finetune_config):
+    """The folder of such a run."""
     import finetune
     out = str(Path(tiny_vae).parent / "run")
-    finetune.main(finetune.Config(preset="tiny", out=out, vae=tiny_vae, D=12, base=tiny_base, **DIT))
+    finetune.main(finetune_config(out))
     return out
 
 
-DIT = dict(image_size=64, images=64, flip=False, steps=3, batch_size=8, micro_batch=8, lr=1e-3, N=4, log_every=1, save_every=100,
-           sample_steps=2, cfg=2.0, shift=1.0)
-
-
 # ---------------------------------------------------------------- faults, injected for real
+
+
+PROGRAM = """import os, signal, sys, torch, {module} as script
+from support import ranks, runs
+RANK = int(os.environ.get('RANK', 0))
+torch.set_num_threads({threads})
+{fault}
+values = {values}
+ranks.launch(script.main, script.Config(**values))
+"""
 
 
 @pytest.fixture
@@ -96,15 +311,18 @@ def launch(tmp_path):
     started = []
 
     def start(main, cfg, fault="", ranks=1):
-        module, program = main.__module__, tmp_path / f"program{len(started)}.py"
-        program.write_text(f"import os, signal, sys, torch, {module} as script\nfrom support import ranks, runs\nRANK = int(os.environ.get('RANK', 0))\n"
-                           f"torch.set_num_threads({torch.get_num_threads()})\n{fault}\nvalues = {dataclasses.asdict(cfg)}\n"
-                           f"ranks.launch(script.main, script.Config(**values))\n")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        started.append(subprocess.Popen([sys.executable, *torchrun, str(program)], text=True, cwd=tmp_path,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=os.environ | {"PYTHONPATH": str(ROOT)}))
-        return started[-1]
+        program = tmp_path / f"program{len(started)}.py"
+        program.write_text(PROGRAM.format(
+            module=main.__module__, threads=torch.get_num_threads(), fault=fault, values=dataclasses.asdict(cfg)))
+        command = [sys.executable, str(program)]
+        if ranks > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            command = [sys.executable, *torchrun, str(program)]
+        process = subprocess.Popen(
+            command, text=True, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)})
+        started.append(process)
+        return process
 
     yield start
     for process in started:
@@ -113,15 +331,17 @@ def launch(tmp_path):
 
 @pytest.fixture
 def interrupt(launch):
-    """interrupt(main, cfg, number): run it until it has logged a few steps, send that signal; returns the step it stopped at."""
+    """interrupt(main, cfg, number): send a run that signal once it has logged a few steps; the step it stopped at."""
     def run(main, cfg, number):
-        process, log = launch(main, cfg), Path(cfg.out) / "log.jsonl"
+        process = launch(main, cfg)
+        log = Path(cfg.out) / "log.jsonl"
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
             time.sleep(0.01)
         process.send_signal(number)
         out, err = process.communicate()
         step = int(max(Path(cfg.out).glob("step_*")).name[5:])
-        assert process.returncode == 0 and 2 < step < cfg.steps and f"stopped after step {step}" in out, err
+        assert process.returncode == 0, err
+        assert 2 < step < cfg.steps and f"stopped after step {step}" in out, err
         return step
 
     return run
@@ -136,7 +356,8 @@ def small_disk(tmp_path):
         folder = tmp_path / "disk"
         folder.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        root = hasattr(os, "geteuid") and os.geteuid() == 0
+        if not root or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("needs the right to mount a small tmpfs")
         mounted.append(folder)
         return folder
@@ -149,40 +370,58 @@ def small_disk(tmp_path):
 # ---------------------------------------------------------------- Stable Diffusion 3.5 in miniature, as diffusers makes it
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz,"
+
+
+def small_clip(width, layers, pad, act):
+    """A random CLIP text encoder and its tokenizer of single letters."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", "!", *LETTERS, *(f"{a}</w>" for a in LETTERS)]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    config = CLIPTextConfig(
+        vocab_size=len(ids), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=2, projection_dim=width, bos_token_id=0, eos_token_id=1, pad_token_id=ids[pad],
+        hidden_act=act)
+    return CLIPTextModelWithProjection(config), CLIPTokenizer(ids, [], pad_token=pad, model_max_length=77)
+
+
+def small_t5():
+    """A random T5 encoder and its tokenizer of single letters."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((a, -3.0) for a in LETTERS)]
+    config = T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(config), T5TokenizerFast(pieces, extra_ids=0)
+
+
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory):
     """A StableDiffusion3Pipeline of small random parts (three text encoders, MMDiT, VAE of f2 and 4 channels), saved."""
     from support.metrics import import_torchvision
     import_torchvision()
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel,
-                              T5TokenizerFast)
-    letters = "abcdefghijklmnopqrstuvwxyz,"
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", "!", *letters, *(f"{a}</w>" for a in letters)]
-
-    def clip(width, layers, pad, act):
-        ids = {token: i for i, token in enumerate(vocabulary)}
-        config = CLIPTextConfig(vocab_size=len(ids), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                                num_attention_heads=2, projection_dim=width, bos_token_id=0, eos_token_id=1,
-                                pad_token_id=ids[pad], hidden_act=act)
-        return CLIPTextModelWithProjection(config), CLIPTokenizer(ids, [], pad_token=pad, model_max_length=77)
-
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     torch.manual_seed(0)
-    (clip_l, tok_l), (clip_g, tok_g) = clip(16, 2, "<|endoftext|>", "quick_gelu"), clip(8, 3, "!", "gelu")
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((a, -3.0) for a in letters)]
-    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
-    transformer = SD3Transformer2DModel(sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
-                                        pos_embed_max_size=24, attention_head_dim=16, num_attention_heads=3,
-                                        caption_projection_dim=48, joint_attention_dim=40, pooled_projection_dim=24,
-                                        dual_attention_layers=(0, 1), qk_norm="rms_norm")
-    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
-                        up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, norm_num_groups=4, use_quant_conv=False,
-                        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
+    clip_l, tokenizer_l = small_clip(16, 2, "<|endoftext|>", "quick_gelu")
+    clip_g, tokenizer_g = small_clip(8, 3, "!", "gelu")
+    t5, tokenizer_t5 = small_t5()
+    transformer = SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=4, pos_embed_max_size=24,
+        attention_head_dim=16, num_attention_heads=3, caption_projection_dim=48, joint_attention_dim=40,
+        pooled_projection_dim=24, dual_attention_layers=(0, 1), qk_norm="rms_norm")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, norm_num_groups=4, use_quant_conv=False,
+        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609)
     for param in transformer.parameters():
         param.data = torch.randn(param.shape) * 0.15
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip_l, text_encoder_2=clip_g, text_encoder_3=t5,
+        tokenizer=tokenizer_l, tokenizer_2=tokenizer_g, tokenizer_3=tokenizer_t5)
     folder = tmp_path_factory.mktemp("sd3")
-    StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=clip_l,
-        text_encoder_2=clip_g, text_encoder_3=t5, tokenizer=tok_l, tokenizer_2=tok_g,
-        tokenizer_3=T5TokenizerFast(pieces, extra_ids=0)).save_pretrained(folder)
+    pipeline.save_pretrained(folder)
     return folder

@@ -1,6 +1,5 @@
 """sample.py: the integrator against closed forms, guidance against the original code, images that depend on (seed, i)."""
 import json
-import shutil
 from copy import deepcopy
 
 import numpy as np
@@ -11,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sample
-from support.weights import load_base_vae
 from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
-from support.weights import load_dit
-from support.metrics import import_torchvision
+from finetune import flow_loss
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
 from support import text, weights
+from support.metrics import import_torchvision
+from support.weights import load_base_vae, load_dit
 
 
 class Counting(torch.nn.Module):
@@ -29,6 +28,9 @@ class Counting(torch.nn.Module):
     def forward(self, x, t, y):
         self.rows.append(len(x))
         return torch.where(y == 5, 0.0, y.float()).view(-1, 1, 1, 1) - x
+
+
+# ---------------------------------------------------------------- the integrator and its guidance
 
 
 def test_euler_is_exact_on_a_velocity_that_does_not_depend_on_x():
@@ -181,6 +183,17 @@ def test_the_unconditional_class_can_be_drawn(tiny_run, tmp_path):
     assert len(images(out)) == 2 and json.loads((out / "settings.json").read_text())["classes"] == [10]
 
 
+def test_the_decoder_sees_a_few_images_at_a_time(tiny_run):
+    dit, vae, config = weights.load_run(tiny_run)
+    settings = sample.settings_of(sample.Config(steps=2), config, "")
+    parts = [sample.generate(dit, vae, range(k, k + 3), settings) for k in (0, 3, 6)]
+    seen = []
+    vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    together = sample.generate(dit, vae, range(9), settings)
+    assert seen == [8, 1]
+    assert all(torch.allclose(whole, torch.cat(three), atol=1e-5) for whole, three in zip(together, zip(*parts)))
+
+
 # ---------------------------------------------------------------- SD3.5 against diffusers
 
 
@@ -212,20 +225,6 @@ PROMPTS = ["a red fox, asleep", "snow"]
 
 
 @torch.no_grad()
-def test_text_encoding_equals_the_pipelines(sd3_folder):
-    from diffusers import StableDiffusion3Pipeline
-    pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
-    ref, ref_null, pooled, pooled_null = pipe.encode_prompt(PROMPTS, None, None, negative_prompt=["", ""], max_sequence_length=24)
-    encoders = text.load_text_encoders(sd3_folder, torch.device("cpu"))
-    for prompts, context, vector in ((PROMPTS, ref, pooled), (["", ""], ref_null, pooled_null)):
-        ours = text.encode_text(encoders, prompts, t5_tokens=24)
-        assert ours[0].shape == (2, 77 + 24, 40) and (ours[0] - context).abs().max() < 1e-6
-        assert (ours[1] - vector).abs().max() < 1e-6
-    without_t5 = text.encode_text([*encoders[:2], None], PROMPTS, t5_tokens=24, width=40)
-    assert (without_t5[0][:, :77] == ref[:, :77]).all() and without_t5[0][:, 77:].abs().max() == 0
-
-
-@torch.no_grad()
 def test_a_whole_pipeline_gives_the_same_image(sd3_folder):
     from diffusers import StableDiffusion3Pipeline
     pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
@@ -241,42 +240,12 @@ def test_a_whole_pipeline_gives_the_same_image(sd3_folder):
     assert np.abs(ours - theirs).max() < 1e-4
 
 
-def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_folder, tmp_path, capsys):
-    cpu, folder = torch.device("cpu"), tmp_path / "text"
-    text.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
-    assert sorted(p.name for p in folder.iterdir()) == ["text_00000.safetensors", "text_00001.safetensors"]
-    stamp = (folder / "text_00000.safetensors").stat().st_mtime_ns
-    (folder / "text_00001.safetensors").unlink()                                                  # as if cut off
-    text.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
-    assert (folder / "text_00000.safetensors").stat().st_mtime_ns == stamp
-    cache = text.TextCache(folder)
-    assert set(cache.rows) == {"", "fox", "snow", "owl"}
-    encoders = text.load_text_encoders(sd3_folder, cpu)
-    for ours, ref in zip(cache(["owl", "", "fox"]), text.encode_text(encoders, ["owl", "", "fox"], 24)):
-        assert (ours - ref).abs().max() < 1e-6
-    text.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=24)
-    assert "holds all 4 texts already" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no embedding of 'bear'"):
-        cache(["fox", "bear"])
-    with pytest.raises(SystemExit, match="24 T5 tokens; now .*, 16: give another --out"):
-        text.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=16)
-    other = tmp_path / "other"
-    shutil.copytree(sd3_folder, other)
-    weights = other / "text_encoder_3" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
-    with pytest.raises(SystemExit, match="give another --out"):
-        text.cache_text(other, ["owl"], folder, cpu, t5_tokens=24)
-    with pytest.raises(SystemExit, match="no text_"):
-        text.TextCache(tmp_path)
-
-
 # ---------------------------------------------------------------- speed
 
 
 @pytest.mark.parametrize("weighting", ["paper", "sigma"])
 def test_neither_a_sampler_nor_the_loss_ever_waits_for_the_device(weighting):
     """On the meta device there is nothing to read: an .item(), or an `if` on a tensor, would raise."""
-    from finetune import flow_loss
     with torch.device("meta"):
         dit = LightningDiT(DiTConfig(C=4, D=4, grid=4, E=32, A=4, depth=2, num_classes=5))
         text = MMDiT(MMDiTConfig(C=4, D=4, E=32, A=2, depth=3, dual=1, context=12, pooled=8, pos_size=6))
@@ -386,14 +355,3 @@ def test_a_graph_without_a_gpu_is_refused(tiny_run, tmp_path):
     with pytest.raises(SystemExit, match="wanted a GPU"):
         sample.main(sample.Config(run=str(tiny_run), out=str(tmp_path / "out"), graph=True, device="cpu"))
     assert not (tmp_path / "out").exists()
-
-
-def test_the_decoder_sees_a_few_images_at_a_time(tiny_run):
-    dit, vae, config = weights.load_run(tiny_run)
-    settings = sample.settings_of(sample.Config(steps=2), config, "")
-    parts = [sample.generate(dit, vae, range(k, k + 3), settings) for k in (0, 3, 6)]
-    seen = []
-    vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    together = sample.generate(dit, vae, range(9), settings)
-    assert seen == [8, 1]
-    assert all(torch.allclose(whole, torch.cat(three), atol=1e-5) for whole, three in zip(together, zip(*parts)))
