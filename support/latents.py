@@ -45,7 +45,7 @@ def latent_source(vae, train_set, cfg, device, rank, world):
 
 
 def check_sizes(vae, train_set, cfg):
-    """raises: SystemExit if the VAE's channels, the images' size or latents on disk are not what cfg asks for"""
+    """raises: SystemExit if the VAE's channels, the images' size or the latents on disk do not fit cfg"""
     if cfg.D not in (0, vae.D):
         raise SystemExit(f"--D={cfg.D}, but {cfg.vae or 'the VAE'} has {vae.D} detail channels; "
                          "give that, or 0 for a base model")
@@ -67,7 +67,7 @@ def encoded_steps(vae, train_set, cfg, device, rank, world, start):
 
 
 def cached_steps(latents, cfg, device, rank, world, start):
-    """Read the latents of one step after the other: of the same images, mirrored or not, as in encoded_steps."""
+    """Read the latents of one step after the other: of the same images, mirrored or not, as above."""
     for step in itertools.count(start):
         plan = data.batch_plan(len(latents), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
         z_all, y = latents.batch(*plan)
@@ -112,7 +112,7 @@ class Latents(data.Dataset):
             self.mean, self.std = statistics(vae, self.channels)
 
     def check(self, side, flip):
-        """raises: SystemExit if the latents are not of `side` x `side`, or mirrored ones are wanted and missing"""
+        """raises: SystemExit if the latents are not `side` wide and high, or lack mirrored ones"""
         h, w = self.shards[0]["latents"].shape[2:]
         if (h, w) != (side, side):
             raise SystemExit(f"{self.folder}: latents of {h}x{w}; wanted {side}x{side}, by --image_size and "
@@ -149,11 +149,11 @@ def statistics(vae, channels):
 
 
 def write_cache(vae, train_set, cfg, device, rank, world):
-    """Encode what is missing of <vae or out>/latents-<hash>, in shards as `Latents` reads them; returns the folder.
+    """Encode what is missing of <vae or out>/latents-<hash>, as `Latents` reads it; returns the folder.
 
     Each rank writes its own: shard n is rank (n mod world)'s. Latents are kept in half precision, those of
-    mirrored images beside them where cfg.flip. The hash covers the VAE's weights and all that fixes images and
-    labels, which each file's header names; so a cache of another VAE or of other images is never read.
+    mirrored images beside them where cfg.flip. The hash covers the VAE's weights and all that fixes images
+    and labels, which each file's header names; so a cache of another VAE or of other images is never read.
     raises: SystemExit if the disk is too small
     """
     header = describe(vae, train_set, cfg)
@@ -212,14 +212,14 @@ def describe(vae, train_set, cfg):
 
 
 def cache_folder(cfg, header):
-    """latents-<hash of the header>, in the folder of the VAE's run; if it is no run of ours, in cfg.out."""
+    """latents-<hash of the header>, in the folder of the VAE's run; of a VAE that is no run, in cfg.out."""
     key = hashlib.sha256((header["vae"] + header["about"]).encode()).hexdigest()[:12]
     ours = Path(cfg.vae).is_dir() and runs.checkpoints(cfg.vae)
     return Path(cfg.vae if ours else cfg.out) / f"latents-{key}"
 
 
 def check_space(vae, images, cfg, folder, rank):
-    """Say how large the missing latents of so many images are.   raises: SystemExit if the disk is too small"""
+    """Say how large the latents of so many images are.   raises: SystemExit if the disk is too small"""
     side = cfg.image_size // vae.f
     orientations = 2 if cfg.flip else 1
     size = images * orientations * (vae.C + vae.D) * side**2 * 2               # bytes, of float16
@@ -228,4 +228,5 @@ def check_space(vae, images, cfg, folder, rank):
         raise SystemExit(f"{folder}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB of latents to write; "
                          "give --cache=False")
     if images and rank == 0:
-        print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; {free / 1e9:.0f} GB free")
+        print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; "
+              f"{free / 1e9:.0f} GB free")
