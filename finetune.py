@@ -1,20 +1,22 @@
-"""Stage 2, the main job: warm-start a DiT on a DA-VAE's latent (or, with D = 0, train a base DiT from scratch).
+"""Stage 2, the main job: warm-start a DiT on a DA-VAE's latent (or, with D = 0, train a base DiT from
+scratch).
 
-    python finetune.py                                             # preset tiny: everything from nothing, on a CPU
-    python finetune.py photos --vae=out/photos-vae --data_dir=photos/train
-    torchrun --nproc_per_node=8 finetune.py imagenet512 --data_dir=imagenet/train --base=lightningdit-xl-imagenet256-800ep.pt
-    torchrun --nproc_per_node=8 finetune.py sd35m-1024 --data_dir=captioned --base=sd3.5-medium --text=out/text
+    python finetune.py                                             # preset tiny: everything from nothing, on
+    a CPU python finetune.py photos --vae=out/photos-vae --data_dir=photos/train torchrun --nproc_per_node=8
+    finetune.py imagenet512 --data_dir=imagenet/train \\
+        --base=lightningdit-xl-imagenet256-800ep.pt
+    torchrun --nproc_per_node=8 finetune.py sd35m-1024 --data_dir=captioned --base=sd3.5-medium
+    --text=out/text
     python finetune.py sd35m-1024 --dry_run=True                   # what that would take; needs no weights
 
-What a preset needs and does not find (base VAE, DA-VAE, base DiT) is trained first. Writes to --out: log.jsonl, loss.png,
-warm_start.png (base model | widened model), samples_*.png, the VAE, and step_*/ checkpoints. The same command again resumes.
+What a preset needs and does not find (base VAE, DA-VAE, base DiT) is trained first. Writes to --out:
+log.jsonl, loss.png, warm_start.png (base model | widened model), samples_*.png, the VAE, step_*/ and
+summary.json. The same command again resumes.
 
 Time, here and everywhere: t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, v = data - noise.
 """
 import dataclasses
-import json
 import math
-import time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,54 +27,55 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import sample
-import train_vae
 from davae import LAYOUT
-from support.weights import load_davae
-from dit import DiTConfig, LightningDiT, MMDiT, add_lora, ema_update, warm_start_difference
-from support.ranks import shard, spread, whole
-from support.weights import load_dit
-from support import config, data, figures, ranks, runs, text
+from dit import MODELS, MMDiT, MMDiTConfig, add_lora, warm_start_difference
+from sample import Config as SampleConfig
+from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
+from support import config, data, figures, plan, ranks, runs
 from support.config import field
 from support.latents import Latents, latent_source
-from support.plan import dry_run
+from support.text import Conditioner
+from support.weights import load_davae, load_dit
 
 
 @dataclass
 class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
-    device: str = field("auto", "auto, cpu or cuda")
+    device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     seed: int = field(0, "of the weights, the data order and every random draw")
     # data and latents
-    data_dir: str = field("procedural", "a folder of images, 'procedural' for the built-in ones, or LightningDiT's shards")
+    data_dir: str = field("procedural", "a folder of images, 'procedural' (built-in ones), or of latent shards")
     image_size: int = field(512, "pixels; images are resized and centre-cropped to this square")
-    images: int = field(4096, "how many procedural images")
+    images: int = field(4096, "how many built-in images")
     flip: bool = field(True, "mirror half of the images")
     vae: str = field("", "a run of train_vae.py (or, with D = 0, any base VAE)")
-    cache: bool = field(True, "encode all images once, keep the latents in memory and on disk; False: encode as we go")
-    detail_sample: bool = field(False, "sample z_d's posterior, as the authors' ImageNet features; False: its mode")
+    cache: bool = field(True, "encode all images once and keep the latents on disk; False: encode as we go")
+    detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")
     # model
     D: int = field(96, "detail channels, the VAE's; 0 trains a base DiT on the base channels alone")
-    base: str = field("", "the pretrained base DiT to widen: a run, or LightningDiT's weights; empty: start from scratch")
-    base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one")
+    base: str = field("", "the pretrained DiT to widen: a run or released weights; empty: from scratch")
+    base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
+                              choices=("", "ema", "model"))
+    model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS")
     p: int = field(1, "no base given: patch side in latent pixels")
     E: int = field(1152, "no base given: width")
     depth: int = field(28, "no base given: blocks")
     A: int = field(16, "no base given: heads")
     qk_norm: bool = field(False, "no base given: RMSNorm on q and k")
     # SD3.5 (the base is an MMDiT, the images have captions)
-    text: str = field("", "text shards of the captions (`python sample.py text`), or the folder of encoders that makes them")
+    text: str = field("", "shards of the captions (`python sample.py text`), or a folder of encoders")
     t5_tokens: int = field(256, "tokens given to T5")
     lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight")
-    checkpointing: bool = field(False, "recompute each block in the backward pass: less memory, a third more time")
-    shard: bool = field(False, "under torchrun: split weights, gradients and optimizer over the ranks (FSDP2)")
-    compile: bool = field(False, "torch.compile the blocks: a minute at the start, faster steps on a GPU (not run)")
+    checkpointing: bool = field(False, "recompute blocks in the backward pass: less memory, more time")
+    shard: bool = field(False, "under torchrun: split weights and optimizer over the ranks (FSDP2)")
+    compile: bool = field(False, "torch.compile the blocks: a minute at the start; on a GPU not run")
     # loss (Sec. 3.3, Tab. S1)
     N: int = field(10_000, "steps over which the weight w(n) of the detail channels rises from 0 to 1")
     cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)")
     label_dropout: float = field(0.1, "probability of training without the label or caption, for guidance")
-    weighting: str = field("paper", "paper: uniform over logit-normal t; sigma: as the authors' SD3 code (see `draw_time`)")
+    weighting: str = field("paper", "of times, see `draw_time`; sigma: as the authors' SD3 code",
+                           choices=("paper", "sigma"))
     # optimisation
     steps: int = field(140_000, "optimizer steps")
     batch_size: int = field(640, "images per optimizer step, over all ranks")
@@ -87,296 +90,521 @@ class Config:
     # sampling defaults, kept with the model
     cfg: float = field(4.0, "guidance scale of the pictures and sample.py's default")
     shift: float = field(0.3, "time shift of the pictures and sample.py's default")
-    grid: str = field("plain", "time grid of the pictures and sample.py's default: plain, or sd3")
+    grid: str = field("plain", "time grid of the pictures and sample.py's default", choices=("plain", "sd3"))
     sample_steps: int = field(50, "Euler steps of the pictures")
     dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
 
+
 PRESETS = {
-    "tiny-base": dict(out="out/tiny-base", vae="out/tiny-vae", D=0, p=2, E=192, depth=4, A=3, image_size=64, flip=False,
-                      steps=650, batch_size=32, micro_batch=32, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0,
-                      sample_steps=20, log_every=25, save_every=650),
-    "tiny": dict(out="out/tiny", vae="out/tiny-vae", base="out/tiny-base", D=24, N=200, image_size=64, flip=False, steps=600,
-                 batch_size=32, micro_batch=32, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0, sample_steps=20,
-                 log_every=25, save_every=600),
-    # every class recognised, 31 % judged sharp by evaluate.py's probe, none without details; 83 s, 2 cores (2026-11-21)
-    "photos-base": dict(out="out/photos-base", vae="out/photos-vae", D=0, E=256, depth=6, A=4, image_size=128, flip=False,
-                        steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
-                        log_every=50, save_every=600),
-    "photos": dict(out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128, flip=False,
-                   steps=300, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
-                   log_every=50, save_every=300),     # textures and scenes of the class, few objects: README (2026-11-21)
-    "imagenet512": dict(out="out/imagenet512", vae="out/imagenet512-vae", base="lightningdit-xl-imagenet256-800ep.pt",
-                        base_weights="model", data_dir="imagenet/train", image_size=512, D=96, clip=0.0),     # Tab. S1; not run
-    "sd35m-1024": dict(out="out/sd35m-1024", vae="out/sd35m-vae", base="sd3.5-medium", text="out/text", data_dir="captioned",
-                       image_size=1024, D=16, p=2, lora=256, checkpointing=True, cosine=0.0, N=5000, steps=10_000,
-                       batch_size=128, micro_batch=16, lr=1e-4, beta2=0.999, clip=0.5, flip=False, save_every=1000,
-                       cfg=2.5, shift=1 / 3, grid="sd3", sample_steps=30),
-}   # Tab. S1; clip and beta2 of SD3.5 from the authors' code; not run
-PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
-MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps", "cooldown", "clip",
-              "checkpointing", "shard", "compile", "log_every", "save_every", "cfg", "shift", "grid", "sample_steps", "dry_run"}
+    "tiny-base": dict(
+        out="out/tiny-base", vae="out/tiny-vae", D=0, p=2, E=192, depth=4, A=3, image_size=64, flip=False,
+        steps=650, batch_size=32, micro_batch=32, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0,
+        sample_steps=20, log_every=25, save_every=650),
+
+    # every class recognised, 31 % judged sharp by evaluate.py's probe, none without details; 83 s, 2 cores
+    # (2026-11-21)
+    "tiny": dict(
+        out="out/tiny", vae="out/tiny-vae", base="out/tiny-base", D=24, N=200, image_size=64, flip=False,
+        steps=600, batch_size=32, micro_batch=32, lr=1e-3, cooldown=0.5, ema=0.98, cfg=2.0, shift=1.0,
+        sample_steps=20, log_every=25, save_every=600),
+
+    "photos-base": dict(
+        out="out/photos-base", vae="out/photos-vae", D=0, E=256, depth=6, A=4, image_size=128, flip=False,
+        steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
+        log_every=50, save_every=600),
+
+    # textures and scenes of the class, few objects: docs/results.md (2026-11-21)
+    "photos": dict(
+        out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128,
+        flip=False, steps=300, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
+        log_every=50, save_every=300),
+
+    # Tab. S1; not run
+    "imagenet512": dict(
+        out="out/imagenet512", vae="out/imagenet512-vae", base="lightningdit-xl-imagenet256-800ep.pt",
+        base_weights="model", data_dir="imagenet/train", image_size=512, D=96, clip=0.0),
+
+    # Tab. S1; clip and beta2 from the authors' code; not run
+    "sd35m-1024": dict(
+        out="out/sd35m-1024", vae="out/sd35m-vae", base="sd3.5-medium", text="out/text", data_dir="captioned",
+        image_size=1024, D=16, p=2, lora=256, checkpointing=True, cosine=0.0, N=5000, steps=10_000,
+        batch_size=128, micro_batch=16, lr=1e-4, beta2=0.999, clip=0.5, flip=False, save_every=1000, cfg=2.5,
+        shift=1 / 3, grid="sd3", sample_steps=30),
+}
+# Tab. S1; not run
+PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
+    out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
+
+# On resume; anything else would be another run.
+MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps",
+              "cooldown", "clip", "checkpointing", "shard", "compile", "log_every", "save_every", "cfg", "shift",
+              "grid", "sample_steps", "dry_run"}
+
+
 # ---------------------------------------------------------------- the method
+
 
 def detail_weight(n, N):
     """w(n): 0 at step n = 0, 1/2 at N/2, 1 from N on; half a cosine.  Eq. (12).
 
-    Differs from the paper: its text keeps w low for N steps and ramps after; its code, and this, ramp over the N steps.
+    Differs from the paper: its text keeps w low for N steps and ramps after; its code, and this, ramp over
+    the N steps.
     """
-    return 0.5 * (1 - math.cos(math.pi * min(n / N, 1.0))) if N else 1.0
+    if N == 0:
+        return 1.0
+    return 0.5 * (1 - math.cos(math.pi * min(n / N, 1.0)))
+
+
+def flow_loss(model, z_all, cond, w, cfg):
+    """Rectified-flow loss at random times, with weight w on the detail channels.  Eq. (13).
+
+        mse  = (C * base + w * D * detail) / (C + w * D)        the weighted mean over channels of (v - v*)^2
+        loss = mse + cosine * mean over positions of 1 - cos(v, v*), the cosine over all C + D channels,
+        unweighted
+
+    z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
+    cfg:   D, cosine and weighting are read
+    returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail unweighted)
+    Differs from the paper, like the authors' code: w(n) scales the squared error only, so details learn from
+    step 0.
+    """
+    D = cfg.D
+    C = z_all.shape[1] - D
+
+    # x_t between noise and data, and the velocity v* of this straight line
+    t, weight = draw_time(len(z_all), cfg.weighting, z_all.device)            # (B,), (B,)
+    noise = torch.randn_like(z_all)
+    s = t.view(-1, 1, 1, 1)
+    x_t = s * z_all + (1 - s) * noise
+    target = z_all - noise                                                    # v*
+
+    v = model(x_t, t, *cond).float()
+    error = (v - target).square()                                             # (B, C+D, h, w)
+    mse = (weight.view(-1, 1, 1, 1) * error).mean((0, 2, 3))                  # (C+D,)
+    loss = (mse[:C].sum() + w * mse[C:].sum()) / (C + w * D)
+    if cfg.cosine:
+        loss = loss + cfg.cosine * (1 - F.cosine_similarity(v, target, dim=1, eps=COSINE_EPS)).mean()
+
+    parts = {"loss": loss.detach(), "base": error[:, :C].mean().detach()}
+    if D:
+        parts["detail"] = error[:, C:].mean().detach()
+    return loss, parts
+
+
+COSINE_EPS = 1e-8
+
 
 def draw_time(B, weighting, device):
     """(t (B,), weight of the squared error at t (B,)); t = 0 is noise, 1 data.
 
     paper: t = sigmoid(N(0, 1)), weight 1.
-    sigma: what the authors train SD3.5 with: the same u = sigmoid(N(0, 1)) picks sigma = 1 - t from SD3's 1000 training
-    times, shifted by 4, and the error of the denoised latent, sigma^2 |v - v*|^2, weighs min(t / sigma, 5).
-    Differs from the authors' code: theirs also truncates the model's time to thousandths and rounds sigma to bfloat16.
+    sigma: what the authors train SD3.5 with. The same u = sigmoid(N(0, 1)) picks one of SD3's 1000 training
+    times, evenly
+           spaced and then shifted by 3, as diffusers' scheduler keeps them; shifted again, by 4, it is sigma
+           = 1 - t. The weight is that of the denoised latent's error, x_0 - x_0* = -sigma (v - v*): sigma^2
+           times the signal-to- noise ratio t / sigma, at most 5.
+    Differs from the authors' code: theirs also truncates the model's time to thousandths and rounds sigma to
+    bfloat16.
     """
     u = torch.sigmoid(torch.randn(B, device=device))
     if weighting == "paper":
         return u, torch.ones_like(u)
-    if weighting != "sigma":
-        raise SystemExit(f"--weighting={weighting!r}: wanted paper or sigma")
-    s = torch.linspace(1, 1 - sample.shift_time(0.999, 1 / 3), 1000, device=device)[(1000 * u).long().clamp_max(999)]
+    times = torch.linspace(1, 1 - shift_time(0.999, 1 / 3), 1000, device=device)
+    s = times[(1000 * u).long().clamp_max(999)]
     sigma = 4 * s / (1 + 3 * s)
-    return 1 - sigma, sigma.square() * ((1 - sigma) / sigma).clamp_max(5)
+    snr = (1 - sigma) / sigma
+    return 1 - sigma, sigma.square() * snr.clamp_max(5)
 
-def flow_loss(model, z_all, cond, C, w, cosine=1.0, weighting="paper"):
-    """Rectified-flow loss at random times, with weight w on the detail channels.  Eq. (13).
 
-    mse    = (C * base + w * D * detail) / (C + w * D): the weighted mean over channels of (v - v*)^2
-    loss   = mse + cosine * mean over positions of 1 - cos(v, v*), the cosine over all C + D channels, unweighted
-    z_all: (B, C+D, h, w); cond: a tuple of (B, ...), labels, or text tokens and pooled text; weighting: see `draw_time`
-    returns (loss, base, detail), () float32, the halves detached and unweighted.
-    Differs from the paper, like the authors' code: w(n) scales the squared error only, so details learn from step 0.
+@torch.no_grad()
+def ema_update(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    averages = [e for e, _ in pairs]
+    newest = [p for _, p in pairs]
+    torch._foreach_lerp_(averages, newest, 1 - decay)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def main(cfg):
+    """Train, draw and save as `cfg` says.  Returns the summary of the finished run, which is also in
+                                            summary.json."""
+    if cfg.dry_run:
+        return dry_run(cfg)
+    summary = runs.finished(cfg)
+    if summary:
+        return summary
+
+    # where this runs, on which images, in which latent
+    rank, world, device = ranks.setup(cfg.device)
+    accumulate = ranks.accumulation(cfg.batch_size, cfg.micro_batch, world)
+    check_settings(cfg, world)
+    run = runs.Run(cfg, MAY_CHANGE, rank)
+    make_if_missing(cfg.vae, cfg)
+    vae = load_davae(cfg.vae).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
+    check_vae(cfg, vae)
+    train_set = open_training_set(cfg, vae)
+
+    # the transformer and its average: from the newest checkpoint, if there is one, else widened from the base
+    if run.checkpoint:
+        base = None
+        dit, ema = load_dit(run.checkpoint, "model"), load_dit(run.checkpoint, "ema")
+    else:
+        base, dit = initial_dit(cfg, vae, train_set)
+        ema = deepcopy(dit)
+    condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU for itself
+    if cfg.shard:
+        dit, ema = ranks.shard(dit, device), ranks.shard(ema, device)
+        base = base and ranks.shard(base, device)
+    dit = dit.to(device).train()
+    ema = ema.to(device).eval().requires_grad_(False)
+    dit.checkpointing = cfg.checkpointing
+    if cfg.compile:
+        for block in dit.blocks:                                   # in place: no name in a checkpoint changes
+            block.compile(dynamic=False)
+    trained = [p for p in dit.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
+    if run.checkpoint:
+        opt.load_state_dict(ranks.spread(run.train_state()["opt"], trained))
+    model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
+
+    # before the first step: the statistics, the proof of the warm start, a checkpoint
+    about = description(cfg, dit, train_set)
+    if rank == 0:
+        describe(cfg, train_set, vae, dit, world, accumulate, run.start, device)
+    latents = latent_source(vae, train_set, cfg, device, rank, world)
+    if not run.checkpoint:
+        z_all, y = next(latents(0))
+        check_statistics(z_all, vae.C, run)
+        if base is not None and cfg.D:
+            prove_warm_start(base.to(device), dit, vae, z_all, y, condition, run)
+        save_what_stays(run, vae, dit)
+        save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
+    del base                                                       # its memory is wanted
+    if not cfg.shard:
+        share_frozen(dit, ema)
+
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    for n, (z_all, y) in run.steps(latents(run.start)):
+
+        # learning rate, and how much the details count
+        lr = learning_rate(n, cfg)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        w = detail_weight(n, cfg.N)                                                               # Eq. (12)
+
+        # forward and backward, one micro-batch after the other
+        for z_part, y_part in ranks.micro_batches(model, accumulate, z_all, y, seed=cfg.seed, step=n):
+            cond = condition(y_part, cfg.label_dropout)
+            with autocast:
+                loss, parts = flow_loss(model, z_part, cond, w, cfg)                              # Eq. (13)
+            (loss / accumulate).backward()
+            run.log.add(parts)
+
+        # update
+        norm = ranks.whole(nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf))
+        ranks.stop_if_not_finite(norm, loss, dit, n)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        ema_update(ema, dit, cfg.ema)
+
+        # log; save first, then draw
+        run.log.row(n + 1, w=w if cfg.D else None, gnorm=norm, lr=lr)
+        run.results |= {name: value for name, value in run.log.latest.items() if name in ("base", "detail")}
+        if run.save_due(n + 1):
+            save(run, n + 1, dit, ema, opt, about)
+            draw_samples(run, n + 1, ema, vae, about, condition.text)
+
+    summary = run.finish("DA-VAE DiT" if cfg.D else "base DiT")
+    if rank == 0:
+        report(cfg)
+    return summary
+
+
+def learning_rate(step, cfg):
+    """cfg.lr, falling linearly to 0 over the last `cooldown` part of the run."""
+    return cfg.lr * min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def check_statistics(z_all, C, run):
+    """Print mean and standard deviation of a batch of latents, base and detail apart; warn where they are
+    not near 0, 1."""
+    if run.rank > 0:
+        return
+    groups = {"base": z_all[:, :C]}
+    if z_all.shape[1] > C:
+        groups["detail"] = z_all[:, C:]
+    for name, z in groups.items():
+        mean = z.mean().item()
+        std = z.std().item()
+        tqdm.write(f"{run.cfg.out}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
+        if not (abs(mean) < 0.5 and 0.5 < std < 2):
+            tqdm.write("WARNING: wanted about 0 and 1, by the VAE's statistics: other images, another VAE?")
+
+
+def prove_warm_start(base, model, vae, z_all, y, condition, run):
+    """Print how far the widened model is from the base model (0.0), and draw what both make of the same
+    noise.
+
+    Sixteen latents of the first batch, in parts of at most micro_batch rows.   raises: SystemExit if they
+    differ
     """
-    D = z_all.shape[1] - C
-    t, weight = draw_time(len(z_all), weighting, z_all.device)                # (B,), (B,)
-    noise = torch.randn_like(z_all)
-    s = t.view(-1, 1, 1, 1)
-    target = z_all - noise                                                    # v*
-    v = model(s * z_all + (1 - s) * noise, t, *cond).float()
-    error = (v - target).square()                                             # (B, C+D, h, w)
-    base, detail = ((part.mean() if part.numel() else part.sum()).detach() for part in error.split([C, D], dim=1))
-    mse = (weight.view(-1, 1, 1, 1) * error).mean((0, 2, 3))                  # (C+D,)
-    loss = (mse[:C].sum() + w * mse[C:].sum()) / (C + w * D)
-    if cosine:
-        loss = loss + cosine * (1 - F.cosine_similarity(v, target, dim=1)).mean()
-    return loss, base, detail
+    cfg = run.cfg
+    z, y = z_all[:16, :vae.C], y[:16]
+    change = detail = 0.0
+    for z_part, y_part in zip(z.split(cfg.micro_batch), y.split(cfg.micro_batch)):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+            now = warm_start_difference(base, model, z_part, condition(y_part, 0.0))
+        change = max(change, now[0])
+        detail = max(detail, now[1])
+    if run.rank == 0:
+        tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, "
+                   f"max |v_d| = {detail}")
+    if not max(change, detail) <= 1e-5:
+        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, or a weight of the "
+                         "base is not finite")
+    run.results["warm_start"] = change
+    with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
+        draw_warm_start(base, model, vae, z[:8], y[:8], condition, run)
 
-# ---------------------------------------------------------------- latents
+
+@torch.no_grad()
+def draw_warm_start(base, model, vae, z, y, condition, run):
+    """warm_start.png: samples of the base model and of the widened one, base channels only, of the same
+    noise."""
+    cfg = run.cfg
+    noise = sample_noise(cfg.seed, range(len(y)), (vae.C + cfg.D, *z.shape[2:])).to(z.device)
+    ts = time_grid(cfg.sample_steps, cfg.shift, cfg.grid == "sd3")
+    rows = {"base model": [], "widened, step 0": []}
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+        for part in torch.arange(len(y)).split(max(1, cfg.micro_batch // 2)):      # guidance doubles the rows
+            cond, uncond = condition(y[part], 0.0), condition(y[part], 1.0)
+            small = sample_flow(base, noise[part, :vae.C], ts, cond, uncond, cfg.cfg)
+            wide = sample_flow(model, noise[part], ts, cond, uncond, cfg.cfg)
+            rows["base model"].append(vae.decode_base(small))
+            rows["widened, step 0"].append(vae.decode_base(wide[:, :vae.C]))
+    if run.rank == 0:
+        x = torch.cat([image for images in rows.values() for image in images]).clamp(-1, 1)
+        labels = [name for name in rows for _ in y]
+        figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(y), max(1, 96 // x.shape[-1]), labels)
+
+
+def share_frozen(dit, ema):
+    """Let the EMA use the model's own frozen matrices; on a GPU in bfloat16, as autocast would see them
+    anyway."""
+    for p, e in zip(dit.parameters(), ema.parameters()):
+        if not p.requires_grad:
+            if p.is_cuda and p.ndim > 1:
+                p.data = p.data.bfloat16()
+            e.data = p.data
+
 
 # ---------------------------------------------------------------- set-up
 
+
 def make_if_missing(run, cfg):
     """Train (or finish) the base DiT or VAE `run` if it is the folder of a preset here or in train_vae.py."""
+    import train_vae
     train_vae.make_if_missing(run, cfg)
-    preset = next((name for name, values in PRESETS.items() if values["out"] == run), None)
-    if preset and runs.step_of(run) < PRESETS[preset]["steps"]:
-        print(f"\n{cfg.out} needs {run}, which is not there yet: running  python finetune.py {preset}")
-        main(Config(**{"preset": preset, **PRESETS[preset], "device": cfg.device, "data_dir": cfg.data_dir}))
+    for name, values in PRESETS.items():
+        if values["out"] == run and runs.step_of(run) < values["steps"]:
+            print(f"\n{cfg.out} needs {run}, which is not there yet: running  python finetune.py {name}")
+            main(Config(**{"preset": name, **values, "device": cfg.device, "data_dir": cfg.data_dir}))
 
-def initial_dit(cfg, vae, num_classes):
-    """(model, base): the transformer at step 0, and the pretrained one it was widened from (None if from scratch)."""
+
+def open_training_set(cfg, vae):
+    """Images, or the latents that LightningDiT's own code extracted from them."""
+    if any(Path(cfg.data_dir).glob("*.safetensors")):
+        return Latents(cfg.data_dir, vae, cfg.D)
+    return data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+
+
+def initial_dit(cfg, vae, train_set):
+    """(base, model): the pretrained transformer (None if there is none), and the model at step 0, widened
+    from it."""
     torch.manual_seed(cfg.seed)
     if not cfg.base:
-        grid = cfg.image_size // vae.f // cfg.p
-        return LightningDiT(DiTConfig(C=vae.C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
-                                      num_classes=num_classes, qk_norm=cfg.qk_norm)), None
+        return None, new_dit(cfg, vae, num_classes=max(1, len(train_set.classes)))
     make_if_missing(cfg.base, cfg)
-    source = runs.latest_checkpoint(cfg.base) if Path(cfg.base).is_dir() and runs.checkpoints(cfg.base) else cfg.base
+    source = cfg.base
+    if Path(source).is_dir() and runs.checkpoints(source):
+        source = runs.latest_checkpoint(source)
     base = load_dit(source, cfg.base_weights or None)
-    if (base.cfg.C, base.cfg.D) != (vae.C, 0):
-        raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a base model of "
-                         f"{cfg.vae}'s {vae.C} channels")
-    if bool(cfg.text) != isinstance(base, MMDiT) or (cfg.lora and not cfg.text):
-        raise SystemExit(f"{cfg.base}: a {type(base).__name__}; an MMDiT needs --text=, a LightningDiT takes no text or lora")
-    if not cfg.text and base.cfg.num_classes < num_classes:
-        raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
+    check_base(cfg, vae, base, len(train_set.classes))
     model = deepcopy(base)
     if cfg.D:
         model.expand_channels(cfg.D)
     if cfg.lora:
         add_lora(model, cfg.lora, cfg.lora)
-    return model, base
+    return base, model
 
-def check_statistics(z_all, C, run):
-    """Print mean and standard deviation of a batch of latents, base and detail apart, and say where they are not near 0, 1."""
-    for name, z in (("base", z_all[:, :C]), ("detail", z_all[:, C:]))[:2 if z_all.shape[1] > C else 1]:
-        mean, std = z.mean().item(), z.std().item()
-        tqdm.write(f"{run}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
-        if not (abs(mean) < 0.5 and 0.5 < std < 2):
-            tqdm.write("WARNING: wanted about 0 and 1, by the VAE's own statistics: other images, or another VAE?")
 
-def share_frozen(dit, ema):
-    """Let the EMA use the model's own frozen matrices, in bfloat16 on a GPU, as autocast would see them anyway."""
-    for p, e in zip(dit.parameters(), ema.parameters()):
-        if not p.requires_grad:
-            p.data = e.data = p.data.bfloat16() if p.is_cuda and p.ndim > 1 else p.data
+def new_dit(cfg, vae, num_classes):
+    """A transformer from scratch: of MODELS' `cfg.model`, with the settings here that its config knows."""
+    if cfg.model not in MODELS:
+        raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
+    ModelConfig, Model = MODELS[cfg.model]
+    settings = dict(C=vae.C, D=cfg.D, p=cfg.p, grid=cfg.image_size // vae.f // cfg.p, E=cfg.E, depth=cfg.depth,
+                    A=cfg.A, num_classes=num_classes, qk_norm=cfg.qk_norm)
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
 
-def prove_warm_start(base, model, vae, z, cond, uncond, cfg, rank):
-    """Print how far the widened model is from the base model (0.0) and save samples of both, base channels, side by side."""
-    with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
-        change, detail = warm_start_difference(base, model, z, cond)
-    if rank == 0:
-        tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, max |v_d| = {detail}")
-    if max(change, detail) > 1e-5:
-        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero")
-    cond, uncond = ([x[:8] for x in part] for part in (cond, uncond))
-    noise = sample.sample_noise(cfg.seed, range(len(cond[0])), (vae.C + cfg.D, *z.shape[2:])).to(z.device)
-    ts = sample.time_grid(cfg.sample_steps, cfg.shift, cfg.grid == "sd3")
-    with torch.no_grad(), torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
-        rows = [sample.sample_flow(m, noise[:, :k], ts, cond, uncond, cfg.cfg)[:, :vae.C]
-                for m, k in ((base, vae.C), (model, vae.C + cfg.D))]
-        x = vae.decode_base(torch.cat(rows)).clamp(-1, 1)
-    labels = ["base model"] * len(noise) + ["widened, step 0"] * len(noise)
-    if rank == 0:
-        figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(noise), max(1, 96 // x.shape[-1]), labels)
-    return change
 
-def save_samples(ema, vae, cfg, config, step, text, rank):
-    """samples_<step>.png: four images of each of the first ten classes (or prompts), each column the same noise."""
-    n = min(10, len(config["classes"]) if cfg.text else ema.cfg.num_classes)
-    settings = sample.settings_of(sample.Config(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n))), config, "")
-    images, base = sample.generate(ema, vae, range(4 * n), settings, text)
-    labels = [config["classes"][k][:24] if k < len(config["classes"]) else str(k) for k in range(n)] * 4
-    grids = {"samples": images, "samples_base_only": base} if cfg.D else {"samples": images}
-    with runs.disk_may_fail():
-        for name, x in grids.items() if rank == 0 else ():
-            for file in (f"{name}_{step:06d}.png", f"{name}.png"):
-                figures.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), labels)
-
-# ---------------------------------------------------------------- the loop
-
-def main(cfg):
-    """Train, draw and save as `cfg` says.  Returns the summary of the finished run, which is also in summary.json."""
-    if cfg.dry_run:
-        return dry_run(cfg)
-    summary_file = Path(cfg.out) / "summary.json"
-    if runs.step_of(cfg.out) >= cfg.steps and summary_file.exists():
-        print(f"{cfg.out}: finished at step {runs.step_of(cfg.out)}; give more --steps or another --out to go on")
-        return json.loads(summary_file.read_text())
-    rank, world, device = ranks.setup(cfg.device)
-    lock = runs.hold(cfg.out, rank)                              # until this function returns
-    accumulate = ranks.micro_batches(cfg.batch_size, cfg.micro_batch, world)
+def check_settings(cfg, world):
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
-    make_if_missing(cfg.vae, cfg)
-    vae = load_davae(cfg.vae).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
+
+
+def check_vae(cfg, vae):
+    """raises: SystemExit if the VAE has other details, or takes no images of this size; before anything is
+    encoded."""
     if cfg.D not in (0, vae.D):
-        raise SystemExit(f"--D={cfg.D}, but {cfg.vae} has {vae.D} detail channels; give that, or 0 for a base model")
-    train_set = (Latents(cfg.data_dir, vae, cfg.D) if any(Path(cfg.data_dir).glob("*.safetensors")) else
-                 data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed))
+        raise SystemExit(f"--D={cfg.D}, but {cfg.vae} has {vae.D} detail channels; give that, or 0 for a base "
+                         "model")
+    side = vae.f if cfg.base else vae.f * cfg.p
+    if cfg.image_size % side:
+        fits = max(1, round(cfg.image_size / side)) * side
+        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae} and patches take multiples of {side}; "
+                         f"give --image_size={fits}")
 
-    # model and EMA: from the newest checkpoint if there is one
-    resumed, base = runs.resume(cfg, MAY_CHANGE), None
-    if resumed:
-        dit, ema = load_dit(resumed, "model"), load_dit(resumed, "ema")
-    else:
-        dit, base = initial_dit(cfg, vae, max(1, len(train_set.classes)))
-        ema = deepcopy(dit)
-    condition = text.Conditioner(dit, train_set, cfg, device, rank)     # T5, if it must run, has the GPU for itself
-    if cfg.shard:
-        dit, ema, base = (m and shard(m, device) for m in (dit, ema, base))
-    dit, ema = dit.to(device).train(), ema.to(device).eval().requires_grad_(False)
-    dit.checkpointing = cfg.checkpointing
-    for block in dit.blocks if cfg.compile else ():                # in place: no name in a checkpoint changes
-        block.compile(dynamic=False)
-    trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}
-    opt = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
-    start, seconds, extra = 0, 0.0, {}
-    if resumed:
-        state = runs.read_state_dict(resumed / "train_state.pt")
-        opt.load_state_dict(spread(state["opt"], trained.values()))
-        start, seconds, extra = state["step"], state["seconds"], state["extra"]
-    model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
-    config = {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": dataclasses.asdict(dit.cfg), "classes":
-              list(dict.fromkeys(filter(None, train_set.captions)))[:8] if cfg.text else train_set.classes}
-    if rank == 0:
-        print(f"{cfg.out}: {train_set.summary()}\n  {sum(p.numel() for p in trained.values()):,} trained of "
-              f"{sum(p.numel() for p in dit.parameters()):,} parameters; C={vae.C} D={cfg.D} p={dit.cfg.p}, "
-              f"{(cfg.image_size // vae.f // dit.cfg.p)**2} tokens; batch {cfg.batch_size} = {world} ranks x "
-              f"{cfg.batch_size // world // accumulate} x {accumulate}; steps {start} to {cfg.steps}, {device}")
-    stream = latent_source(vae, train_set, cfg, device, rank, world)(start)
-    log, since = runs.Log(cfg.out, rank, start, cfg.steps), time.time()
 
-    def save(step, must):
-        """By all ranks, because a sharded model needs them all; rank 0 writes."""
-        if step:
-            save_samples(ema, vae, cfg, config, step, condition.text, rank)
-        state = {"step": step, "seconds": seconds + time.time() - since, "opt": opt.state_dict(), "extra": extra}
-        weights = {name: {k: v for k, v in m.state_dict().items() if k in trained or not cfg.lora}
-                   for name, m in (("model", dit), ("ema", ema))}
-        frozen = {k: v for k, v in dit.state_dict().items() if k not in trained and cfg.lora and step == 0}
-        state, weights, frozen = whole((state, weights, frozen), keep=rank == 0)
-        if rank == 0:
-            with runs.disk_may_fail(must):
-                if step == 0:                                      # what no step changes
-                    runs.save_folder(Path(cfg.out) / "vae", {"model": vae.state_dict()},
-                                       {"source": cfg.vae, "model": vae.config()})
-                if frozen:
-                    runs.save_folder(Path(cfg.out) / "frozen", {"model": frozen}, {"source": cfg.base})
-                runs.save_checkpoint(cfg.out, step, weights, state, config)
+def check_base(cfg, vae, base, num_classes):
+    """raises: SystemExit with one sentence if the base model does not fit the VAE, the images or the
+    flags."""
+    if (base.cfg.C, base.cfg.D) != (vae.C, 0):
+        raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a base "
+                         f"model of {cfg.vae}'s {vae.C} channels")
+    takes_text = hasattr(base.cfg, "context")
+    if bool(cfg.text) != takes_text or (cfg.lora and not takes_text):
+        raise SystemExit(f"{cfg.base}: a {type(base).__name__}; an MMDiT needs --text=, a LightningDiT takes no "
+                         "text or lora")
+    if not takes_text and base.cfg.num_classes < num_classes:
+        raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
+    side = cfg.image_size // vae.f                                 # of the latent
+    tokens = side // base.cfg.p
+    grid = getattr(base.cfg, "grid", tokens)                       # MMDiT takes any
+    if side % base.cfg.p or tokens != grid:
+        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {grid}x{grid} tokens of "
+                         f"{base.cfg.p}x{base.cfg.p} latent pixels; with {cfg.vae} give "
+                         f"--image_size={grid * base.cfg.p * vae.f}")
 
-    if not resumed:                                                # a disk that is too small shows now, not after hours
-        save(0, must=True)
-    if not cfg.shard:
-        share_frozen(dit, ema)                                     # after they were saved as they came
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=cfg.out, disable=rank > 0, mininterval=1)
-    ranks.heed_signals()
-    for n, (z_all, y) in zip(bar, stream):
-        if n == 0:
-            if rank == 0:
-                check_statistics(z_all, vae.C, cfg.out)
-            if base is not None and cfg.D:
-                z, cond, uncond = z_all[:16, :vae.C], condition(y[:16], 0.0), condition(y[:16], 1.0)
-                extra["warm_start"] = prove_warm_start(base.to(device), dit, vae, z, cond, uncond, cfg, rank)
-        base = None                                                # its memory is wanted
-        for group in opt.param_groups:
-            group["lr"] = lr = train_vae.learning_rate(n, cfg)
-        w, sums = detail_weight(n, cfg.N), {}
 
-        # accumulate over micro-batches, synchronise gradients on the last one only
-        for i, (z_part, y_part) in enumerate(zip(z_all.chunk(accumulate), y.chunk(accumulate))):
-            ranks.seed_step(cfg.seed, rank * accumulate + i, n)
-            cond = condition(y_part, cfg.label_dropout)
-            model.require_backward_grad_sync = sync = i == accumulate - 1
-            if cfg.shard:
-                dit.set_requires_gradient_sync(sync)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, base_loss, detail_loss = flow_loss(model, z_part, cond, vae.C, w, cfg.cosine, cfg.weighting)
-            (loss / accumulate).backward()
-            halves = {"base": base_loss, "detail": detail_loss} if cfg.D else {"base": base_loss}
-            train_vae.add_up(sums, {"loss": loss.detach(), **halves}, accumulate)
-        norm = whole(nn.utils.clip_grad_norm_(trained.values(), cfg.clip or math.inf))
-        train_vae.stop_if_not_finite(norm, loss, dit, n)           # the one place where a step waits for the device
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        ema_update(ema, dit, cfg.ema)
+def description(cfg, dit, train_set):
+    """config.json of every checkpoint: the settings, the model's own, and the names of classes (or first
+    captions)."""
+    classes = train_set.classes
+    if cfg.text:
+        captions = dict.fromkeys(caption for caption in train_set.captions if caption)
+        classes = list(captions)[:8]
+    model = {"kind": type(dit).__name__} | dataclasses.asdict(dit.cfg)
+    return {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": model, "classes": classes}
 
-        if (n + 1) % cfg.log_every == 0:
-            means = log(n + 1, sums, **({"w": w} if cfg.D else {}), gnorm=norm.item(), lr=lr,
-                        **{"img/s": (n + 1 - start) * cfg.batch_size / (time.time() - since)})
-            extra.update({name: means[name] for name in halves})
-        stop, last = ranks.asked_to_stop(), n + 1 == cfg.steps
-        if stop or last or (n + 1) % cfg.save_every == 0:
-            save(n + 1, must=stop or last)
-        if stop and not last:
-            if rank == 0:
-                tqdm.write(f"{cfg.out}: stopped after step {n + 1}; the same command goes on from there")
-            raise SystemExit(0)
-    ranks.heed_signals(False)
 
-    ranks.wait_for_all()
-    summary = {"stage": "DA-VAE DiT" if cfg.D else "base DiT", "steps": cfg.steps, "seconds": seconds + time.time() - since,
-               **extra}
-    if rank == 0:
+def describe(cfg, train_set, vae, dit, world, accumulate, start, device):
+    """Print what is trained on what."""
+    total = sum(p.numel() for p in dit.parameters())
+    trained = sum(p.numel() for p in dit.parameters() if p.requires_grad)
+    tokens = (cfg.image_size // vae.f // dit.cfg.p) ** 2
+    each = cfg.batch_size // world // accumulate
+    print(f"{cfg.out}: {train_set.summary()}\n"
+          f"  {trained:,} trained of {total:,} parameters; C={vae.C} D={cfg.D} p={dit.cfg.p}, {tokens} "
+          f"tokens; batch {cfg.batch_size} = {world} ranks x {each} x {accumulate}; "
+          f"steps {start} to {cfg.steps}, {device}")
+
+
+def dry_run(cfg):
+    """Print what a run would be, for the released VA-VAE + LightningDiT or SD3 models.  Returns the
+    numbers."""
+    C, f, texts = (16, 16, 77 + cfg.t5_tokens) if cfg.text else (32, 32, 0)
+    side = cfg.image_size // f
+    with torch.device("meta"):                                     # shapes alone: no memory, no weights
+        if cfg.text:
+            model = MMDiT(MMDiTConfig(C=C))
+            cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
+        else:
+            ModelConfig, Model = MODELS["LightningDiT"]
+            model = Model(ModelConfig(C=C, p=cfg.p, grid=side // cfg.p, E=cfg.E, depth=cfg.depth, A=cfg.A,
+                                      qk_norm=cfg.qk_norm))
+            cond = [torch.zeros(1, dtype=torch.long)]
+        if cfg.D:
+            model.expand_channels(cfg.D)
+        inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
+        return plan.estimate(cfg, model, inputs, texts, add_lora)
+
+
+# ---------------------------------------------------------------- saving, pictures, the end
+
+
+def save(run, done, dit, ema, opt, about):
+    """Write a checkpoint: of all weights, or with adapters of those that are trained. By all ranks: a
+    sharded model is
+    gathered from them."""
+    weights = {"model": kept_weights(dit, dit, run.cfg), "ema": kept_weights(ema, dit, run.cfg)}
+    state, weights = ranks.whole(({"opt": opt.state_dict()}, weights), keep=run.rank == 0)
+    run.save(done, weights, state, about)
+
+
+def kept_weights(model, dit, cfg):
+    """What each checkpoint holds of `model`, the transformer `dit` or its average."""
+    trained = {name for name, p in dit.named_parameters() if p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name in trained or not cfg.lora}
+
+
+def save_what_stays(run, vae, dit):
+    """vae/, and with adapters frozen/: what no step changes, once."""
+    kept = kept_weights(dit, dit, run.cfg)
+    frozen = {name: value for name, value in dit.state_dict().items() if name not in kept}
+    frozen = ranks.whole(frozen, keep=run.rank == 0)
+    if run.rank > 0:
+        return
+    folder = Path(run.cfg.out)
+    with runs.disk_may_fail(must=True):
+        about = {"source": run.cfg.vae, "model": vae.config()}
+        runs.save_folder(folder / "vae", {"model": vae.state_dict()}, about)
+        if frozen:
+            runs.save_folder(folder / "frozen", {"model": frozen}, {"source": run.cfg.base})
+
+
+def draw_samples(run, done, ema, vae, about, text):
+    """samples_<done>.png: four images of each of the first ten classes (or prompts), each column the same
+    noise.
+
+    By all ranks, because a sharded model needs them; in parts of at most micro_batch rows, guidance included.
+    """
+    cfg = run.cfg
+    n = min(10, len(about["classes"]) if cfg.text else ema.cfg.num_classes)
+    wanted = SampleConfig(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)))
+    settings = settings_of(wanted, about, "")
+    with runs.picture_may_fail(f"{cfg.out}: samples"):
+        images, previews = [], []
+        for part in torch.arange(4 * n).split(max(1, cfg.micro_batch // 2)):
+            full, base = generate(ema, vae, part.tolist(), settings, text)
+            images.append(full)
+            previews.append(base)
+        grids = {"samples": torch.cat(images)}
+        if cfg.D:
+            grids["samples_base_only"] = torch.cat(previews)
+        names = [about["classes"][k][:24] if k < len(about["classes"]) else str(k) for k in range(n)]
+        for name, x in grids.items():
+            for file in (f"{name}_{done:06d}.png", f"{name}.png"):
+                if run.rank == 0:
+                    figures.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), names * 4)
+
+
+def report(cfg):
+    """Draw the losses, print the table of all stages and where to go from here."""
+    with runs.picture_may_fail(f"{cfg.out}: loss.png"):
         figures.plot_losses(cfg.out)
-        runs.write_json(summary_file, summary)
-        figures.final_table([cfg.vae, cfg.base, cfg.out])
-        pictures = sorted(p.name for p in Path(cfg.out).glob("*.png") if not p.stem[-6:].isdigit())
-        print(f"\npictures in {cfg.out}: {', '.join(pictures)}\nnext: python sample.py {cfg.out}; python evaluate.py {cfg.out}")
-    return summary
+    figures.final_table([cfg.vae, cfg.base, cfg.out])
+    pictures = sorted(path.name for path in Path(cfg.out).glob("*.png") if not path.stem[-6:].isdigit())
+    print(f"\npictures in {cfg.out}: {', '.join(pictures)}\n"
+          f"next: python sample.py {cfg.out}; python evaluate.py {cfg.out}")
+
 
 if __name__ == "__main__":
     ranks.launch(main, config.cli(Config, PRESETS))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from davae import LAYOUT, DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image
 from support import config, data, figures, ranks, runs
-from support.bases import TinyBlock
+from support.bases import TinyBlock, WideBlock
 from support.config import field
 from support.fit import fit_new_blocks
 from support.metrics import make_lpips, psnr
@@ -422,7 +422,7 @@ def compile_levels(vae):
     torch._dynamo.config.recompile_limit = 64
     torch._functorch.config.donated_buffer = False
     for part in vae.modules():
-        if isinstance(part, Level | Mid | TinyBlock):
+        if isinstance(part, Level | Mid | TinyBlock | WideBlock):
             part.compile(dynamic=False)
 
 
@@ -525,9 +525,9 @@ def report(cfg, summary, vae, count):
         figures.plot_losses(cfg.out)
     shown = "base VAE"
     if vae.D:
-        shown = f"base only {figures.number(summary, 'psnr_base')} dB, DA-VAE"
-    print(f"{cfg.out}: done in {summary['seconds']:.0f} s; {shown} {figures.number(summary, 'psnr')} dB on "
-          f"{count} images; look at {cfg.out}/recon.png")
+        shown = f"base only {figures.number(summary, 'psnr_base', '.2f')} dB, DA-VAE"
+    print(f"{cfg.out}: done in {summary['seconds']:.0f} s; {shown} {figures.number(summary, 'psnr', '.2f')} "
+          f"dB on {count} images; look at {cfg.out}/recon.png")
 
 
 if __name__ == "__main__":

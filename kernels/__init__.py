@@ -1,80 +1,164 @@
-"""What every kernel file needs: when to use Triton, and how to compile without importing Triton before the first launch.
+"""What every kernel file needs: when to use Triton, and how not to import it before the first launch.
 
-Environment variable KERNELS: `ref`, the default, is plain PyTorch, the specifications, because no kernel has been measured on
-a GPU; `triton` is all kernels, on CUDA, on the CPU where they are interpreted (TRITON_INTERPRET=1), on "meta" for counting.
+Environment variable KERNELS:
+    ref       plain PyTorch, the specifications. The default, because no kernel has been measured on a GPU
+    triton    all kernels: on CUDA; on the CPU, where they are interpreted (TRITON_INTERPRET=1); on "meta",
+              where they are only counted
+
+How to read a kernel. It is one short function that a GPU runs thousands of times at once. Each run, a
+"program", asks which part of the result is its own, loads what that part takes, computes, and stores:
+
+    row = tl.program_id(0)                which program this is
+    e = tl.arange(0, BLOCK)               a "tile", the indices 0 .. BLOCK - 1; its sides are powers of two
+    inside = e < E                        its mask: which of these indices the tensor has
+    at = row * E + e                      where they stand in memory; a kernel knows no shapes
+    x = tl.load(x_ptr + at, inside, 0.0)  a tile of values, zeros outside; x_ptr is the tensor's address
+    tl.store(y_ptr + at, x, inside)       writes them, and nothing outside
+
+    E: tl.constexpr                       what is in capitals is compiled in: another number, another kernel
+    ACC                                   the dtype of the arithmetic, float32; the tensors may be bfloat16
+    kernel[grid](arguments)               launches one program for each point of the grid
+
+Tiles live in registers: what happens between loads and stores costs no memory traffic. That is the gain,
+because what stands between matrix products is limited by the bytes it moves and not by its arithmetic.
 """
 import os
 
 import torch
 
-KERNELS, INTERPRETED = os.environ.get("KERNELS", "ref"), os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = os.environ.get("KERNELS", "ref")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if KERNELS not in ("ref", "triton"):
     raise SystemExit(f"KERNELS={KERNELS!r}: wanted ref or triton")
 
-FLOPS = {}      # of the operators with products in them, from the shapes of their inputs: for torch.utils.flop_counter
+# For torch.utils.flop_counter: operators with products in them -> FLOPs, from their inputs' shapes.
+FLOPS = {}
+
 
 def use_triton(x):
     """Whether an operation on x is one of the kernels, see above."""
     return KERNELS == "triton" and (x.is_cuda or x.is_meta or INTERPRETED)
 
+
+# ---------------------------------------------------------------- from a function to an operator
+
+
 class jit:
-    """triton.jit at the first launch; until then `tl` in the kernel's file is only a name."""
+    """Decorator: triton.jit at the first launch; until then `tl` in the kernel's file is only a name."""
 
     def __init__(self, fn):
-        self.fn, self.compiled = fn, None
+        self.fn = fn
+        self.compiled = None
+
+    def __getitem__(self, grid):
+        """kernel[grid](...) launches."""
+        return self.compile()[grid]
 
     def compile(self):
         if self.compiled is None:
-            os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")             # fused multiply-adds; Triton 3.9 warns if unset
+            # Fused multiply-adds; Triton 3.9 warns if this is not set.
+            os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
             import triton
             names = self.fn.__globals__
             names["tl"] = triton.language
             for name in set(self.fn.__code__.co_names) & names.keys():
-                if isinstance(names[name], jit):               # a function that this kernel calls
+                if isinstance(names[name], jit):           # a function that this kernel calls
                     names[name] = names[name].compile()
             self.compiled = triton.jit(self.fn)
         return self.compiled
 
-    def __getitem__(self, grid):
-        return self.compile()[grid]
 
 def operator(schema, shapes):
-    """Decorator: fill(*outputs, *inputs) becomes torch.ops.davae.<schema>; shapes(*inputs) makes the outputs, empty."""
+    """Decorator: fill(*outputs, *inputs), which launches kernels, becomes torch.ops.davae.<schema>.
+
+    shapes(*inputs) makes the outputs, empty. Autograd and torch.compile see one operator, nothing inside it.
+    """
+    name, parenthesis, rest = schema.partition("(")
+
     def register(fill):
+
         def run(*inputs):
-            out = shapes(*inputs)
-            fill(*(out if isinstance(out, tuple) else (out,)), *inputs)
-            return out
-        name, _, rest = schema.partition("(")
-        op = torch.library.custom_op(f"davae::{name}", run, mutates_args=(), schema=f"({rest}")
+            outputs = shapes(*inputs)
+            if isinstance(outputs, tuple):
+                fill(*outputs, *inputs)
+            else:
+                fill(outputs, *inputs)
+            return outputs
+
+        op = torch.library.custom_op(f"davae::{name}", run, mutates_args=(), schema=parenthesis + rest)
         op.register_fake(shapes)
         return op
+
     return register
+
+
+# ---------------------------------------------------------------- before a launch
+
+
+def cdiv(n, size):
+    """How many blocks of this size it takes to cover n."""
+    return -(-n // size)
+
 
 def power_of_2(n):
     """The smallest power of two that is not below n: what tl.arange can count."""
     return 1 << (n - 1).bit_length()
+
 
 def precision(*tensors):
     """The dtype kernels compute in: float32, or float64 if any tensor is (gradcheck)."""
     import triton.language as tl
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
 
-def cost(model, inputs):
-    """(FLOPs of a forward pass, of a forward and backward pass, numbers kept for the backward pass but no parameters).
 
-    Counted, 2 per multiply-add, by running `model(*inputs)`; on the meta device that takes neither memory nor time.
+def at_least_float32(dtype):
+    """The dtype of statistics and partial sums: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def contiguous_rows(t):
+    """t, if its last dimension is contiguous (a chunk of a wider tensor is), else a copy that is."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def pointer(t, unused):
+    """t, contiguous. A kernel takes a pointer even to what there is not: if t is None, `unused` stands in."""
+    return unused if t is None else t.contiguous()
+
+
+# ---------------------------------------------------------------- what a model costs
+
+
+def cost(model, inputs):
+    """What a forward and backward pass costs, counted by running `model(*inputs)`.
+
+    On the meta device that takes neither memory nor time.
+    returns: FLOPs of the forward pass, FLOPs of both passes (2 per multiply-add), and how many numbers are
+             kept for the backward pass, parameters not counted
     """
-    from torch.utils.flop_counter import FlopCounterMode           # here, because it imports triton
-    kept = {}
-    forward, backward = (FlopCounterMode(display=False, custom_mapping=FLOPS) for _ in range(2))
-    keep = lambda x: (x, kept.update({x.untyped_storage()._cdata: x.numel()}))[0]             # noqa: E731
+    from torch.utils.flop_counter import FlopCounterMode   # here, because it imports triton
+    kept = {}                                              # storage -> numbers: kept twice counts once
+
+    def keep(x):
+        kept[storage(x)] = x.numel()
+        return x
+
+    forward = FlopCounterMode(display=False, custom_mapping=FLOPS)
     with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         v = model.train()(*inputs)
+
+    backward = FlopCounterMode(display=False, custom_mapping=FLOPS)
     with backward:
         v.sum().backward()
+
     for p in model.parameters():
-        kept.pop(p.untyped_storage()._cdata, None)
+        kept.pop(storage(p), None)
         p.grad = None
-    forward, backward = forward.get_total_flops(), backward.get_total_flops()
-    return forward, forward + backward, sum(kept.values())
+
+    forward_flops = forward.get_total_flops()
+    return forward_flops, forward_flops + backward.get_total_flops(), sum(kept.values())
+
+
+def storage(x):
+    """A number that tensors share if they are views of the same memory."""
+    return x.untyped_storage()._cdata

@@ -1,177 +1,421 @@
-"""Times of the kernels and of the models, against what this machine can do at most:  python -m kernels.bench [--out=bench.json]
+"""Times of the kernels and of the models, against what this machine can do at most.
 
-Random weights and data; the variants of a row alternate, in one process, after a warm-up; medians with quartiles. Ceilings,
-measured first: a bfloat16 product of 8192 x 8192 matrices, and a copy. Operations are timed as CUDA graphs of ten calls. A
-section that has used up its time skips the rest; what fails is a line of text in the table, not the end.  --device=cpu: the
-same at toy size, compiled without code generation, and without TRITON_INTERPRET=1 the kernels are their specifications: a
-rehearsal, its times mean nothing.  Not run on a GPU.
+    python -m kernels.bench [--out=bench.json]
+    python -m kernels.bench --device=cpu             a rehearsal at toy size: its times mean nothing
+
+Random weights and data. The variants of a row alternate, in one process, after a warm-up; what is printed are
+medians with quartiles. The ceilings are measured first: a bfloat16 product of 8192 x 8192 matrices, a copy.
+Operations are timed as CUDA graphs of ten calls. A section that has used up its time skips the rest; what
+fails is a line of text in the table, not the end.
+
+On a CPU models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are their
+specifications.
+Not run on a GPU.
 """
-import argparse, importlib, json, pathlib, time
-from collections import defaultdict
+import argparse
+import json
+import pathlib
+import time
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 import kernels
+from kernels.attention import attention
+from kernels.groupnorm_silu import groupnorm_silu, groupnorm_silu_ref
+from kernels.norm_modulate import add_norm_modulate, add_norm_modulate_ref, norm_modulate, norm_modulate_ref
+from kernels.patch_embed import patch_embed, patch_embed_ref
+from kernels.qknorm_rope import qknorm_rope, qknorm_rope_ref
+from kernels.swiglu import swiglu, swiglu_ref
 
-PEAK = 989e12                                      # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
-project = importlib.import_module   # imports in this house run one way, kernels first; a benchmark sits beside what it measures
+# What a section imports of the project it imports inside: a benchmark sits beside what it measures.
 
-def measure(variants, cuda, deadline, graphs=False):
-    """For each variant {"ms": (median, quartiles), "GiB"}, or {"error"}; graphs: time recordings of ten calls, not Python."""
-    rows, times = {name: {"repeats": 1, "calls": 1} for name in variants}, {name: [] for name in variants}
-    for n in range(11 if cuda else 3):             # the first round compiles, the second finds how often 5 ms hold the call
-        for name, row in list(rows.items())[::-1 if n % 2 else 1]:
-            if "error" in row or time.time() > deadline:
-                continue
-            try:
-                torch.cuda.reset_peak_memory_stats() if cuda else None
-                since = time.perf_counter()
-                for _ in range(row["repeats"]):
-                    variants[name]()
-                torch.cuda.synchronize() if cuda else None
-                ms = (time.perf_counter() - since) / row["repeats"] * 1e3
-                times[name].append(ms / row["calls"])
-                row |= {"GiB": torch.cuda.max_memory_allocated() / 2**30} if cuda else {}
-                row["repeats"] = 1 + int(5 / ms)
-                if graphs and n == 0:
-                    graph, call, row["calls"], row["repeats"] = torch.cuda.CUDAGraph(), variants[name], 10, 1
-                    with torch.cuda.graph(graph):
-                        for _ in range(10):
-                            call()
-                    variants[name] = graph.replay
-            except (RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError) as error:
-                row["error"] = f"{type(error).__name__}: {str(error)[:90]!r}"
-    return {name: row | ({"ms": torch.tensor(t[2:]).quantile(torch.tensor([0.5, 0.25, 0.75])).tolist()} if len(t) > 2 else
-            {"error": row.get("error", "skipped: out of time")}) for (name, row), t in zip(rows.items(), times.values())}
+PEAK = 989e12              # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
+GRAPH_CALLS = 10           # of an operation, in one CUDA graph
+REPEAT_MS = 5              # one measurement lasts at least that long
+STEPS = 30                 # of a sampler, of which MEASURED are timed
+MEASURED = 2
 
-def models(parts, f, cuda, recorded=None):
-    """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels. recorded: a function that makes what
-    f takes to do the same as one CUDA graph, in three more variants."""
-    def run(stance, mode, *flow):
-        kernels.KERNELS = mode
-        with torch.compiler.set_stance(stance), torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, cache_enabled=False):
-            f(*flow)
-    for part in parts:
-        part.compile(backend="inductor" if cuda else "aot_eager", dynamic=False)
-    kinds = {"plain": ("force_eager", "ref"), "plain, compiled": ("default", "ref"), "kernels, compiled": ("default", "triton")}
-    return {name: partial(run, *kind) for name, kind in kinds.items()} | {
-        f"{name}, graph": partial(run, *kind, recorded()) for name, kind in kinds.items() if recorded}
-
-def both_ways(what, variants, inputs, unit, forward, backward):
-    """Variants of an operation, without and with their backward: rows of `operations`. inputs: tables are in float32."""
-    leaves = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs]
-
-    def step(f):
-        out = [t for t in torch.utils._pytree.tree_leaves(f(*leaves)) if t.grad_fn]
-        torch.autograd.grad(out, [t for t in leaves if t.requires_grad], [torch.ones_like(t) for t in out])
-    yield what, {k: partial(f, *inputs) for k, f in variants.items()}, {"unit": unit, "work": forward}
-    yield f"{what}, and back", {k: partial(step, f) for k, f in variants.items()}, {"unit": unit, "work": forward + backward}
-
-def operations(cuda):
-    """The ceilings; PyTorch's attention by each of its backends; each kernel, its specification (with PyTorch's attention),
-    and that compiled. Like each section this yields what is measured, its variants, and the work of a call."""
-    randn, n = partial(torch.randn, dtype=torch.bfloat16), 8192 if cuda else 256
-    (a, b), (x, y) = randn(2, n, n), torch.empty(2, 16 * n * n, dtype=torch.int8)
-    yield "bfloat16 product", {"": lambda: a @ b}, {"unit": "GFLOP/s", "work": 2 * n**3}
-    yield "copy", {"": lambda: y.copy_(x)}, {"unit": "GB/s", "work": 2 * len(x)}
-    B, L, E, A, S = (128, 256, 1152, 16, 1024) if cuda else (2, 16, 72, 1, 32)            # S: SD3.5's tokens, the image's side
-    sdpa, backends, kernels.KERNELS = F.scaled_dot_product_attention, torch.nn.attention.SDPBackend, "triton"
-    for shape in ((B, A, L, 72), (B // 6 or 1, 24, S + 333, 64), (B // 32 or 1, 24, 4 * S + 333, 64)):
-        variants = {name: torch.nn.attention.sdpa_kernel(getattr(backends, name))(lambda *qkv: sdpa(*qkv))
-                    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
-        flops = 4 * shape[0] * shape[1] * shape[2]**2 * shape[3]
-        yield from both_ways(f"PyTorch's attention {shape}", variants, randn(3, *shape), "GFLOP/s", flops, 2 * flops)
-    tables, image = randn(2, L, 72).float(), randn(4, 128, S, S).to(memory_format=torch.channels_last)
-    u, v, i = (2 * n for n in (B * L * E, 20 * S * 1536, image.numel()))                  # bytes of tokens, and of the image
-    norm_rope = project("kernels.qknorm_rope").qknorm_rope_ref
-    for op, inputs, forward, backward in [         # and the bytes, or with products in it the FLOPs, of each pass
-            ("norm_modulate", [randn(B, L, E), randn(B, E), randn(B, E), randn(E), randn(B, L, E), randn(B, E)], 4 * u, 6 * u),
-            ("norm_modulate", [randn(20, S, 1536), randn(20, 1536), randn(20, 1536)], 2 * v, 3 * v),
-            ("swiglu", [randn(B, L, E), randn(16 * E // 3, E), randn(16 * E // 3)], u * 16 * E // 3, u * 32 * E // 3),
-            ("attention", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 2 * u * L, 4 * u * L),
-            ("qknorm_rope", [randn(B, L, 3, A, 72), randn(72), randn(72), *tables], 4 * u, 12 * u),
-            ("qknorm_rope", [randn(20, S, 3, 24, 64), randn(64), randn(64)], 4 * v, 12 * v),
-            ("groupnorm_silu", [image, randn(128), randn(128)], 3 * i, 5 * i),
-            ("patch_embed", [*randn(B, 128, 16, 16).split([32, 96], 1), *randn(E, 128, 1, 1).split([32, 96], 1), randn(E),
-                             randn(1, 256, E)], 512 * B * (128 + E), 512 * B * (128 + 3 * E))]:
-        module = project(f"kernels.{op}")
-        ref = getattr(module, f"{op}_ref") if op != "attention" else lambda *x: sdpa(*norm_rope(*x)).transpose(1, 2)
-        compiled = torch.compile(ref, backend="inductor" if cuda else "aot_eager", dynamic=False)
-        variants = {"ref": ref, "ref, compiled": compiled, "kernel": getattr(module, op)}
-        unit = "GFLOP/s" if op in ("swiglu", "attention") else "GB/s"
-        yield from both_ways(f"{op} {tuple(inputs[0].shape)}", variants, inputs, unit, forward, backward)
-
-def training(cuda):
-    """A training step of LightningDiT-XL/1 with 96 detail channels: forward, backward, fused AdamW, EMA."""
-    dit, B = project("dit"), 128 if cuda else 2
-    cfg = dit.DiTConfig(D=96) if cuda else dit.DiTConfig(D=96, E=72, A=1, depth=2, grid=4)
-    model, ema = dit.LightningDiT(cfg), dit.LightningDiT(cfg)
-    (z_all, target), t, y = torch.randn(2, B, 128, cfg.grid, cfg.grid), torch.rand(B), torch.randint(1000, (B,))
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def step():
-        (model(z_all, t, y) - target).square().mean().backward()
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        dit.ema_update(ema, model, 0.999)
-    yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), {"images": B, "cost": 712e9 * cuda}       # FLOPs
-
-def sampling(cuda):
-    """DA-VAE on SD3's VAE; then SD3.5-M with guidance on its latent (D = 16) and on the original's: 2 of 30 Euler steps; and
-    with one image, recorded as a CUDA graph too."""
-    davae, dit, sample = map(project, ("davae", "dit", "sample"))
-    base = davae.AutoencoderKL(davae.KLConfig() if cuda else davae.KLConfig(ch=32, ch_mult=(1, 1, 1, 1), blocks=1))
-    vae = davae.DAVAE(base, 16).to(memory_format=torch.channels_last)
-    sizes, small = (((1024, 10), (2048, 2)), {}) if cuda else (((32, 1),), dict(E=64, A=1, depth=2, dual=1, context=32))
-    for side, B in sizes:
-        x, z_all, parts = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16), [vae.decoder]
-        yield f"encode {side} px", models([vae.detail_encoder, base.encoder], lambda: vae.encode(x), cuda), {"images": 1}
-        yield f"decode {side} px", models(parts, torch.no_grad()(lambda: vae.decode(z_all)), cuda), {"images": 1}
-        for D, h, n in ((16, side // 16, B), (16, side // 16, 1), (0, side // 8, B)):
-            model, grid = sample.for_sampling(dit.MMDiT(dit.MMDiTConfig(D=D, **small))), sample.time_grid(30, 1 / 3)[:3]
-            noise, *cond = torch.randn(n, 16 + D, h, h), torch.randn(n, 333, model.cfg.context), torch.randn(n, 2048)
-
-            def run(flow=sample.sample_flow):
-                flow(model, noise, grid, cond, cond, 4.0, (0.0, 1.0), None, 0.0, (), sample.AHEAD)
-            variants = models(model.blocks, run, cuda, sample.Recorded if cuda and n == 1 else None)
-            what = f"SD3.5-M {side} px, {h * h // 4} tokens, 2 steps of {n}"
-            yield what, variants, {"batch": n, "decode": f"decode {side} px"}
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", default="bench.json")
     args = parser.parse_args()
-    begin, rows, known, torch._dynamo.config.recompile_limit = time.time(), [], {}, 64
-    for part, limit in ((operations, 140), (training, 120), (sampling, 230)):                  # seconds
+    cuda = args.device == "cuda"
+    begin = time.time()
+    torch._dynamo.config.recompile_limit = 64
+
+    rows = []
+    known = {}                                             # ceilings, and seconds of what was measured before
+    for section, limit in ((operations, 140), (training, 120), (sampling, 230)):              # seconds
         deadline = time.time() + limit
         torch.set_default_device(args.device)
-        for what, variants, work in part(args.device == "cuda"):
-            torch.set_default_device(None)         # it would cost time in each operation
-            cuda = args.device == "cuda"
-            for name, row in measure(variants, cuda, deadline, graphs=cuda and part is operations).items():
-                rows.append({"section": part.__name__, "what": what, "variant": name} | row)
+        for what, variants, work in section(cuda):
+            torch.set_default_device(None)                 # it would cost time in each operation
+            measured = measure(variants, cuda, deadline, graphs=cuda and section is operations)
+            for name, row in measured.items():
+                row = {"section": section.__name__, "what": what, "variant": name} | row
                 if "ms" in row:
-                    known[what, name] = s = row["ms"][0] / 1e3
-                    w = defaultdict(float, work)   # 15 calls of sampling, then decoding, are an image: an estimate
-                    decode = known.get((w["decode"], name.removesuffix(", graph")), float("inf"))
-                    done, image = w["work"] / s, 15 * s / max(w["batch"], 1) + decode
-                    rates = {w["unit"]: done / 1e9, "of the ceiling": done / known.setdefault(w["unit"], done or 1),
-                             "img/s": w["images"] / s, "MFU": w["images"] * w["cost"] / s / PEAK, "img/s (estimate)": 1 / image}
-                    rows[-1] |= {k: v for k, v in rates.items() if v}
+                    row |= rates(what, name, row["ms"][0] / 1e3, work, known)
+                rows.append(row)
             torch.set_default_device(args.device)
     torch.set_default_device(None)
-    where = torch.cuda.get_device_name() if cuda else "a CPU at toy size: a rehearsal, not a measurement"
-    head = f"{where}; torch {torch.__version__}, triton {triton.__version__}; {time.strftime('%Y-%m-%d')}"
+
+    machine = torch.cuda.get_device_name() if cuda else "a CPU at toy size: a rehearsal, not a measurement"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    head = f"{machine}; {versions}; {time.strftime('%Y-%m-%d')}"
     pathlib.Path(args.out).write_text(json.dumps({"machine": head, "rows": rows}, indent=1))
-    print(f"{head}, {time.time() - begin:.0f} s\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")
-    for r in rows:
-        ms = "{:.3f} ({:.3f} to {:.3f})".format(*r["ms"]) if "ms" in r else r["error"]
-        rate = ", ".join(f"{r[k]:.3g} {k}" for k in r if k in ("MFU", "of the ceiling") or "/s" in k)
-        print(f"| {r['what']} | {r['variant']} | {ms} | {rate} | {r.get('GiB', 0):.1f} |")
+    print_table(f"{head}, {time.time() - begin:.0f} s", rows)
+
+
+def rates(what, name, seconds, work, known):
+    """What a time comes to: {unit: number}; `known` remembers it for the rows after it.
+
+    work: of a call, any of
+        unit, work      "GB/s" or "GFLOP/s", and bytes or FLOPs; the first row with a unit is its ceiling
+        images, flops   how many images, and the FLOPs of one
+        batch, decode   images that are sampled together, and the row that decodes one
+    """
+    known[what, name] = seconds
+    found = {}
+    if "unit" in work:
+        rate = work["work"] / seconds
+        ceiling = known.setdefault(work["unit"], rate)
+        found[work["unit"]] = rate / 1e9
+        found["of the ceiling"] = rate / ceiling
+    if "images" in work:
+        found["img/s"] = work["images"] / seconds
+    if work.get("flops"):
+        found["MFU"] = work["images"] * work["flops"] / seconds / PEAK
+    if "decode" in work:
+        decode = known.get((work["decode"], name.removesuffix(", graph")))
+        if decode is not None:
+            image = STEPS / MEASURED * seconds / work["batch"] + decode
+            found["img/s (estimate)"] = 1 / image
+    return found
+
+
+def print_table(head, rows):
+    print(f"{head}\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")
+    for row in rows:
+        ms = "{:.3f} ({:.3f} to {:.3f})".format(*row["ms"]) if "ms" in row else row["error"]
+        shown = [key for key in row if key in ("MFU", "of the ceiling") or "/s" in key]
+        rate = ", ".join(f"{row[key]:.3g} {key}" for key in shown)
+        print(f"| {row['what']} | {row['variant']} | {ms} | {rate} | {row.get('GiB', 0):.1f} |")
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class Variant:
+    """A function that is timed, and what was found."""
+
+    def __init__(self, function):
+        self.function = function
+        self.calls = 1                                     # that running `function` once stands for
+        self.repeats = 1                                   # runs in one measurement
+        self.times = []                                    # ms of a call; the first two are warm-up
+        self.GiB = None
+        self.error = None
+
+    def time(self, cuda):
+        """One measurement."""
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        since = time.perf_counter()
+        for _ in range(self.repeats):
+            self.function()
+        if cuda:
+            torch.cuda.synchronize()
+        ms = (time.perf_counter() - since) / self.repeats * 1e3
+        self.times.append(ms / self.calls)
+        self.repeats = 1 + int(REPEAT_MS / ms)
+        if cuda:
+            self.GiB = torch.cuda.max_memory_allocated() / 2**30
+
+    def record(self):
+        """From now on, run a CUDA graph of GRAPH_CALLS calls, which does not wait for Python."""
+        self.calls = GRAPH_CALLS
+        self.repeats = 1
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                self.function()
+        self.function = graph.replay
+
+    def row(self):
+        row = {"repeats": self.repeats, "calls": self.calls}
+        if self.GiB is not None:
+            row["GiB"] = self.GiB
+        if self.error:
+            row["error"] = self.error
+        if len(self.times) > 2:
+            row["ms"] = torch.tensor(self.times[2:]).quantile(torch.tensor([0.5, 0.25, 0.75])).tolist()
+        elif not self.error:
+            row["error"] = "skipped: out of time"
+        return row
+
+
+def measure(variants, cuda, deadline, graphs=False):
+    """{name: function} -> {name: {"ms": [median, quartiles], "GiB", ...}}, or "error" in place of "ms".
+
+    graphs: time recordings of ten calls, not Python.
+    """
+    variants = {name: Variant(function) for name, function in variants.items()}
+    for n in range(11 if cuda else 3):                     # the first compiles, the second finds `repeats`
+        turns = list(variants.values())
+        if n % 2:
+            turns.reverse()
+        for variant in turns:
+            if variant.error or time.time() > deadline:
+                continue
+            try:
+                variant.time(cuda)
+                if graphs and n == 0:
+                    variant.record()
+            except (RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError) as error:
+                variant.error = f"{type(error).__name__}: {str(error)[:90]!r}"
+    return {name: variant.row() for name, variant in variants.items()}
+
+
+# ---------------------------------------------------------------- operations
+# Each section yields what is measured, its variants {name: function}, and the work of a call, see `rates`.
+
+
+class Sizes(NamedTuple):
+    """LightningDiT's batch, tokens, width and heads; SD3.5's tokens, which are also the side of the image."""
+    B: int
+    L: int
+    E: int
+    A: int
+    S: int
+
+
+class Case(NamedTuple):
+    """A kernel, what it is compared to, and the work of each pass: bytes, or FLOPs of large products."""
+    kernel: object
+    ref: object
+    inputs: list
+    unit: str
+    forward: int
+    backward: int
+
+
+def operations(cuda):
+    """The ceilings; PyTorch's attention, by three backends; each kernel, its specification, that compiled."""
+    kernels.KERNELS = "triton"
+    sizes = Sizes(B=128, L=256, E=1152, A=16, S=1024) if cuda else Sizes(B=2, L=16, E=72, A=1, S=32)
+    yield from ceilings(8192 if cuda else 256)
+    yield from pytorch_attention(sizes)
+    for case in cases(sizes):
+        name = case.kernel.__name__
+        variants = {
+            "ref": case.ref,
+            "ref, compiled": torch.compile(case.ref, backend=backend(cuda), dynamic=False),
+            "kernel": case.kernel,
+        }
+        what = f"{name} {tuple(case.inputs[0].shape)}"
+        yield from both_ways(what, variants, case.inputs, case.unit, case.forward, case.backward)
+
+
+def backend(cuda):
+    return "inductor" if cuda else "aot_eager"
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def ceilings(n):
+    a = randn(n, n)
+    b = randn(n, n)
+    yield "bfloat16 product", {"": lambda: a @ b}, {"unit": "GFLOP/s", "work": 2 * n**3}
+
+    source = torch.empty(16 * n * n, dtype=torch.int8)
+    target = torch.empty_like(source)
+    yield "copy", {"": lambda: target.copy_(source)}, {"unit": "GB/s", "work": 2 * len(source)}
+
+
+def pytorch_attention(s):
+    """At LightningDiT's size, SD3.5's, and SD3.5's on twice the side."""
+    for B, A, L, K in (
+        (s.B, s.A, s.L, 72),
+        (max(s.B // 6, 1), 24, s.S + 333, 64),
+        (max(s.B // 32, 1), 24, 4 * s.S + 333, 64),
+    ):
+        variants = {}
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            variants[name] = partial(sdpa_by, getattr(SDPBackend, name))
+        what = f"PyTorch's attention {(B, A, L, K)}"
+        qkv = [randn(B, A, L, K) for _ in range(3)]
+        flops = 4 * B * A * L**2 * K
+        yield from both_ways(what, variants, qkv, "GFLOP/s", flops, 2 * flops)
+
+
+def sdpa_by(which, q, k, v):
+    with sdpa_kernel(which):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_by_pytorch(qkv, *norm_rope):
+    return F.scaled_dot_product_attention(*qknorm_rope_ref(qkv, *norm_rope)).transpose(1, 2)
+
+
+def cases(s):
+    B, L, E, A, S = s
+    hidden = 16 * E // 3                                   # of SwiGLU: both halves
+    tokens = 2 * B * L * E                                 # bytes
+    tokens_sd3 = 2 * 20 * S * 1536
+    image = randn(4, 128, S, S).to(memory_format=torch.channels_last)
+    pixels = 2 * image.numel()
+    z, z_d = randn(B, 128, 16, 16).split([32, 96], dim=1)
+    P, P_new = randn(E, 128, 1, 1).split([32, 96], dim=1)
+    tables = [randn(L, 72).float(), randn(L, 72).float()]
+    norms = [randn(72), randn(72)]
+    return [
+        Case(add_norm_modulate, add_norm_modulate_ref,
+             [randn(B, L, E), randn(B, L, E), randn(B, E), randn(B, E), randn(B, E), randn(E)],
+             "GB/s", 4 * tokens, 6 * tokens),
+        Case(norm_modulate, norm_modulate_ref,
+             [randn(20, S, 1536), randn(20, 1536), randn(20, 1536)],
+             "GB/s", 2 * tokens_sd3, 3 * tokens_sd3),
+        Case(swiglu, swiglu_ref,
+             [randn(B, L, E), randn(hidden, E), randn(hidden)],
+             "GFLOP/s", tokens * hidden, 2 * tokens * hidden),
+        Case(attention, attention_by_pytorch,
+             [randn(B, L, 3, A, 72), *norms, *tables],
+             "GFLOP/s", 2 * tokens * L, 4 * tokens * L),
+        Case(qknorm_rope, qknorm_rope_ref,
+             [randn(B, L, 3, A, 72), *norms, *tables],
+             "GB/s", 4 * tokens, 12 * tokens),
+        Case(qknorm_rope, qknorm_rope_ref,
+             [randn(20, S, 3, 24, 64), randn(64), randn(64)],
+             "GB/s", 4 * tokens_sd3, 12 * tokens_sd3),
+        Case(groupnorm_silu, groupnorm_silu_ref,
+             [image, randn(128), randn(128)],
+             "GB/s", 3 * pixels, 5 * pixels),
+        Case(patch_embed, patch_embed_ref,
+             [z, z_d, P, P_new, randn(E), randn(1, 256, E)],
+             "GB/s", 512 * B * (128 + E), 512 * B * (128 + 3 * E)),
+    ]
+
+
+def both_ways(what, variants, inputs, unit, forward, backward):
+    """Two rows of an operation, without and with its backward. Inputs in float32 are tables, not trained."""
+    leaves = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs]
+    trained = [t for t in leaves if t.requires_grad]
+
+    def step(f):
+        outputs = [t for t in tree_leaves(f(*leaves)) if t.grad_fn]
+        torch.autograd.grad(outputs, trained, [torch.ones_like(t) for t in outputs])
+
+    once = {name: partial(f, *inputs) for name, f in variants.items()}
+    yield what, once, {"unit": unit, "work": forward}
+    back = {name: partial(step, f) for name, f in variants.items()}
+    yield f"{what}, and back", back, {"unit": unit, "work": forward + backward}
+
+
+# ---------------------------------------------------------------- models
+
+KINDS = {                                                  # variant: (what is compiled, KERNELS)
+    "plain": ("force_eager", "ref"),
+    "plain, compiled": ("default", "ref"),
+    "kernels, compiled": ("default", "triton"),
+}
+
+
+def models(parts, f, cuda, recorded=None):
+    """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels.
+
+    recorded: a function that makes what f takes to do the same as one CUDA graph, in three more variants
+    """
+    for part in parts:
+        part.compile(backend=backend(cuda), dynamic=False)
+
+    def run(stance, mode, *flow):
+        kernels.KERNELS = mode
+        autocast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, cache_enabled=False)
+        with torch.compiler.set_stance(stance), autocast:
+            f(*flow)
+
+    variants = {name: partial(run, *kind) for name, kind in KINDS.items()}
+    if recorded:
+        for name, kind in KINDS.items():
+            variants[f"{name}, graph"] = partial(run, *kind, recorded())
+    return variants
+
+
+def training(cuda):
+    """A training step of LightningDiT-XL/1 with 96 detail channels: forward, backward, fused AdamW, EMA."""
+    import dit
+    B = 128 if cuda else 2
+    cfg = dit.DiTConfig(D=96) if cuda else dit.DiTConfig(D=96, E=72, A=1, depth=2, grid=4)
+    model = dit.LightningDiT(cfg)
+    ema = dit.LightningDiT(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    z_all = torch.randn(B, 128, cfg.grid, cfg.grid)
+    target = torch.randn(B, 128, cfg.grid, cfg.grid)
+    t = torch.rand(B)
+    y = torch.randint(1000, (B,))
+
+    def step():
+        (model(z_all, t, y) - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        dit.ema_update(ema, model, 0.999)
+
+    work = {"images": B, "flops": 712e9 if cuda else 0}
+    yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), work
+
+
+def sampling(cuda):
+    """DA-VAE on SD3's VAE; then SD3.5-M with guidance, on its latent (D = 16) and on the original's.
+
+    2 of 30 Euler steps; with one image, recorded as a CUDA graph too.
+    """
+    import davae
+    base = davae.KLConfig() if cuda else davae.KLConfig(ch=32, ch_mult=(1, 1, 1, 1), blocks=1)
+    vae = davae.DAVAE(davae.AutoencoderKL(base), 16).to(memory_format=torch.channels_last)
+    for side, batch in ((1024, 10), (2048, 2)) if cuda else ((32, 1),):
+        yield from encoding_and_decoding(vae, side, cuda)
+        yield from sampling_sd3(side, D=16, h=side // 16, batch=batch, cuda=cuda)
+        yield from sampling_sd3(side, D=16, h=side // 16, batch=1, cuda=cuda)
+        yield from sampling_sd3(side, D=0, h=side // 8, batch=batch, cuda=cuda)
+
+
+def encoding_and_decoding(vae, side, cuda):
+    x = torch.randn(1, 3, side, side)
+    encoders = [vae.detail_encoder, vae.base.encoder]
+    yield f"encode {side} px", models(encoders, partial(vae.encode, x), cuda), {"images": 1}
+
+    z_all = torch.randn(1, 32, side // 16, side // 16)
+    decode = torch.no_grad()(partial(vae.decode, z_all))
+    yield f"decode {side} px", models([vae.decoder], decode, cuda), {"images": 1}
+
+
+def sampling_sd3(side, D, h, batch, cuda):
+    """MEASURED of STEPS steps, from which, and from the time to decode, an image is estimated."""
+    import dit
+    import sample
+    small = {} if cuda else dict(E=64, A=1, depth=2, dual=1, context=32)
+    model = sample.for_sampling(dit.MMDiT(dit.MMDiTConfig(D=D, **small)))
+    grid = sample.time_grid(STEPS, 1 / 3)[:MEASURED + 1]
+    noise = torch.randn(batch, 16 + D, h, h)
+    cond = [torch.randn(batch, 333, model.cfg.context), torch.randn(batch, 2048)]
+
+    def run(flow=sample.sample_flow):
+        flow(model, noise, grid, cond, cond, 4.0, (0.0, 1.0), None, 0.0, (), sample.AHEAD)
+
+    recorded = sample.Recorded if cuda and batch == 1 else None
+    what = f"SD3.5-M {side} px, {h * h // 4} tokens, {MEASURED} steps of {batch}"
+    yield what, models(model.blocks, run, cuda, recorded), {"batch": batch, "decode": f"decode {side} px"}
+
 
 if __name__ == "__main__":
     main()

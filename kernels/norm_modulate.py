@@ -1,198 +1,316 @@
-"""Gated residual, norm and modulation: everything between two matrix products of an adaLN-Zero block, in one kernel.
+"""Norm and modulation, and the residual before them: what stands between the products of an adaLN-Zero block.
 
-    x_new = x + gate * y                              y: what the branch before computed; left out if there is none
-    h     = norm(x_new) * (1 + scale) + shift         RMSNorm with a learned weight, or LayerNorm without (weight=None)
+    norm_modulate        h     = norm(x) * (1 + scale) + shift
+
+    add_norm_modulate    x_new = x + gate * y                              y: what the branch before computed
+                         h     = norm(x_new) * (1 + scale) + shift
+
+norm is RMSNorm with a learned weight, or LayerNorm without one (weight=None).
 
 Shapes:    x, y, x_new, h (B, L, E);  gate, shift, scale (B, E), also as views of one (B, 6E);  weight (E,)
-Used by:   dit.Block, twice: its second residual is left to the norm of the block after it; dit.JointBlock, both streams.
-Rounding:  x_new is rounded to its dtype (under autocast bfloat16), all else stays in float32 until h is rounded to it, once.
+Used by:   dit.Block, and dit.JointBlock for both streams: norm_modulate before the attention,
+           add_norm_modulate between attention and MLP;  dit.DiT.velocity: norm_modulate before the heads.
+Rounding:  x_new is rounded to its dtype (under autocast bfloat16); all else stays in float32 until h is
+           rounded to that dtype, once.
 Bytes, U = B*L*E elements:
-    forward   read x, y, write x_new, h: 4 U (2 U without y). Separate PyTorch operations: about 20 U
-    backward  read dx_new, dh, x_new, y, write dx, dy: 6 U, and in the same pass all five column sums, of a few rows each;
-              a second, small kernel adds these
+    forward   reads x, y, writes x_new, h: 4 U; without y 2 U. Separate PyTorch operations: about 20 U
+    backward  reads dx_new, dh, x_new, y, writes dx, dy: 6 U; without y 3 U.
+              In the same pass all column sums, of a few rows each; a second, small kernel adds these
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
 
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from kernels import jit, operator, power_of_2, precision, use_triton
+from kernels import (
+    at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2, precision, use_triton)
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 EPS = 1e-6
-ROWS = 16          # tokens per program of the backward: its 3 partial sums in float32 cost 6 % of the other bytes in bf16
-COLUMNS = 128      # of the kernel that adds the partial sums
+ROWS = 16          # tokens per program of the backward: its 3 sums in float32 cost 6 % of the other bytes
+COLUMNS = 128      # channels per program of the kernel that adds the partial sums
 
-def norm_modulate_ref(x, shift, scale, weight=None, y=None, gate=None):
-    """The specification.  -> (x_new, h)"""
-    if y is not None:
-        x = x + gate[:, None] * y
+
+def norm_modulate_ref(x, shift, scale, weight=None):
+    """The specification.  -> h"""
     if weight is None:
         n = F.layer_norm(x, x.shape[-1:], eps=EPS)
     else:
-        n = x.to(torch.promote_types(x.dtype, torch.float32))
+        n = x.to(at_least_float32(x.dtype))
         n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + EPS)
         n = n.to(x.dtype) * weight
-    return x, (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+    return (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+def add_norm_modulate_ref(x, y, gate, shift, scale, weight=None):
+    """The specification, with a residual.  -> (x_new, h)"""
+    x_new = x + gate[:, None] * y
+    return x_new, norm_modulate_ref(x_new, shift, scale, weight)
+
 
 # ---------------------------------------------------------------- Triton
+# RESIDUAL: there are y and gate.  RMS: there is a weight.  A pointer to what there is not is never read.
+
 
 @jit
-def _forward(X, Y, GATE, SHIFT, SCALE, WEIGHT, X_NEW, H, L, stride_gate, stride_shift, stride_scale,
-             E: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr, RMS: tl.constexpr,
-             ACC: tl.constexpr):
-    """One token per program."""
-    token = tl.program_id(0).to(tl.int64)
+def _forward(
+    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr,  # read
+    x_new_ptr, h_ptr,                                          # written
+    L, stride_gate, stride_shift, stride_scale,
+    E: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr,
+):
+    """One program: one token, all its E channels in a tile of BLOCK."""
+    token = tl.program_id(0).to(tl.int64)                  # of B * L
     b = token // L
     e = tl.arange(0, BLOCK)
     inside = e < E
-    x = tl.load(X + token * E + e, inside, 0.0).to(ACC)
+
+    # x_new = x + gate * y
+    x = tl.load(x_ptr + token * E + e, inside, 0.0).to(ACC)
     if RESIDUAL:
-        gate = tl.load(GATE + b * stride_gate + e, inside, 0.0).to(ACC)
-        y = tl.load(Y + token * E + e, inside, 0.0).to(ACC)
-        x = (x + gate * y).to(X_NEW.dtype.element_ty)
-        tl.store(X_NEW + token * E + e, x, inside)
-        x = x.to(ACC)                              # the rounded sum is what the backward will read
+        gate = tl.load(gate_ptr + b * stride_gate + e, inside, 0.0).to(ACC)
+        y = tl.load(y_ptr + token * E + e, inside, 0.0).to(ACC)
+        x = (x + gate * y).to(x_new_ptr.dtype.element_ty)
+        tl.store(x_new_ptr + token * E + e, x, inside)
+        x = x.to(ACC)                                      # the rounded sum is what the backward will read
+
+    # n = norm(x_new)
     if RMS:
-        n = x * tl.rsqrt(tl.sum(x * x) / E + EPS) * tl.load(WEIGHT + e, inside, 0.0).to(ACC)
+        weight = tl.load(weight_ptr + e, inside, 0.0).to(ACC)
+        n = x * tl.rsqrt(tl.sum(x * x) / E + EPS) * weight
     else:
         x = tl.where(inside, x - tl.sum(x) / E, 0.0)
         n = x * tl.rsqrt(tl.sum(x * x) / E + EPS)
-    scale = tl.load(SCALE + b * stride_scale + e, inside, 0.0).to(ACC)
-    shift = tl.load(SHIFT + b * stride_shift + e, inside, 0.0).to(ACC)
-    tl.store(H + token * E + e, (n * (1 + scale) + shift).to(H.dtype.element_ty), inside)
+
+    # h = n * (1 + scale) + shift
+    scale = tl.load(scale_ptr + b * stride_scale + e, inside, 0.0).to(ACC)
+    shift = tl.load(shift_ptr + b * stride_shift + e, inside, 0.0).to(ACC)
+    h = n * (1 + scale) + shift
+    tl.store(h_ptr + token * E + e, h.to(h_ptr.dtype.element_ty), inside)
+
 
 @jit
-def _backward(DX_NEW, DH, X_NEW, Y, GATE, SCALE, WEIGHT, DX, DY, SUM_DH, SUM_DHN, SUM_DXY, L, stride_gate, stride_scale,
-              E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr, RESIDUAL: tl.constexpr,
-              RMS: tl.constexpr, ACC: tl.constexpr):
-    """ROWS tokens of one image per program: their dx, dy, and sums over them of dh, dh * n and dx * y."""
-    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def _backward(
+    dx_new_ptr, dh_ptr, x_new_ptr, y_ptr,                  # read
+    gate_ptr, scale_ptr, weight_ptr,                       # read
+    dx_ptr, dy_ptr,                                        # written
+    sum_dh_ptr, sum_dhn_ptr, sum_dxy_ptr,                  # written, all (B, parts, E)
+    L, stride_gate, stride_scale,
+    E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr,
+):
+    """One program: dx and dy of ROWS tokens of one image, and the sums over them of dh, dh * n and dx * y."""
+    b = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     e = tl.arange(0, BLOCK)
     inside = e < E
-    factor = 1 + tl.load(SCALE + b * stride_scale + e, inside, 0.0).to(ACC)           # dn = dh * (1 + scale) * weight
+
+    # dn = dh * factor
+    factor = 1 + tl.load(scale_ptr + b * stride_scale + e, inside, 0.0).to(ACC)
     if RMS:
-        factor = factor * tl.load(WEIGHT + e, inside, 0.0).to(ACC)
+        factor = factor * tl.load(weight_ptr + e, inside, 0.0).to(ACC)
+
     if RESIDUAL:
-        gate = tl.load(GATE + b * stride_gate + e, inside, 0.0).to(ACC)
+        gate = tl.load(gate_ptr + b * stride_gate + e, inside, 0.0).to(ACC)
         sum_dxy = tl.zeros((BLOCK,), ACC)
-    sum_dh, sum_dhn = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-    for i in tl.range(ROWS, num_stages=3):         # the next two rows are on their way
+    sum_dh = tl.zeros((BLOCK,), ACC)
+    sum_dhn = tl.zeros((BLOCK,), ACC)
+
+    for i in tl.range(ROWS, num_stages=3):                 # the next two rows are on their way
         row = part * ROWS + i
-        real = e < tl.where(row < L, E, 0)
+        real = e < tl.where(row < L, E, 0)                 # nothing, past the last token
         at = (b * L + row) * E + e
-        n = tl.load(X_NEW + at, real, 0.0).to(ACC)
-        dh = tl.load(DH + at, real, 0.0).to(ACC)
-        if not RMS:
-            n = tl.where(real, n - tl.sum(n) / E, 0.0)
-        r = tl.rsqrt(tl.sum(n * n) / E + EPS)                                          # cheaper again than to be read
-        n = n * r
-        dn = dh * factor
-        dx = dn - n * (tl.sum(dn * n) / E)
-        if not RMS:
-            dx = dx - tl.sum(dn) / E
-        dx = dx * r
+        x = tl.load(x_new_ptr + at, real, 0.0).to(ACC)
+        dh = tl.load(dh_ptr + at, real, 0.0).to(ACC)
+        n, r = _normalise(x, real, E, EPS, RMS)            # computed again, which is cheaper than to be read
+        dx = _dx_of_norm(dh * factor, n, r, E, RMS)
         if RESIDUAL:
-            dx = dx + tl.load(DX_NEW + at, real, 0.0).to(ACC)
-            y = tl.load(Y + at, real, 0.0).to(ACC)
-            tl.store(DY + at, (dx * gate).to(DY.dtype.element_ty), real)
+            dx = dx + tl.load(dx_new_ptr + at, real, 0.0).to(ACC)
+            y = tl.load(y_ptr + at, real, 0.0).to(ACC)
+            tl.store(dy_ptr + at, (dx * gate).to(dy_ptr.dtype.element_ty), real)
             sum_dxy += tl.where(real, dx * y, 0.0)
-        tl.store(DX + at, dx.to(DX.dtype.element_ty), real)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), real)
         sum_dh += dh
         sum_dhn += dh * n
+
     at = (b * tl.num_programs(1) + part) * E + e
-    tl.store(SUM_DH + at, sum_dh, inside)
-    tl.store(SUM_DHN + at, sum_dhn, inside)
+    tl.store(sum_dh_ptr + at, sum_dh, inside)
+    tl.store(sum_dhn_ptr + at, sum_dhn, inside)
     if RESIDUAL:
-        tl.store(SUM_DXY + at, sum_dxy, inside)
+        tl.store(sum_dxy_ptr + at, sum_dxy, inside)
+
 
 @jit
-def _finish(SUM_DH, SUM_DHN, SUM_DXY, SCALE, WEIGHT, DSHIFT, DSCALE, DGATE, DWEIGHT, stride_scale, E: tl.constexpr,
-            PARTS: tl.constexpr, COLUMNS: tl.constexpr, RESIDUAL: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr):
-    """COLUMNS channels of one image: its partial sums added, as gradients. With S = sum over tokens of dh * n,
-    dscale = weight * S, and the image's share in dweight is (1 + scale) * S."""
-    b, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+def _normalise(x, real, E: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):
+    """(n, r): one token x, normalised but without the weight, and 1 / its deviation."""
+    if not RMS:
+        x = tl.where(real, x - tl.sum(x) / E, 0.0)
+    r = tl.rsqrt(tl.sum(x * x) / E + EPS)
+    return x * r, r
+
+
+@jit
+def _dx_of_norm(dn, n, r, E: tl.constexpr, RMS: tl.constexpr):
+    """dx = r (dn - n mean(dn * n)), and for LayerNorm also less the mean of dn."""
+    dx = dn - n * (tl.sum(dn * n) / E)
+    if not RMS:
+        dx = dx - tl.sum(dn) / E
+    return dx * r
+
+
+@jit
+def _finish(
+    sum_dh_ptr, sum_dhn_ptr, sum_dxy_ptr, scale_ptr, weight_ptr,  # read; sums are (B, PARTS, E)
+    dshift_ptr, dscale_ptr, dgate_ptr, dweight_ptr,               # written, all (B, E)
+    stride_scale,
+    E: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    RESIDUAL: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr,
+):
+    """One program: COLUMNS channels of one image, its partial sums added, as gradients.
+
+    With S = sum over tokens of dh * n:
+    dscale = weight * S, and this image's share in dweight is (1 + scale) * S.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = e < E
-    dshift, S, dgate = tl.zeros((COLUMNS,), ACC), tl.zeros((COLUMNS,), ACC), tl.zeros((COLUMNS,), ACC)
+
+    dshift = tl.zeros((COLUMNS,), ACC)
+    S = tl.zeros((COLUMNS,), ACC)
+    dgate = tl.zeros((COLUMNS,), ACC)
     for i in range(PARTS):
         at = (b * PARTS + i) * E + e
-        dshift += tl.load(SUM_DH + at, inside, 0.0)
-        S += tl.load(SUM_DHN + at, inside, 0.0)
+        dshift += tl.load(sum_dh_ptr + at, inside, 0.0)
+        S += tl.load(sum_dhn_ptr + at, inside, 0.0)
         if RESIDUAL:
-            dgate += tl.load(SUM_DXY + at, inside, 0.0)
+            dgate += tl.load(sum_dxy_ptr + at, inside, 0.0)
+
     at = b * E + e
-    tl.store(DSHIFT + at, dshift.to(DSHIFT.dtype.element_ty), inside)
+    tl.store(dshift_ptr + at, dshift.to(dshift_ptr.dtype.element_ty), inside)
     if RESIDUAL:
-        tl.store(DGATE + at, dgate.to(DGATE.dtype.element_ty), inside)
+        tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), inside)
     if RMS:
-        tl.store(DWEIGHT + at, (1 + tl.load(SCALE + b * stride_scale + e, inside, 0.0).to(ACC)) * S, inside)
-        S = S * tl.load(WEIGHT + e, inside, 0.0).to(ACC)
-    tl.store(DSCALE + at, S.to(DSCALE.dtype.element_ty), inside)
+        scale = tl.load(scale_ptr + b * stride_scale + e, inside, 0.0).to(ACC)
+        tl.store(dweight_ptr + at, (1 + scale) * S, inside)
+        S = S * tl.load(weight_ptr + e, inside, 0.0).to(ACC)
+    tl.store(dscale_ptr + at, S.to(dscale_ptr.dtype.element_ty), inside)
+
 
 # ---------------------------------------------------------------- PyTorch operators
+# One operator for both functions: without a residual, y and gate are None.
 
-def _rows(t):
-    """(B, E) with contiguous rows: itself if it is a chunk of a wider tensor."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+def _warps(E):
+    return 8 if E > 1024 else 4
+
 
 def _shapes(x, shift, scale, weight, y, gate):
-    """x_new and h. Without y, x_new is x, which an operator may not return: it returns an empty tensor in its place."""
-    dtype = reduce(torch.promote_types, [t.dtype for t in (x, y, gate) if t is not None])
-    h = x.new_empty(x.shape, dtype=dtype)
-    return h.new_empty(0 if y is None else x.shape), h
+    """x_new and h. Without y, x_new would be x, which an operator may not return: it is left empty."""
+    given = [t.dtype for t in (x, y, gate) if t is not None]
+    h = x.new_empty(x.shape, dtype=reduce(torch.promote_types, given))
+    x_new = h.new_empty(0 if y is None else x.shape)
+    return x_new, h
 
-@operator("norm_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate) -> (Tensor, Tensor)",
-          _shapes)
+
+@operator(
+    "norm_modulate(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? y, Tensor? gate)"
+    " -> (Tensor, Tensor)",
+    _shapes)
 def _op(x_new, h, x, shift, scale, weight, y, gate):
-    (B, L, E), x, shift, scale = x.shape, x.contiguous(), _rows(shift), _rows(scale)
-    # Where there is no y (or no weight), x stands in for the pointers that are not read.
-    y, gate = (x, x[:, 0]) if y is None else (y.contiguous(), _rows(gate))
-    _forward[(B * L,)](x, y, gate, shift, scale, x if weight is None else weight.contiguous(), x_new, h, L, gate.stride(0),
-                       shift.stride(0), scale.stride(0), E=E, BLOCK=power_of_2(E), EPS=EPS, RESIDUAL=x_new.numel() > 0,
-                       RMS=weight is not None, ACC=precision(x), num_warps=8 if E > 1024 else 4)
+    B, L, E = x.shape
+    x = x.contiguous()
+    shift = contiguous_rows(shift)
+    scale = contiguous_rows(scale)
+    gate = x[:, 0] if gate is None else contiguous_rows(gate)  # not read, if there is none
+    _forward[(B * L,)](
+        x, pointer(y, unused=x), gate, shift, scale, pointer(weight, unused=x), x_new, h,
+        L, gate.stride(0), shift.stride(0), scale.stride(0),
+        E=E, BLOCK=power_of_2(E), EPS=EPS,
+        RESIDUAL=y is not None, RMS=weight is not None, ACC=precision(x), num_warps=_warps(E))
+
 
 def _backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
-    """dx (B, L, E), dy like y, dshift, dscale, dgate (B, E), dweight (E,) float32; empty if there is no y or no weight."""
-    (B, L, E), new = x_new.shape, x_new.new_empty
-    dy, dgate = [new(0 if y is None else t.shape, dtype=t.dtype) for t in ((x_new, scale) if y is None else (y, gate))]
-    dweight = new(0 if weight is None else E, dtype=torch.promote_types(x_new.dtype, torch.float32))
-    return new(B, L, E, dtype=dtype), dy, new(B, E, dtype=scale.dtype), new(B, E, dtype=scale.dtype), dgate, dweight
+    """dx, dy (B, L, E); dshift, dscale, dgate (B, E); dweight (E,) float32. Empty for what there is not."""
+    B, L, E = x_new.shape
+    new = x_new.new_empty
+    dx = new(B, L, E, dtype=dtype)
+    dy = new(0) if y is None else new(y.shape, dtype=y.dtype)
+    dshift = new(B, E, dtype=scale.dtype)
+    dscale = new(B, E, dtype=scale.dtype)
+    dgate = new(0, dtype=scale.dtype) if y is None else new(gate.shape, dtype=gate.dtype)
+    dweight = new(0 if weight is None else E, dtype=at_least_float32(x_new.dtype))
+    return dx, dy, dshift, dscale, dgate, dweight
 
-@operator("norm_modulate_backward(Tensor dx_new, Tensor dh, Tensor x_new, Tensor scale, Tensor? weight, Tensor? y, "
-          "Tensor? gate, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _backward_shapes)
+
+@operator(
+    "norm_modulate_backward(Tensor dx_new, Tensor dh, Tensor x_new, Tensor scale, Tensor? weight, Tensor? y,"
+    " Tensor? gate, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_shapes)
 def _op_backward(dx, dy, dshift, dscale, dgate, dweight, dx_new, dh, x_new, scale, weight, y, gate, dtype):
     B, L, E = x_new.shape
-    sums, per_image = dweight.new_empty(3, B, -(-L // ROWS), E), dweight.new_empty(B, E)    # the images' shares in dweight
-    x_new, dh, scale, rms = x_new.contiguous(), dh.contiguous(), _rows(scale), weight is not None
-    weight = weight.contiguous() if rms else x_new
-    y, gate, dx_new = (x_new, x_new[:, 0], x_new) if y is None else (y.contiguous(), _rows(gate), dx_new.contiguous())
-    same = dict(E=E, RESIDUAL=dy.numel() > 0, RMS=rms, ACC=precision(x_new))
-    _backward[(B, sums.shape[2])](
-        dx_new, dh, x_new, y, gate, scale, weight, dx, dy, *sums, L, gate.stride(0), scale.stride(0), BLOCK=power_of_2(E),
-        ROWS=ROWS, EPS=EPS, num_warps=8 if E > 1024 else 4, **same)
-    _finish[(B, -(-E // COLUMNS))](
-        *sums, scale, weight, dshift, dscale, dgate, per_image, scale.stride(0), PARTS=sums.shape[2], COLUMNS=COLUMNS, **same)
-    if rms:
-        torch.sum(per_image, 0, out=dweight)
+    parts = cdiv(L, ROWS)
+    sum_dh, sum_dhn, sum_dxy = dweight.new_empty(3, B, parts, E).unbind()
+    dweights = dweight.new_empty(B, E)                     # the images' shares
+    same = dict(E=E, RESIDUAL=y is not None, RMS=weight is not None, ACC=precision(x_new))
+
+    x_new = x_new.contiguous()
+    scale = contiguous_rows(scale)
+    gate = x_new[:, 0] if gate is None else contiguous_rows(gate)  # not read, if there is none
+    dx_new = x_new if y is None else dx_new.contiguous()   # nor this
+    y = pointer(y, unused=x_new)
+    weight = pointer(weight, unused=x_new)
+
+    _backward[(B, parts)](
+        dx_new, dh.contiguous(), x_new, y, gate, scale, weight, dx, dy, sum_dh, sum_dhn, sum_dxy,
+        L, gate.stride(0), scale.stride(0),
+        BLOCK=power_of_2(E), ROWS=ROWS, EPS=EPS, num_warps=_warps(E), **same)
+    _finish[(B, cdiv(E, COLUMNS))](
+        sum_dh, sum_dhn, sum_dxy, scale, weight, dshift, dscale, dgate, dweights,
+        scale.stride(0), PARTS=parts, COLUMNS=COLUMNS, **same)
+    if same["RMS"]:
+        torch.sum(dweights, 0, out=dweight)
+
 
 def _save(ctx, inputs, output):
     x, shift, scale, weight, y, gate = inputs
-    ctx.save_for_backward(x if y is None else output[0], scale, weight, y, gate)
-    ctx.dtypes = x.dtype, shift.dtype
+    x_new = x if y is None else output[0]
+    ctx.save_for_backward(x_new, scale, weight, y, gate)
+    ctx.x_dtype = x.dtype
+    ctx.shift_dtype = shift.dtype
+
 
 def _grads(ctx, dx_new, dh):
-    weight, y = ctx.saved_tensors[2:4]
-    dx, dy, dshift, dscale, dgate, dweight = _op_backward(dx_new, dh, *ctx.saved_tensors, ctx.dtypes[0])
+    """Gradients of x, shift, scale, weight, y, gate; None for what was None."""
+    x_new, scale, weight, y, gate = ctx.saved_tensors
+    dx, dy, dshift, dscale, dgate, dweight = _op_backward(
+        dx_new, dh, x_new, scale, weight, y, gate, ctx.x_dtype)
     dweight = None if weight is None else dweight.to(weight.dtype)
-    return dx, dshift.to(ctx.dtypes[1]), dscale, dweight, *((None, None) if y is None else (dy, dgate))
+    if y is None:
+        dy = None
+        dgate = None
+    return dx, dshift.to(ctx.shift_dtype), dscale, dweight, dy, dgate
+
 
 _op.register_autograd(_grads, setup_context=_save)
 
-def norm_modulate(x, shift, scale, weight=None, y=None, gate=None):
+
+def norm_modulate(x, shift, scale, weight=None):
+    """h = norm(x) * (1 + scale) + shift: (B, L, E) -> (B, L, E)."""
+    if not use_triton(x):
+        return norm_modulate_ref(x, shift, scale, weight)
+    _, h = _op(x, shift, scale, weight, None, None)
+    return h
+
+
+def add_norm_modulate(x, y, gate, shift, scale, weight=None):
     """x_new = x + gate * y;  h = norm(x_new) * (1 + scale) + shift.  -> (x_new, h), both (B, L, E)"""
     if not use_triton(x):
-        return norm_modulate_ref(x, shift, scale, weight, y, gate)
-    x_new, h = _op(x, shift, scale, weight, y, gate)
-    return (x if y is None else x_new), h
+        return add_norm_modulate_ref(x, y, gate, shift, scale, weight)
+    return _op(x, shift, scale, weight, y, gate)

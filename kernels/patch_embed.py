@@ -1,29 +1,39 @@
 """The widened patch embedder: both latents and the position embedding to tokens, in one kernel.
 
-    tokens = P(z) + P_new(z_d) + pos          P and P_new are p x p convolutions with stride p:  one product over C p p + D p p
+    tokens = P(z) + P_new(z_d) + pos
 
-Shapes:    z (B, C, h, w), z_d (B, D, h, w), any strides, so also the two slices of one z_all;  weight (E, C, p, p),
-           weight_new (E, D, p, p), bias (E,), pos (1, L, E)  ->  tokens (B, L, E), row-major, L = h w / p^2
+P and P_new are p x p convolutions with stride p: together one matrix product over C p p + D p p numbers.
+
+Shapes:    z (B, C, h, w), z_d (B, D, h, w), any strides, so also the two slices of one z_all;
+           weight (E, C, p, p), weight_new (E, D, p, p), bias (E,), pos (1, L, E)
+           ->  tokens (B, L, E), row-major, L = h w / p^2
 Used by:   dit.DiT.tokens, once widened.
-Rounding:  summed in float32, with bias and pos, and rounded once, to the convolutions' dtype: bfloat16 under autocast.
-Bytes:     forward reads the latents and the weights, and writes B L E tokens, nothing in between; two convolutions, an addition
-           and the position embedding move about ten times as much. LightningDiT at batch 128: 0.09 GB, 0.03 % of a training
-           step. This kernel is here because it is the method's first layer, not because a model gets faster by it.
-Backward:  plain PyTorch, matrix products on the latents cut into patches: the weights' gradients reduce over all B L tokens,
-           which is a matrix product as the library does it best. Reads dtokens once for bias and pos and once for each weight;
-           dz and dz_d are computed only if asked for.
+Rounding:  summed in float32, with bias and pos, and rounded once, to the convolutions' dtype: bfloat16 under
+           autocast.
+Bytes:     the forward reads the latents and the weights, and writes B L E tokens, nothing in between. Two
+           convolutions, an addition and the position embedding move about ten times as much.
+           LightningDiT at batch 128: 0.09 GB, 0.03 % of a training step. This kernel is here because it is
+           the method's first layer, not because a model gets faster by it.
+Backward:  plain PyTorch, matrix products on the latents cut into patches: the weights' gradients reduce over
+           all B L tokens, which is a matrix product as the library does it best. It reads dtokens once for
+           bias and pos and once for each weight; dz and dz_d are computed only if asked for.
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
 
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from kernels import FLOPS, INTERPRETED, jit, operator, power_of_2, precision, use_triton
+from kernels import FLOPS, INTERPRETED, cdiv, jit, operator, power_of_2, precision, use_triton
 
-BLOCK = 64         # tokens and outputs of a tile
+if TYPE_CHECKING:
+    import triton.language as tl
+
+BLOCK = 64         # tokens, and outputs, of a tile
+
 
 def patch_embed_ref(z, z_d, weight, weight_new, bias, pos):
     """The specification."""
@@ -31,83 +41,156 @@ def patch_embed_ref(z, z_d, weight, weight_new, bias, pos):
     x = F.conv2d(z, weight, bias, stride=p) + F.conv2d(z_d, weight_new, stride=p)
     return (x.flatten(2).transpose(1, 2) + pos).to(x.dtype)
 
+
 # ---------------------------------------------------------------- Triton
 
+
 @jit
-def _forward(Z, Z_D, WEIGHT, WEIGHT_NEW, BIAS, POS, OUT, L, w, zb, zc, zh, zw, db, dc, dh, dw,
-             C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
-             BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr):
-    """BLOCK_L tokens of one image times BLOCK_E outputs; pixel by pixel of the patch, all C and all D channels at once."""
+def _forward(
+    z_ptr, z_d_ptr, weight_ptr, weight_new_ptr, bias_ptr, pos_ptr,  # read
+    out_ptr,                                                        # written
+    L, columns,                                                     # tokens of an image, and of one row
+    z_stride_b, z_stride_c, z_stride_h, z_stride_w,
+    z_d_stride_b, z_d_stride_c, z_d_stride_h, z_d_stride_w,
+    C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr, ACC: tl.constexpr,
+):
+    """One program: BLOCK_L tokens of one image times BLOCK_E outputs.
+
+    Pixel by pixel of the patch, two products: (BLOCK_L, C) x (C, BLOCK_E) and (BLOCK_L, D) x (D, BLOCK_E).
+    """
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
-    row, column = token // w * P, token % w * P
-    c, d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     inside = (token < L) & (e < E)
-    acc = tl.load(BIAS + e, e < E, 0.0).to(ACC) + tl.load(POS + token * E + e, inside, 0.0).to(ACC)
+    row = token // columns * P                             # of the patch's first pixel
+    column = token % columns * P
+    c = tl.arange(0, BLOCK_C)
+    d = tl.arange(0, BLOCK_D)
+
+    acc = tl.load(bias_ptr + e, e < E, 0.0).to(ACC) + tl.load(pos_ptr + token * E + e, inside, 0.0).to(ACC)
     for i in tl.static_range(P):
         for j in tl.static_range(P):
-            pixel = Z + b * zb + (row + i) * zh + (column + j) * zw
-            z = tl.load(pixel + c[None, :] * zc, (token < L) & (c[None, :] < C), 0.0)
-            weight = tl.load(WEIGHT + ((e * C + c[:, None]) * P + i) * P + j, (e < E) & (c[:, None] < C), 0.0)
-            pixel = Z_D + b * db + (row + i) * dh + (column + j) * dw
-            z_d = tl.load(pixel + d[None, :] * dc, (token < L) & (d[None, :] < D), 0.0)
-            weight_new = tl.load(WEIGHT_NEW + ((e * D + d[:, None]) * P + i) * P + j, (e < E) & (d[:, None] < D), 0.0)
-            if UPCAST:                             # tl.dot on bfloat16 is wrong in the interpreter
-                z, weight, z_d, weight_new = z.to(ACC), weight.to(ACC), z_d.to(ACC), weight_new.to(ACC)
+            pixel = z_ptr + b * z_stride_b + (row + i) * z_stride_h + (column + j) * z_stride_w
+            z = tl.load(pixel + c[None, :] * z_stride_c, (token < L) & (c[None, :] < C), 0.0)
+            at = ((e * C + c[:, None]) * P + i) * P + j
+            weight = tl.load(weight_ptr + at, (e < E) & (c[:, None] < C), 0.0)
+
+            pixel = z_d_ptr + b * z_d_stride_b + (row + i) * z_d_stride_h + (column + j) * z_d_stride_w
+            z_d = tl.load(pixel + d[None, :] * z_d_stride_c, (token < L) & (d[None, :] < D), 0.0)
+            at = ((e * D + d[:, None]) * P + i) * P + j
+            weight_new = tl.load(weight_new_ptr + at, (e < E) & (d[:, None] < D), 0.0)
+
+            if UPCAST:                                     # tl.dot on bfloat16 is wrong in the interpreter
+                z = z.to(ACC)
+                weight = weight.to(ACC)
+                z_d = z_d.to(ACC)
+                weight_new = weight_new.to(ACC)
             acc = tl.dot(z, weight, acc, input_precision="ieee", out_dtype=ACC)
             acc = tl.dot(z_d, weight_new, acc, input_precision="ieee", out_dtype=ACC)
-    tl.store(OUT + (b * L + token) * E + e, acc.to(OUT.dtype.element_ty), inside)
+
+    tl.store(out_ptr + (b * L + token) * E + e, acc.to(out_ptr.dtype.element_ty), inside)
+
 
 # ---------------------------------------------------------------- PyTorch operators
 
-def _patches(z, p):
-    """(B, C, h, w) -> (B L, C p p), the order of a convolution's weight."""
-    return F.unfold(z, p, stride=p).transpose(1, 2).flatten(0, 1) if p > 1 else z.permute(0, 2, 3, 1).flatten(0, 2)
-
-def _image(patches, like, p):
-    """The inverse of `_patches`."""
-    B, C, h, w = like.shape
-    return patches.view(B, h // p, w // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, h, w)
 
 def _shape(z, z_d, weight, weight_new, bias, pos):
-    (B, _, h, w), (E, _, p, _) = z.shape, weight.shape
+    B, _, h, w = z.shape
+    E, _, p, _ = weight.shape
     dtype = reduce(torch.promote_types, [t.dtype for t in (z, z_d, weight, weight_new)])
     return z.new_empty(B, (h // p) * (w // p), E, dtype=dtype)
 
-@operator("patch_embed(Tensor z, Tensor z_d, Tensor weight, Tensor weight_new, Tensor bias, Tensor pos) -> Tensor", _shape)
+
+@operator(
+    "patch_embed(Tensor z, Tensor z_d, Tensor weight, Tensor weight_new, Tensor bias, Tensor pos) -> Tensor",
+    _shape)
 def _op(out, z, z_d, weight, weight_new, bias, pos):
-    (B, L, _), (E, C, p, _), D, same = out.shape, weight.shape, z_d.shape[1], torch.promote_types(z.dtype, weight.dtype)
-    z, z_d, weight, weight_new = (t.to(same) for t in (z, z_d, weight.contiguous(), weight_new.contiguous()))
-    _forward[(-(-E // BLOCK), -(-L // BLOCK), B)](
-        z, z_d, weight, weight_new, bias.contiguous(), pos.contiguous(), out, L, z.shape[3] // p, *z.stride(), *z_d.stride(),
-        C=C, D=D, E=E, P=p, BLOCK_L=BLOCK, BLOCK_E=BLOCK, BLOCK_C=max(16, power_of_2(C)), BLOCK_D=max(16, power_of_2(D)),
+    B, L, _ = out.shape
+    E, C, p, _ = weight.shape
+    D = z_d.shape[1]
+    dtype = torch.promote_types(z.dtype, weight.dtype)
+    z = z.to(dtype)
+    z_d = z_d.to(dtype)
+    weight = weight.contiguous().to(dtype)
+    weight_new = weight_new.contiguous().to(dtype)
+    _forward[(cdiv(E, BLOCK), cdiv(L, BLOCK), B)](
+        z, z_d, weight, weight_new, bias.contiguous(), pos.contiguous(), out,
+        L, z.shape[3] // p, *z.stride(), *z_d.stride(),
+        C=C, D=D, E=E, P=p,
+        BLOCK_L=BLOCK, BLOCK_E=BLOCK, BLOCK_C=max(16, power_of_2(C)), BLOCK_D=max(16, power_of_2(D)),
         UPCAST=INTERPRETED, ACC=precision(z))
+
+
+def _patches(z, p):
+    """(B, C, h, w) -> (B L, C p p), the order of a convolution's weight."""
+    if p == 1:
+        return z.permute(0, 2, 3, 1).flatten(0, 2)
+    return F.unfold(z, p, stride=p).transpose(1, 2).flatten(0, 1)
+
+
+def _image(patches, like, p):
+    """The inverse of `_patches`: (B L, C p p) -> (B, C, h, w), the shape of `like`."""
+    B, C, h, w = like.shape
+    patches = patches.view(B, h // p, w // p, C, p, p)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(B, C, h, w)
+
+
+def _dz(dtokens, weight, z):
+    """Gradient of a latent, from dtokens (B L, E)."""
+    patches = dtokens @ weight.flatten(1).to(dtokens.dtype)  # (B L, C p p)
+    return _image(patches, z, weight.shape[-1]).to(z.dtype)
+
+
+def _dweight(dtokens, weight, z):
+    """Gradient of a convolution's weight, from dtokens (B L, E)."""
+    patches = _patches(z, weight.shape[-1]).to(dtokens.dtype)  # (B L, C p p)
+    return (dtokens.T @ patches).view_as(weight).to(weight.dtype)
+
 
 def _save(ctx, inputs, output):
     z, z_d, weight, weight_new, bias, pos = inputs
     ctx.save_for_backward(z, z_d, weight, weight_new)
-    ctx.dtypes = bias.dtype, pos.dtype
+    ctx.bias_dtype = bias.dtype
+    ctx.pos_dtype = pos.dtype
+
 
 def _grads(ctx, dtokens):
+    """Gradients of z, z_d, weight, weight_new, bias, pos; None for a latent that needs none."""
     z, z_d, weight, weight_new = ctx.saved_tensors
-    p, (bias, pos) = weight.shape[-1], ctx.dtypes
-    dpos = dtokens.sum(0, keepdim=True)
-    rows = dtokens.flatten(0, 1).to(torch.promote_types(z.dtype, weight.dtype))           # (B L, E)
-    dz = [_image(rows @ W.flatten(1).to(rows.dtype), x, p).to(x.dtype) if needed else None
-          for x, W, needed in zip((z, z_d), (weight, weight_new), ctx.needs_input_grad)]
-    dweight = [(rows.T @ _patches(x, p).to(rows.dtype)).view_as(W).to(W.dtype) for x, W in ((z, weight), (z_d, weight_new))]
-    return *dz, *dweight, dpos.sum((0, 1)).to(bias), dpos.to(pos)
+    dpos = dtokens.sum(0, keepdim=True)                    # (1, L, E)
+    dbias = dpos.sum((0, 1))                               # (E,)
+    rows = dtokens.flatten(0, 1).to(torch.promote_types(z.dtype, weight.dtype))  # (B L, E)
+    dz = _dz(rows, weight, z) if ctx.needs_input_grad[0] else None
+    dz_d = _dz(rows, weight_new, z_d) if ctx.needs_input_grad[1] else None
+    dweight = _dweight(rows, weight, z)
+    dweight_new = _dweight(rows, weight_new, z_d)
+    return dz, dz_d, dweight, dweight_new, dbias.to(ctx.bias_dtype), dpos.to(ctx.pos_dtype)
+
 
 _op.register_autograd(_grads, setup_context=_save)
 
-FLOPS[torch.ops.davae.patch_embed] = lambda z, z_d, weight, *_, **__: 2 * z[0] * z[2] * z[3] * (z[1] + z_d[1]) * weight[0]
+
+def _flops(z, z_d, weight, *_, **__):
+    """From shapes: two per multiply-add."""
+    B, C, h, w = z
+    D = z_d[1]
+    E = weight[0]
+    return 2 * B * h * w * (C + D) * E
+
+
+FLOPS[torch.ops.davae.patch_embed] = _flops
+
 
 def patch_embed(z, z_d, weight, weight_new, bias, pos):
     """P(z) + P_new(z_d) + pos: (B, C, h, w), (B, D, h, w) -> (B, L, E)."""
     if not use_triton(z):
         return patch_embed_ref(z, z_d, weight, weight_new, bias, pos)
-    if not z.is_meta and torch.is_autocast_enabled(z.device.type):                         # what it would do to a convolution
+    if not z.is_meta and torch.is_autocast_enabled(z.device.type):  # what it would do to a convolution
         dtype = torch.get_autocast_dtype(z.device.type)
-        z, z_d, weight, weight_new = (t.to(dtype) for t in (z, z_d, weight, weight_new))
+        z = z.to(dtype)
+        z_d = z_d.to(dtype)
+        weight = weight.to(dtype)
+        weight_new = weight_new.to(dtype)
     return _op(z, z_d, weight, weight_new, bias, pos)

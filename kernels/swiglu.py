@@ -1,98 +1,153 @@
-"""SwiGLU, with the bias of the linear layer before it: everything between the two matrix products of LightningDiT's MLP.
+"""SwiGLU, with the bias of the layer before it: what stands between the two products of LightningDiT's MLP.
 
-    [a, b] = x weight^T + bias,    out = SiLU(a) * b,    SiLU(a) = a * sigmoid(a)
+    [a, b] = x weight^T + bias
+    out    = SiLU(a) * b                                      SiLU(a) = a * sigmoid(a)
 
-The product is the library's. Its bias moves into the kernel, because the gradient of a bias is a sum over all tokens of what
-the backward has just computed: it is summed there, instead of being read again.
-Shapes:    x (..., E), weight (2 H, E), bias (2 H,), the upper half for b  ->  out (..., H)
+The product is the library's. Its bias moves into the kernel, because the gradient of a bias is a sum over all
+tokens of what the backward has just computed: it is summed there, instead of being read again.
+
+Shapes:    x (..., E);  weight (2 H, E), bias (2 H,), the upper half for b  ->  out (..., H)
 Used by:   dit.SwiGLU (Shazeer, 2020).
-Rounding:  the product is rounded to its dtype (under autocast bfloat16), all else stays in float32 until out is rounded.
+Rounding:  the product is rounded to its dtype (under autocast bfloat16); all else stays in float32 until
+           out is rounded.
 Bytes, U = tokens * E elements, H = 8/3 E:
-    forward   read the product, write out: 8 U. Separate PyTorch operations: 13 U
-    backward  read the product and dout, write the product's gradient: 13 U; separate operations, with the bias': 40 U
+    forward   reads the product, writes out: 8 U. Separate PyTorch operations: 13 U
+    backward  reads the product and dout, writes the product's gradient: 13 U.
+              Separate operations, with the bias': 40 U
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
-from kernels import jit, operator, power_of_2, precision, use_triton
+from kernels import at_least_float32, cdiv, jit, operator, power_of_2, precision, use_triton
 
-ROWS = 64          # tokens per program of the backward, ROWS_AT_ONCE of them in registers: its sums cost 3 % of the bytes
-ROWS_AT_ONCE = 8
-COLUMNS = 256      # of H, in both kernels
+if TYPE_CHECKING:
+    import triton.language as tl
+
+ROWS = 64              # tokens per program of the backward: its sums cost 3 % of the bytes
+ROWS_AT_ONCE = 8       # tokens in registers, in both kernels
+COLUMNS = 256          # of the H channels, in both kernels
+
 
 def swiglu_ref(x, weight, bias):
     """The specification."""
     a, b = F.linear(x, weight, bias).chunk(2, dim=-1)
     return F.silu(a) * b
 
+
 # ---------------------------------------------------------------- Triton
 
+
 @jit
-def _forward(AB, BIAS, OUT, N, H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """ROWS tokens times COLUMNS channels."""
+def _forward(
+    ab_ptr, bias_ptr,                                      # read: the product (N, 2 H), and (2 H,)
+    out_ptr,                                               # written: (N, H)
+    N, H: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):
+    """One program: ROWS tokens times COLUMNS channels of out."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < N) & (h < H)
-    a = tl.load(AB + row * (2 * H) + h, inside, 0.0).to(ACC) + tl.load(BIAS + h, h < H, 0.0).to(ACC)
-    b = tl.load(AB + row * (2 * H) + H + h, inside, 0.0).to(ACC) + tl.load(BIAS + H + h, h < H, 0.0).to(ACC)
-    tl.store(OUT + row * H + h, (a / (1 + tl.exp(-a)) * b).to(OUT.dtype.element_ty), inside)
+    at = row * (2 * H) + h                                 # of a; b stands H further
+
+    # [a, b] = x weight^T + bias
+    a = tl.load(ab_ptr + at, inside, 0.0).to(ACC) + tl.load(bias_ptr + h, h < H, 0.0).to(ACC)
+    b = tl.load(ab_ptr + at + H, inside, 0.0).to(ACC) + tl.load(bias_ptr + H + h, h < H, 0.0).to(ACC)
+
+    # out = SiLU(a) * b
+    out = a / (1 + tl.exp(-a)) * b
+    tl.store(out_ptr + row * H + h, out.to(out_ptr.dtype.element_ty), inside)
+
 
 @jit
-def _backward(DOUT, AB, BIAS, DAB, SUMS, N, H: tl.constexpr, ROWS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
-              COLUMNS: tl.constexpr, ACC: tl.constexpr):
-    """ROWS tokens times COLUMNS channels: their da and db, and the sums over them."""
+def _backward(
+    dout_ptr, ab_ptr, bias_ptr,                            # read
+    dab_ptr, sums_ptr,                                     # written: (N, 2 H), and (parts, 2 H)
+    N, H: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):
+    """One program: da and db of ROWS tokens times COLUMNS channels, and the sums of both over the tokens."""
     part = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    bias_a, bias_b = tl.load(BIAS + h, h < H, 0.0).to(ACC), tl.load(BIAS + H + h, h < H, 0.0).to(ACC)
-    sum_da, sum_db = tl.zeros((1, COLUMNS), ACC), tl.zeros((1, COLUMNS), ACC)
+    bias_a = tl.load(bias_ptr + h, h < H, 0.0).to(ACC)
+    bias_b = tl.load(bias_ptr + H + h, h < H, 0.0).to(ACC)
+    sum_da = tl.zeros((1, COLUMNS), ACC)
+    sum_db = tl.zeros((1, COLUMNS), ACC)
+
     for i in range(0, ROWS, ROWS_AT_ONCE):
         row = part * ROWS + i + tl.arange(0, ROWS_AT_ONCE)[:, None]
         inside = (row < N) & (h < H)
-        a = tl.load(AB + row * (2 * H) + h, inside, 0.0).to(ACC) + bias_a
-        b = tl.load(AB + row * (2 * H) + H + h, inside, 0.0).to(ACC) + bias_b
-        dout = tl.load(DOUT + row * H + h, inside, 0.0).to(ACC)                        # 0 outside, and so are da and db
+        at = row * (2 * H) + h
+        a = tl.load(ab_ptr + at, inside, 0.0).to(ACC) + bias_a
+        b = tl.load(ab_ptr + at + H, inside, 0.0).to(ACC) + bias_b
+        dout = tl.load(dout_ptr + row * H + h, inside, 0.0).to(ACC)  # 0 outside, and so are da and db
+
+        # SiLU(a) = a s,  its derivative s (1 + a (1 - s))
         s = 1 / (1 + tl.exp(-a))
         da = dout * b * s * (1 + a * (1 - s))
         db = dout * a * s
-        tl.store(DAB + row * (2 * H) + h, da.to(DAB.dtype.element_ty), inside)
-        tl.store(DAB + row * (2 * H) + H + h, db.to(DAB.dtype.element_ty), inside)
+        tl.store(dab_ptr + at, da.to(dab_ptr.dtype.element_ty), inside)
+        tl.store(dab_ptr + at + H, db.to(dab_ptr.dtype.element_ty), inside)
         sum_da += tl.sum(da, axis=0, keep_dims=True)
         sum_db += tl.sum(db, axis=0, keep_dims=True)
-    tl.store(SUMS + part * (2 * H) + h, sum_da, h < H)
-    tl.store(SUMS + part * (2 * H) + H + h, sum_db, h < H)
+
+    tl.store(sums_ptr + part * (2 * H) + h, sum_da, h < H)
+    tl.store(sums_ptr + part * (2 * H) + H + h, sum_db, h < H)
+
 
 # ---------------------------------------------------------------- PyTorch operators
 
-def _tiles(ab):
-    """(number of tokens, the grid for a given number of rows a program, what both kernels share)"""
-    H, N = ab.shape[-1] // 2, ab.numel() // ab.shape[-1]
+
+def _sizes(ab):
+    """(number of tokens N, blocks of channels, what both kernels are compiled for)"""
+    H = ab.shape[-1] // 2
+    N = ab.numel() // ab.shape[-1]
     columns = min(COLUMNS, power_of_2(H))
-    return N, lambda rows: (-(-N // rows), -(-H // columns)), dict(H=H, COLUMNS=columns, ACC=precision(ab))
+    return N, cdiv(H, columns), dict(H=H, COLUMNS=columns, ACC=precision(ab))
+
 
 def _shape(ab, bias):
     return ab.new_empty(*ab.shape[:-1], ab.shape[-1] // 2)
 
+
 @operator("swiglu(Tensor ab, Tensor bias) -> Tensor", _shape)
 def _op(out, ab, bias):
-    N, grid, same = _tiles(ab)
-    _forward[grid(ROWS_AT_ONCE)](ab.contiguous(), bias.contiguous(), out, N, ROWS=ROWS_AT_ONCE, **same)
+    N, blocks, sizes = _sizes(ab)
+    _forward[(cdiv(N, ROWS_AT_ONCE), blocks)](
+        ab.contiguous(), bias.contiguous(), out, N, ROWS=ROWS_AT_ONCE, **sizes)
+
 
 def _backward_shapes(dout, ab, bias):
+    """dab (..., 2 H) and dbias (2 H,)"""
     return ab.new_empty(ab.shape), bias.new_empty(bias.shape)
+
 
 @operator("swiglu_backward(Tensor dout, Tensor ab, Tensor bias) -> (Tensor, Tensor)", _backward_shapes)
 def _op_backward(dab, dbias, dout, ab, bias):
-    N, grid, same = _tiles(ab)
-    sums = torch.empty(grid(ROWS)[0], ab.shape[-1], dtype=torch.promote_types(ab.dtype, torch.float32), device=ab.device)
-    tensors = dout.contiguous(), ab.contiguous(), bias.contiguous(), dab, sums
-    _backward[grid(ROWS)](*tensors, N, ROWS=ROWS, ROWS_AT_ONCE=ROWS_AT_ONCE, **same)
+    N, blocks, sizes = _sizes(ab)
+    parts = cdiv(N, ROWS)
+    sums = torch.empty(parts, ab.shape[-1], dtype=at_least_float32(ab.dtype), device=ab.device)
+    _backward[(parts, blocks)](
+        dout.contiguous(), ab.contiguous(), bias.contiguous(), dab, sums, N,
+        ROWS=ROWS, ROWS_AT_ONCE=ROWS_AT_ONCE, **sizes)
     dbias.copy_(sums.sum(0))
 
-_op.register_autograd(lambda ctx, dout: _op_backward(dout, *ctx.saved_tensors),
-                      setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grads(ctx, dout):
+    return _op_backward(dout, *ctx.saved_tensors)
+
+
+_op.register_autograd(_grads, setup_context=_save)
+
 
 def swiglu(x, weight, bias):
     """SiLU(a) * b with [a, b] = x weight^T + bias: (..., E) -> (..., H)."""

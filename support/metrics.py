@@ -1,7 +1,18 @@
-"""metrics"""
+"""Rulers for images: PSNR, SSIM, LPIPS; Frechet and kernel distances of features; the CLIP score.
+
+    images         psnr, ssim, make_lpips, and `upsampled`, the baselines without details
+    sets of them   feature_network (Inception, SqueezeNet, a probe for the built-in drawings), distances
+    texts          clip_scorer
+
+Images are (B, 3, H, W), RGB, in [-1, 1]. What is hand-written is what is worth reading: SSIM, the Frechet
+distance, the probe. Inception, KID, IS, precision and recall are torch-fidelity's, LPIPS is the lpips
+package's, CLIP is transformers'.
+"""
 import sys
 import urllib.error
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from davae import half
 from support import data, runs
 from support.fit import ridge
 from support.runs import hash_of
@@ -18,182 +28,334 @@ from support.runs import hash_of
 def import_torchvision():
     """Import torchvision even where its wheel was built for CUDA and torch was not.
 
-    Its import then asks for the schemas of two compiled operators that were never registered, and fails; declaring
-    the schemas is enough, because nothing here calls them. Call this before anything that imports torchvision.
+    Its import then asks for the schemas of two compiled operators that were never registered, and fails.
+    Declaring the schemas is enough, because nothing here calls them. Call this before any import of lpips,
+    torch-fidelity or transformers, which import torchvision themselves.
     """
     try:
         import torchvision
     except RuntimeError:                     # "operator torchvision::nms does not exist"
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _library.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in list(sys.modules):
+            if name.split(".")[0] == "torchvision":
+                del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
-            _library[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)
         import torchvision
     return torchvision
 
 
-_library = []                                # it unregisters what it declared when it is collected, so it is kept
+_kept = []                                   # a library unregisters what it declared when it is collected
 
 
-def make_lpips(net, trunk=""):
-    """LPIPS (Zhang et al., 2018) by the lpips package, frozen, in eval mode; takes (B, 3, H, W) in [-1, 1].
-
-    net: vgg or squeeze.   trunk: a local weight file of that network; empty: torchvision's cache or download.
-    Differs from the authors' code: theirs trains with the Dropout of LPIPS active, by accident.
-    """
-    import_torchvision()
-    import lpips
-    if net not in ("vgg", "squeeze"):
-        raise SystemExit(f"--perceptual={net!r}: wanted vgg, squeeze or none")
-    try:
-        model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
-    except (urllib.error.URLError, OSError) as error:
-        raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): give the file with "
-                         "--lpips_trunk=, or --perceptual=none") from None
-    if trunk:
-        loaded = {k.removeprefix("features."): v for k, v in runs.read_state_dict(trunk).items() if "classifier" not in k}
-        for name, part in model.net.named_children():        # slice1, slice2, ...: each holds layers by their old numbers
-            part.load_state_dict({k: v for k, v in loaded.items() if k.split(".")[0] in dict(part.named_children())})
-    return model.eval().requires_grad_(False)
+# ---------------------------------------------------------------- two images
 
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,)."""
-    mse = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean(dim=(1, 2, 3))
+    error = (x.clamp(-1, 1) - y.clamp(-1, 1)) / 2              # of images in [0, 1], whose peak is 1
+    mse = error.square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(mse.clamp_min(1e-12))
 
 
-def doubled(base):
-    """The baselines without details, {row: (B, 3, H, W)} of half-size images: Tab. S2's bilinear upsampling, and bicubic."""
-    return {f"base only, {mode}": F.interpolate(base, scale_factor=2.0, mode=mode, align_corners=False).clamp(-1, 1)
-            for mode in ("bilinear", "bicubic")}
-
-
 def ssim(x, y):
-    """Structural similarity of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,).  (Wang et al., 2004.)
-    RGB, 11x11 Gaussian window of sigma 1.5 without padding, data range 2, K = (0.01, 0.03)."""
-    x, y = x.clamp(-1, 1).double(), y.clamp(-1, 1).double()
-    g = F.normalize(torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2 / (2 * 1.5**2)), p=1, dim=0)
-    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1).unsqueeze(1)                    # (15B, 1, H, W)
-    mx, my, xx, yy, xy = F.conv2d(F.conv2d(maps, g.view(1, 1, 1, 11)), g.view(1, 1, 11, 1)).unflatten(0, (5, *x.shape[:2]))
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    value = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))
-    return value.mean(dim=(1, 2, 3, 4))
+    """Structural similarity of each pair, (B, 3, H, W) in [-1, 1], both clamped: (B,), float64.
+
+    Wang et al. (2004): on RGB, 11x11 Gaussian window of sigma 1.5 without padding, data range 2,
+    K = (0.01, 0.03).
+    """
+    x = x.clamp(-1, 1).double()
+    y = y.clamp(-1, 1).double()
+
+    # local means of x, y, x^2, y^2 and xy, by two passes of a one-dimensional window
+    offsets = torch.arange(11, dtype=x.dtype, device=x.device) - 5
+    window = F.normalize(torch.exp(-offsets**2 / (2 * 1.5**2)), p=1, dim=0)
+    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1).unsqueeze(1)    # (15B, 1, H, W)
+    maps = F.conv2d(maps, window.view(1, 1, 1, 11))
+    maps = F.conv2d(maps, window.view(1, 1, 11, 1))                             # (15B, 1, H-10, W-10)
+    mx, my, xx, yy, xy = maps.unflatten(0, (5, *x.shape[:2]))                   # (B, 3, 1, H-10, W-10) each
+
+    c1 = (0.01 * 2) ** 2
+    c2 = (0.03 * 2) ** 2
+    alike = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+    scale = (mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2)
+    return (alike / scale).mean(dim=(1, 2, 3, 4))
+
+
+def make_lpips(net, trunk=""):
+    """LPIPS (Zhang et al., 2018) by the lpips package, frozen, in eval mode.
+
+    It takes two batches (B, 3, H, W) in [-1, 1] and returns (B, 1, 1, 1).
+    net: vgg or squeeze.   trunk: a local weight file of that network; empty: torchvision's cache or download.
+    Differs from the authors' code: theirs trains with the Dropout of LPIPS active, by accident.
+    raises: SystemExit if there is no such network, or its weights cannot be had.
+    """
+    if net not in ("vgg", "squeeze"):
+        raise SystemExit(f"--perceptual={net!r}: wanted vgg, squeeze or none")
+    import_torchvision()
+    import lpips
+    try:
+        model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
+    except (urllib.error.URLError, OSError) as error:
+        raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): "
+                         "give the file with --lpips_trunk=, or --perceptual=none") from None
+    if trunk:
+        state = runs.read_state_dict(trunk)
+        layers = {k.removeprefix("features."): v for k, v in state.items() if "classifier" not in k}
+        for _, part in model.net.named_children():       # slice1, slice2, ...: layers by their old numbers
+            own = dict(part.named_children())
+            part.load_state_dict({k: v for k, v in layers.items() if k.split(".")[0] in own})
+    return model.eval().requires_grad_(False)
+
+
+def upsampled(base, r):
+    """The baselines without details: {row: (B, 3, r*H, r*W)} of base images (B, 3, H, W), clamped to [-1, 1].
+
+    Bilinear is Tab. S2's upsampling; bicubic is a little sharper.   r: the ratio of full to base image.
+    """
+    rows = {}
+    for mode in ("bilinear", "bicubic"):
+        x = F.interpolate(base, scale_factor=float(r), mode=mode, align_corners=False)
+        rows[f"base only, {mode}"] = x.clamp(-1, 1)
+    return rows
+
+
+# ---------------------------------------------------------------- two sets of images, by their features
 
 
 def moments(features):
     """Mean (d,) and unbiased covariance (d, d) of features (n, d), float64."""
-    return features.double().mean(0), torch.cov(features.double().T)
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
 
 
 def frechet_distance(a, b):
     """Squared Frechet distance of two Gaussians given by their `moments`, in float64.
-    |mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), the last trace from the eigenvalues of a symmetric matrix, so
-    that rank-deficient covariances (n < d) stay finite."""
-    (mu_a, A), (mu_b, B) = a, b
+
+    |mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), the last trace from the eigenvalues of a
+    symmetric matrix, so that rank-deficient covariances (n < d) stay finite.
+    """
+    mu_a, A = a
+    mu_b, B = b
     values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T                         # A^1/2, (d, d)
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
     return ((mu_a - mu_b).square().sum() + A.trace() + B.trace() - 2 * cross).item()
 
 
 def distances(name, f, reference, logits=None, real=None):
-    """{metric: value} of features f (n, d) against the moments `reference`, and where they are known, the features `real`.
-    Only Inception's distance is called FID, and FID-50k only from 50,000 images on. The others are torch-fidelity's."""
-    fd = "FD" if name != "Inception" else "FID-50k" if len(f) >= 50_000 else f"FID@{len(f)}"
-    values = {f"{name}-{fd}": frechet_distance(moments(f), reference)}
+    """{metric: value} of features f (n, d) against a reference set.
+
+    name: the network's, which the metrics carry. Only Inception's distance is called FID: FID-50k from 50,000
+          images on, FID@n below.
+    reference: the set's `moments`.   logits (n, classes): for the Inception score.
+    real: the set's features (N, d) where they are known; KID, precision and recall need them.
+    """
+    values = {f"{name}-{_frechet_name(name, len(f))}": frechet_distance(moments(f), reference)}
     if real is not None:
+        import_torchvision()
         from torch_fidelity.metric_kid import kid_features_to_metric
         kid = kid_features_to_metric(f, real, kid_subset_size=min(1000, len(f), len(real)), verbose=False)
         values[f"{name}-KID"] = kid["kernel_inception_distance_mean"]
     if name == "Inception" and logits is not None:
+        import_torchvision()
         from torch_fidelity.metric_isc import isc_features_to_metric
         from torch_fidelity.metric_prc import calculate_precision_recall_part
-        values["IS"] = isc_features_to_metric(logits, splits=max(1, len(logits) // 5000))["inception_score_mean"]
-        values |= zip(("precision", "recall"), calculate_precision_recall_part(f, real)) if real is not None else ()
+        score = isc_features_to_metric(logits, splits=max(1, len(logits) // 5000))
+        values["IS"] = score["inception_score_mean"]
+        if real is not None:
+            values["precision"], values["recall"] = calculate_precision_recall_part(f, real)
     return values
 
 
-def make_probe(size):
-    """A ruler for the procedural images, and for no others: 128 pooled activations of random convolutions (fixed seed), then
-    a layer found by least squares: eleven logits, the ten classes and whether fine detail is there (> 0)."""
-    torch.manual_seed(0)
-    convs = [nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in ((3, 32), (32, 64), (64, 128))]
-    for conv in convs:
-        nn.init.kaiming_normal_(conv.weight)
-    layers = [m for conv in convs for m in (conv, nn.ReLU())]
-    probe = nn.Sequential(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(128, 11))
-    x, y = map(torch.cat, zip(*data.read(data.open_dataset("procedural", size, 1000, seed=12345), range(1000))))
-    wanted, pairs = 2 * F.one_hot(y, 11).double() - 1, []
-    for images, sharp in ((x, 1), (doubled(half(x))["base only, bicubic"], -1)):
-        f = torch.cat([probe[0](part) for part in images.split(100)]).double()
-        pairs.append((F.pad(f, (0, 1), value=1.0), wanted.index_fill(1, torch.tensor(10), sharp)))
-    W = ridge(pairs, 1e-6).float()                                                              # (128 + 1, 11)
-    probe[1].weight.copy_(W[:-1].T), probe[1].bias.copy_(W[-1])
-    return probe
+def _frechet_name(name, n):
+    if name != "Inception":
+        return "FD"
+    return "FID-50k" if n >= 50_000 else f"FID@{n}"
+
+
+# ---------------------------------------------------------------- the networks that make features
+
+
+@dataclass
+class FeatureNetwork:
+    """network(x) -> features (B, d), logits (B, classes) of images (B, 3, H, W) in [-1, 1].
+
+    name: Inception, SqueezeNet or Probe; distances carry it. "": there is none, and both are (B, 0).
+    described: the name and the hash of the weights; distances can be compared where these are the same.
+    """
+    name: str
+    described: str
+    forward: Callable
+
+    def __call__(self, x):
+        return self.forward(x)
+
+
+def feature_network(kind, data_dir, image_size, device, inception_weights="", lpips_trunk=""):
+    """The FeatureNetwork that is asked for.
+
+    kind: inception, squeeze, probe, none; or auto, what the weights at hand and the training data allow.
+    data_dir, image_size: what the run was trained on; the probe knows the built-in drawings ("procedural").
+    raises: SystemExit if that network cannot be had.
+    """
+    if kind == "auto":
+        kind = _what_can_be_had(data_dir, inception_weights, lpips_trunk)
+    if kind == "none":
+        return FeatureNetwork("", "", no_features)
+    if kind == "probe" and data_dir == "procedural":
+        return probe_features(image_size, device)
+    if kind == "squeeze":
+        return squeezenet_features(lpips_trunk, device)
+    if kind == "inception" and inception_weights:
+        return inception_features(inception_weights, device)
+    raise SystemExit(f"--features={kind}, on {data_dir}: wanted inception (with --inception_weights=), "
+                     "squeeze, none, or probe, which knows the procedural images only")
+
+
+def _what_can_be_had(data_dir, inception_weights, lpips_trunk):
+    if inception_weights:
+        return "inception"
+    if lpips_trunk:
+        return "squeeze"
+    return "probe" if data_dir == "procedural" else "none"
+
+
+def no_features(x):
+    """Stands where a feature network would: features and logits (B, 0)."""
+    empty = x.new_empty(len(x), 0)
+    return empty, empty
+
+
+def probe_features(image_size, device):
+    """`make_probe` as a FeatureNetwork."""
+    probe = make_probe(image_size).to(device)
+
+    def forward(x):
+        f = probe[0](x)                                            # (B, 128)
+        return f, probe[1](f)                                      # (B, 11)
+    return FeatureNetwork("Probe", f"Probe, sha256 {hash_of(probe)}", forward)
+
+
+def squeezenet_features(trunk, device):
+    """SqueezeNet's last map, each position scaled to one length as in LPIPS (mean square 1), then averaged.
+
+    It has no logits.   trunk: see `make_lpips`.
+    """
+    lpips = make_lpips("squeeze", trunk).to(device)
+
+    def forward(x):
+        last = lpips.net(lpips.scaling_layer(x))[-1]               # (B, 512, h, w)
+        f = F.normalize(last, dim=1).mean((2, 3)) * 512**0.5       # (B, 512)
+        return f, f[:, :0]
+    return FeatureNetwork("SqueezeNet", f"SqueezeNet, sha256 {hash_of(lpips)}", forward)
+
+
+def inception_features(weights, device):
+    """torch-fidelity's Inception: pool3 (B, 2048) and the logits without bias (B, 1008).
+
+    It sees the images rounded to uint8.   weights: its file pt_inception-2015-12-05-6726825d.pth.
+    """
+    runs.read_state_dict(weights)              # refuses a file that holds code; torch-fidelity would run it
+    import_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    outputs = ["2048", "logits_unbiased"]
+    inception = FeatureExtractorInceptionV3("inception-v3-compat", outputs, weights).to(device)
+
+    def forward(x):
+        images = torch.as_tensor(data.to_uint8(x)).permute(0, 3, 1, 2)             # uint8 (B, 3, H, W)
+        return inception(images.to(device))
+    return FeatureNetwork("Inception", f"Inception, sha256 {hash_of(inception)}", forward)
 
 
 @torch.no_grad()
-def feature_network(run):
-    """(name, function (B, 3, H, W) in [-1, 1] -> features (B, d), logits (B, classes); the name with its weights' hash).
-    SqueezeNet: the last map, each position scaled to one length as in LPIPS (mean square 1), then averaged; logits (B, 0).
-    Inception: torch-fidelity's, pool3 and the logits without bias, of images rounded to uint8. No name: both (B, 0)."""
-    import_torchvision()                                   # for whichever of lpips, torch-fidelity, transformers is used
-    cfg, own, kind = run.cfg, run.config["config"], "none" if run.cfg.whole else run.cfg.features
-    if kind == "auto":
-        kind = ("inception" if cfg.inception_weights else "squeeze" if cfg.lpips_trunk
-                else "probe" if own["data_dir"] == "procedural" else "none")
-    if kind == "none":
-        return "", lambda x: (x.new_empty(len(x), 0),) * 2, ""
-    if kind == "probe" and own["data_dir"] == "procedural":
-        name, net = "Probe", make_probe(own["image_size"]).to(run.device)
-        network = lambda x: (f := net[0](x), net[1](f))                                         # noqa: E731
-    elif kind == "squeeze":
-        name, net = "SqueezeNet", make_lpips("squeeze", cfg.lpips_trunk).to(run.device)
-        pooled = lambda x: F.normalize(net.net(net.scaling_layer(x))[-1], dim=1).mean((2, 3)) * 512**0.5     # noqa: E731
-        network = lambda x: (f := pooled(x), f[:, :0])                                          # noqa: E731
-    elif kind == "inception" and cfg.inception_weights:
-        runs.read_state_dict(cfg.inception_weights)      # refuses a file that holds code; torch-fidelity would run it
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        name, outputs = "Inception", ["2048", "logits_unbiased"]
-        net = FeatureExtractorInceptionV3("inception-v3-compat", outputs, cfg.inception_weights).to(run.device)
-        network = lambda x: net(torch.as_tensor(data.to_uint8(x)).permute(0, 3, 1, 2).to(run.device))        # noqa: E731
-    else:
-        raise SystemExit(f"--features={kind}, on {own['data_dir']}: wanted inception (with --inception_weights=), squeeze, "
-                         "none, or probe, which knows the procedural images only")
-    return name, network, f"{name}, sha256 {hash_of(net)}"
+def make_probe(image_size):
+    """A ruler for the built-in drawings, and for no other images: (B, 3, H, W) -> (B, 11).
+
+    128 pooled activations of random convolutions (of a fixed seed), then a layer found by least squares:
+    eleven logits, the ten classes and whether fine detail is there (> 0). It is shown 1,000 drawings with
+    their detail, and the same without: halved as DA-VAE halves an image for its base, and enlarged again.
+    """
+    torch.manual_seed(0)
+    layers = []
+    for c_in, c_out in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.ReLU()]
+    for conv in layers[::2]:
+        nn.init.kaiming_normal_(conv.weight)
+    probe = nn.Sequential(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(128, 11))
+
+    drawings = data.open_dataset("procedural", image_size, 1000, seed=12345)
+    batches = list(data.read(drawings, range(1000)))
+    sharp = torch.cat([x for x, _ in batches])                                      # (1000, 3, H, W)
+    small = F.interpolate(sharp, scale_factor=0.5, mode="bicubic", align_corners=False)
+    blurred = upsampled(small, 2)["base only, bicubic"]
+    classes = 2 * F.one_hot(torch.cat([y for _, y in batches]), 11).double() - 1    # (1000, 11) of +-1
+
+    pairs = []
+    for images, detail in ((sharp, 1), (blurred, -1)):
+        f = torch.cat([probe[0](part) for part in images.split(100)]).double()      # (1000, 128)
+        wanted = classes.clone()
+        wanted[:, 10] = detail
+        pairs.append((F.pad(f, (0, 1), value=1.0), wanted))                 # a column of ones for the bias
+    W = ridge(pairs, 1e-6).float()                                                  # (128 + 1, 11)
+    probe[1].weight.copy_(W[:-1].T)
+    probe[1].bias.copy_(W[-1])
+    return probe
+
+
+# ---------------------------------------------------------------- references and texts
+
+
+@torch.no_grad()
+def read_reference(path, network, device="cpu"):
+    """(moments, features or None, what it is) of an npz as guided-diffusion publishes them.
+
+    It holds images `arr_0` (N, H, W, 3), which go through the FeatureNetwork, or `mu` and `sigma`. Statistics
+    must be of the same network; they are taken for Inception's if they do not say, as ours do in `features`.
+    raises: SystemExit saying what was found.
+    """
+    try:
+        with np.load(path) as file:
+            known = {"arr_0", "mu", "sigma", "features", "count"}
+            arrays = {k: file[k] for k in file.files if k in known}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"--reference={path}: not an npz file of arrays ({error})") from None
+    images = arrays.get("arr_0", ())
+    count = len(images) or arrays.get("count", "?")
+    named = f"{count} images, sha256 {hash_of(Path(path).read_bytes())}"
+    if len(images):
+        parts = torch.as_tensor(images).split(50)
+        real = torch.cat([network(data.to_tensor(part).to(device))[0].cpu() for part in parts])
+        return moments(real), real, named
+    made_with = str(arrays.get("features", "Inception"))
+    if not {"mu", "sigma"} <= set(arrays) or not network.described.startswith(made_with):
+        raise SystemExit(f"--reference={path}: wanted arr_0 (images), or mu and sigma, of "
+                         f"{network.described} features; found {sorted(arrays)}, {made_with}")
+    mu = torch.as_tensor(arrays["mu"]).double()
+    sigma = torch.as_tensor(arrays["sigma"]).double()
+    return (mu, sigma), None, named
 
 
 def clip_scorer(folder, device):
-    """(function (images (B, 3, H, W) in [-1, 1], B texts) -> (B,), hash of the model): 100 max(cos, 0) of CLIP's embeddings.
-    (Hessel et al., 2021.)   folder: a CLIPModel and its processor, as transformers saves them."""
+    """(score, hash of the model): score(x (B, 3, H, W) in [-1, 1], B texts) -> (B,).
+
+    100 max(cos, 0) of CLIP's embeddings (Hessel et al., 2021).
+    folder: a CLIPModel and its processor, as transformers saves them.
+    raises: SystemExit if it is no such folder.
+    """
     if not (Path(folder) / "config.json").exists():
-        raise SystemExit(f"--clip={folder}: wanted a local folder of a CLIP model: config.json, weights, tokenizer, processor")
+        raise SystemExit(f"--clip={folder}: wanted a local folder of a CLIP model: config.json, weights, "
+                         "tokenizer, processor")
+    import_torchvision()
     from transformers import CLIPModel, CLIPProcessor
-    processor, model = CLIPProcessor.from_pretrained(folder), CLIPModel.from_pretrained(folder).to(device).eval()
+    processor = CLIPProcessor.from_pretrained(folder)
+    model = CLIPModel.from_pretrained(folder).to(device).eval()
 
     def score(x, texts):
-        inputs = processor(text=texts, images=list(data.to_uint8(x)), return_tensors="pt", padding=True, truncation=True)
-        found = model(**inputs.to(device))                                      # embeddings of length 1
-        return 100 * (found.image_embeds * found.text_embeds).sum(1).clamp_min(0)
+        images = list(data.to_uint8(x))
+        inputs = processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True)
+        found = model(**inputs.to(device))                                          # embeddings of length 1
+        cosine = (found.image_embeds * found.text_embeds).sum(1)                    # (B,)
+        return 100 * cosine.clamp_min(0)
     return score, hash_of(model)
-
-
-def read_reference(path, features, network, device="cpu"):
-    """(moments, features or None, what it is) of guided-diffusion's npz: images `arr_0` (N, H, W, 3), or `mu` and `sigma`.
-    features: the network's name and hash; statistics must be of the same, and are of Inception if they do not say."""
-    try:
-        with np.load(path) as f:
-            arrays = {k: f[k] for k in f.files if k in ("arr_0", "mu", "sigma", "features", "count")}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"--reference={path}: not an npz file of arrays ({error})") from None
-    images, made_with = arrays.get("arr_0", ()), str(arrays.get("features", "Inception"))
-    named = f"{len(images) or arrays.get('count', '?')} images, sha256 {hash_of(Path(path).read_bytes())}"
-    if len(images):
-        real = torch.cat([network(data.to_tensor(part).to(device))[0].cpu() for part in torch.as_tensor(images).split(50)])
-        return moments(real), real, named
-    if not {"mu", "sigma"} <= set(arrays) or not features.startswith(made_with):
-        raise SystemExit(f"--reference={path}: wanted arr_0 (images), or mu and sigma, of {features} features; found "
-                         f"{sorted(arrays)}, {made_with}")
-    return tuple(torch.as_tensor(arrays[k]).double() for k in ("mu", "sigma")), None, named

@@ -192,14 +192,14 @@ class Log:
             self.added.setdefault(name, []).append(value.detach())
 
     def row(self, step, **numbers):
-        """Close a step; write a line if one is due.  numbers: floats or () tensors, the same on all ranks."""
+        """Close a step; write a line if one is due.  numbers: the same on all ranks; None is left out."""
         for name, values in self.added.items():
             self.means[name] = sum(values) / len(values)
         self.added = {}
         if step % self.every and step != self.total:
             return
         line = self.averaged()
-        line |= {name: float(value) for name, value in numbers.items()}
+        line |= {name: float(value) for name, value in numbers.items() if value is not None}
         line["img/s"] = (step - self.start) * self.batch_size / (time.time() - self.since)
         if torch.cuda.is_initialized():
             line["GB"] = torch.cuda.max_memory_allocated() / 1e9

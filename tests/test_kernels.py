@@ -1,7 +1,7 @@
-"""Each kernel against its specification evaluated in float64: on the GPU where there is one, else in Triton's interpreter.
+"""Each kernel against its specification in float64: on the GPU if there is one, else in Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in a process of their own, started by the one
-test of this file that an ordinary session runs. By hand: TRITON_INTERPRET=1 pytest tests/test_kernels.py
+Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in a process of their own,
+started by one test of an ordinary session. By hand: TRITON_INTERPRET=1 pytest tests/test_kernels.py
 """
 import contextlib
 import importlib
@@ -25,8 +25,20 @@ import kernels
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py") if p.stem != "bench")
-ROUNDING = 2**-8        # one unit in bfloat16's last place: the interpreter truncates where the GPU rounds to the nearest
+FILES = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py") if p.stem != "bench")
+FILE_OF = {
+    "attention": "attention",
+    "norm_modulate": "norm_modulate",
+    "add_norm_modulate": "norm_modulate",
+    "qknorm_rope": "qknorm_rope",
+    "patch_embed": "patch_embed",
+    "swiglu": "swiglu",
+    "groupnorm_silu": "groupnorm_silu",
+}
+OPS = list(FILE_OF)
+ROUNDING = 2**-8        # one unit in bfloat16's last place: the interpreter truncates where the GPU rounds
+
+ordinary = pytest.mark.skipif(INTERPRETED, reason="does not need the interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -36,166 +48,228 @@ def kernels_on(monkeypatch):
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+        devices = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("device", devices)
 
 
-if not INTERPRETED:
-    def test_no_kernel_is_on_by_itself_and_a_wrong_name_is_refused():
-        env = {k: v for k, v in os.environ.items() if k != "KERNELS"}
-        for extra, said in (({}, "ref"), ({"KERNELS": "triton"}, "triton"), ({"KERNELS": "tirton"}, "wanted ref or triton")):
-            done = subprocess.run([sys.executable, "-c", "import kernels; print(kernels.KERNELS)"], cwd=ROOT, env=env | extra,
-                                  capture_output=True, text=True)
-            assert said in done.stdout + done.stderr
-
-    def test_all_kernels_pass_in_the_interpreter():
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(Path(__file__))], cwd=ROOT,
-                              env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def test_importing_the_kernels_does_not_import_triton():
-        code = f"import sys; {'; '.join(f'import kernels.{op}' for op in OPS)}; print('triton' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.stdout.strip() == "False", done.stdout + done.stderr
-
-    @pytest.mark.parametrize("op", OPS)
-    def test_every_kernel_compiles_for_hopper_into_wide_loads_and_its_matrix_products(op, monkeypatch):
-        """At LightningDiT-XL's sizes, in bfloat16. No GPU is needed: a launch is replaced by a compilation for sm_90."""
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile
-        types, compiled = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}, {}
-
-        def launch(self, grid):
-            def run(*args, num_warps=4, **constants):
-                f = self.compile()
-                names = [p.name for p in f.params if not p.is_constexpr]
-                signature = {n: types[x.dtype if isinstance(x, torch.Tensor) else type(x)] for n, x in zip(names, args)}
-                given = dict(zip(names, args))             # for multiples of 16 and for ones Triton looks when it launches
-                constants |= {n: 1 for n, x in given.items() if isinstance(x, int) and x == 1}
-                aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(given.get(p.name, 1.5) for p in f.params)
-                           if isinstance(x, torch.Tensor) or x % 16 == 0}
-                source = ASTSource(f, signature | {n: "constexpr" for n in constants}, constants, aligned)
-                compiled[f.__name__] = compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
-            return run
-
-        monkeypatch.setattr(kernels.jit, "__getitem__", launch)
-        monkeypatch.setattr(importlib.import_module(f"kernels.{op}"), "use_triton", lambda x: True)
-        run(both(op)[0], op, MAKE[op](**AT_FULL_SIZE[op], dtype=torch.bfloat16, device="cpu"))
-        assert len(compiled) >= (1 if op == "patch_embed" else 2)              # whose backward is matrix products
-        for kernel in compiled.values():
-            assert kernel.metadata.shared <= 227 * 1024
-            assert len(re.findall(r"ld\.global\S*\.[bu]16 ", kernel.asm["ptx"])) <= 2        # one bfloat16 a load: a row's
-            assert ("wgmma" in kernel.asm["ptx"]) == (op in ("attention", "patch_embed"))
-
-    def test_the_benchmark_times_ten_recorded_calls_at_once_and_says_what_fails(monkeypatch):
-        from kernels import bench
-        calls, replays = [], []
-        for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
-            monkeypatch.setattr(torch.cuda, name, lambda: 0)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: (replays.append(1), time.sleep(0.01))))
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
-
-        def fails():
-            raise RuntimeError("no kernel image")
-
-        rows = bench.measure({"works": lambda: calls.append(1), "fails": fails}, True, time.time() + 60, graphs=True)
-        assert len(calls) == 1 + 10 and len(replays) == 10                     # compiling, recording; ten rounds of one replay
-        assert 1.0 <= rows["works"]["ms"][0] < 5 and "no kernel image" in rows["fails"]["error"]        # 10 ms for ten calls
-
-    @pytest.mark.parametrize("section", ["operations", "training", "sampling"])
-    def test_what_the_benchmark_measures_runs_at_toy_size(section):
-        from kernels import bench
-        rows = 0
-        for what, variants, _ in getattr(bench, section)(False):
-            next(iter(variants.values()))()                        # plain PyTorch: nothing is compiled here
-            rows += 1
-        assert rows == {"operations": 24, "training": 1, "sampling": 5}[section]
+def python(*arguments, **options):
+    """What a Python started in the checkout printed, and how it ended."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **options)
 
 
-# ---------------------------------------------------------------- inputs, by kernel: name -> (op, ref, inputs)
+# ---------------------------------------------------------------- in an ordinary session, without a GPU
+
+
+@ordinary
+@pytest.mark.parametrize("given,said", [
+    (None, "ref"),
+    ("triton", "triton"),
+    ("tirton", "wanted ref or triton"),
+])
+def test_no_kernel_is_on_by_itself_and_a_wrong_name_is_refused(given, said):
+    env = {k: v for k, v in os.environ.items() if k != "KERNELS"}
+    if given:
+        env["KERNELS"] = given
+    done = python("-c", "import kernels; print(kernels.KERNELS)", env=env)
+    assert said in done.stdout + done.stderr
+
+
+@ordinary
+def test_all_kernels_pass_in_the_interpreter():
+    done = python("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(Path(__file__)),
+                  env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@ordinary
+def test_importing_the_kernels_does_not_import_triton():
+    imports = "; ".join(f"import kernels.{file}" for file in FILES)
+    done = python("-c", f"import sys; {imports}; print('triton' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+@ordinary
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_compiles_for_hopper_into_wide_loads_and_its_matrix_products(op, monkeypatch):
+    """At LightningDiT-XL's sizes, in bfloat16. No GPU is needed: a launch becomes a compilation for sm_90."""
+    compiled = {}
+
+    def launch(self, grid):
+        def run(*args, num_warps=4, **constants):
+            function = self.compile()
+            compiled[function.__name__] = compile_for_hopper(function, args, constants, num_warps)
+        return run
+
+    monkeypatch.setattr(kernels.jit, "__getitem__", launch)
+    monkeypatch.setattr(importlib.import_module(f"kernels.{FILE_OF[op]}"), "use_triton", lambda x: True)
+    run(both(op)[0], op, MAKE[op](**AT_FULL_SIZE[op], dtype=torch.bfloat16, device="cpu"))
+    assert len(compiled) >= (1 if op == "patch_embed" else 2)              # whose backward is matrix products
+    for kernel in compiled.values():
+        ptx = kernel.asm["ptx"]
+        assert kernel.metadata.shared <= 227 * 1024
+        assert len(re.findall(r"ld\.global\S*\.[bu]16 ", ptx)) <= 2        # one bfloat16 a load: a row's
+        assert ("wgmma" in ptx) == (op in ("attention", "patch_embed"))
+
+
+def compile_for_hopper(function, args, constants, num_warps):
+    """As a launch would, with these arguments: Triton then looks for multiples of 16 and for ones."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}
+    names = [p.name for p in function.params if not p.is_constexpr]
+    assert len(names) == len(args)
+    given = dict(zip(names, args, strict=True))
+    signature = {n: types[x.dtype if isinstance(x, torch.Tensor) else type(x)] for n, x in given.items()}
+    ones = {n: 1 for n, x in given.items() if isinstance(x, int) and x == 1}
+    constants = constants | ones
+    aligned = {}
+    for i, p in enumerate(function.params):
+        x = given.get(p.name, 1.5)
+        if isinstance(x, torch.Tensor) or x % 16 == 0:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature | {n: "constexpr" for n in constants}, constants, aligned)
+    return compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
+
+
+@ordinary
+def test_the_benchmark_times_ten_recorded_calls_at_once_and_says_what_fails(monkeypatch):
+    from kernels import bench
+    calls = []
+    replays = []
+
+    def replay():
+        replays.append(1)
+        time.sleep(0.01)
+
+    def fails():
+        raise RuntimeError("no kernel image")
+
+    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+
+    variants = {"works": lambda: calls.append(1), "fails": fails}
+    rows = bench.measure(variants, True, time.time() + 60, graphs=True)
+    assert len(calls) == 1 + 10                        # compiling, recording
+    assert len(replays) == 10                          # ten rounds of one replay
+    assert 1.0 <= rows["works"]["ms"][0] < 5           # 10 ms for ten calls
+    assert "no kernel image" in rows["fails"]["error"]
+
+
+@ordinary
+@pytest.mark.parametrize("section,rows", [("operations", 24), ("training", 1), ("sampling", 5)])
+def test_what_the_benchmark_measures_runs_at_toy_size(section, rows):
+    from kernels import bench
+    found = 0
+    for _, variants, _ in getattr(bench, section)(False):
+        plain = next(iter(variants.values()))          # plain PyTorch: nothing is compiled here
+        plain()
+        found += 1
+    assert found == rows
+
+
+# ---------------------------------------------------------------- inputs, by kernel
 
 
 def randn(*shape, dtype, device, seed=0):
     """The same values for every dtype and device, up to rounding."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
-def norm_modulate(B, L, E, rms=True, residual=True, transposed=False, **like):
-    x, y = (randn(L, B, E, seed=i, **like).transpose(0, 1) if transposed else randn(B, L, E, seed=i, **like) for i in (1, 2))
-    shift, scale, gate, *_ = randn(B, 6 * E, seed=3, **like).chunk(6, dim=-1)
-    weight = randn(E, seed=4, **like) + 1
-    return [x, shift, scale, weight if rms else None, *([y, gate] if residual else [None, None])]
+def tokens(B, L, E, transposed, seed, **like):
+    """(B, L, E), contiguous or with the first two dimensions exchanged in memory."""
+    if transposed:
+        return randn(L, B, E, seed=seed, **like).transpose(0, 1)
+    return randn(B, L, E, seed=seed, **like)
 
 
-def qknorm_rope(B, L, A, K, norm=True, rope=True, spare=0, **like):
+def make_norm_modulate(B, L, E, rms=True, transposed=False, **like):
+    shift, scale, *_ = randn(B, 6 * E, seed=3, **like).chunk(6, dim=-1)
+    weight = randn(E, seed=4, **like) + 1 if rms else None
+    return [tokens(B, L, E, transposed, seed=1, **like), shift, scale, weight]
+
+
+def make_add_norm_modulate(B, L, E, rms=True, transposed=False, **like):
+    x, shift, scale, weight = make_norm_modulate(B, L, E, rms, transposed, **like)
+    y = tokens(B, L, E, transposed, seed=2, **like)
+    gate = randn(B, 6 * E, seed=3, **like).chunk(6, dim=-1)[2]
+    return [x, y, gate, shift, scale, weight]
+
+
+def make_qknorm_rope(B, L, A, K, norm=True, rope=True, spare=0, **like):
     qkv = randn(B, L, 3, A, K + spare, seed=1, **like)[..., :K]
     weights = [randn(K, seed=i, **like) + 1 for i in (2, 3)] if norm else [None, None]
     angle = randn(L, K, seed=4, **like).to(torch.promote_types(like["dtype"], torch.float32))
-    return [qkv, *weights, *([angle.cos(), angle.sin()] if rope else [None, None])]
+    tables = [angle.cos(), angle.sin()] if rope else [None, None]
+    return [qkv, *weights, *tables]
 
 
-def groupnorm_silu(B, C, H, W, groups, offset=0, channels_last=True, **like):
+def make_attention(B, N, A, K, **rest):
+    """Under LightningDiT's sizes the scores of random q and k would be one-hot: a norm keeps them near 1."""
+    return make_qknorm_rope(B, N, A, K, **rest)
+
+
+def make_groupnorm_silu(B, C, H, W, groups, offset=0, channels_last=True, **like):
     x = randn(B, H, W, C, seed=1, **like).permute(0, 3, 1, 2) + offset
-    x = x if channels_last else x.contiguous()
+    if not channels_last:
+        x = x.contiguous()
     return [x, randn(C, seed=2, **like) + 1, randn(C, seed=3, **like), groups]
 
 
-def patch_embed(B, C, D, h, w, p, E, **like):
+def make_patch_embed(B, C, D, h, w, p, E, **like):
     z, z_d = randn(B, C + D, h, w, seed=1, **like).split([C, D], dim=1)
     weights = [randn(E, n, p, p, seed=2 + n, **like) for n in (C, D)]
     return [z, z_d, *weights, randn(E, seed=4, **like), randn(1, h * w // p**2, E, seed=5, **like)]
 
 
-def attention(B, N, A, K, **rest):
-    """Under LightningDiT's sizes the scores of random q and k would be one-hot: a norm keeps them near 1."""
-    return qknorm_rope(B, N, A, K, **rest)
-
-
-def swiglu(B, L, E, H, transposed=False, **like):
-    x = randn(L, B, E, seed=1, **like).transpose(0, 1) if transposed else randn(B, L, E, seed=1, **like)
+def make_swiglu(B, L, E, H, transposed=False, **like):
+    x = tokens(B, L, E, transposed, seed=1, **like)
     return [x, randn(2 * H, E, seed=2, **like) / E**0.5, randn(2 * H, seed=3, **like)]
 
 
-MAKE = dict(swiglu=swiglu, norm_modulate=norm_modulate, qknorm_rope=qknorm_rope, patch_embed=patch_embed, groupnorm_silu=groupnorm_silu,
-            attention=attention)
-NO_GRAD = {"qknorm_rope": (3, 4), "attention": (3, 4), "groupnorm_silu": (3,)}               # positions of tables and numbers
+MAKE = {op: globals()[f"make_{op}"] for op in OPS}
+NO_GRAD = {"qknorm_rope": (3, 4), "attention": (3, 4), "groupnorm_silu": (3,)}     # tables and numbers
 CASES = [
     ("attention", dict(B=1, N=77, A=2, K=72)),     # 77 tokens: two blocks, the second not full; 72 = 64 + 8
     ("attention", dict(B=2, N=16, A=1, K=64, norm=False)),
     ("attention", dict(B=1, N=5, A=2, K=24, rope=False, spare=8)),
     ("attention", dict(B=1, N=70, A=1, K=72, norm=False, rope=False)),
-    ("norm_modulate", dict(B=2, L=19, E=72)),      # 19 tokens: the last program of the backward is not full
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
-    ("norm_modulate", dict(B=2, L=7, E=40, rms=False)),
-    ("norm_modulate", dict(B=2, L=7, E=64, residual=False)),
-    ("norm_modulate", dict(B=2, L=3, E=24, rms=False, residual=False)),
+    ("norm_modulate", dict(B=2, L=7, E=64)),
+    ("norm_modulate", dict(B=2, L=3, E=24, rms=False)),
+    ("add_norm_modulate", dict(B=2, L=19, E=72)),  # 19 tokens: the last program of the backward is not full
+    ("add_norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
+    ("add_norm_modulate", dict(B=2, L=7, E=40, rms=False)),
     ("qknorm_rope", dict(B=2, L=9, A=3, K=72)),    # 9 tokens: one more than a program of the backward takes
     ("qknorm_rope", dict(B=1, L=5, A=2, K=64, spare=8)),
     ("qknorm_rope", dict(B=2, L=3, A=1, K=8, norm=False)),
-    ("qknorm_rope", dict(B=2, L=10, A=2, K=64, rope=False)),               # SD3.5
-    ("patch_embed", dict(B=2, C=5, D=19, h=9, w=10, p=1, E=72)),           # 90 tokens: the second tile is not full
+    ("qknorm_rope", dict(B=2, L=10, A=2, K=64, rope=False)),           # SD3.5
+    ("patch_embed", dict(B=2, C=5, D=19, h=9, w=10, p=1, E=72)),       # 90 tokens: the second tile not full
     ("patch_embed", dict(B=1, C=4, D=12, h=6, w=8, p=2, E=33)),
     ("swiglu", dict(B=2, L=37, E=24, H=64)),       # 74 tokens: the second program of the backward is not full
-    ("swiglu", dict(B=1, L=9, E=16, H=300, transposed=True)),              # 300 channels: more than a program takes
-    ("groupnorm_silu", dict(B=2, C=96, H=25, W=21, groups=32)),            # 525 pixels: three runs of tiles, the last not full
+    ("swiglu", dict(B=1, L=9, E=16, H=300, transposed=True)),          # 300 channels: two programs
+    ("groupnorm_silu", dict(B=2, C=96, H=25, W=21, groups=32)),        # 525 pixels: the third part not full
     ("groupnorm_silu", dict(B=1, C=64, H=5, W=3, groups=32, channels_last=False)),
     ("groupnorm_silu", dict(B=2, C=6, H=3, W=4, groups=2)),
 ]
-AT_FULL_SIZE = dict(attention=dict(B=1, N=256, A=16, K=72), norm_modulate=dict(B=1, L=256, E=1152), swiglu=dict(B=1, L=8, E=72, H=3072),
-                    qknorm_rope=dict(B=1, L=256, A=16, K=72), patch_embed=dict(B=1, C=32, D=96, h=16, w=16, p=1, E=1152),
-                    groupnorm_silu=dict(B=1, C=512, H=8, W=8, groups=32))
-REGISTERED = {                                     # kernel: its torch operator, and that operator's arguments among the inputs
-    "attention": ("attention", lambda *args: args),
-    "norm_modulate": ("norm_modulate", lambda *args: args),
-    "qknorm_rope": ("norm_rope", lambda qkv, weight, _, cos, sin: (qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin)),
-    "patch_embed": ("patch_embed", lambda *args: args),
-    "groupnorm_silu": ("groupnorm_silu", lambda *args: (*args, 1e-5)),
-    "swiglu": ("swiglu", lambda x, weight, bias: ((x @ weight.T).detach().requires_grad_(), bias)),
+AT_FULL_SIZE = {
+    "attention": dict(B=1, N=256, A=16, K=72),
+    "norm_modulate": dict(B=1, L=256, E=1152),
+    "add_norm_modulate": dict(B=1, L=256, E=1152),
+    "qknorm_rope": dict(B=1, L=256, A=16, K=72),
+    "patch_embed": dict(B=1, C=32, D=96, h=16, w=16, p=1, E=1152),
+    "swiglu": dict(B=1, L=8, E=72, H=3072),
+    "groupnorm_silu": dict(B=1, C=512, H=8, W=8, groups=32),
 }
 TINY = [
     ("attention", dict(B=1, N=3, A=1, K=20)),
     ("attention", dict(B=1, N=2, A=2, K=18, norm=False, rope=False)),
     ("norm_modulate", dict(B=2, L=3, E=5)),
-    ("norm_modulate", dict(B=1, L=2, E=3, rms=False, residual=False)),
+    ("norm_modulate", dict(B=1, L=2, E=3, rms=False)),
+    ("add_norm_modulate", dict(B=2, L=3, E=5)),
+    ("add_norm_modulate", dict(B=1, L=2, E=3, rms=False)),
     ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
     ("patch_embed", dict(B=1, C=2, D=3, h=2, w=4, p=2, E=3)),
     ("groupnorm_silu", dict(B=1, C=4, H=2, W=3, groups=2)),
@@ -203,35 +277,61 @@ TINY = [
 ]
 
 
+def registered(op, inputs):
+    """The torch operator behind a kernel, and that operator's arguments for these inputs."""
+    if op == "norm_modulate":
+        return "norm_modulate", [*inputs, None, None]
+    if op == "add_norm_modulate":
+        x, y, gate, shift, scale, weight = inputs
+        return "norm_modulate", [x, shift, scale, weight, y, gate]
+    if op == "qknorm_rope":
+        qkv, weight, _, cos, sin = inputs
+        return "norm_rope", [qkv.detach()[:, :, 0].requires_grad_(), weight, cos, sin]
+    if op == "swiglu":
+        x, weight, bias = inputs
+        return "swiglu", [(x @ weight.T).detach().requires_grad_(), bias]
+    if op == "groupnorm_silu":
+        return "groupnorm_silu", [*inputs, 1e-5]
+    return op, inputs
+
+
 def name(case):
     return case[0] + "-" + "-".join(f"{k}{v}" for k, v in case[1].items())
 
 
 def both(op):
-    module = importlib.import_module(f"kernels.{op}")
+    module = importlib.import_module(f"kernels.{FILE_OF[op]}")
     return getattr(module, op), getattr(module, op + "_ref")
 
 
 def leaves_of(op, inputs, dtype=None):
     """New tensors with the same values and strides, those that are not tables with requires_grad."""
-    return [t.detach().to(dtype or t.dtype).requires_grad_(i not in NO_GRAD.get(op, ())) if isinstance(t, torch.Tensor) else t
-            for i, t in enumerate(inputs)]
+    leaves = []
+    for i, x in enumerate(inputs):
+        if isinstance(x, torch.Tensor):
+            x = x.detach().to(dtype or x.dtype).requires_grad_(i not in NO_GRAD.get(op, ()))
+        leaves.append(x)
+    return leaves
 
 
 def run(f, op, inputs, dtype=None):
-    """[outputs, gradients of every input that has one]; the gradients of the outputs are fixed, and not contiguous."""
+    """[outputs, gradients of inputs that have one]; the outputs' gradients are fixed and not contiguous."""
     inputs = leaves_of(op, inputs, dtype)
     leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
     outputs = f(*inputs)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    douts = [randn(*o.shape[::-1], dtype=o.dtype, device=o.device, seed=9 + i).permute(*range(o.dim() - 1, -1, -1))
-             for i, o in enumerate(outputs)]
-    return [t.detach() for t in (*outputs, *torch.autograd.grad(outputs, leaves, douts))]
+    douts = []
+    for i, o in enumerate(outputs):
+        dout = randn(*o.shape[::-1], dtype=o.dtype, device=o.device, seed=9 + i)
+        douts.append(dout.permute(*range(o.dim() - 1, -1, -1)))
+    grads = torch.autograd.grad(outputs, leaves, douts)
+    return [t.detach() for t in (*outputs, *grads)]
 
 
 def errors(results, truth):
-    assert len(results) == len(truth)
-    relative = [(a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in zip(results, truth)]
+    """Of each result the largest error, as a part of the largest value; infinite for a NaN."""
+    relative = [(a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)
+                for a, b in zip(results, truth, strict=True)]
     return [e.nan_to_num(nan=float("inf")).item() for e in relative]           # max() would pass over a NaN
 
 
@@ -253,10 +353,11 @@ def test_bfloat16_is_at_most_twice_as_wrong_as_plain_pytorch_in_bfloat16(case, d
     op, sizes = case
     kernel, ref = both(op)
     inputs = MAKE[op](**sizes, dtype=torch.bfloat16, device=device)
-    results, plain = run(kernel, op, inputs), run(ref, op, inputs)
+    results = run(kernel, op, inputs)
+    plain = run(ref, op, inputs)
     assert [r.dtype for r in results] == [r.dtype for r in plain]
     truth = run(ref, op, inputs, torch.float64)
-    for ours, theirs in zip(errors(results, truth), errors(plain, truth)):
+    for ours, theirs in zip(errors(results, truth), errors(plain, truth), strict=True):
         assert ours <= 2 * theirs + ROUNDING
 
 
@@ -269,18 +370,22 @@ def test_gradcheck_in_float64(case, device):
 
 def test_groupnorm_statistics_do_not_cancel_where_the_mean_is_a_hundred_times_the_deviation(device):
     kernel, ref = both("groupnorm_silu")
-    inputs = groupnorm_silu(B=1, C=32, H=9, W=60, groups=4, offset=100, dtype=torch.float32, device=device)
-    results, truth = (run(f, "groupnorm_silu", inputs, dtype) for f, dtype in ((kernel, None), (ref, torch.float64)))
-    # Half a unit in 100's last place is 4e-6 deviations; the variance as E[x^2] - mean^2 would be off by 1e-3.
+    like = dict(dtype=torch.float32, device=device)
+    inputs = make_groupnorm_silu(B=1, C=32, H=9, W=60, groups=4, offset=100, **like)
+    results = run(kernel, "groupnorm_silu", inputs)
+    truth = run(ref, "groupnorm_silu", inputs, torch.float64)
+    # Half a unit in 100's last place is 4e-6 deviations; a variance E[x^2] - mean^2 would be off by 1e-3.
     assert max(errors(results, truth)) <= 2e-5
 
 
 def test_attention_between_opposite_queries_and_keys_stays_finite_where_the_last_block_is_not_full(device):
-    """All scores are about -120: exp(0 - -120) of what stands beyond the last key would be infinite in float32."""
+    """All scores are about -120: exp(0 - -120) of what stands beyond the last key would be infinite."""
     kernel, ref = both("attention")
     qkv = 1 + 0.1 * randn(1, 5, 3, 1, 24, seed=1, dtype=torch.float32, device=device)
-    inputs = [qkv, torch.full((24,), 5.0, device=device), torch.full((24,), -5.0, device=device), None, None]
-    results, truth = (run(f, "attention", inputs, dtype) for f, dtype in ((kernel, None), (ref, torch.float64)))
+    weight = torch.full((24,), 5.0, device=device)
+    inputs = [qkv, weight, -weight, None, None]
+    results = run(kernel, "attention", inputs)
+    truth = run(ref, "attention", inputs, torch.float64)
     assert max(errors(results, truth)) <= 1e-4
 
 
@@ -289,8 +394,8 @@ def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
     sizes = dict(CASES)[op]                        # the last case of each kernel
     inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float32, device=device))
     both(op)                                       # registers the operator
-    operator, args = REGISTERED[op]
-    torch.library.opcheck(getattr(torch.ops.davae, operator), args(*inputs))
+    operator, arguments = registered(op, inputs)
+    torch.library.opcheck(getattr(torch.ops.davae, operator), tuple(arguments))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -303,23 +408,28 @@ def test_kernels_ref_turns_triton_off(op, device, monkeypatch):
 
 
 def test_every_kernel_has_cases():
-    assert set(OPS) == {op for op, _ in CASES} == {op for op, _ in TINY} == set(REGISTERED)
+    assert set(FILES) == set(FILE_OF.values())
+    assert set(OPS) == {op for op, _ in CASES} == {op for op, _ in TINY} == set(AT_FULL_SIZE)
 
 
 # ---------------------------------------------------------------- the models
 
 
 class Count(TorchDispatchMode):
-    """Per operator: how often it ran, and the bytes of the tensors it took and gave; views and allocations left out."""
+    """Per operator: how often it ran, and the bytes of what it took and gave. No views, no allocations."""
+
+    LEFT_OUT = ("_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided", "promote_types")
 
     def __init__(self):
         super().__init__()
-        self.calls, self.bytes = Counter(), Counter()
+        self.calls = Counter()
+        self.bytes = Counter()
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out, name = f(*args, **(kwargs or {})), f.name().split("::")[1].split(".")[0]
-        if not any(r.alias_info and not r.alias_info.is_write for r in f._schema.returns) and name not in (
-                "_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided", "promote_types"):
+        out = f(*args, **(kwargs or {}))
+        name = f.name().split("::")[1].split(".")[0]
+        view = any(r.alias_info and not r.alias_info.is_write for r in f._schema.returns)
+        if not view and name not in self.LEFT_OUT:
             tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
             self.calls[name] += 1
             self.bytes[name] += sum(t.numel() * t.element_size() for t in tensors.values())
@@ -334,7 +444,7 @@ def randomise(model):
 
 
 def on_and_off(f, monkeypatch):
-    """[f() with kernels, f() without], and the names of the kernels that ran in the first."""
+    """f() with kernels, f() without, and the names of the operators that ran in the first."""
     with Count() as ran:
         on = f()
     monkeypatch.setattr(kernels, "KERNELS", "ref")
@@ -343,82 +453,113 @@ def on_and_off(f, monkeypatch):
 
 
 def test_twenty_training_steps_are_the_same_with_kernels(device, monkeypatch):
-    """In float32 in the interpreter; as they are on a GPU, under bfloat16 autocast, which rounds at other places."""
+    """In float32 in the interpreter; on a GPU under bfloat16 autocast, which rounds at other places."""
+    cfg = dit.DiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3, qk_norm=True)
+    t = torch.tensor([0.8], device=device)
+    y = torch.tensor([2], device=device)
+
     def losses():
-        model = randomise(dit.LightningDiT(dit.DiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3,
-                                                         qk_norm=True))).to(device)
-        opt, found = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+        model = randomise(dit.LightningDiT(cfg)).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        found = []
         for step in range(20):
-            z_all, target = (randn(1, 8, 2, 2, dtype=torch.float32, device=device, seed=k) for k in (step, 100 + step))
+            z_all = randn(1, 8, 2, 2, dtype=torch.float32, device=device, seed=step)
+            target = randn(1, 8, 2, 2, dtype=torch.float32, device=device, seed=100 + step)
             with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-                v = model(z_all, torch.tensor([0.8], device=device), torch.tensor([2], device=device))
+                v = model(z_all, t, y)
             loss = (v - target).square().mean()
-            opt.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            opt.step()
+            optimizer.step()
             found.append(loss.item())
         return found
 
     on, off, ran = on_and_off(losses, monkeypatch)
-    assert on == pytest.approx(off, rel=1e-4 if device == "cpu" else 0.03) and off[-1] < 0.9 * off[0]
+    assert on == pytest.approx(off, rel=1e-4 if device == "cpu" else 0.03)
+    assert off[-1] < 0.9 * off[0]
     ops = {"norm_modulate", "attention", "swiglu"}
     assert ran > ops | {f"{op}_backward" for op in ops} | {"patch_embed"}
 
 
 @torch.no_grad()
 def test_an_mmdit_is_the_same_with_kernels(device, monkeypatch):
-    model = randomise(dit.MMDiT(dit.MMDiTConfig(C=4, D=4, E=48, A=3, depth=2, dual=1, context=12, pooled=8, pos_size=6))).to(device)
-    args = [randn(*shape, dtype=torch.float32, device=device) for shape in ((1, 8, 4, 6), (1,), (1, 3, 12), (1, 8))]
+    cfg = dit.MMDiTConfig(C=4, D=4, E=48, A=3, depth=2, dual=1, context=12, pooled=8, pos_size=6)
+    model = randomise(dit.MMDiT(cfg)).to(device)
+    shapes = ((1, 8, 4, 6), (1,), (1, 3, 12), (1, 8))
+    args = [randn(*shape, dtype=torch.float32, device=device) for shape in shapes]
     on, off, ran = on_and_off(lambda: model(*args), monkeypatch)
-    assert errors([on], [off.double()])[0] < 1e-5 and ran > {"norm_modulate", "norm_rope", "patch_embed"}
+    assert errors([on], [off.double()])[0] < 1e-5
+    assert ran > {"norm_modulate", "norm_rope", "patch_embed"}
 
 
 @torch.no_grad()
 def test_an_autoencoder_decodes_the_same_with_kernels(device, monkeypatch):
-    vae = randomise(davae.AutoencoderKL(davae.KLConfig(C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4))).to(device)
+    cfg = davae.KLConfig(C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4)
+    vae = randomise(davae.AutoencoderKL(cfg)).to(device)
     z = randn(1, 4, 4, 6, dtype=torch.float32, device=device)
     on, off, ran = on_and_off(lambda: vae.decode(z), monkeypatch)
-    assert errors([on], [off.double()])[0] < 1e-5 and "groupnorm_silu" in ran
+    assert errors([on], [off.double()])[0] < 1e-5
+    assert "groupnorm_silu" in ran
 
 
 def test_under_autocast_the_tokens_are_bfloat16_with_and_without_kernels(device, monkeypatch):
     seen = []
-    model = randomise(dit.LightningDiT(dit.DiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3))).to(device)
+
+    def look(_, args, out):
+        seen.extend([args[0].dtype, out.dtype])
+
+    cfg = dit.DiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3)
+    model = randomise(dit.LightningDiT(cfg)).to(device)
     for block in model.blocks:
-        block.register_forward_hook(lambda _, args, out: seen.extend(t.dtype for t in (args[0], *out)))
+        block.register_forward_hook(look)
     z_all = randn(2, 8, 2, 2, dtype=torch.float32, device=device)
+    t = torch.tensor([0.2, 0.8], device=device)
+    y = torch.tensor([0, 2], device=device)
 
     def velocity():
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            v = model(z_all, torch.tensor([0.2, 0.8], device=device), torch.tensor([0, 2], device=device))
+            v = model(z_all, t, y)
         v.sum().backward()
         return v.detach()
 
     on, off, _ = on_and_off(velocity, monkeypatch)
-    assert set(seen) == {torch.bfloat16} and on.dtype == off.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    assert on.dtype == off.dtype == torch.float32
     assert 0 < errors([on], [off.double()])[0] < 0.05
 
 
-def traffic_of_a_block(mode, monkeypatch):
-    """(U of everything but matrix products and attention, operators) of one block of an XL/1, forward and backward, bfloat16.
+# ---------------------------------------------------------------- what a block costs
 
-    U = one pass over the tokens, B*L*E*2 bytes; an operator of ours counts as what it takes and gives. The third block's share
-    is the difference of three to two. On the meta device: no arithmetic; PyTorch's attention is named there, because the one
-    that it would choose for that device is none.
+
+def traffic_of_a_block(mode, monkeypatch):
+    """(U of all but matrix products and attention, operators): a block of an XL/1, both passes, bfloat16.
+
+    U = one pass over the tokens, B*L*E*2 bytes; an operator of ours counts as what it takes and gives. The
+    third block's share is the difference of three to two. On the meta device: no arithmetic; PyTorch's
+    attention is named there, because the one that it would choose for that device is none.
     """
+    def flash(q, k, v):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+    def embedding(t):
+        return torch.empty(len(t), 256, dtype=torch.bfloat16, device="meta")
+
     monkeypatch.setattr(kernels, "KERNELS", mode)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *qkv: flash(*qkv)[0])
-    monkeypatch.setattr(dit, "timestep_embedding", lambda t: torch.empty(len(t), 256, dtype=torch.bfloat16, device="meta"))
-    found = []
-    for depth in (2, 3):
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
+    monkeypatch.setattr(dit, "timestep_embedding", embedding)
+
+    def total(depth):
         with torch.device("meta"), Count() as count:
             model = dit.LightningDiT(dit.DiTConfig(D=96, depth=depth)).bfloat16()
-            count.calls.clear(), count.bytes.clear()
+            count.calls.clear()
+            count.bytes.clear()
             z_all = torch.empty(128, 128, 16, 16, dtype=torch.bfloat16)
             model(z_all, torch.empty(128), torch.zeros(128, dtype=torch.long)).sum().backward()
-        found.append((sum(v for k, v in count.bytes.items() if "mm" not in k and "attention" not in k), sum(count.calls.values())))
-    (bytes_2, calls_2), (bytes_3, calls_3) = found
+        moved = sum(v for k, v in count.bytes.items() if "mm" not in k and "attention" not in k)
+        return moved, sum(count.calls.values())
+
+    bytes_2, calls_2 = total(depth=2)
+    bytes_3, calls_3 = total(depth=3)
     return (bytes_3 - bytes_2) / (128 * 256 * 1152 * 2), calls_3 - calls_2
 
 
@@ -427,47 +568,58 @@ def test_a_models_cost_is_the_same_with_kernels(monkeypatch):
     for mode in ("ref", "triton"):
         monkeypatch.setattr(kernels, "KERNELS", mode)
         with torch.device("meta"):
-            inputs = torch.empty(2, 8, 4, 4), torch.empty(2), torch.zeros(2, dtype=torch.long)
-            found[mode] = kernels.cost(dit.LightningDiT(dit.DiTConfig(C=4, D=4, p=2, grid=2, E=72, A=1, depth=2)), inputs)
-    assert found["ref"][:2] == found["triton"][:2] and found["ref"][2] > found["triton"][2]        # FLOPs; numbers kept
+            model = dit.LightningDiT(dit.DiTConfig(C=4, D=4, p=2, grid=2, E=72, A=1, depth=2))
+            inputs = (torch.empty(2, 8, 4, 4), torch.empty(2), torch.zeros(2, dtype=torch.long))
+            found[mode] = kernels.cost(model, inputs)
+    assert found["ref"][:2] == found["triton"][:2]         # FLOPs
+    assert found["ref"][2] > found["triton"][2]            # numbers kept
 
 
 def test_bytes_and_launches_of_a_block_stay_below_the_goals(monkeypatch):
-    """70 U and 40 operators. An operator of ours is one to three launches: a backward, and what adds its partial sums."""
-    plain, with_kernels = traffic_of_a_block("ref", monkeypatch), traffic_of_a_block("triton", monkeypatch)
+    """70 U and 40 operators. One of ours is one to three launches: a backward, and what adds its sums."""
+    plain = traffic_of_a_block("ref", monkeypatch)
+    with_kernels = traffic_of_a_block("triton", monkeypatch)
     assert plain == (pytest.approx(286.6, rel=0.02), 125)
-    assert with_kernels == (pytest.approx(46.5, rel=0.02), 31)
+    assert with_kernels == (pytest.approx(55.5, rel=0.02), 38)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode,goal,found", [("ref", 125, 92.9), ("triton", 70, 46.5)])
+@pytest.mark.parametrize("mode,goal,found", [("ref", 125, 92.9), ("triton", 70, 51.5)])
 def test_bytes_of_a_compiled_block_stay_below_the_goals(mode, goal, found, monkeypatch):
-    """U as above, by Inductor's own count for what it fuses, and for our operators between; from the batches 2 and 4."""
+    """U as above, by Inductor's own count of what it fuses and of our operators; from batches 2 and 4."""
     import torch._inductor.config
     from torch._inductor.graph import GraphLowering
     from torch._inductor.scheduler import ExternKernelSchedulerNode
     counted = []
+    update = GraphLowering._update_scheduler
 
-    def count(graph):
+    def update_and_count(graph):
+        update(graph)
         for node in graph.scheduler.nodes:
-            ours = "davae" in str(getattr(node.node, "op_overload", "")) and "attention" not in str(node.node.op_overload)
-            if ours or not isinstance(node, ExternKernelSchedulerNode):        # the others are matrix products, attention, views
+            operator = str(getattr(node.node, "op_overload", ""))
+            ours = "davae" in operator and "attention" not in operator
+            # what is neither ours nor fused by Inductor: matrix products, attention, views
+            if ours or not isinstance(node, ExternKernelSchedulerNode):
                 counted.append(node.get_read_write_buffers_sizes())
 
+    # take the kernels' operators, on a CPU too, but do not run them
     monkeypatch.setattr(kernels, "KERNELS", mode)
-    monkeypatch.setattr(kernels, "INTERPRETED", True)                          # take the kernels' operators, on a CPU too,
-    monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: lambda *args, **sizes: None)        # but do not run them
-    update = GraphLowering._update_scheduler
-    monkeypatch.setattr(GraphLowering, "_update_scheduler", lambda graph: (update(graph), count(graph)))
-    block, tables, totals = dit.Block(dit.DiTConfig()).bfloat16(), dit.rope_table(16, 72), []
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: lambda *args, **sizes: None)
+    monkeypatch.setattr(GraphLowering, "_update_scheduler", update_and_count)
+
+    block = dit.Block(dit.DiTConfig()).bfloat16()
+    tables = dit.rope_table(16, 72)
+    totals = []
     for B in (2, 4):
         torch._dynamo.reset()
         counted.clear()
-        x, y = (torch.randn(B, 256, 1152, dtype=torch.bfloat16, requires_grad=True) for _ in "xy")
-        gate, c = (torch.randn(B, 1152, dtype=torch.bfloat16, requires_grad=True) for _ in "gc")
+        x = torch.randn(B, 256, 1152, dtype=torch.bfloat16, requires_grad=True)
+        c = torch.randn(B, 1152, dtype=torch.bfloat16, requires_grad=True)
         with torch._inductor.config.patch(fx_graph_cache=False):
-            out = torch.compile(block, dynamic=False)(x, y, gate, c, None, *tables)
-            torch.autograd.backward(out, [torch.zeros_like(o) for o in out])
+            out = torch.compile(block, dynamic=False)(x, c, None, *tables)
+            torch.autograd.backward(out, torch.zeros_like(out))
         totals.append(sum(counted))
     U = (totals[1] - totals[0]) / (2 * 256 * 1152 * 2)
-    assert U == pytest.approx(found, rel=0.03) and U <= goal
+    assert U == pytest.approx(found, rel=0.03)
+    assert U <= goal
