@@ -27,11 +27,11 @@ from kernels.groupnorm_silu import groupnorm_silu
 
 @dataclass
 class DAVAEConfig:
-    """What a DAVAE adds to its base VAE; saved with the weights. A new option of the model is one more field."""
+    """What a DAVAE adds to its base VAE; saved with the weights. A new option is one more field here."""
     D: int = 96                   # detail channels, a multiple of C
     r: int = 2                    # side of the full image / side of the base image; a power of two
     detail_dropout: float = 0.1   # probability, per image, in training only, of decoding without details
-    rescale: bool = False         # the other images' details times 1 / (1 - detail_dropout): the authors' code
+    rescale: bool = False         # the other images' details times 1 / (1 - detail_dropout), as they do
 
     def __post_init__(self):
         if self.D < 1:
@@ -233,7 +233,7 @@ class DAVAE(nn.Module):
 
     @torch.no_grad()
     def encode_base(self, x):
-        """Normalised base latent: (B, 3, H, W) -> (B, C, h, w), what the base VAE makes of the small image."""
+        """Normalised base latent: (B, 3, H, W) -> (B, C, h, w); the base VAE's own, of the small image."""
         return self.base.encode(base_image(x, self.r))
 
     def detail_posterior(self, x):

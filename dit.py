@@ -407,8 +407,8 @@ class MMDiT(DiT):
         B, channels, h, w = z_all.shape
         p, limit = self.cfg.p, self.cfg.p * self.cfg.pos_size
         if channels != self.cfg.C + self.cfg.D or h % p or w % p or max(h, w) > limit:
-            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {self.cfg.C + self.cfg.D}, h, w) with "
-                             f"h and w multiples of {p}, up to {limit}")
+            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {self.cfg.C + self.cfg.D}, h, w) "
+                             f"with h and w multiples of {p}, up to {limit}")
         if mods is None:
             mods = self.modulations(t, pooled)
         *block_mods, final_mods = mods

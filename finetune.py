@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import kernels
 from davae import LAYOUT
 from dit import MODELS, MMDiT, MMDiTConfig, add_lora, warm_start_difference
 from sample import Config as SampleConfig
@@ -45,7 +46,7 @@ class Config:
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     seed: int = field(0, "of the weights, the data order and every random draw")
     # data and latents
-    data_dir: str = field("procedural", "a folder of images, 'procedural' (built-in ones), or of latent shards")
+    data_dir: str = field("procedural", "a folder of images or latent shards; 'procedural': built-in images")
     image_size: int = field(512, "pixels; images are resized and centre-cropped to this square")
     images: int = field(4096, "how many built-in images")
     flip: bool = field(True, "mirror half of the images")
@@ -116,8 +117,8 @@ PRESETS = {
     # textures and scenes of the class, few objects: docs/results.md (2026-11-21)
     "photos": dict(
         out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128,
-        flip=False, steps=300, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
-        log_every=50, save_every=300),
+        flip=False, steps=300, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5,
+        shift=1.0, log_every=50, save_every=300),
 
     # Tab. S1; not run
     "imagenet512": dict(
@@ -137,8 +138,8 @@ PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
 
 # On resume; anything else would be another run.
 MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps",
-              "cooldown", "clip", "checkpointing", "shard", "compile", "log_every", "save_every", "cfg", "shift",
-              "grid", "sample_steps", "dry_run"}
+              "cooldown", "clip", "checkpointing", "shard", "compile", "log_every", "save_every", "cfg",
+              "shift", "grid", "sample_steps", "dry_run"}
 
 
 # ---------------------------------------------------------------- the method
@@ -240,7 +241,8 @@ def main(cfg):
     # where this runs, on which images, in which latent
     rank, world, device = ranks.setup(cfg.device)
     accumulate = ranks.accumulation(cfg.batch_size, cfg.micro_batch, world)
-    check_settings(cfg, world)
+    if cfg.shard and world == 1:
+        raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     run = runs.Run(cfg, MAY_CHANGE, rank)
     make_if_missing(cfg.vae, cfg)
     vae = load_davae(cfg.vae).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
@@ -272,8 +274,9 @@ def main(cfg):
 
     # before the first step: the statistics, the proof of the warm start, a checkpoint
     about = description(cfg, dit, train_set)
-    if rank == 0:
-        describe(cfg, train_set, vae, dit, world, accumulate, run.start, device)
+    tokens = (cfg.image_size // vae.f // dit.cfg.p) ** 2
+    sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {tokens} tokens"
+    run.describe(train_set, dit.parameters(), sizes, accumulate, world, device)
     latents = latent_source(vae, train_set, cfg, device, rank, world)
     if not run.checkpoint:
         z_all, y = next(latents(0))
@@ -356,7 +359,8 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
     """
     cfg = run.cfg
     z, y = z_all[:16, :vae.C], y[:16]
-    change = detail = 0.0
+    change = 0.0
+    detail = 0.0
     for z_part, y_part in zip(z.split(cfg.micro_batch), y.split(cfg.micro_batch)):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
             now = warm_start_difference(base, model, z_part, condition(y_part, 0.0))
@@ -366,8 +370,8 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
         tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, "
                    f"max |v_d| = {detail}")
     if not max(change, detail) <= 1e-5:
-        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, or a weight of the "
-                         "base is not finite")
+        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, or some weight "
+                         "is not finite")
     run.results["warm_start"] = change
     with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
         draw_warm_start(base, model, vae, z[:8], y[:8], condition, run)
@@ -449,23 +453,19 @@ def new_dit(cfg, vae, num_classes):
     if cfg.model not in MODELS:
         raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
     ModelConfig, Model = MODELS[cfg.model]
-    settings = dict(C=vae.C, D=cfg.D, p=cfg.p, grid=cfg.image_size // vae.f // cfg.p, E=cfg.E, depth=cfg.depth,
-                    A=cfg.A, num_classes=num_classes, qk_norm=cfg.qk_norm)
+    grid = cfg.image_size // vae.f // cfg.p
+    settings = dict(C=vae.C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
+                    num_classes=num_classes, qk_norm=cfg.qk_norm)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
-
-
-def check_settings(cfg, world):
-    if cfg.shard and world == 1:
-        raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
 
 
 def check_vae(cfg, vae):
     """raises: SystemExit if the VAE has other details, or takes no images of this size; before anything is
     encoded."""
     if cfg.D not in (0, vae.D):
-        raise SystemExit(f"--D={cfg.D}, but {cfg.vae} has {vae.D} detail channels; give that, or 0 for a base "
-                         "model")
+        raise SystemExit(f"--D={cfg.D}, but {cfg.vae} has {vae.D} detail channels; give that, or 0 for a "
+                         "base model")
     side = vae.f if cfg.base else vae.f * cfg.p
     if cfg.image_size % side:
         fits = max(1, round(cfg.image_size / side)) * side
@@ -477,12 +477,12 @@ def check_base(cfg, vae, base, num_classes):
     """raises: SystemExit with one sentence if the base model does not fit the VAE, the images or the
     flags."""
     if (base.cfg.C, base.cfg.D) != (vae.C, 0):
-        raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a base "
-                         f"model of {cfg.vae}'s {vae.C} channels")
+        raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a "
+                         f"base model of {cfg.vae}'s {vae.C} channels")
     takes_text = hasattr(base.cfg, "context")
     if bool(cfg.text) != takes_text or (cfg.lora and not takes_text):
-        raise SystemExit(f"{cfg.base}: a {type(base).__name__}; an MMDiT needs --text=, a LightningDiT takes no "
-                         "text or lora")
+        raise SystemExit(f"{cfg.base}: a {type(base).__name__}; an MMDiT needs --text=, a LightningDiT takes "
+                         "no text or lora")
     if not takes_text and base.cfg.num_classes < num_classes:
         raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
     side = cfg.image_size // vae.f                                 # of the latent
@@ -505,18 +505,6 @@ def description(cfg, dit, train_set):
     return {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": model, "classes": classes}
 
 
-def describe(cfg, train_set, vae, dit, world, accumulate, start, device):
-    """Print what is trained on what."""
-    total = sum(p.numel() for p in dit.parameters())
-    trained = sum(p.numel() for p in dit.parameters() if p.requires_grad)
-    tokens = (cfg.image_size // vae.f // dit.cfg.p) ** 2
-    each = cfg.batch_size // world // accumulate
-    print(f"{cfg.out}: {train_set.summary()}\n"
-          f"  {trained:,} trained of {total:,} parameters; C={vae.C} D={cfg.D} p={dit.cfg.p}, {tokens} "
-          f"tokens; batch {cfg.batch_size} = {world} ranks x {each} x {accumulate}; "
-          f"steps {start} to {cfg.steps}, {device}")
-
-
 def dry_run(cfg):
     """Print what a run would be, for the released VA-VAE + LightningDiT or SD3 models.  Returns the
     numbers."""
@@ -534,7 +522,11 @@ def dry_run(cfg):
         if cfg.D:
             model.expand_channels(cfg.D)
         inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
-        return plan.estimate(cfg, model, inputs, texts, add_lora)
+        forward, _, _ = kernels.cost(model, inputs)                # as it is sampled from, without adapters
+        if cfg.lora:
+            add_lora(model, cfg.lora, cfg.lora)
+        _, step, kept = kernels.cost(model, inputs)
+    return plan.show(cfg, model, C + cfg.D, side, texts, forward, step, kept)
 
 
 # ---------------------------------------------------------------- saving, pictures, the end

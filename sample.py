@@ -40,21 +40,21 @@ class Config:
     batch_size: int = field(50, "images per forward pass and process")
     seed: int = field(0, "of the noise")
     classes: tuple = field((), "class ids to draw, in turn; empty: all of them")
-    prompts: str = field("", "SD3.5: texts separated by |, or a file with one a line; empty: the run's first captions")
+    prompts: str = field("", "SD3.5: texts separated by |, or a file with one a line; empty: captions")
     negative: str = field("", "SD3.5: the text that guidance leads away from")
     text: str = field("", "SD3.5: text shards, or a folder of encoders to make them; empty: the run's")
     height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size")
     width: int = field(0, "see height")
     steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)")
     shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: what the run was set up with")
-    grid: str = field("", "sd3: shifted twice at the end, as diffusers does; empty: what the run was set up with",
+    grid: str = field("", "sd3: shifted twice at the end, as diffusers; empty: the run's own",
                       choices=("", "plain", "sd3"))
     cfg: float = field(-1.0, "guidance scale, 1: none; negative: what the run was set up with")
     cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end")
     cfg_end: float = field(1.0, "see cfg_start")
     cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's figures")
     slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5")
-    compile: bool = field(False, "torch.compile the blocks and the decoder: for many images on a GPU; not run")
+    compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU; not run")
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -310,8 +310,8 @@ def settings_of(cfg, about, checkpoint):
     s["cfg"] = own["cfg"] if cfg.cfg < 0 else cfg.cfg
     s["grid"] = cfg.grid or own.get("grid", "plain")               # a field that is younger than some runs
     if cfg.n < 1 or cfg.steps < 1 or s["shift"] == 0 or not s["cfg"] < float("inf"):
-        raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and steps of at "
-                         "least 1, shift above 0 and a finite cfg")
+        raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and "
+                         "steps of at least 1, shift above 0 and a finite cfg")
     if own.get("text"):
         return s | text_settings(cfg, about, checkpoint)
     return s | class_settings(cfg, about)
@@ -322,8 +322,8 @@ def text_settings(cfg, about, checkpoint):
     prompts = texts.read_prompts(cfg.prompts) or about["classes"]
     if not prompts:
         raise SystemExit(f"{checkpoint}: draws from text: give --prompts=")
-    return {"height": cfg.height or size, "width": cfg.width or size, "prompts": prompts, "negative": cfg.negative,
-            "slg": cfg.slg}
+    return {"height": cfg.height or size, "width": cfg.width or size, "prompts": prompts,
+            "negative": cfg.negative, "slg": cfg.slg}
 
 
 def class_settings(cfg, about):
@@ -331,8 +331,8 @@ def class_settings(cfg, about):
     classes = list(cfg.classes) or list(range(known))
     if max(classes) > known or min(classes) < 0:
         wrong = max(classes) if max(classes) > known else min(classes)
-        raise SystemExit(f"class {wrong} asked for; the model has classes 0 to {known - 1} ({known} draws without a "
-                         "class)")
+        raise SystemExit(f"class {wrong} asked for; the model has classes 0 to {known - 1} ({known} draws "
+                         "without a class)")
     size = about["config"]["image_size"]
     return {"classes": classes, "height": size, "width": size}
 
@@ -355,7 +355,8 @@ def main(cfg):
     checkpoint = runs.latest_checkpoint(cfg.run)
     about = runs.read_config(checkpoint)
     if about.get("script") != "finetune.py":
-        raise SystemExit(f"{cfg.run}: holds a checkpoint of {about.get('script')}; wanted a run of finetune.py")
+        script = about.get("script")
+        raise SystemExit(f"{cfg.run}: holds a checkpoint of {script}; wanted a run of finetune.py")
     settings = settings_of(cfg, about, checkpoint)
     out = Path(cfg.out or Path(cfg.run) / "samples")
 
@@ -390,10 +391,13 @@ def open_folder(out, settings, rank):
     path = out / "settings.json"
     if path.exists():
         old = json.loads(path.read_text())
-        changed = [f"{name} {old.get(name)} -> {value}" for name, value in settings.items() if old.get(name) != value]
+        changed = []
+        for name, value in settings.items():
+            if old.get(name) != value:
+                changed.append(f"{name} {old.get(name)} -> {value}")
         if old != settings:
-            raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give another --out, "
-                             "or remove it")
+            raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
+                             "another --out, or remove it")
     elif rank == 0:
         runs.write_json(path, settings)
 

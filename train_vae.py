@@ -82,8 +82,8 @@ PRESETS = {
     # 17.3 dB on 1,000 held-out images at full size; 41 s on 2 cores (2026-11-21)
     "tiny-base": dict(
         out="out/tiny-base-vae", D=0, C=8, widths=(16, 16, 32), blocks=1, groups=16, image_size=64,
-        flip=False, perceptual="none", gan=0.0, stats=1024, steps=800, batch_size=8, lr=3e-3, beta1=0.9, beta2=0.99,
-        cooldown=0.5, log_every=50, save_every=400),
+        flip=False, perceptual="none", gan=0.0, stats=1024, steps=800, batch_size=8, lr=3e-3, beta1=0.9,
+        beta2=0.99, cooldown=0.5, log_every=50, save_every=400),
 
     # 19.05 dB against 16.99 dB of the base channels alone, same images; 75 s on 2 cores (2026-11-21)
     "tiny": dict(
@@ -265,8 +265,7 @@ def main(cfg):
 
     # a disk that is too small shows now, not after hours
     val = validation_images(cfg, train_set).to(device)
-    if rank == 0:
-        describe(cfg, train_set, vae, trained, world, accumulate, run.start, device)
+    run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
     if not run.checkpoint:
         save(run, 0, vae, nets, opt, opt_d, train_set)
         validate(run, 0, vae, val)
@@ -424,16 +423,6 @@ def compile_levels(vae):
     for part in vae.modules():
         if isinstance(part, Level | Mid | TinyBlock | WideBlock):
             part.compile(dynamic=False)
-
-
-def describe(cfg, train_set, vae, trained, world, accumulate, start, device):
-    """Print what is trained on what."""
-    total = sum(p.numel() for p in vae.parameters())
-    each = cfg.batch_size // world // accumulate
-    print(f"{cfg.out}: {train_set.summary()}\n"
-          f"  {sum(p.numel() for p in trained):,} trained of {total:,} parameters; C={vae.C} D={vae.D} "
-          f"f={vae.f}; batch {cfg.batch_size} = {world} ranks x {each} x {accumulate}; "
-          f"steps {start} to {cfg.steps}, {device}")
 
 
 # ---------------------------------------------------------------- saving, validation, the end

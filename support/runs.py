@@ -63,6 +63,20 @@ class Run:
         """What the checkpoint holds beside the weights: optimizers, step, seconds."""
         return read_state_dict(self.checkpoint / "train_state.pt")
 
+    def describe(self, train_set, parameters, sizes, accumulate, world, device):
+        """Print what is trained on what; by rank 0."""
+        if self.rank > 0:
+            return
+        cfg = self.cfg
+        parameters = list(parameters)
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        each = cfg.batch_size // world // accumulate
+        print(f"{cfg.out}: {train_set.summary()}\n"
+              f"  {trained:,} trained of {total:,} parameters; {sizes}; "
+              f"batch {cfg.batch_size} = {world} ranks x {each} x {accumulate}; "
+              f"steps {self.start} to {cfg.steps}, {device}")
+
     def steps(self, stream):
         """(step, batch) of every step that is left, while a signal to stop only asks for the end of the step
         at hand."""
@@ -371,8 +385,8 @@ def read_state_dict(source):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
-        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and is "
-                         "not opened; save its state dict as safetensors on a machine that trusts it") from None
+        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and "
+                         "is not opened; save its state dict as safetensors where it is trusted") from None
     except (EOFError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(f"{path}: not a whole {path.suffix} file ({reason}); copy it again") from None
