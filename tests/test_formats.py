@@ -5,7 +5,7 @@ import torch
 import dit
 from dit import DiTConfig, LightningDiT
 from support import formats, metrics
-from support.formats import export_kl, export_lightningdit, import_lightningdit
+from support.formats import export_kl, export_lightningdit
 from support.weights import load_base_vae, load_dit
 
 
@@ -24,7 +24,59 @@ def test_export_of_a_vae_is_the_file_it_came_from(golden, tmp_path):
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
 
 
+def test_a_table_of_names_names_every_layer_once():
+    for quant in (False, True):
+        for diffusers in (False, True):
+            layers = formats.kl_layers(5, 3, quant, diffusers)
+            ours = [layer.ours for layer in layers]
+            theirs = [name for layer in layers for name in layer.theirs]
+            assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs) > 100
+
+
+def test_a_decoders_levels_are_counted_from_the_other_end_in_diffusers():
+    names = {layer.ours: layer.theirs for layer in formats.kl_layers(4, 3, False, diffusers=True)}
+    assert names["decoder.up.0.block.2.nin_shortcut"] == ("decoder.up_blocks.3.resnets.2.conv_shortcut",)
+    assert names["decoder.up.3.resample.conv"] == ("decoder.up_blocks.0.upsamplers.0.conv",)
+    assert names["encoder.down.0.resample.conv"] == ("encoder.down_blocks.0.downsamplers.0.conv",)
+
+
+@pytest.mark.parametrize("spoil, said", [
+    ({"encoder.conv_in.weight": torch.zeros(8, 1, 3, 3)}, "images of 1 channels; wanted 3"),
+    ({"quant_conv.weight": torch.zeros(8, 8, 1, 1)}, "one of quant_conv and post_quant_conv; wanted both"),
+    ({"encoder.extra.weight": torch.zeros(1)}, "not known here: encoder.extra.weight"),
+    ({"foreign.weight": torch.zeros(1)}, "not an autoencoder .it holds foreign.weight"),
+    ({"encoder.mid": None, "decoder.mid": None}, "without attention in its middle"),
+    ({"encoder.down.1.block.0.conv1": None}, "it lacks encoder.down.1.block.0.conv1.weight"),
+])
+def test_an_autoencoder_of_another_kind_is_told_in_one_sentence(make_base, spoil, said):
+    sd = export_kl(make_base())
+    for key, value in spoil.items():
+        if value is None:
+            kept = "block" if key.endswith(".mid") else "nothing"                 # of the middle, the attention goes
+            sd = {k: v for k, v in sd.items() if not k.startswith(key) or kept in k}
+        else:
+            sd[key] = value
+    with pytest.raises(ValueError, match=said) as caught:
+        formats.import_vae(sd)
+    assert "\n" not in str(caught.value)
+
+
+def test_taef2s_layers_go_where_its_old_checkpoints_have_them():
+    given = {f"{half}.{i}.weight": torch.zeros(1) for half, n in (("encoder", 15), ("decoder", 20)) for i in range(n)}
+    given = {k: v for k, v in given.items() if k not in ("decoder.0.weight", "decoder.2.weight")}     # clamp and ReLU
+    ours = list(formats.import_taef2(given))
+    assert ours[:2] == ["encoder.1.weight", "encoder.2.weight"] and ours[13:16] == [
+        "encoder.14.weight", "to_moments.weight", "from_latent.1.weight"]
+    assert ours[16] == "decoder.0.weight" and ours[-1] == "decoder.16.weight"
+    with pytest.raises(ValueError, match="not known here: decoder.20.weight"):
+        formats.import_taef2(given | {"decoder.20.weight": torch.zeros(1)})
+
+
 # ---------------------------------------------------------------- LightningDiT
+
+
+def test_the_heads_of_released_widths_are_those_of_dits_sizes():
+    assert {E: A for _, E, A in dit.SIZES.values()} == formats.RELEASED_HEADS
 
 
 def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
@@ -33,8 +85,9 @@ def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
     for name, shapes in listed.items():
         sd = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
         E, K, grid = shapes["pos_embed"][2], shapes["feat_rope.freqs_cos"][1], 16
-        sd |= dict(zip(formats.TABLES, [dit.sincos_table(grid, E), *dit.rope_table(grid, K)]))
-        ours, cfg = import_lightningdit(sd)
+        kind, ours, sizes, tables = formats.import_dit(sd)
+        cfg = DiTConfig(**sizes)
+        assert kind == "LightningDiT" and list(tables) == formats.TABLES and cfg.grid == grid
         with torch.device("meta"):
             model = LightningDiT(cfg)
         model.load_state_dict(ours, strict=True, assign=True)
@@ -85,6 +138,13 @@ def test_appending_detail_rows_after_all_base_rows_is_wrong_for_patches(error, m
 # ---------------------------------------------------------------- SD3
 
 
+def test_a_stacked_layer_of_which_a_part_is_missing_is_told(stock):
+    sd = stock.state_dict()
+    del sd["transformer_blocks.1.attn.add_k_proj.bias"]
+    with pytest.raises(ValueError, match="it lacks transformer_blocks.1.attn.add_k_proj.bias"):
+        formats.import_dit(sd)
+
+
 @torch.no_grad()
 def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(sd3_inputs, stock, tmp_path):
     theirs, inputs_ = stock.state_dict(), sd3_inputs()
@@ -103,8 +163,10 @@ def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(sd3_inputs, 
 def test_full_size_sd3_names_and_shapes_fit_without_a_remainder_in_both_formats(full_size):
     listed = full_size
     for name, export in (("SD3.5-medium diffusers", formats.export_diffusers), ("SD3.5-medium single-file", formats.export_sd3)):
-        ours, cfg = formats.import_dit({k: torch.empty(shape, device="meta") for k, shape in listed[name].items()})
-        assert cfg == dit.MMDiTConfig()
+        sd = {k: torch.empty(shape, device="meta") for k, shape in listed[name].items()}
+        kind, ours, sizes, tables = formats.import_dit(sd)
+        cfg = dit.MMDiTConfig(**sizes)
+        assert kind == "MMDiT" and cfg == dit.MMDiTConfig() and not tables
         with torch.device("meta"):
             model = dit.MMDiT(cfg)
         model.load_state_dict(ours, strict=True, assign=True)

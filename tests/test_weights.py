@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import dit
-from davae import Posterior
+from davae import DAVAE, DAVAEConfig, PlainVAE, Posterior
 from dit import DiTConfig
 from support import formats, metrics, runs, weights
 from support.formats import export_kl, export_lightningdit
@@ -113,7 +113,223 @@ def test_a_saved_davae_loads_to_the_same_function(make_davae, tmp_path):
     assert torch.equal(load_base_vae(tmp_path / "run").encode(x), vae.base.encode(x))
 
 
+# ---------------------------------------------------------------- diffusers' VAEs, of whatever sizes and statistics
+
+
+@pytest.fixture
+def their_vae():
+    """their_vae(**changes) -> diffusers' AutoencoderKL, small, with random weights."""
+    metrics.import_torchvision()
+    from diffusers import AutoencoderKL as Theirs
+
+    def make(**changes):
+        widths = changes.get("block_out_channels", (16, 32))
+        sizes = dict(block_out_channels=widths, layers_per_block=1, latent_channels=16, norm_num_groups=8,
+                     down_block_types=["DownEncoderBlock2D"] * len(widths),
+                     up_block_types=["UpDecoderBlock2D"] * len(widths), use_quant_conv=False, use_post_quant_conv=False)
+        torch.manual_seed(0)
+        vae = Theirs(**{**sizes, **changes}).eval()
+        for p in vae.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        return vae
+    return make
+
+
+@pytest.mark.parametrize("shift", [None, 0, 0.5])
+@pytest.mark.parametrize("scale", [None, 1, 2.5])
+@torch.no_grad()
+def test_a_stated_shift_and_scale_are_taken_as_stated(error, their_vae, tmp_path, shift, scale):
+    theirs = their_vae(shift_factor=shift, scaling_factor=scale)
+    theirs.save_pretrained(tmp_path)
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    z = (theirs.encode(x).latent_dist.mode() - (shift or 0)) * (scale or 1)
+    for source in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        vae = load_base_vae(source)
+        assert error(vae.encode(x), z) < 5e-6
+        assert error(vae.decode(z), theirs.decode(z / (scale or 1) + (shift or 0)).sample) < 5e-6
+
+
+@torch.no_grad()
+def test_sd3s_numbers_are_assumed_for_a_bare_file_of_16_channels_only(their_vae, tmp_path, capsys):
+    theirs = their_vae(norm_num_groups=16, block_out_channels=(32, 64))
+    save_file(theirs.state_dict(), tmp_path / "sd3.safetensors")
+    assert load_base_vae(tmp_path / "sd3.safetensors").std[0] == torch.tensor(1 / 1.5305)
+    assert capsys.readouterr().out == ""
+    for changes in (dict(latent_channels=8), dict(use_quant_conv=True, use_post_quant_conv=True)):
+        save_file(their_vae(block_out_channels=(32, 64), **changes).state_dict(), tmp_path / "other.safetensors")
+        vae = load_base_vae(tmp_path / "other.safetensors")
+        assert vae.mean.abs().max() == 0 and (vae.std == 1).all()
+        assert "its latents stay as they are" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "scaling_factor": 1}))
+    assert (load_base_vae(tmp_path / "sd3.safetensors").std == 1).all()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "another program's"}))
+    assert load_base_vae(tmp_path / "sd3.safetensors").mean[0] == torch.tensor(0.0609)
+
+
+@torch.no_grad()
+def test_statistics_of_each_channel_are_read_as_sdxls_pipelines_do(error, their_vae, tmp_path):
+    mean, std = [0.1 * c for c in range(4)], [1 + 0.1 * c for c in range(4)]
+    theirs = their_vae(latent_channels=4, scaling_factor=0.5, latents_mean=mean, latents_std=std)
+    theirs.save_pretrained(tmp_path)
+    vae, x = load_base_vae(tmp_path), torch.rand(1, 3, 16, 16) * 2 - 1
+    latents_mean, latents_std = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    z = (theirs.encode(x).latent_dist.mode() - latents_mean) * theirs.config.scaling_factor / latents_std
+    assert error(vae.encode(x), z) < 5e-6
+    latents = z * latents_std / theirs.config.scaling_factor + latents_mean
+    assert error(vae.decode(z), theirs.decode(latents).sample) < 5e-6
+
+
+@pytest.mark.parametrize("stated, said", [
+    (dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 4), "the mean of its latents has 3 numbers; wanted 4"),
+    (dict(latents_mean=[0.0] * 4, latents_std=[1.0]), "the std of its latents has 1 numbers; wanted 4"),
+    (dict(latents_mean=[0.0] * 4), "without the other"),
+    (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "beside a shift_factor"),
+    (dict(latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "the std of its latents is not above 0"),
+    (dict(scaling_factor=0), "scaling_factor=0.0; wanted a number above 0"),
+    (dict(act_fn="relu"), "act_fn='relu'; wanted silu"),
+])
+def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path, stated, said):
+    theirs = their_vae(latent_channels=4)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | stated))
+    with pytest.raises(SystemExit, match=said):
+        load_base_vae(tmp_path)
+
+
+@pytest.mark.parametrize("saved, said", [({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 8, 1, 1)}, "has 3 numbers"),
+                                         ({"mu": torch.zeros(8)}, "latents_stats.pt beside it has no mean and std")])
+def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, said):
+    torch.save(golden("vavae_style")[0], tmp_path / "vavae.pt")
+    torch.save(saved, tmp_path / "latents_stats.pt")
+    with pytest.raises(SystemExit, match=f"vavae.pt: .*{said}"):
+        load_base_vae(tmp_path / "vavae.pt")
+
+
+@pytest.mark.parametrize("sizes", [
+    dict(block_out_channels=(16, 24)),                                     # no multiples of the first
+    dict(block_out_channels=(16,)),
+    dict(block_out_channels=(16, 32, 32), layers_per_block=2, latent_channels=4),
+    dict(use_quant_conv=True, use_post_quant_conv=True, latent_channels=4),
+    dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+         up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]),
+])
+@torch.no_grad()
+def test_vaes_of_other_sizes_equal_diffusers_and_go_back(error, their_vae, tmp_path, sizes):
+    theirs, x = their_vae(scaling_factor=1.0, **sizes), torch.rand(1, 3, 16, 24) * 2 - 1
+    theirs.save_pretrained(tmp_path)
+    vae = load_base_vae(tmp_path)
+    z = theirs.encode(x).latent_dist.mode()
+    assert error(vae.encode(x), z) < 5e-6 and error(vae.decode(z), theirs.decode(z).sample) < 5e-6
+    back = export_kl(vae, diffusers=True)
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
+
+
+def test_vaes_that_are_left_out_get_one_sentence(their_vae, tmp_path):
+    theirs = their_vae(block_out_channels=(16, 24))
+    save_file(theirs.state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(SystemExit, match=r"bare.safetensors: its levels of \[16, 24\] channels do not divide into 32"):
+        load_base_vae(tmp_path / "bare.safetensors")
+    for changes, said in ((dict(mid_block_add_attention=False), "without attention in its middle"),
+                          (dict(in_channels=1, out_channels=1), "images of 1 channels; wanted 3"),
+                          (dict(use_quant_conv=True), "one of quant_conv and post_quant_conv")):
+        their_vae(**changes).save_pretrained(tmp_path / said)
+        with pytest.raises(SystemExit, match=said) as caught:
+            load_base_vae(tmp_path / said)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_a_foreign_a_misshapen_and_a_broken_weight_of_a_vae_are_named(make_base):
+    sd = export_kl(make_base())
+    for change, said in (({"decoder.norm_out.bias": None}, "it lacks decoder.norm_out.bias"),
+                         ({"decoder.extra.bias": torch.zeros(1)}, "not known here: decoder.extra.bias"),
+                         ({"decoder.conv_out.bias": torch.zeros(4)}, r"decoder.conv_out.bias is \(4,\); wanted \(3,\)"),
+                         ({"decoder.conv_out.bias": torch.tensor([0, float("nan"), 0])}, "decoder.conv_out.bias is not finite")):
+        spoiled = {k: v for k, v in (sd | change).items() if v is not None}
+        with pytest.raises(SystemExit, match=said) as caught, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weights, "groups_of", lambda widths, config: 4)
+            load_base_vae(spoiled)
+        assert str(caught.value).startswith("the given state dict: ") and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- our own autoencoders
+
+
+def older(config):
+    """A config.json's "model" as older runs have it: multipliers of the first width, and no r."""
+    base = dict(config["base"])
+    widths = base.pop("widths")
+    base |= {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]}
+    rest = {"D": config["D"], "detail_dropout": 0.1, "rescale": False}
+    return {"base": base, **rest}
+
+
+@torch.no_grad()
+def test_older_runs_with_multipliers_for_widths_load(make_base, make_davae, tmp_path):
+    x = torch.rand(1, 3, 16, 16)
+    for name, vae in (("davae", make_davae()), ("plain", PlainVAE(make_base()).eval())):
+        config = older(vae.config())
+        assert config["base"]["ch_mult"] == [1, 2] and "r" not in config
+        runs.save_checkpoint(tmp_path / name, 3, {"model": vae.state_dict()}, {}, {"model": config})
+        loaded = weights.load_davae(tmp_path / name)
+        assert type(loaded) is type(vae) and (loaded.r, loaded.f) == (vae.r, vae.f)
+        assert torch.equal(loaded.encode(x), vae.encode(x)) and loaded.config() == vae.config()
+
+
+@torch.no_grad()
+def test_a_ratio_of_four_is_kept(make_base, tmp_path):
+    vae, x = DAVAE(make_base(), DAVAEConfig(D=8, r=4)).eval(), torch.rand(1, 3, 16, 16)
+    runs.save_checkpoint(tmp_path, 1, {"model": vae.state_dict()}, {}, {"model": vae.config()})
+    loaded = weights.load_davae(tmp_path)
+    assert (loaded.r, loaded.f) == (4, 8) and torch.equal(loaded.encode(x), vae.encode(x))
+
+
+def test_folders_of_ours_that_are_no_vae_or_a_spoiled_one_get_one_sentence(make_davae, make_dit, tmp_path):
+    vae, sd = make_davae(), make_davae().state_dict()
+    bad = sd | {"down.conv.bias": sd["down.conv.bias"] / 0}
+    model, config = make_dit(), vae.config()
+    for name, state, described, said in (
+            ("dit", model.state_dict(), asdict(model.cfg), "holds a transformer; wanted a run of train_vae.py"),
+            ("nan", bad, config, "down.conv.bias is not finite"),
+            ("cut", {k: v for k, v in sd.items() if "up." not in k}, config, "it lacks "),
+            ("D", sd, config | {"D": 10}, "D=10 must be a multiple of base channels C=4"),
+            ("E", sd, config | {"mystery": 1}, "config.json describes another model .it has mystery"),
+            ("F", sd, config | {"base": config["base"] | {"mystery": 1}}, "another AutoencoderKL .*mystery"),
+            ("G", sd, config | {"base": config["base"] | {"kind": "DCAE"}}, "a 'DCAE'; BASES has AutoencoderKL, TAEF2")):
+        runs.save_checkpoint(tmp_path / name, 1, {"model": state}, {}, {"model": described})
+        with pytest.raises(SystemExit, match=said) as caught:
+            weights.load_davae(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- transformers
+
+
+def test_older_checkpoints_of_either_transformer_are_told_apart_and_the_kind_is_what_newer_ones_say(make_dit, widened, tmp_path):
+    class Own(dit.LightningDiT):
+        pass
+
+    for name, model in (("LightningDiT", make_dit()), ("MMDiT", widened())):
+        for config in (asdict(model.cfg), {"kind": name} | asdict(model.cfg)):
+            runs.save_folder(tmp_path / name, {"ema": model.state_dict()}, {"model": config})
+            loaded = load_dit(tmp_path / name)
+            assert type(loaded).__name__ == name and loaded.cfg == model.cfg
+    config = {"kind": "Own"} | asdict(make_dit().cfg)
+    runs.save_folder(tmp_path / "own", {"ema": make_dit().state_dict()}, {"model": config})
+    with pytest.raises(SystemExit, match="own: its transformer is a 'Own'; MODELS has LightningDiT, MMDiT"):
+        load_dit(tmp_path / "own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.MODELS, "Own", (DiTConfig, Own))
+        assert type(load_dit(tmp_path / "own")) is Own
+
+
+def test_a_weight_that_is_not_finite_is_named(make_dit, tmp_path):
+    sd = export_lightningdit(make_dit())
+    sd["blocks.1.attn.qkv.bias"] = sd["blocks.1.attn.qkv.bias"] / 0
+    torch.save(sd, tmp_path / "diverged.pt")
+    with pytest.raises(SystemExit, match="diverged.pt: blocks.1.attn.qkv.bias is not finite"):
+        load_dit(tmp_path / "diverged.pt")
 
 
 def test_sizes_and_options_are_read_off_the_weights(golden):
