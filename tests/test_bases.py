@@ -1,4 +1,5 @@
 """support/bases.py: base VAEs beside AutoencoderKL."""
+
 import math
 
 import numpy as np
@@ -20,16 +21,28 @@ def test_taef2_reproduces_its_published_round_trip(shared):
         z = vae.encode(x)
         values.append(10 * math.log10(4 / (x - vae.decode(z)).square().mean()))
         assert 0.7 < z.std() < 1.0 and z.mean().abs() < 0.2
-    assert np.mean(values) > 27                                    # all 24: 30.19 dB
+    assert np.mean(values) > 27  # all 24: 30.19 dB
 
 
 def test_taef2_keeps_the_names_that_its_checkpoints_have():
     names = list(TAEF2().state_dict())
-    some = ["encoder.1.weight", "encoder.2.conv.4.bias", "encoder.3.weight", "encoder.12.pool.0.weight",
-            "encoder.14.conv.0.weight", "to_moments.bias", "from_latent.1.weight", "decoder.0.pool.1.bias",
-            "decoder.2.conv.0.weight", "decoder.4.weight", "decoder.15.conv.2.weight", "decoder.16.bias"]
+    some = [
+        "encoder.1.weight",
+        "encoder.2.conv.4.bias",
+        "encoder.3.weight",
+        "encoder.12.pool.0.weight",
+        "encoder.14.conv.0.weight",
+        "to_moments.bias",
+        "from_latent.1.weight",
+        "decoder.0.pool.1.bias",
+        "decoder.2.conv.0.weight",
+        "decoder.4.weight",
+        "decoder.15.conv.2.weight",
+        "decoder.16.bias",
+    ]
     assert set(some) < set(names) and len(names) == 160
-    assert names.index("encoder.12.pool.3.weight") < names.index("encoder.12.conv.0.weight")    # caches go by the order
+    # the hash of a cache of latents goes by the order
+    assert names.index("encoder.12.pool.3.weight") < names.index("encoder.12.conv.0.weight")
 
 
 @torch.no_grad()
@@ -37,7 +50,10 @@ def test_taef2_is_a_base_but_not_a_plain_vae_to_train():
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     base = TAEF2().eval()
     vae = DAVAE(base, DAVAEConfig(D=32)).eval()
-    assert torch.equal(vae.encode(x)[:, :32], base.encode(half(x))) and vae.decode(vae.encode(x)).shape == x.shape
+    assert (
+        torch.equal(vae.encode(x)[:, :32], base.encode(half(x)))
+        and vae.decode(vae.encode(x)).shape == x.shape
+    )
     plain = PlainVAE(base)
     assert plain.decode(plain.encode(x)).abs().max() <= 1
     with pytest.raises(SystemExit, match="TAEF2 has no posterior"):

@@ -1,4 +1,5 @@
-"""support/latents.py: latents encoded on the fly, from the cache, and from the shards of LightningDiT's code."""
+"""support/latents.py: latents encoded on the fly, from the cache, from the shards of LightningDiT's code."""
+
 import json
 from dataclasses import replace
 
@@ -17,18 +18,23 @@ from support.weights import load_davae
 
 
 def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision(
-        finetune_config, tiny_vae, tmp_path):
+    finetune_config, tiny_vae, tmp_path
+):
     vae = load_davae(tiny_vae)
     cfg = finetune_config(tmp_path, flip=True)
     train_set = data.open_dataset("procedural", 64, 64, 0)
-    streams = [latents.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0, 1)(5) for c in (True, False)]
+    streams = [
+        latents.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0, 1)(5)
+        for c in (True, False)
+    ]
     for _ in range(3):
         (z, y), (z2, y2) = (next(s) for s in streams)
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
 
 
 def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(
-        finetune_config, tiny_vae, tmp_path, monkeypatch, capsys):
+    finetune_config, tiny_vae, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(latents, "SHARD", 16)
     vae, cfg = load_davae(tiny_vae), finetune_config(tmp_path, vae="")
     train_set, encoded = data.open_dataset("procedural", 64, 40, 0), []
@@ -46,7 +52,7 @@ def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_anothe
         about = json.loads(f.metadata()["about"])
         assert len(f.metadata()["vae"]) == 64 and about["detail"] == "mode" and about["image_size"] == 64
     whole = latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0]
-    (folder / "00001.safetensors").rename(folder / "00001.tmp0")                                # killed while it was written
+    (folder / "00001.safetensors").rename(folder / "00001.tmp0")  # killed while it was written
     assert latents.write_cache(vae, train_set, cfg, cpu, 0, 1) == folder and encoded[3:] == [16]
     assert torch.equal(latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0], whole)
     vae.down.conv.bias.data += 1
@@ -57,16 +63,24 @@ def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(finetune_
     """Raw fp32 latents of both orientations with labels, as its extract_features.py saves them."""
     vae, drawn = load_davae(tiny_vae), data.open_dataset("procedural", 64, 20, 0)
     x = data.to_tensor(data.stack(drawn, range(20))[0])
-    mean, std = (torch.cat([getattr(vae.base, name), getattr(vae, name)]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    mean, std = (
+        torch.cat([getattr(vae.base, name), getattr(vae, name)]).view(1, -1, 1, 1) for name in ("mean", "std")
+    )
     both = [vae.encode(v) for v in (x, x.flip(3))]
     for n, part in enumerate((slice(0, 12), slice(12, 20))):
-        save_file({"latents": (both[0] * std + mean)[part].contiguous(), "latents_flip": (both[1] * std + mean)[part].contiguous(),
-                   "labels": torch.from_numpy(drawn.labels[part])}, tmp_path / f"latents_rank00_shard{n:03d}.safetensors")
+        save_file(
+            {
+                "latents": (both[0] * std + mean)[part].contiguous(),
+                "latents_flip": (both[1] * std + mean)[part].contiguous(),
+                "labels": torch.from_numpy(drawn.labels[part]),
+            },
+            tmp_path / f"latents_rank00_shard{n:03d}.safetensors",
+        )
     cfg = finetune_config(tmp_path / "run", data_dir=str(tmp_path), flip=True, steps=2)
     for D in (0, 12):
         kept = latents.Latents(tmp_path, vae, D)
         z, y = kept.batch([3, 15, 19], [False, True, False])
-        wanted = torch.stack([both[0][3], both[1][15], both[0][19]])[:, :4 + D]
+        wanted = torch.stack([both[0][3], both[1][15], both[0][19]])[:, : 4 + D]
         assert torch.allclose(z, wanted, atol=1e-5) and y.tolist() == [3, 5, 9]
     assert finetune.main(cfg)["warm_start"] == 0.0
     with pytest.raises(SystemExit, match="latents of 16 channels; wanted 28"):
@@ -85,8 +99,19 @@ def known_vae():
 
 
 def known_config(**changes):
-    values = dict(vae="", out="out", D=12, data_dir="procedural", image_size=64, flip=True, seed=3, cache=True,
-                  detail_sample=False, text="", batch_size=4)
+    values = dict(
+        vae="",
+        out="out",
+        D=12,
+        data_dir="procedural",
+        image_size=64,
+        flip=True,
+        seed=3,
+        cache=True,
+        detail_sample=False,
+        text="",
+        batch_size=4,
+    )
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -95,8 +120,14 @@ def test_a_cache_of_an_older_run_is_found_again():
     cfg, train_set = known_config(), data.open_dataset("procedural", 64, 5, 3)
     folder = latents.cache_folder(cfg, latents.describe(known_vae(), train_set, cfg))
     assert str(folder) == "out/latents-803ae52f0e11"
-    for change in (dict(image_size=32), dict(flip=False), dict(seed=4), dict(detail_sample=True), dict(text="out/text"),
-                   dict(data_dir="photos")):
+    for change in (
+        dict(image_size=32),
+        dict(flip=False),
+        dict(seed=4),
+        dict(detail_sample=True),
+        dict(text="out/text"),
+        dict(data_dir="photos"),
+    ):
         other = known_config(**change)
         assert latents.cache_folder(other, latents.describe(known_vae(), train_set, other)) != folder
 
@@ -104,6 +135,7 @@ def test_a_cache_of_an_older_run_is_found_again():
 def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
     class Halves(data.Dataset):
         """Images whose left half is black and whose right half is white."""
+
         labels, classes = np.arange(3), []
 
         def image(self, i):
@@ -113,6 +145,7 @@ def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
 
     class Pixels:
         """A VAE whose latent is the image."""
+
         C, D, f = 3, 0, 1
 
         def state_dict(self):
@@ -128,12 +161,16 @@ def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
     assert z[1, :, :, :8].min() == 1 and z[1, :, :, 8:].max() == -1 and y.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("change, said", [(dict(D=24), "--D=24, but the VAE has 12 detail channels"),
-                                          (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give "
-                                                                "--image_size=64")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(D=24), "--D=24, but the VAE has 12 detail channels"),
+        (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_anything_is_encoded(tmp_path, change, said):
     vae, train_set = known_vae(), data.open_dataset("procedural", 64, 5, 3)
-    vae.encode = None                                                              # encoding would be a TypeError
+    vae.encode = None  # encoding would be a TypeError
     for cache in (True, False):
         cfg = known_config(out=tmp_path / "out", cache=cache, **change)
         with pytest.raises(SystemExit, match=said):

@@ -1,4 +1,5 @@
 """support/text.py: SD3.5's text encoders against diffusers, the cache of what they give, dropped labels."""
+
 import shutil
 
 from types import SimpleNamespace
@@ -14,8 +15,11 @@ PROMPTS = ["a red fox, asleep", "snow"]
 @torch.no_grad()
 def test_text_encoding_equals_the_pipelines(sd3_folder):
     from diffusers import StableDiffusion3Pipeline
+
     pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
-    ref, ref_null, pooled, pooled_null = pipe.encode_prompt(PROMPTS, None, None, negative_prompt=["", ""], max_sequence_length=24)
+    ref, ref_null, pooled, pooled_null = pipe.encode_prompt(
+        PROMPTS, None, None, negative_prompt=["", ""], max_sequence_length=24
+    )
     encoders = text.load_text_encoders(sd3_folder, torch.device("cpu"))
     for prompts, context, vector in ((PROMPTS, ref, pooled), (["", ""], ref_null, pooled_null)):
         ours = text.encode_text(encoders, prompts, t5_tokens=24)
@@ -30,7 +34,7 @@ def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_
     text.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert sorted(p.name for p in folder.iterdir()) == ["text_00000.safetensors", "text_00001.safetensors"]
     stamp = (folder / "text_00000.safetensors").stat().st_mtime_ns
-    (folder / "text_00001.safetensors").unlink()                                                  # as if cut off
+    (folder / "text_00001.safetensors").unlink()  # as if cut off
     text.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert (folder / "text_00000.safetensors").stat().st_mtime_ns == stamp
     cache = text.TextCache(folder)
@@ -81,7 +85,7 @@ def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_fo
     images = Images()
     cfg = SimpleNamespace(text=str(sd3_folder), out=tmp_path, t5_tokens=24, data_dir="photos")
     by_text = text.Conditioner(dit, images, cfg, cpu, 0)
-    assert images.labels.tolist() == [0, 1, 2]                                     # by which captions are found
+    assert images.labels.tolist() == [0, 1, 2]  # by which captions are found
     wanted = text.TextCache(tmp_path / "text")
     for p, texts in ((0.0, ["an owl", "a fox"]), (1.0, ["", ""])):
         assert all(torch.equal(ours, ref) for ours, ref in zip(by_text(y, p), wanted(texts)))
@@ -92,7 +96,11 @@ def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_fo
 
 def test_prompts_are_read_off_a_line_or_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\n\n snow \n")
-    assert text.read_prompts(str(tmp_path / "prompts.txt")) == text.read_prompts("a fox| snow|") == ["a fox", "snow"]
+    assert (
+        text.read_prompts(str(tmp_path / "prompts.txt"))
+        == text.read_prompts("a fox| snow|")
+        == ["a fox", "snow"]
+    )
     with pytest.raises(SystemExit, match="wanted --out= and captions"):
         text.main_text(text.TextConfig(out=str(tmp_path)))
 
