@@ -149,7 +149,7 @@ def reconstruction(vae, batches, rulers, device):
         rows = {}
         if vae.D:
             z_all = vae.encode(x)                                                  # (B, C+D, H/f, W/f)
-            rows |= upsampled(vae.decode_base(z_all[:, :vae.C]), vae.f // vae.base.f)
+            rows |= upsampled(vae.decode_base(z_all[:, :vae.C]), vae.r)
             rows["DA-VAE"] = vae.decode(z_all).clamp(-1, 1)
             positions.update(dict.fromkeys(rows, z_all[0, 0].numel()))
         z_full = vae.base.encode(x)                                                # (B, C, r*H/f, r*W/f)
@@ -274,7 +274,7 @@ def sample_rows(dit, vae, full, base):
     if dit.cfg.D or not vae.D:
         rows["samples"] = full
     if vae.D:
-        rows |= upsampled(base, vae.f // vae.base.f)
+        rows |= upsampled(base, vae.r)
     return rows
 
 
@@ -406,7 +406,7 @@ def command_line(argv):
         if argv[:1] == ["compare"] and len(argv) == 3:
             compare(*argv[1:])
         else:
-            main(config.cli(Config, argv=argv))
+            ranks.launch(main, config.cli(Config, argv=argv))
     except ImportError as error:                    # torch-fidelity, transformers, lpips
         raise SystemExit(f"{error}; install what is missing with: pip install -r requirements.txt") from None
 

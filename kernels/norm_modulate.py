@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from kernels import (
     at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2, precision, use_triton)
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
 EPS = 1e-6
@@ -112,7 +112,7 @@ def _backward(
     e = tl.arange(0, BLOCK)
     inside = e < E
 
-    # dn = dh * factor
+    # h = n * factor + shift,  dn = dh * factor
     factor = 1 + tl.load(scale_ptr + b * stride_scale + e, inside, 0.0).to(ACC)
     if RMS:
         factor = factor * tl.load(weight_ptr + e, inside, 0.0).to(ACC)
