@@ -4,144 +4,180 @@ import torch
 
 import dit
 from dit import DiTConfig, LightningDiT
-from support import formats, metrics
+from support import formats
 from support.formats import export_kl, export_lightningdit, import_lightningdit
+from support.metrics import import_torchvision
 from support.weights import load_base_vae, load_dit
+
+
+def on_meta(shapes):
+    """A state dict of these shapes that takes no memory."""
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def shapes_of(state):
+    return {key: list(value.shape) for key, value in state.items()}
+
+
+def assert_equal(state, other):
+    assert state.keys() == other.keys()
+    for key in state:
+        assert torch.equal(state[key], other[key]), key
 
 
 # ---------------------------------------------------------------- autoencoders
 
 
-def test_export_of_a_vae_is_the_file_it_came_from(golden, tmp_path):
-    weights, _, _ = golden("vavae_style")
-    back = export_kl(load_base_vae(weights))
-    assert back.keys() == weights.keys() and all(torch.equal(back[k], weights[k].float()) for k in weights)
-    metrics.import_torchvision()
+def test_export_of_a_vae_is_the_file_it_came_from(golden):
+    state, _, _ = golden("vavae_style")
+    back = export_kl(load_base_vae(state))
+    assert_equal(back, {key: value.float() for key, value in state.items()})
+    import_torchvision()
     from diffusers import AutoencoderKL as Theirs
-    theirs = Theirs(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=16,
-                    up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False).state_dict()
-    back = export_kl(load_base_vae(theirs), diffusers=True)
-    assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
+    theirs = Theirs(
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=16,
+        up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False)
+    back = export_kl(load_base_vae(theirs.state_dict()), diffusers=True)
+    assert_equal(back, theirs.state_dict())
 
 
 # ---------------------------------------------------------------- LightningDiT
 
 
 def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
-    listed = {k: v for k, v in full_size.items() if k.startswith("LightningDiT")}
+    listed = {name: shapes for name, shapes in full_size.items() if name.startswith("LightningDiT")}
     assert len(listed) == 5
     for name, shapes in listed.items():
-        sd = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
-        E, K, grid = shapes["pos_embed"][2], shapes["feat_rope.freqs_cos"][1], 16
-        sd |= dict(zip(formats.TABLES, [dit.sincos_table(grid, E), *dit.rope_table(grid, K)]))
-        ours, cfg = import_lightningdit(sd)
+        E = shapes["pos_embed"][2]
+        K = shapes["feat_rope.freqs_cos"][1]
+        tables = [dit.sincos_table(16, E), *dit.rope_table(16, K)]         # import compares them with its own
+        ours, cfg = import_lightningdit(on_meta(shapes) | dict(zip(formats.TABLES, tables, strict=True)))
         with torch.device("meta"):
             model = LightningDiT(cfg)
         model.load_state_dict(ours, strict=True, assign=True)
-        assert {k: list(v.shape) for k, v in export_lightningdit(model).items()} == shapes, name
-        assert cfg.A == E // K and cfg.hidden == DiTConfig(E=E, A=cfg.A).hidden and cfg.qk_norm == ("qknorm" in name)
+        assert shapes_of(export_lightningdit(model)) == shapes, name
+        assert cfg.A == E // K
+        assert cfg.hidden == DiTConfig(E=E, A=cfg.A).hidden
+        assert cfg.qk_norm == ("qknorm" in name)
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": False}, {"swiglu": False}, {"qk_norm": False, "rms_norm": False},
-                                     {"rope": False}, {"rope": False, "qk_norm": False, "E": 768, "A": 12}])
+@pytest.mark.parametrize("options", [
+    {}, {"qk_norm": False}, {"swiglu": False}, {"qk_norm": False, "rms_norm": False}, {"rope": False},
+    {"rope": False, "qk_norm": False, "E": 768, "A": 12}])
 @pytest.mark.parametrize("p", [1, 2])
 def test_export_and_import_are_inverse(make_dit, dit_inputs, p, options):
-    model, (z, t, y) = make_dit(p, **options), dit_inputs(p)
-    sd = export_lightningdit(model)
-    again = load_dit(sd)
+    model = make_dit(p, **options)
+    exported = export_lightningdit(model)
+    again = load_dit(exported)
     assert again.cfg == model.cfg
-    back = export_lightningdit(again)
-    assert sd.keys() == back.keys() and all(torch.equal(sd[k], back[k]) for k in sd)
+    assert_equal(export_lightningdit(again), exported)
+    inputs = dit_inputs(p)
     with torch.no_grad():
-        assert torch.equal(again(z, t, y), model(z, t, y))
+        assert torch.equal(again(*inputs), model(*inputs))
 
 
 def test_export_of_the_original_weights_is_the_original(golden):
-    sd, _, _ = golden("lightningdit_qknorm")
-    back = export_lightningdit(load_dit(sd))
-    assert sd.keys() == back.keys()
-    for k in sd:
-        assert torch.allclose(back[k], sd[k].float(), atol=1e-6 if k in formats.TABLES else 0, rtol=0), k
+    state, _, _ = golden("lightningdit_qknorm")
+    back = export_lightningdit(load_dit(state))
+    assert state.keys() == back.keys()
+    for key in state:
+        tolerance = 1e-6 if key in formats.TABLES else 0
+        assert torch.allclose(back[key], state[key].float(), atol=tolerance, rtol=0), key
 
 
 @pytest.mark.parametrize("p", [1, 2])
 @torch.no_grad()
-def test_merged_export_equals_the_unmerged_model(error, make_dit, dit_inputs, p):
-    model, (z_all, t, y) = make_dit(p, D=6), dit_inputs(p, channels=10)
+def test_merged_export_equals_the_unmerged_model(make_dit, dit_inputs, error, p):
+    model = make_dit(p, D=6)
     merged = load_dit(export_lightningdit(model))
     assert (merged.cfg.C, merged.cfg.D) == (10, 0)
-    assert error(merged(z_all, t, y), model(z_all, t, y)) < 5e-6
+    inputs = dit_inputs(p, channels=10)
+    assert error(merged(*inputs), model(*inputs)) < 5e-6
 
 
 @torch.no_grad()
-def test_appending_detail_rows_after_all_base_rows_is_wrong_for_patches(error, make_dit, dit_inputs):
-    model, (z_all, t, y) = make_dit(p=2, D=6), dit_inputs(2, channels=10)
-    sd = export_lightningdit(model)
-    sd["final_layer.linear.weight"] = torch.cat([model.O.weight, model.O_new.weight])
-    sd["final_layer.linear.bias"] = torch.cat([model.O.bias, model.O_new.bias])
-    assert error(load_dit(sd)(z_all, t, y), model(z_all, t, y)) > 1e-1
+def test_appending_detail_rows_after_all_base_rows_is_wrong_for_patches(make_dit, dit_inputs, error):
+    model = make_dit(p=2, D=6)
+    exported = export_lightningdit(model)
+    exported["final_layer.linear.weight"] = torch.cat([model.O.weight, model.O_new.weight])
+    exported["final_layer.linear.bias"] = torch.cat([model.O.bias, model.O_new.bias])
+    inputs = dit_inputs(2, channels=10)
+    assert error(load_dit(exported)(*inputs), model(*inputs)) > 1e-1
 
 
 # ---------------------------------------------------------------- SD3
 
 
 @torch.no_grad()
-def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(sd3_inputs, stock, tmp_path):
-    theirs, inputs_ = stock.state_dict(), sd3_inputs()
+def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(stock, sd3_inputs, tmp_path):
+    theirs = stock.state_dict()
+    inputs = sd3_inputs()
     model = load_dit(theirs)
-    v = model(*inputs_)
+    v = model(*inputs)
     for exported in (formats.export_diffusers(model), formats.export_sd3(model)):
-        assert torch.equal(load_dit(exported)(*inputs_), v)
-    back = formats.export_diffusers(load_dit(formats.export_sd3(model)))
-    assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
+        assert torch.equal(load_dit(exported)(*inputs), v)
+    assert_equal(formats.export_diffusers(load_dit(formats.export_sd3(model))), theirs)
     stock.save_pretrained(tmp_path / "transformer")
-    assert torch.equal(load_dit(tmp_path)(*inputs_), v)
-    beside = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "text_encoders.clip_l.x": torch.zeros(1)}
-    assert torch.equal(load_dit(formats.export_sd3(model) | beside)(*inputs_), v)
+    assert torch.equal(load_dit(tmp_path)(*inputs), v)
+    names = ("first_stage_model.encoder.conv_in.weight", "text_encoders.clip_l.x")
+    beside = {name: torch.zeros(1) for name in names}
+    assert torch.equal(load_dit(formats.export_sd3(model) | beside)(*inputs), v)
 
 
 def test_full_size_sd3_names_and_shapes_fit_without_a_remainder_in_both_formats(full_size):
-    listed = full_size
-    for name, export in (("SD3.5-medium diffusers", formats.export_diffusers), ("SD3.5-medium single-file", formats.export_sd3)):
-        ours, cfg = formats.import_dit({k: torch.empty(shape, device="meta") for k, shape in listed[name].items()})
+    exports = {
+        "SD3.5-medium diffusers": formats.export_diffusers,
+        "SD3.5-medium single-file": formats.export_sd3,
+    }
+    for name, export in exports.items():
+        ours, cfg = formats.import_dit(on_meta(full_size[name]))
         assert cfg == dit.MMDiTConfig()
         with torch.device("meta"):
             model = dit.MMDiT(cfg)
         model.load_state_dict(ours, strict=True, assign=True)
-        assert {k: list(v.shape) for k, v in export(model).items()} == listed[name]
-        assert sum(v.numel() for v in model.state_dict().values()) == 2_469_663_936
+        assert shapes_of(export(model)) == full_size[name]
+        assert sum(value.numel() for value in model.state_dict().values()) == 2_469_663_936
         assert sum(p.numel() for p in model.parameters()) == 2_243_171_520
 
 
-@torch.no_grad()
-def test_a_widened_sd3_is_a_stock_diffusers_model_with_more_channels(error, sd3_inputs, widened, stock):
+def wide_stock(stock, state):
+    """diffusers' own model with 10 channels in and out, and this state dict."""
     from diffusers import SD3Transformer2DModel
-    model, (z, t, context, pooled) = widened(spoil="_new"), sd3_inputs(channels=10)
-    wide = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10})
-    wide.load_state_dict(formats.export_diffusers(model), strict=True)
-    v = model(z, t, context, pooled)
-    assert v[:, 4:].abs().max() > 0.1                               # else the interleave of the heads would not show
-    assert error(-wide.eval()(z, context, pooled, 1000 * (1 - t)).sample, v) < 5e-6
+    model = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10})
+    model.load_state_dict(state, strict=True)
+    return model.eval()
 
 
 @torch.no_grad()
-def test_lora_file_under_pefts_names_gives_the_same_velocity_in_diffusers(error, sd3_inputs, widened, stock):
-    """Each q, k, v gets its own pair, W + alpha/r B A, added by hand to the stock weights that the name says."""
-    from diffusers import SD3Transformer2DModel
-    z_all, t, context, pooled = sd3_inputs(channels=10)
+def test_a_widened_sd3_is_a_stock_diffusers_model_with_more_channels(stock, widened, sd3_inputs, error):
     model = widened(spoil="_new")
-    plain = formats.export_diffusers(model)
+    z_all, t, context, pooled = sd3_inputs(channels=10)
+    v = model(z_all, t, context, pooled)
+    assert v[:, 4:].abs().max() > 0.1                        # else the interleave of the heads would not show
+    theirs = wide_stock(stock, formats.export_diffusers(model))
+    assert error(-theirs(z_all, context, pooled, 1000 * (1 - t)).sample, v) < 5e-6
+
+
+@torch.no_grad()
+def test_lora_file_under_pefts_names_gives_the_same_velocity_in_diffusers(stock, widened, sd3_inputs, error):
+    """Each q, k, v gets its own pair, W + alpha/r B A, added by hand to the stock weights of that name."""
+    model = widened(spoil="_new")
+    adapted = formats.export_diffusers(model)
     dit.add_lora(model, r=4, alpha=8)
     for m in model.modules():
         if isinstance(m, dit.LoRA):
             m.B.normal_(std=0.1)
-    file = {k.removeprefix("base_model.model."): v for k, v in formats.export_lora(model).items()}
-    adapted = {k.removesuffix(".lora_A.weight") for k in file if k.endswith(".lora_A.weight")}
-    for layer in adapted:
-        plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + 8 / 4 * file[f"{layer}.lora_B.weight"] @ file[f"{layer}.lora_A.weight"]
-    plain |= {k: v for k, v in file.items() if "lora" not in k}
-    suffixes = {layer.split(".", 2)[2] for layer in adapted}
-    assert suffixes == {f"{a}.{q}" for a in ("attn", "attn2") for q in ("to_q", "to_k", "to_v", "to_out.0")} | {"ff.net.2", "norm1.linear"}
-    wide = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10}).eval()
-    wide.load_state_dict(plain, strict=True)
-    assert error(-wide(z_all, context, pooled, 1000 * (1 - t)).sample, model(z_all, t, context, pooled)) < 1e-5
+    file = {key.removeprefix("base_model.model."): value for key, value in formats.export_lora(model).items()}
+    layers = {key.removesuffix(".lora_A.weight") for key in file if key.endswith(".lora_A.weight")}
+    for layer in layers:
+        A = file[f"{layer}.lora_A.weight"]
+        B = file[f"{layer}.lora_B.weight"]
+        adapted[f"{layer}.weight"] = adapted[f"{layer}.weight"] + 8 / 4 * B @ A
+    adapted |= {key: value for key, value in file.items() if "lora" not in key}
+
+    projections = {f"{attention}.{name}" for attention in ("attn", "attn2")
+                   for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert {layer.split(".", 2)[2] for layer in layers} == projections | {"ff.net.2", "norm1.linear"}
+    z_all, t, context, pooled = sd3_inputs(channels=10)
+    theirs = -wide_stock(stock, adapted)(z_all, context, pooled, 1000 * (1 - t)).sample
+    assert error(theirs, model(z_all, t, context, pooled)) < 1e-5
