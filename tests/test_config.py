@@ -44,4 +44,6 @@ def test_help_names_every_field_and_preset(capsys):
     with pytest.raises(SystemExit) as stop:
         config.cli(Config, PRESETS, ["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{name}" in text for name in Config.__dataclass_fields__) and "large" in text
+    assert stop.value.code == 0
+    assert all(f"--{name}" in text for name in Config.__dataclass_fields__)
+    assert "large" in text
