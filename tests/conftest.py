@@ -123,7 +123,7 @@ def randomise():
 def kl_config():
     """The sizes of an AutoencoderKL of 8 and 16 channels: C = 4, f = 2."""
     from davae import KLConfig
-    return KLConfig(C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4)
+    return KLConfig(C=4, widths=(8, 16), blocks=1, groups=4)
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def make_base(kl_config):
 @pytest.fixture
 def make_davae(make_base):
     """make_davae(D=12, **options) -> a DAVAE on such a base, with random statistics."""
-    from davae import DAVAE
+    from davae import DAVAE, DAVAEConfig
 
     def make(D=12, **options):
-        vae = DAVAE(make_base(), D, **options).eval()
+        vae = DAVAE(make_base(), DAVAEConfig(D=D, **options)).eval()
         torch.manual_seed(1)
         vae.mean.uniform_(-1, 1)
         vae.std.uniform_(0.5, 2)
@@ -227,7 +227,7 @@ def vae_config():
 
     def make(out, **changes):
         values = dict(
-            preset="tiny-base", out=str(out), D=0, C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4,
+            preset="tiny-base", out=str(out), D=0, C=4, widths=(8, 16), blocks=1, groups=4,
             image_size=16, images=32, flip=False, perceptual="none", gan=0.0, stats=16,
             steps=4, batch_size=4, lr=1e-3, log_every=1, save_every=100)
         return train_vae.Config(**{**values, **changes})
@@ -261,7 +261,7 @@ def tiny_vae(tmp_path_factory):
         image_size=64, images=64, flip=False, perceptual="none", gan=0.0, stats=32,
         steps=3, batch_size=4, lr=1e-3, log_every=1, save_every=100)
     base = train_vae.Config(
-        preset="tiny-base", out=str(runs / "base-vae"), D=0, C=4, ch=8, ch_mult=(1, 2, 2), blocks=1, groups=4,
+        preset="tiny-base", out=str(runs / "base-vae"), D=0, C=4, widths=(8, 16, 16), blocks=1, groups=4,
         **small)
     train_vae.main(base)
     train_vae.main(train_vae.Config(preset="tiny", out=str(runs / "vae"), D=12, base=base.out, **small))

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from davae import DAVAE, DownBlock, Posterior, UpBlock, align_loss, group_mean, half
+from davae import DAVAE, BaseVAE, DAVAEConfig, DownBlock, PlainVAE, Posterior, UpBlock
+from davae import align_loss, base_image, group_mean, half
 from support.weights import load_base_vae
 
 
@@ -109,7 +110,7 @@ def test_logvar_is_clamped_as_in_the_pretrained_code():
 def test_base_channels_equal_the_frozen_base_vae_on_the_half_size_image_bit_for_bit(make_base):
     base = make_base()
     reference = deepcopy(base)
-    vae = DAVAE(base, 12)
+    vae = DAVAE(base, DAVAEConfig(D=12))
     for p in vae.detail_encoder.parameters():
         torch.nn.init.normal_(p)                                   # whatever the detail path does
     x = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -131,7 +132,7 @@ def test_training_leaves_the_base_untouched(make_davae):
 
 
 def test_detail_encoder_and_decoder_start_as_copies_of_the_base(make_base):
-    vae = DAVAE(make_base(), 12)
+    vae = DAVAE(make_base(), DAVAEConfig(D=12))
     for mine, theirs in ((vae.detail_encoder, vae.base.encoder), (vae.decoder, vae.base.decoder)):
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b) and a is not b
@@ -183,7 +184,7 @@ def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_dav
 
 def test_without_detail_channels_it_is_the_base_vae_and_trains(make_base):
     base = make_base()
-    vae = DAVAE(base, 0)
+    vae = PlainVAE(base)
     x = torch.rand(1, 3, 8, 8)
     assert vae.f == 2
     assert all(p.requires_grad for p in vae.parameters())
@@ -195,7 +196,7 @@ def test_without_detail_channels_it_is_the_base_vae_and_trains(make_base):
 
 def test_davae_refuses_channels_and_sizes_that_do_not_divide(make_base, make_davae):
     with pytest.raises(ValueError, match="D=10 must be a multiple of base channels C=4"):
-        DAVAE(make_base(), 10)
+        DAVAE(make_base(), DAVAEConfig(D=10))
     with pytest.raises(ValueError, match="image of 18x16 pixels: both sides must be multiples of 4"):
         make_davae().encode(torch.zeros(1, 3, 16, 18))
 
@@ -205,8 +206,71 @@ def test_davae_of_the_full_size_bases_has_the_papers_shapes(full_size):
     for name, (D, down, up) in sizes.items():
         state = {key: torch.empty(shape, device="meta") for key, shape in full_size[name].items()}
         base = load_base_vae(state)
-        vae = DAVAE(base, D).to("meta")
+        vae = DAVAE(base, DAVAEConfig(D=D)).to("meta")
         assert tuple(vae.down.conv.weight.shape[:2]) == down
         assert tuple(vae.up.conv.weight.shape[:2]) == up
         assert (vae.down.proj is None) == (D == 16)
         assert vae.up.proj is None
+
+
+# ---------------------------------------------------------------- the ratio r
+
+
+def test_the_base_image_of_a_quarter_is_the_image_halved_twice():
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    assert torch.equal(base_image(x, 2), half(x))
+    assert torch.equal(base_image(x, 4), half(half(x)))
+
+
+def test_with_r_4_the_base_channels_are_the_base_vaes_on_the_quarter_image_bit_for_bit(make_base):
+    base = make_base()
+    reference = deepcopy(base)
+    vae = DAVAE(base, DAVAEConfig(D=16, r=4)).eval()
+    x = torch.rand(2, 3, 32, 16) * 2 - 1
+    with torch.no_grad():
+        z_all = vae.encode(x)
+        assert vae.f == 4 * base.f and tuple(z_all.shape) == (2, 20, 4, 2)
+        assert torch.equal(z_all[:, :4], reference.encode(half(half(x))))
+        assert vae.decode(z_all).shape == x.shape
+        assert torch.equal(vae.decode_base(z_all[:, :4]), reference.decode(z_all[:, :4]))
+
+
+def test_the_blocks_shortcuts_at_r_4_are_group_means_of_pixels_and_repeated_channels():
+    down = DownBlock(width=8, O=32, r=4)                           # 128 unshuffled channels, groups of 4
+    up = UpBlock(channels=8, width=4, r=4)                         # 64 channels before the shuffle, 8 of each
+    for block in (down, up):
+        torch.nn.init.zeros_(block.conv.weight)
+        torch.nn.init.zeros_(block.conv.bias)
+    x = torch.randn(2, 8, 8, 12)
+    pixels = x.view(2, 8, 2, 4, 3, 4).permute(0, 1, 3, 5, 2, 4).reshape(2, 128, 2, 3)
+    assert torch.equal(down(x), pixels.view(2, 32, 4, 2, 3).mean(2))
+
+    z = torch.randn(1, 8, 3, 2)
+    before = z[:, torch.arange(64) // 8].view(1, 4, 4, 4, 3, 2)    # feature, row, column of its 4x4 pixels
+    assert torch.equal(up(z), before.permute(0, 1, 4, 2, 5, 3).reshape(1, 4, 12, 8))
+
+
+def test_r_is_a_power_of_two_and_D_fits_the_down_block(make_base):
+    for r in (0, 1, 3, 6):
+        with pytest.raises(ValueError, match=f"r={r}: wanted 2, 4, 8"):
+            DAVAEConfig(D=12, r=r)
+    with pytest.raises(ValueError, match="makes 24 channels by pixel-unshuffle: wanted a multiple of 16"):
+        DAVAE(make_base(), DAVAEConfig(D=12, r=4))
+
+
+def test_a_base_of_ones_own_needs_four_parts_and_nothing_else():
+    class Pixels(BaseVAE):
+        """Averages of 2x2 pixels as latent."""
+
+        def __init__(self):
+            super().__init__(C=3, f=2, width=12)
+            self.encoder = torch.nn.PixelUnshuffle(2)
+            self.to_moments = torch.nn.Conv2d(12, 6, 1)
+            self.from_latent = torch.nn.Conv2d(3, 12, 1)
+            self.decoder = torch.nn.Sequential(torch.nn.ConvTranspose2d(12, 3, 2, stride=2))
+
+    vae = DAVAE(Pixels(), DAVAEConfig(D=6))
+    x = torch.rand(2, 3, 8, 8)
+    rec = vae(x)
+    assert rec.x_hat.shape == x.shape and rec.z.shape == (2, 3, 2, 2) and rec.z_d.shape == (2, 6, 2, 2)
+    assert vae.config()["base"] == {"kind": "Pixels"}

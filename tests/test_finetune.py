@@ -5,7 +5,7 @@ import math
 import shutil
 import signal
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import davae
+import dit
 import evaluate
 import finetune
 import sample
 import train_vae
-from dit import DiTConfig, LightningDiT
+from dit import MODELS, DiTConfig, LightningDiT
 from finetune import PRESETS, Config, detail_weight, flow_loss, warm_start_difference
 from support import data, ranks, runs, text, weights
 from support.weights import load_davae, load_dit
@@ -53,8 +54,8 @@ def test_flow_loss_is_zero_at_the_true_velocity():
     def oracle(x, t, y):                               # v* = (z - x_t) / (1 - t)
         return (z_all - x) / (1 - t.view(-1, 1, 1, 1))
 
-    loss, base, detail = flow_loss(oracle, z_all, (y,), C=4, w=0.3)
-    assert max(loss.abs(), base, detail) < 1e-5
+    loss, parts = flow_loss(oracle, z_all, (y,), 0.3, Config(D=4))
+    assert max(loss.abs(), parts["base"], parts["detail"]) < 1e-5
 
 
 class Loss:
@@ -66,7 +67,8 @@ class Loss:
         self.v = torch.randn(4, 12, 3, 3)
         y = torch.zeros(4).long()
         torch.manual_seed(2)
-        self.loss, self.base, self.detail = flow_loss(lambda x, t, y: self.v, z_all, (y,), 4, w, cosine)
+        self.loss, parts = flow_loss(lambda x, t, y: self.v, z_all, (y,), w, Config(D=8, cosine=cosine))
+        self.base, self.detail = parts["base"], parts["detail"]
         torch.manual_seed(2)
         torch.randn(4)                                 # the times
         self.target = z_all - torch.randn_like(z_all)
@@ -132,7 +134,7 @@ def test_gradients_reach_P_new_at_step_zero_and_O_new_as_soon_as_the_weight_is_p
 
     def gradients(w, cosine=0.0):
         model.zero_grad()
-        loss, _, _ = flow_loss(model, z_all, (y,), 4, w, cosine)
+        loss, _ = flow_loss(model, z_all, (y,), w, Config(D=12, cosine=cosine))
         loss.backward()
         return model.P_new.weight.grad.abs().max(), model.O_new.weight.grad.abs().max()
 
@@ -169,7 +171,7 @@ def test_sigma_weighted_loss_is_the_error_of_the_denoised_latent():
         return v
 
     torch.manual_seed(1)
-    loss, _, _ = flow_loss(model, z_all, (), C, w, cosine=0.0, weighting="sigma")
+    loss, _ = flow_loss(model, z_all, (), w, Config(D=D, cosine=0.0, weighting="sigma"))
     sigma = 1 - seen["t"]
     denoised = seen["x"] + sigma.view(-1, 1, 1, 1) * v              # plus: v is data - noise here
     m = torch.tensor([1.0] * C + [w] * D).view(1, -1, 1, 1)
@@ -408,3 +410,116 @@ def check_export(cfg, exported):
     assert (exported / "lora" / "adapter_config.json").exists()
     with pytest.raises(SystemExit, match="nothing is overwritten"):
         weights.main_export(weights.ExportConfig(run=cfg.out, out=str(exported)))
+
+
+def test_a_picture_that_fails_costs_no_checkpoint(finetune_config, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory for a picture")
+
+    monkeypatch.setattr(finetune, "generate", fail)
+    monkeypatch.setattr(finetune, "sample_flow", fail)
+    cfg = finetune_config(tmp_path / "run")
+    assert finetune.main(cfg)["warm_start"] == 0.0
+    assert runs.step_of(cfg.out) == 3
+    err = capsys.readouterr().err
+    assert "warm_start.png not drawn: no memory for a picture; training goes on" in err
+    assert "samples not drawn" in err
+
+
+def test_pictures_and_the_warm_starts_proof_take_at_most_micro_batch_rows(finetune_config, tmp_path, monkeypatch):
+    rows = []
+    forward = finetune.MODELS["LightningDiT"][1].forward
+
+    def watched(self, z_all, *args, **kwargs):
+        rows.append(len(z_all))
+        return forward(self, z_all, *args, **kwargs)
+
+    monkeypatch.setattr(finetune.MODELS["LightningDiT"][1], "forward", watched)
+    finetune.main(finetune_config(tmp_path / "run", batch_size=8, micro_batch=4, steps=1))
+    assert max(rows) == 4
+
+
+def test_a_run_shorter_than_log_every_logs_its_last_step_and_ends_with_its_table(
+        finetune_config, tmp_path, read_log, capsys):
+    cfg = finetune_config(tmp_path / "run", steps=2, log_every=100)
+    assert "detail" in finetune.main(cfg)
+    assert [row["step"] for row in read_log(cfg.out)] == [2]
+    assert "DA-VAE DiT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes,sentence", [
+    (dict(image_size=100), "--image_size=100: .* give --image_size=104"),
+    (dict(image_size=32), "--image_size=32: .* takes 4x4 tokens of 2x2 latent pixels; .* give --image_size=64"),
+    (dict(D=28), "--D=28, but .* has 12 detail channels; give that, or 0"),
+    (dict(base="", model="Lightning"), "--model='Lightning': wanted LightningDiT or MMDiT"),
+])
+def test_sizes_that_do_not_fit_are_one_sentence_before_anything_is_encoded(
+        finetune_config, tmp_path, changes, sentence, monkeypatch):
+    monkeypatch.setattr(finetune, "latent_source", lambda *args: pytest.fail("latents were asked for"))
+    with pytest.raises(SystemExit, match=sentence):
+        finetune.main(finetune_config(tmp_path / "run", **changes))
+
+
+def test_the_cosines_gradient_at_zero_velocity_is_no_larger_than_the_squared_errors():
+    """A DiT from scratch starts at v = 0, where 1 - cos(v, v*) has the gradient -v* / (|v*| eps)."""
+    class Zero(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v = torch.nn.Parameter(torch.zeros(4, 8, 4, 4))
+
+        def forward(self, x, t, y):
+            return self.v
+
+    norms = []
+    for cosine in (0.0, 1.0):
+        model = Zero()
+        torch.manual_seed(0)
+        cfg = finetune.Config(D=0, cosine=cosine)
+        loss, _ = finetune.flow_loss(model, torch.randn(4, 8, 4, 4), (torch.zeros(4),), 1.0, cfg)
+        loss.backward()
+        norms.append(model.v.grad.norm().item())
+    assert norms[1] - norms[0] < 2 * norms[0]
+
+
+def test_one_transformer_of_ones_own_trains_widens_and_draws(tiny_vae, finetune_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "Linear", (LinearConfig, Linear))
+    base = finetune_config(tmp_path / "base", model="Linear", base="", D=0, N=0)
+    wide = finetune_config(tmp_path / "wide", base=base.out)
+    finetune.main(base)
+    assert finetune.main(wide)["warm_start"] == 0.0
+    assert sample.main(sample.Config(run=wide.out, n=2, steps=2, batch_size=2)).exists()
+    assert runs.read_config(runs.latest_checkpoint(wide.out))["model"]["kind"] == "Linear"
+
+
+@dataclass
+class LinearConfig:
+    C: int
+    D: int = 0
+    p: int = 1
+    E: int = 32
+    num_classes: int = 10
+
+
+class Linear(torch.nn.Module):
+    """The smallest transformer: P and O, with time and class between them; no adaLN, no blocks to speak of."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.P = torch.nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
+        self.label = torch.nn.Embedding(cfg.num_classes + 1, cfg.E)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(cfg.E, cfg.E)])
+        self.O = torch.nn.Linear(cfg.E, cfg.p**2 * cfg.C)
+        self.P_new, self.O_new = dit.widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
+
+    def expand_channels(self, D):
+        self.P_new, self.O_new = dit.widen(self.P, self.O, D)
+        self.cfg = replace(self.cfg, D=D)
+
+    def forward(self, z_all, t, y):
+        z, z_d = z_all[:, :self.cfg.C], z_all[:, self.cfg.C:]
+        x = self.P(z) if self.P_new is None else self.P(z) + self.P_new(z_d)
+        x = x.flatten(2).transpose(1, 2) + self.label(y)[:, None] * t[:, None, None].float()
+        x = torch.relu(self.blocks[0](x))
+        heads = [self.O] if self.O_new is None else [self.O, self.O_new]
+        return torch.cat([dit.unpatchify(O(x), self.cfg.p, *z_all.shape[2:]) for O in heads], dim=1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import train_vae
-from davae import DAVAE, AutoencoderKL
+from davae import DAVAE, AutoencoderKL, DAVAEConfig
 from support import data, fit, runs
 from support.metrics import psnr
 from support.weights import load_davae
@@ -24,7 +24,7 @@ def test_ridge_is_least_squares_over_all_batches():
 @torch.no_grad()
 def test_fitted_blocks_start_with_three_quarters_of_the_full_size_latent_and_find_the_rest(kl_config):
     torch.manual_seed(0)
-    vae = DAVAE(AutoencoderKL(kl_config), 12).train()
+    vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
     head = vae.base.to_moments[0].weight                       # as if 1x1, so that the shortcut can be exact:
     head[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0     # all but the centre of 3x3
     x = F.interpolate(torch.rand(40, 3, 8, 8) * 2 - 1, scale_factor=4, mode="bicubic")
@@ -43,7 +43,7 @@ def test_fitted_blocks_start_with_three_quarters_of_the_full_size_latent_and_fin
     assert (posterior.logvar == -6).all()
     assert left_over(posterior.mean) < 0.2 * left_over(torch.zeros_like(posterior.mean))
     with pytest.raises(SystemExit, match="needs D = 3C"):
-        fit.fit_new_blocks(DAVAE(vae.base, 8), x.split(8))
+        fit.fit_new_blocks(DAVAE(vae.base, DAVAEConfig(D=8)), x.split(8))
 
 
 def test_a_fitted_run_resumes_without_fitting_again(davae_config, tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_fitted_blocks_beat_the_base_alone_on_photos_before_any_training(shared)
         indices = torch.linspace(0, len(every) - 1, count).long().tolist()
         return data.to_tensor(data.stack(every, indices)[0])
 
-    vae = DAVAE(load_davae(shared("weights/taef2")).base, 96)
+    vae = DAVAE(load_davae(shared("weights/taef2")).base, DAVAEConfig(D=96))
     fit.fit_new_blocks(vae, photos("train", 256).split(16))
     x = photos("eval", 32)
     base, full = train_vae.reconstruct(vae.eval(), x)

@@ -1,4 +1,5 @@
 """support/ranks.py: batches and seeds that do not depend on the ranks, signals, memory, several processes."""
+import json
 import math
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import davae
 import finetune
 import train_vae
 from support import ranks, runs
@@ -19,14 +21,14 @@ from support import ranks, runs
 @pytest.mark.parametrize("batch,micro,world,count", [
     (64, 64, 1, 1), (64, 16, 1, 4), (640, 80, 8, 1), (48, 20, 1, 3), (8, 80, 8, 1)])
 def test_micro_batches_share_the_global_batch_equally(batch, micro, world, count):
-    assert ranks.micro_batches(batch, micro, world) == count
+    assert ranks.accumulation(batch, micro, world) == count
     assert batch // world % count == 0
     assert batch // world // count <= micro
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
     with pytest.raises(SystemExit, match="batch_size 7 is not 2 ranks"):
-        ranks.micro_batches(7, 4, 2)
+        ranks.accumulation(7, 4, 2)
 
 
 def test_reseeding_depends_on_seed_rank_and_step_only():
@@ -153,3 +155,26 @@ def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(
             assert all(torch.allclose(a[k], b[k], rtol=0, atol=3e-4) for k in a)
     with pytest.raises(SystemExit, match="start it with torchrun"):
         finetune.main(replace(whole, out=str(tmp_path / "one"), shard=True))
+
+
+def test_a_value_error_of_this_project_is_a_sentence_and_one_of_a_library_keeps_its_traceback():
+    with pytest.raises(SystemExit, match="D=7 must be a multiple of base channels C=2"):
+        ranks.launch(lambda cfg: davae.group_mean(torch.zeros(1, 7, 1, 1), 2), None)
+    with pytest.raises(json.JSONDecodeError):
+        ranks.launch(lambda cfg: json.loads("{"), None)
+
+
+def test_gradients_of_a_losss_own_parameters_are_averaged_over_two_processes(davae_config, tmp_path, launch):
+    """Each rank sets a gradient of its own before the training; what comes of it is written to a file."""
+    fault = f"""
+ranks.setup("cpu")
+p = torch.nn.Parameter(torch.zeros(2))
+p.grad = torch.tensor([1.0, 2.0]) * (RANK + 1)
+ranks.average_gradients([p])
+torch.save(p.grad, {str(tmp_path)!r} + f"/grad{{RANK}}.pt")
+script.main = lambda cfg: None"""
+    process = launch(train_vae.main, davae_config(tmp_path / "run"), fault, ranks=2)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"grad{rank}.pt").tolist() == [1.5, 3.0]

@@ -79,13 +79,15 @@ def test_json_files_are_replaced_whole(tmp_path):
 
 
 def test_resuming_drops_the_log_lines_that_will_be_written_again(tmp_path, read_log):
-    log = runs.Log(tmp_path, 0, 0, 30)
+    log = runs.Log(tmp_path, 0, 0, 30, every=10, batch_size=1)
     for step in (10, 20, 30):
-        log(step, {"loss": torch.tensor(1.0)})
+        log.add({"loss": torch.tensor(1.0)})
+        log.row(step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 40, "lo')                                # killed in the middle of a line
-    resumed = runs.Log(tmp_path, 0, 20, 30)
-    resumed(30, {"loss": torch.tensor(2.0)})
+    resumed = runs.Log(tmp_path, 0, 20, 30, every=10, batch_size=1)
+    resumed.add({"loss": torch.tensor(2.0)})
+    resumed.row(30)
     assert [(row["step"], row["loss"]) for row in read_log(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
 
 
@@ -263,3 +265,21 @@ def test_a_read_only_disk_is_one_sentence_and_the_run_goes_on(davae_config, smal
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(SystemExit, match="not written: .*Read-only file system"):
         train_vae.main(davae_config(disk / "other", image_size=16))
+
+
+def test_a_log_line_has_the_mean_over_its_step_and_the_newest_value_of_a_rarer_metric(tmp_path, read_log):
+    log = runs.Log(tmp_path, 0, 0, 6, every=2, batch_size=1)
+    seen = []
+    log.sinks.append(lambda step, line: seen.append((step, line)))
+    for step in range(6):
+        for part in (0.0, 1.0):
+            log.add({"loss": torch.tensor(step + part)})
+        if step == 2:
+            log.add({"fd": torch.tensor(7.0)})
+        log.row(step + 1, lr=0.1, w=None)
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["loss"] for row in rows] == [1.5, 3.5, 5.5]        # of the steps 2, 4 and 6 alone
+    assert [row.get("fd") for row in rows] == [None, 7.0, None]
+    assert all(row["lr"] == 0.1 and "w" not in row for row in rows)
+    assert [step for step, _ in seen] == [2, 4, 6] and seen[1][1]["fd"] == 7.0

@@ -2,14 +2,20 @@
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import evaluate
+import finetune
+import sample
 import train_vae
-from davae import DAVAE, AutoencoderKL, align_loss
-from support import metrics, runs
+from davae import DAVAE, AutoencoderKL, DAVAEConfig, align_loss
+from support import metrics, ranks, runs
 from support.metrics import psnr
 from support.weights import load_davae
 from train_vae import PRESETS, Config, PatchGAN, adaptive_weight, hinge_loss, learning_rate, vae_loss
@@ -41,10 +47,10 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update_and_is_na
     model.weight.grad = torch.zeros(2, 2)
     model.bias.grad = torch.tensor([0.0, float("inf")])
     with pytest.raises(SystemExit, match="step 7: loss 1.0, gradient norm inf, first bad parameter bias"):
-        train_vae.stop_if_not_finite(inf, one, model, 7)
+        ranks.stop_if_not_finite(inf, one, model, 7)
     with pytest.raises(SystemExit, match="loss inf, gradient norm 1.0"):
-        train_vae.stop_if_not_finite(one, inf, torch.nn.Linear(2, 2), 7)
-    train_vae.stop_if_not_finite(one, one, model, 7)
+        ranks.stop_if_not_finite(one, inf, torch.nn.Linear(2, 2), 7)
+    ranks.stop_if_not_finite(one, one, model, 7)
 
 
 def test_patch_discriminator_has_the_published_layers():
@@ -69,12 +75,13 @@ def test_psnr_by_hand_and_clamped():
 
 def test_vae_loss_is_the_sum_of_its_terms_with_adaptive_weights(kl_config):
     torch.manual_seed(0)
-    vae = DAVAE(AutoencoderKL(kl_config), 12).train()
+    vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     cfg = Config(D=12, gan=0.1, align=0.5, kl=1e-6)
     disc = PatchGAN(4).eval()
     rec = vae(x)
-    loss, parts = vae_loss(vae, rec, x, cfg, None, disc)
+    nets = SimpleNamespace(lpips=None, disc=disc)
+    loss, parts = vae_loss(vae, rec, x, cfg, nets, gan_on=True)
     l1 = (rec.x_hat - x).abs().mean()
     align = align_loss(rec.z, rec.z_d)
     g = -disc(rec.x_hat).mean()
@@ -84,7 +91,7 @@ def test_vae_loss_is_the_sum_of_its_terms_with_adaptive_weights(kl_config):
         gradient, = torch.autograd.grad(term, layer.weight, retain_graph=True)
         return gradient.norm()
 
-    down, last = vae.down.conv, vae.last_conv
+    down, last = vae.down.conv, train_vae.last_conv(vae)
     a_w = gradient_norm(l1, down) / (gradient_norm(align, down) + 1e-4)
     d_w = gradient_norm(l1, last) / (gradient_norm(g, last) + 1e-4)
     expected = parts["l1"] + 1e-6 * parts["kl"] + 0.5 * a_w * parts["align"] + 0.1 * d_w * parts["g"]
@@ -197,3 +204,86 @@ def test_presets_name_fields_and_their_own_folders():
     for name, values in PRESETS.items():
         assert Config(**{"preset": name, **values}).out == values["out"]
     assert len({v["out"] for v in PRESETS.values()}) == len(PRESETS)
+
+
+@pytest.mark.parametrize("train,changed", [("all", "detail_encoder decoder down up"), ("decoder", "decoder down up"),
+                                           ("blocks", "down up")])
+def test_only_the_parts_that_train_names_are_trained(davae_config, tmp_path, train, changed):
+    cfg = davae_config(tmp_path / train, train=train, steps=2, save_every=1)
+    train_vae.main(cfg)
+    before, after = (load_file(Path(cfg.out) / f"step_00000{n}/model.safetensors") for n in (1, 2))
+    parts = ("base", "detail_encoder", "decoder", "down", "up")
+    moved = {part for part in parts for k in before if k.startswith(part) and not torch.equal(before[k], after[k])}
+    assert moved == set(changed.split())
+
+
+def test_a_davae_of_a_quarter_trains_resumes_and_carries_a_dit(davae_config, same_weights, tmp_path):
+    sizes = dict(r=4, D=16, steps=4, image_size=64, gan=0.0)
+    straight = davae_config(tmp_path / "a", **sizes)
+    broken = davae_config(tmp_path / "b", **sizes | dict(steps=2))
+    summary = train_vae.main(straight)
+    train_vae.main(broken)
+    train_vae.main(replace(broken, steps=4))
+    assert same_weights(straight, broken) and {"psnr", "psnr_base"} <= summary.keys()
+
+    small = dict(image_size=64, images=16, flip=False, steps=2, batch_size=4, micro_batch=4, log_every=1,
+                 save_every=100, sample_steps=2, cfg=2.0, shift=1.0, vae=straight.out)
+    base = finetune.Config(preset="tiny-base", out=str(tmp_path / "base"), D=0, p=2, E=32, depth=2, A=2, **small)
+    run = finetune.Config(preset="tiny", out=str(tmp_path / "run"), D=16, N=2, base=base.out, **small)
+    finetune.main(base)
+    assert finetune.main(run)["warm_start"] == 0.0
+    folder = sample.main(sample.Config(run=run.out, n=2, steps=2, batch_size=2))
+    assert Image.open(folder / "000001.png").size == (64, 64)
+    entry = evaluate.main(evaluate.Config(run=run.out, n=4, steps=2, images=4, features="none"))
+    assert entry["reconstruction"]["DA-VAE"]["positions"] == 64
+    assert entry["reconstruction"]["base VAE, full size"]["positions"] == 16 * 64
+
+
+def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory for a picture")
+
+    monkeypatch.setattr(train_vae.figures, "save_grid", fail)
+    monkeypatch.setattr(train_vae.figures, "plot_losses", fail)
+    cfg = davae_config(tmp_path / "run", steps=3)
+    assert train_vae.main(cfg)["psnr"] > 0
+    assert runs.step_of(cfg.out) == 3
+    assert "reconstructions not drawn: no memory for a picture; training goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes,sentence", [
+    (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
+    (dict(crop=10), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
+    (dict(crop=128), "--crop=128 is larger than --image_size=64"),
+])
+def test_sizes_that_do_not_fit_are_one_sentence_before_anything_is_read(davae_config, tmp_path, changes, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        train_vae.main(davae_config(tmp_path / "run", **changes))
+    assert not list(tmp_path.glob("run/step_*"))
+
+
+def test_what_a_loss_of_ones_own_trains_is_saved_for_resuming_and_not_with_the_model(
+        davae_config, same_weights, tmp_path, monkeypatch):
+    plain_loss = train_vae.vae_loss
+
+    class Networks(train_vae.LossNetworks):
+        def __init__(self, cfg, device):
+            super().__init__(cfg, device)
+            self.own["projection"] = torch.nn.Conv2d(12, 4, 1)
+
+    def loss_with_projection(vae, rec, x, cfg, nets, gan_on=False):
+        loss, parts = plain_loss(vae, rec, x, cfg, nets, gan_on)
+        return loss + (nets.own["projection"](rec.z_d) - rec.z).square().mean(), parts
+
+    monkeypatch.setattr(train_vae, "LossNetworks", Networks)
+    monkeypatch.setattr(train_vae, "vae_loss", loss_with_projection)
+    straight, broken = davae_config(tmp_path / "a", steps=4), davae_config(tmp_path / "b", steps=2)
+    train_vae.main(straight)
+    train_vae.main(broken)
+    first = runs.read_state_dict(Path(broken.out) / "step_000002/train_state.pt")["own"]
+    train_vae.main(replace(broken, steps=4))
+    own = [runs.read_state_dict(Path(cfg.out) / "step_000004/train_state.pt")["own"] for cfg in (straight, broken)]
+    assert same_weights(straight, broken)
+    assert all(torch.equal(own[0][k], own[1][k]) for k in own[0])
+    assert not torch.equal(own[0]["projection.weight"], first["projection.weight"])
+    assert not any("projection" in k for k in load_file(Path(broken.out) / "step_000004/model.safetensors"))
