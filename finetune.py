@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import kernels
 from davae import LAYOUT
-from dit import MODELS, MMDiT, MMDiTConfig, add_lora, warm_start_difference
+from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_difference
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import config, data, figures, plan, ranks, runs
@@ -276,7 +276,8 @@ def main(cfg):
     latents = latent_source(vae, train_set, cfg, device, rank, world)
     if not run.checkpoint:
         z_all, y = next(latents(0))
-        check_statistics(z_all, vae.C, run)
+        if rank == 0:
+            check_statistics(z_all, vae.C, cfg.out)
         if base is not None and cfg.D:
             prove_warm_start(base.to(device), dit, vae, z_all, y, condition, run)
         save_what_stays(run, vae, dit)
@@ -332,15 +333,13 @@ def learning_rate(step, cfg):
 def check_statistics(z_all, C, run):
     """Print mean and standard deviation of a batch of latents, base and detail apart; warn where they are
     not near 0, 1."""
-    if run.rank > 0:
-        return
     groups = {"base": z_all[:, :C]}
     if z_all.shape[1] > C:
         groups["detail"] = z_all[:, C:]
     for name, z in groups.items():
         mean = z.mean().item()
         std = z.std().item()
-        tqdm.write(f"{run.cfg.out}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
+        tqdm.write(f"{run}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
         if not (abs(mean) < 0.5 and 0.5 < std < 2):
             tqdm.write("WARNING: wanted about 0 and 1, by the VAE's statistics: other images, another VAE?")
 
@@ -496,7 +495,7 @@ def description(cfg, dit, train_set):
     if cfg.text:
         captions = dict.fromkeys(caption for caption in train_set.captions if caption)
         classes = list(captions)[:8]
-    model = {"kind": type(dit).__name__} | dataclasses.asdict(dit.cfg)
+    model = {"kind": kind_of(dit)} | dataclasses.asdict(dit.cfg)
     return {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": model, "classes": classes}
 
 
