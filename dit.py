@@ -618,3 +618,8 @@ MODELS = {
     "LightningDiT": (DiTConfig, LightningDiT),
     "MMDiT": (MMDiTConfig, MMDiT),
 }
+
+
+def kind_of(model):
+    """The name in MODELS of a transformer's class; FSDP2 puts one of its own in front of it."""
+    return next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in MODELS)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import kernels
 from davae import LAYOUT
-from dit import MODELS, MMDiT, MMDiTConfig, add_lora, warm_start_difference
+from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_difference
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import config, data, figures, plan, ranks, runs
@@ -189,7 +189,10 @@ def flow_loss(model, z_all, cond, w, cfg):
     return loss, parts
 
 
-COSINE_EPS = 1e-8
+# Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where with
+# the usual 1e-8 the cosine's gradient is 1e8 times too large.
+# Unless it is clipped, AdamW remembers it for long (LOG.md).
+COSINE_EPS = 0.1
 
 
 def draw_time(B, weighting, device):
@@ -277,7 +280,8 @@ def main(cfg):
     latents = latent_source(vae, train_set, cfg, device, rank, world)
     if not run.checkpoint:
         z_all, y = next(latents(0))
-        check_statistics(z_all, vae.C, run)
+        if rank == 0:
+            check_statistics(z_all, vae.C, cfg.out)
         if base is not None and cfg.D:
             prove_warm_start(base.to(device), dit, vae, z_all, y, condition, run)
         save_what_stays(run, vae, dit)
@@ -333,15 +337,13 @@ def learning_rate(step, cfg):
 
 def check_statistics(z_all, C, run):
     """Print mean and standard deviation of latents, base and detail apart; warn where not near 0 and 1."""
-    if run.rank > 0:
-        return
     groups = {"base": z_all[:, :C]}
     if z_all.shape[1] > C:
         groups["detail"] = z_all[:, C:]
     for name, z in groups.items():
         mean = z.mean().item()
         std = z.std().item()
-        tqdm.write(f"{run.cfg.out}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
+        tqdm.write(f"{run}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
         if not (abs(mean) < 0.5 and 0.5 < std < 2):
             tqdm.write("WARNING: wanted about 0 and 1, by the VAE's statistics: other images, another VAE?")
 
@@ -491,7 +493,7 @@ def description(cfg, dit, train_set):
     if cfg.text:
         captions = dict.fromkeys(caption for caption in train_set.captions if caption)
         classes = list(captions)[:8]
-    model = {"kind": type(dit).__name__} | dataclasses.asdict(dit.cfg)
+    model = {"kind": kind_of(dit)} | dataclasses.asdict(dit.cfg)
     return {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": model, "classes": classes}
 
 
