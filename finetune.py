@@ -190,7 +190,8 @@ def flow_loss(model, z_all, cond, w, cfg):
 
 
 # Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where
-# PyTorch's 1e-8 makes the gradient 1e8: unless it is clipped, AdamW's second moments hold it for long (LOG.md).
+# PyTorch's 1e-8 makes the gradient 1e8.
+# Unless it is clipped, AdamW's second moments hold it for long (LOG.md).
 COSINE_EPS = 0.1
 
 
