@@ -612,7 +612,8 @@ def merge_lora(model):
 # The transformers that the scripts know: name -> (its config, its class). The name is "kind" in a run's
 # config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT). Its config has C, D and p,
 # and num_classes where it draws classes; its class is an nn.Module with `cfg`, P, O, expand_channels(D),
-# forward(z_all, t, *cond).
+# forward(z_all, t, *cond). All scripts open runs through support/weights.py: import your file there
+# (docs/recipes.md).
 MODELS = {
     "LightningDiT": (DiTConfig, LightningDiT),
     "MMDiT": (MMDiTConfig, MMDiT),
