@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 # What the commands of recipes.md are given besides, so that they take seconds.
 TOY = {
     "train_vae.py": "--images=24 --stats=8 --batch_size=4 --log_every=1 --save_every=100 --disc_width=4",
-    "finetune.py": "--images=24 --batch_size=8 --micro_batch=8 --sample_steps=2 --log_every=1 --save_every=100 "
-                   "--depth=2 --E=48",
+    "finetune.py": "--images=24 --batch_size=8 --micro_batch=8 --sample_steps=2 --log_every=1 "
+                   "--save_every=100 --depth=2 --E=48",
     "sample.py": "--n=2 --classes=0,1",
     "evaluate.py": "--images=4 --n=4 --batch_size=4 --features=none",
 }
@@ -100,7 +100,7 @@ class Recipe:
             (copy.folder / name).write_text(source)
         done = subprocess.run(["git", "apply", "-"], cwd=copy.folder, input=self.diff, capture_output=True,
                               text=True)
-        assert done.returncode == 0, f"{done.stderr}\nWas the source changed?  Then change docs/recipes.md too"
+        assert done.returncode == 0, f"{done.stderr}\nthe source was changed: change docs/recipes.md, too"
 
 
 @pytest.fixture(scope="module")
