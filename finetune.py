@@ -189,9 +189,9 @@ def flow_loss(model, z_all, cond, w, cfg):
     return loss, parts
 
 
-# Norms below this count as this in the cosine. A transformer from scratch starts at v = 0, where with the usual 1e-8
-# the cosine has a gradient of 1e8: without clipping, AdamW's second moments remember it for the whole warm-up.
-COSINE_EPS = 1.0
+# Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where with the
+# usual 1e-8 the cosine's gradient is 1e8 times too large: unless it is clipped, AdamW remembers it for long (LOG.md).
+COSINE_EPS = 0.1
 
 
 def draw_time(B, weighting, device):
