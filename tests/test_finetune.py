@@ -20,6 +20,7 @@ import finetune
 import sample
 import train_vae
 from dit import MODELS, DiTConfig, LightningDiT
+from experiments import timebins
 from finetune import PRESETS, Config, detail_weight, flow_loss, warm_start_difference
 from support import data, ranks, runs, text, weights
 from support.weights import load_davae, load_dit
@@ -388,7 +389,7 @@ def check_evaluation(cfg):
     assert entry["reconstruction"]["DA-VAE"]["images"] == 4
     assert not any(entry["generation"].values())
     with pytest.raises(SystemExit, match="wanted a class-conditional run"):
-        evaluate.analyse("timebins", evaluate.Config(run=cfg.out, data_dir=cfg.data_dir, images=4))
+        timebins.main(timebins.Config(run=cfg.out, data_dir=cfg.data_dir, images=4))
 
 
 def check_export(cfg, exported):
@@ -449,7 +450,7 @@ def test_a_run_shorter_than_log_every_logs_its_last_step_and_ends_with_its_table
 
 
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(image_size=100), "--image_size=100: .* give --image_size=104"),
+    (dict(image_size=100), "--image_size=100: .* give --image_size=96"),
     (dict(image_size=32), "--image_size=32: .* takes 4x4 tokens of 2x2 latent .* give --image_size=64"),
     (dict(D=28), "--D=28, but .* has 12 detail channels; give that, or 0"),
     (dict(base="", model="Lightning"), "--model='Lightning': wanted LightningDiT or MMDiT"),
