@@ -525,3 +525,19 @@ class Linear(torch.nn.Module):
         x = torch.relu(self.blocks[0](x))
         heads = [self.O] if self.O_new is None else [self.O, self.O_new]
         return torch.cat([dit.unpatchify(O(x), self.cfg.p, *z_all.shape[2:]) for O in heads], dim=1)
+
+
+@pytest.mark.parametrize("part", ["P_new", "O_new"])
+def test_a_warm_start_that_is_not_a_number_or_not_the_base_model_is_refused(
+        finetune_config, tmp_path, monkeypatch, part):
+    widened = finetune.initial_dit
+    value = {"P_new": float("nan"), "O_new": 0.1}[part]
+
+    def spoilt(*args):
+        base, model = widened(*args)
+        torch.nn.init.constant_(getattr(model, part).weight, value)
+        return base, model
+
+    monkeypatch.setattr(finetune, "initial_dit", spoilt)
+    with pytest.raises(SystemExit, match="the widened model is not the base model"):
+        finetune.main(finetune_config(tmp_path / "run"))
