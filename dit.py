@@ -614,6 +614,7 @@ def merge_lora(model):
 # config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
 # Its config has C, D and p, and num_classes where it draws classes. Its class is an nn.Module with `cfg`, P,
 # O, expand_channels(D) and forward(z_all, t, *cond).
+# All scripts open runs through support/weights.py: import your file there (docs/recipes.md).
 MODELS = {
     "LightningDiT": (DiTConfig, LightningDiT),
     "MMDiT": (MMDiTConfig, MMDiT),

@@ -8,7 +8,8 @@ own `encode`, if it has no posterior. Then, in your file or here:
     save_base_vae(Mine(...), "out/mine")               # support/weights.py
 
 and out/mine is a base like any other: `python train_vae.py --base=out/mine`. A run of train_vae.py keeps the
-name as "kind" in its config.json, so whoever loads the run must have filled in BASES first.
+name as "kind" in its config.json, so whoever loads the run must have filled in BASES first: where your file
+is imported in support/weights.py, all scripts have (docs/recipes.md).
 """
 import torch
 import torch.nn as nn

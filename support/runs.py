@@ -49,7 +49,6 @@ class Run:
         self.results = {}                              # numbers for the summary; saved with each checkpoint
         self.seconds = 0.0                             # of training, before this job
         self.since = time.time()
-        self.log = None                                # see `steps`
         self.stopping = False                          # see `save_due`
         self.must_save = False
         if self.checkpoint:
@@ -58,6 +57,7 @@ class Run:
             self.seconds = state["seconds"]
             # "extra" was its name before 2026-11
             self.results = state["results"] if "results" in state else state["extra"]
+        self.log = Log(cfg.out, rank, self.start, cfg.steps, cfg.log_every, cfg.batch_size)
 
     def train_state(self):
         """What the checkpoint holds beside the weights: optimizers, step, seconds."""
@@ -84,7 +84,7 @@ class Run:
         """
         cfg = self.cfg
         self.since = time.time()
-        self.log = Log(cfg.out, self.rank, self.start, cfg.steps, cfg.log_every, cfg.batch_size)
+        self.log.since = self.since
         bar = tqdm(range(self.start, cfg.steps), initial=self.start, total=cfg.steps, desc=cfg.out,
                    disable=self.rank > 0, mininterval=1)
         ranks.heed_signals()
