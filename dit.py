@@ -211,10 +211,10 @@ class Block(nn.Module):
     def modulations(self, c):
         return self.adaLN(c)
 
-    def forward(self, x, mods, *tables):
-        """(B, L, E) -> (B, L, E); mods: (B, 6E), see `modulations`; tables: cos and sin of RoPE, or none."""
+    def forward(self, x, mods, cos=None, sin=None):
+        """(B, L, E) -> (B, L, E); mods: (B, 6E), see `modulations`; cos, sin: RoPE's tables, if any."""
         shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)                  # each (B, E)
-        y = self.attn(norm_modulate(x, shift1, scale1, self.norm1.weight), *tables)
+        y = self.attn(norm_modulate(x, shift1, scale1, self.norm1.weight), cos, sin)
         # The sum x + gate1 * y and its norm are one kernel: it returns both.
         x, h = add_norm_modulate(x, y, gate1, shift2, scale2, self.norm2.weight)
         return x + gate2[:, None] * self.mlp(h)
@@ -334,13 +334,14 @@ class Stream(nn.Module):
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = mods[:6]
         y = self.attn.proj(attended)
 
-        if self.attn2 is not None:                 # of the x before the first attention's sum
+        # add_norm_modulate: the sum x + gate * y, and its norm modulated, which the MLP reads
+        if self.attn2 is None:
+            x, h = add_norm_modulate(x, y, gate, shift_mlp, scale_mlp)
+        else:                                      # both attentions read x as it came
             shift2, scale2, gate2 = mods[6:]
             y2 = self.attn2(norm_modulate(x, shift2, scale2))
             x = x + gate[:, None] * y
-            y, gate = y2, gate2
-
-        x, h = add_norm_modulate(x, y, gate, shift_mlp, scale_mlp)      # x + gate * y, and its norm modulated
+            x, h = add_norm_modulate(x, y2, gate2, shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * self.mlp(h)
 
 
@@ -454,10 +455,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.A, -1))                       # (B, L, 3, A, K)
         return qknorm_rope(qkv, self.q_norm.weight, self.k_norm.weight)
 
-    def forward(self, x, *tables):
-        """(B, L, E) -> (B, L, E); tables: cos and sin of RoPE, or nothing."""
+    def forward(self, x, cos=None, sin=None):
+        """(B, L, E) -> (B, L, E); cos, sin: RoPE's tables, if any."""
         qkv = self.qkv(x).unflatten(-1, (3, self.A, -1))                       # (B, L, 3, A, K)
-        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, *tables)    # (B, L, A, K)
+        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin)   # (B, L, A, K)
         return self.proj(y.flatten(2))
 
 
@@ -465,16 +466,16 @@ class Attention(nn.Module):
 SHORT = {72: 256}
 
 
-def attention(qkv, *norm_rope):
+def attention(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
     """softmax(q k^T / sqrt(K)) v over all tokens, q and k normalised and rotated by kernels/qknorm_rope.py.
 
-    qkv: (B, L, 3, A, K); norm_rope: the norms' weights, or None, and the tables of RoPE, if any
+    qkv: (B, L, 3, A, K); q_weight, k_weight: of the norms, if any; cos, sin: RoPE's tables, if any
     returns (B, L, A, K)
     """
     B, L, _, A, K = qkv.shape
     if use_triton(qkv) and L <= SHORT.get(K, 0):
-        return short_attention.attention(qkv, *norm_rope)
-    q, k, v = qknorm_rope(qkv, *norm_rope)                                     # each (B, A, L, K)
+        return short_attention.attention(qkv, q_weight, k_weight, cos, sin)
+    q, k, v = qknorm_rope(qkv, q_weight, k_weight, cos, sin)                   # each (B, A, L, K)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 

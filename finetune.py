@@ -20,6 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import config, data, figures, plan, ranks, runs
 from support.config import field
-from support.latents import Latents, latent_source
+from support.latents import Latents, check_sizes, latent_source
 from support.text import Conditioner
 from support.weights import load_davae, load_dit
 
@@ -208,11 +209,16 @@ def draw_time(B, weighting, device):
     u = torch.sigmoid(torch.randn(B, device=device))
     if weighting == "paper":
         return u, torch.ones_like(u)
-    times = torch.linspace(1, 1 - shift_time(0.999, 1 / 3), 1000, device=device)      # sigmas: 1/3 is shift 3
-    s = times[(1000 * u).long().clamp_max(999)]
-    sigma = 4 * s / (1 + 3 * s)                                                       # shifted again, by 4
+    sigma = sd3_sigmas(device)[(1000 * u).long().clamp_max(999)]
     snr = (1 - sigma) / sigma
     return 1 - sigma, sigma.square() * snr.clamp_max(5)
+
+
+def sd3_sigmas(device):
+    """The 1000 noise levels sigma = 1 - t that the authors train SD3.5 at, from 1 down: (1000,)."""
+    smallest = 1 - shift_time(0.999, 1 / 3)                        # of SD3's scheduler, which shifts by 3
+    even = torch.linspace(1, smallest, 1000, device=device)
+    return 4 * even / (1 + 3 * even)                               # shifted once more, by 4
 
 
 @torch.no_grad()
@@ -243,8 +249,8 @@ def main(cfg):
     run = runs.Run(cfg, MAY_CHANGE, rank)
     make_if_missing(cfg.vae, cfg)
     vae = load_davae(cfg.vae).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
-    check_vae(cfg, vae)
     train_set = open_training_set(cfg, vae)
+    check_sizes(vae, train_set, cfg)
 
     # the transformer and its average: from the newest checkpoint, if there is one, else widened from the base
     if run.checkpoint:
@@ -258,7 +264,8 @@ def main(cfg):
     if cfg.shard:
         dit = ranks.shard(dit, device)
         ema = ranks.shard(ema, device)
-        base = base and ranks.shard(base, device)
+        if base is not None:
+            ranks.shard(base, device)                              # in place
     dit = dit.to(device).train()
     ema = ema.to(device).eval().requires_grad_(False)
     dit.checkpointing = cfg.checkpointing
@@ -334,7 +341,7 @@ def learning_rate(step, cfg):
 # ---------------------------------------------------------------- before the first step
 
 
-def check_statistics(z_all, C, run):
+def check_statistics(z_all, C, out):
     """Print mean and standard deviation of latents, base and detail apart; warn where not near 0 and 1."""
     groups = {"base": z_all[:, :C]}
     if z_all.shape[1] > C:
@@ -342,7 +349,7 @@ def check_statistics(z_all, C, run):
     for name, z in groups.items():
         mean = z.mean().item()
         std = z.std().item()
-        tqdm.write(f"{run}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
+        tqdm.write(f"{out}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
         if not (abs(mean) < 0.5 and 0.5 < std < 2):
             tqdm.write("WARNING: wanted about 0 and 1, by the VAE's statistics: other images, another VAE?")
 
@@ -418,7 +425,11 @@ def open_training_set(cfg, vae):
     """Images, or the latents that LightningDiT's own code extracted from them."""
     if any(Path(cfg.data_dir).glob("*.safetensors")):
         return Latents(cfg.data_dir, vae, cfg.D)
-    return data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+    train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+    if cfg.text:                                                   # the label is where to find the caption
+        train_set.labels = np.arange(len(train_set))
+        train_set.classes = []
+    return train_set
 
 
 def initial_dit(cfg, vae, train_set):
@@ -452,27 +463,18 @@ def new_dit(cfg, vae, num_classes):
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
 
 
-def check_vae(cfg, vae):
-    """raises: SystemExit, before anything is encoded, if the VAE has other details or takes no such size."""
-    if cfg.D not in (0, vae.D):
-        raise SystemExit(f"--D={cfg.D}, but {cfg.vae} has {vae.D} detail channels; "
-                         "give that, or 0 for a base model")
-    side = vae.f if cfg.base else vae.f * cfg.p
-    if cfg.image_size % side:
-        fits = max(1, round(cfg.image_size / side)) * side
-        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae} and patches take multiples of {side}; "
-                         f"give --image_size={fits}")
-
-
 def check_base(cfg, vae, base, num_classes):
     """raises: SystemExit with one sentence if the base model does not fit the VAE, the images or flags."""
     if (base.cfg.C, base.cfg.D) != (vae.C, 0):
         raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a "
                          f"base model of {cfg.vae}'s {vae.C} channels")
     takes_text = hasattr(base.cfg, "context")
-    if bool(cfg.text) != takes_text or (cfg.lora and not takes_text):
-        raise SystemExit(f"{cfg.base}: a {type(base).__name__}; an MMDiT needs --text=, a LightningDiT takes "
-                         "no text or lora")
+    if takes_text and not cfg.text:
+        raise SystemExit(f"{cfg.base}: a {type(base).__name__} draws from texts; give them with --text=")
+    if cfg.text and not takes_text:
+        raise SystemExit(f"{cfg.base}: a {type(base).__name__} takes no text; leave --text= out")
+    if cfg.lora and not takes_text:
+        raise SystemExit(f"{cfg.base}: a {type(base).__name__} takes no adapters; leave --lora= out")
     if not takes_text and base.cfg.num_classes < num_classes:
         raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
     side = cfg.image_size // vae.f                                 # of the latent
@@ -531,7 +533,8 @@ def save(run, done, dit, ema, opt, about):
     if done:
         run.results |= {name: value for name, value in run.log.latest.items() if name in ("base", "detail")}
     weights = {"model": kept_weights(dit, dit, run.cfg), "ema": kept_weights(ema, dit, run.cfg)}
-    state, weights = ranks.whole(({"opt": opt.state_dict()}, weights), keep=run.rank == 0)
+    weights = ranks.whole(weights, keep=run.rank == 0)
+    state = ranks.whole({"opt": opt.state_dict()}, keep=run.rank == 0)
     run.save(done, weights, state, about)
 
 

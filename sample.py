@@ -203,28 +203,28 @@ class Recorded:
     def __init__(self):
         self.graph = None
 
-    def __call__(self, model, noise, ts, cond, uncond, *rest):
+    def __call__(self, model, noise, ts, cond, uncond, **options):
         tensors = [noise, *cond, *uncond]
-        call = ([x.shape for x in tensors], ts, rest)
+        call = ([x.shape for x in tensors], ts, options)
         if self.graph is None:
-            return self.record(call, tensors, model, noise, ts, cond, uncond, *rest)
+            return self.record(call, tensors, model, noise, ts, cond, uncond, **options)
         if call != self.call:
-            return sample_flow(model, noise, ts, cond, uncond, *rest)
+            return sample_flow(model, noise, ts, cond, uncond, **options)
         for x, new in zip(self.inputs, tensors):
             x.copy_(new)
         self.graph.replay()
         return self.x.clone()
 
-    def record(self, call, tensors, model, noise, ts, cond, uncond, *rest):
+    def record(self, call, tensors, model, noise, ts, cond, uncond, **options):
         # compiles, and sets up what may not be recorded
-        first = sample_flow(model, noise, ts, cond, uncond, *rest)
+        first = sample_flow(model, noise, ts, cond, uncond, **options)
         self.call = call
         self.inputs = [x.clone() for x in tensors]
         noise, *conds = self.inputs
         cond, uncond = conds[:len(cond)], conds[len(cond):]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.x = sample_flow(model, noise, ts, cond, uncond, *rest)
+            self.x = sample_flow(model, noise, ts, cond, uncond, **options)
         return first
 
 
@@ -274,8 +274,9 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda",
                               cache_enabled=flow is sample_flow)
     with torch.no_grad(), autocast:
-        z_all = flow(dit, noise.to(device), ts, cond, uncond, s["cfg"], (s["cfg_start"], s["cfg_end"]),
-                     s["cfg_channels"] or None, s.get("slg", 0.0), (7, 8, 9), ahead)
+        z_all = flow(dit, noise.to(device), ts, cond, uncond, scale=s["cfg"],
+                     interval=(s["cfg_start"], s["cfg_end"]), channels=s["cfg_channels"] or None,
+                     slg=s.get("slg", 0.0), ahead=ahead)
         # a few at a time: the decoder's activations are the largest there are
         parts = z_all.split(8)
         base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in parts]).float().clamp(-1, 1)

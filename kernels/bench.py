@@ -412,7 +412,7 @@ def sampling_sd3(side, D, h, batch, cuda):
     cond = [torch.randn(batch, 333, model.cfg.context), torch.randn(batch, 2048)]
 
     def run(flow=sample.sample_flow):
-        flow(model, noise, grid, cond, cond, 4.0, (0.0, 1.0), None, 0.0, (), sample.AHEAD)
+        flow(model, noise, grid, cond, cond, scale=4.0, ahead=sample.AHEAD)
 
     recorded = sample.Recorded if cuda and batch == 1 else None
     what = f"SD3.5-M {side} px, {h * h // 4} tokens, {MEASURED} steps of {batch}"

@@ -32,9 +32,7 @@ def latent_source(vae, train_set, cfg, device, rank, world):
     """A function: source(start) -> endless (z_all (b, C+D, h, w), y (b,)) of this rank, from step `start` on.
 
     train_set: images, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are encoded here and now.
-    raises:    SystemExit if sizes or channels do not fit, before anything is encoded
     """
-    check_sizes(vae, train_set, cfg)
     if isinstance(train_set, Latents):
         return partial(cached_steps, train_set, cfg, device, rank, world)
     if not cfg.cache:
@@ -45,14 +43,18 @@ def latent_source(vae, train_set, cfg, device, rank, world):
 
 
 def check_sizes(vae, train_set, cfg):
-    """raises: SystemExit if the VAE's channels, the images' size or the latents on disk do not fit cfg"""
+    """Before anything is encoded.
+
+    raises: SystemExit if the VAE's channels, the images' size or the latents on disk do not fit cfg
+    """
     if cfg.D not in (0, vae.D):
         raise SystemExit(f"--D={cfg.D}, but {cfg.vae or 'the VAE'} has {vae.D} detail channels; "
                          "give that, or 0 for a base model")
-    if cfg.image_size % vae.f:
-        fits = max(1, round(cfg.image_size / vae.f)) * vae.f
-        raise SystemExit(f"--image_size={cfg.image_size}: this VAE takes multiples of {vae.f}; give "
-                         f"--image_size={fits}")
+    side = vae.f if cfg.base else vae.f * cfg.p                    # a base model brings its own patches
+    if cfg.image_size % side:
+        fits = max(1, round(cfg.image_size / side)) * side
+        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae or 'the VAE'} takes multiples of {side}; "
+                         f"give --image_size={fits}")
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
 

@@ -12,7 +12,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -36,7 +35,7 @@ class Conditioner:
 
     condition(y, p): with probability p a label becomes the null class, and a caption "".
     cfg.text: a folder of shards, or of the encoders that make them; empty: the model is one of classes
-    Makes the labels of a captioned data set its image numbers, by which captions are found.
+    y are then the numbers of the images, by which captions are found.
     raises: SystemExit if the images have no captions
     """
 
@@ -48,7 +47,6 @@ class Conditioner:
             if not self.captions:
                 raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
                                  "metadata.jsonl")
-            train_set.labels = np.arange(len(train_set))
             self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
 
     def __call__(self, y, p):

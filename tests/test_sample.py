@@ -430,7 +430,7 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
         monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
     ts = time_grid(9, 0.6)
-    rest = ((0.2, 1.0), None, 0.0, (), 256)                        # interval, channels, slg, skip, ahead
+    options = dict(interval=(0.2, 1.0), ahead=256)
     for model, cond, uncond in random_models(device):
         sample.for_sampling(model)
         recorded = sample.Recorded()
@@ -439,16 +439,17 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
             for seed in range(3):
                 noise = sample_noise(seed, range(3), (8, 4, 4)).to(device)
                 conditions = [[x.roll(seed, 0) for x in part] for part in (cond, uncond)]
-                expected = sample_flow(model, noise, ts, *conditions, 4.0, *rest)
+                expected = sample_flow(model, noise, ts, *conditions, scale=4.0, **options)
                 before = len(calls)
-                x = recorded(model, noise, ts, *conditions, 4.0, *rest)
+                x = recorded(model, noise, ts, *conditions, scale=4.0, **options)
                 assert torch.allclose(x, expected, atol=1e-3)
                 assert len(calls) == before + (18 if seed == 0 else 0)     # nine steps, and recording them
 
-            fewer = [noise[:2], ts, *[[x[:2] for x in part] for part in conditions], 4.0]
-            assert torch.equal(recorded(model, *fewer, *rest), sample_flow(model, *fewer, *rest))
-            weaker = [noise, ts, *conditions, 2.0]
-            assert torch.equal(recorded(model, *weaker, *rest), sample_flow(model, *weaker, *rest))
+            fewer = [noise[:2], ts, *[[x[:2] for x in part] for part in conditions]]
+            x = recorded(model, *fewer, scale=4.0, **options)
+            assert torch.equal(x, sample_flow(model, *fewer, scale=4.0, **options))
+            x = recorded(model, noise, ts, *conditions, scale=2.0, **options)
+            assert torch.equal(x, sample_flow(model, noise, ts, *conditions, scale=2.0, **options))
 
 
 def test_a_graph_without_a_gpu_is_refused(tiny_run, tmp_path):

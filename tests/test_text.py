@@ -85,7 +85,6 @@ def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_fo
     images = Images()
     cfg = SimpleNamespace(text=str(sd3_folder), out=tmp_path, t5_tokens=24, data_dir="photos")
     by_text = text.Conditioner(dit, images, cfg, cpu, 0)
-    assert images.labels.tolist() == [0, 1, 2]  # by which captions are found
     wanted = text.TextCache(tmp_path / "text")
     for p, texts in ((0.0, ["an owl", "a fox"]), (1.0, ["", ""])):
         assert all(torch.equal(ours, ref) for ours, ref in zip(by_text(y, p), wanted(texts)))
