@@ -7,10 +7,11 @@
         --n=50000 --inception_weights=inception.pth --reference=VIRTUAL_imagenet512.npz
     python evaluate.py compare out/photos out/other        # the latest measurements of two runs, side by side
 
-Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on the full-size image, with four
-times the tokens. Generation: samples, and the same latents through the base decoder alone, enlarged
-(bilinear: Tab. S2's row). Both go to <run>/metrics.json, with all settings and hashes of weights and images.
-The metrics are in support/metrics.py; the paper's analyses are scripts of their own, in experiments/.
+Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on the full-size image, with r^2
+times the tokens (r = 2: four times). Generation: samples, and the same latents through the base decoder
+alone, enlarged (bilinear: Tab. S2's row). Both go to <run>/metrics.json, with all settings and hashes of
+weights and images. The metrics are in support/metrics.py; the paper's analyses are scripts of their own, in
+experiments/.
 """
 import dataclasses
 import json
@@ -37,7 +38,7 @@ from support.runs import hash_of
 
 
 @dataclass
-class Config(sample.Config):
+class Config(sample.Config):       # run, steps, cfg, device and the rest of how samples are drawn
     out: str = field("", "the JSON file; empty: <run>/metrics.json")
     n: int = field(1000, "samples to draw, for a run of finetune.py")
     data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on such")
@@ -83,7 +84,10 @@ class Rulers:
 
 
 def load(folder, which="ema", device="auto"):
-    """The Run in a folder.   which: "ema" or "model", of the transformer's weights.   device: auto or cpu."""
+    """The Run in a folder.
+
+    which: "ema" or "model", of the transformer's weights.   device: auto, cpu or cuda.
+    """
     rank, world, device = ranks.setup(device)
     checkpoint = runs.latest_checkpoint(folder)
     saved = runs.read_config(checkpoint)
@@ -149,7 +153,7 @@ def reconstruction(vae, batches, rulers, device):
         rows = {}
         if vae.D:
             z_all = vae.encode(x)                                                  # (B, C+D, H/f, W/f)
-            rows |= upsampled(vae.decode_base(z_all[:, :vae.C]), vae.f // vae.base.f)
+            rows |= upsampled(vae.decode_base(z_all[:, :vae.C]), vae.r)
             rows["DA-VAE"] = vae.decode(z_all).clamp(-1, 1)
             positions.update(dict.fromkeys(rows, z_all[0, 0].numel()))
         z_full = vae.base.encode(x)                                                # (B, C, r*H/f, r*W/f)
@@ -274,7 +278,7 @@ def sample_rows(dit, vae, full, base):
     if dit.cfg.D or not vae.D:
         rows["samples"] = full
     if vae.D:
-        rows |= upsampled(base, vae.f // vae.base.f)
+        rows |= upsampled(base, vae.r)
     return rows
 
 
@@ -400,13 +404,13 @@ def differing(one, two, names):
 def command_line(argv):
     """`compare A B`, or a run and flags."""
     if argv[:1] == ["analyse"]:
-        raise SystemExit("the paper's analyses are scripts of their own, in experiments/: "
-                         f"python experiments/{'NAME' if len(argv) < 2 else argv[1]}.py RUN")
+        raise SystemExit("the paper's analyses are scripts of their own, in experiments/: for example "
+                         "python experiments/tsne.py RUN")
     try:
         if argv[:1] == ["compare"] and len(argv) == 3:
             compare(*argv[1:])
         else:
-            main(config.cli(Config, argv=argv))
+            ranks.launch(main, config.cli(Config, argv=argv))
     except ImportError as error:                    # torch-fidelity, transformers, lpips
         raise SystemExit(f"{error}; install what is missing with: pip install -r requirements.txt") from None
 

@@ -148,8 +148,7 @@ MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "m
 def detail_weight(n, N):
     """w(n): 0 at step n = 0, 1/2 at N/2, 1 from N on; half a cosine.  Eq. (12).
 
-    Differs from the paper: its text keeps w low for N steps and ramps after; its code, and this, ramp over
-    the N steps.
+    Differs from the paper: its text keeps w low for N steps and ramps after; its code, and this, ramp over N.
     """
     if N == 0:
         return 1.0
@@ -159,15 +158,13 @@ def detail_weight(n, N):
 def flow_loss(model, z_all, cond, w, cfg):
     """Rectified-flow loss at random times, with weight w on the detail channels.  Eq. (13).
 
-        mse  = (C * base + w * D * detail) / (C + w * D)        the weighted mean over channels of (v - v*)^2
-        loss = mse + cosine * mean over positions of 1 - cos(v, v*), the cosine over all C + D channels,
-        unweighted
+        mse  = (C * base + w * D * detail) / (C + w * D)    the weighted mean over channels of (v - v*)^2
+        loss = mse + cosine * (1 - cos(v, v*))              the cosine over all channels, mean over positions
 
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
     cfg:   D, cosine and weighting are read
-    returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail unweighted)
-    Differs from the paper, like the authors' code: w(n) scales the squared error only, so details learn from
-    step 0.
+    returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights)
+    Differs from the paper, like the authors' code: w(n) leaves the cosine alone, so details learn from step 0.
     """
     D = cfg.D
     C = z_all.shape[1] - D
@@ -192,18 +189,18 @@ def flow_loss(model, z_all, cond, w, cfg):
     return loss, parts
 
 
-COSINE_EPS = 1e-8
+# Norms below this count as this in the cosine. A transformer from scratch starts at v = 0, where with the usual 1e-8
+# the cosine has a gradient of 1e8: without clipping, AdamW's second moments remember it for the whole warm-up.
+COSINE_EPS = 1.0
 
 
 def draw_time(B, weighting, device):
     """(t (B,), weight of the squared error at t (B,)); t = 0 is noise, 1 data.
 
     paper: t = sigmoid(N(0, 1)), weight 1.
-    sigma: what the authors train SD3.5 with. The same u = sigmoid(N(0, 1)) picks one of SD3's 1000 training
-    times, evenly
-           spaced and then shifted by 3, as diffusers' scheduler keeps them; shifted again, by 4, it is sigma
-           = 1 - t. The weight is that of the denoised latent's error, x_0 - x_0* = -sigma (v - v*): sigma^2
-           times the signal-to- noise ratio t / sigma, at most 5.
+    sigma: what the authors train SD3.5 with. The same u picks one of SD3's 1000 training times, which diffusers'
+           scheduler keeps shifted by 3; shifted again, by 4, it is sigma = 1 - t. The error is that of the
+           denoised latent, sigma (v - v*), squared, and weighs as much as the ratio t / sigma, at most 5.
     Differs from the authors' code: theirs also truncates the model's time to thousandths and rounds sigma to
     bfloat16.
     """
@@ -230,8 +227,7 @@ def ema_update(ema, model, decay):
 
 
 def main(cfg):
-    """Train, draw and save as `cfg` says.  Returns the summary of the finished run, which is also in
-                                            summary.json."""
+    """Train, draw and save as `cfg` says.  Returns the summary of the finished run, also in summary.json."""
     if cfg.dry_run:
         return dry_run(cfg)
     summary = runs.finished(cfg)
@@ -315,7 +311,6 @@ def main(cfg):
 
         # log; save first, then draw
         run.log.row(n + 1, w=w if cfg.D else None, gnorm=norm, lr=lr)
-        run.results |= {name: value for name, value in run.log.latest.items() if name in ("base", "detail")}
         if run.save_due(n + 1):
             save(run, n + 1, dit, ema, opt, about)
             draw_samples(run, n + 1, ema, vae, about, condition.text)
@@ -370,7 +365,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
         tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, "
                    f"max |v_d| = {detail}")
     if not max(change, detail) <= 1e-5:
-        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, or a base weight "
+        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, or some weight "
                          "is not finite")
     run.results["warm_start"] = change
     with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
@@ -536,6 +531,8 @@ def save(run, done, dit, ema, opt, about):
     """Write a checkpoint: of all weights, or with adapters of those that are trained. By all ranks: a
     sharded model is
     gathered from them."""
+    if done:
+        run.results |= {name: value for name, value in run.log.latest.items() if name in ("base", "detail")}
     weights = {"model": kept_weights(dit, dit, run.cfg), "ema": kept_weights(ema, dit, run.cfg)}
     state, weights = ranks.whole(({"opt": opt.state_dict()}, weights), keep=run.rank == 0)
     run.save(done, weights, state, about)

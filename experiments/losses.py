@@ -5,7 +5,6 @@
 Reads the log of a run of finetune.py; no images are needed. Writes losses.json and losses.png: both losses
 over the steps, as logged and smoothed.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -15,28 +14,27 @@ import numpy as np
 
 import evaluate
 from experiments import shared
+from support.figures import read_log
 
 
-def losses(log):
-    """{"base", "detail": {curve: [steps, mean (v - v*)^2]}} of a log.jsonl: as logged, and smoothed.
+def losses(folder):
+    """{"base", "detail": {curve: [steps, mean (v - v*)^2]}} of a run's log.jsonl: as logged, and smoothed.
 
     Smoothed: the mean of neighbouring log lines, a fifth of them all; fewer at the ends.
-    raises: SystemExit unless it is a DA-VAE run's.
+    raises: SystemExit unless it is the log of a DA-VAE run of finetune.py.
     """
-    rows = []
-    if log.exists():
-        rows = [row for row in map(json.loads, log.read_text().splitlines()) if "detail" in row]
-    if not rows:
-        raise SystemExit(f"{log}: wanted the log of a DA-VAE run of finetune.py, with at least one line")
-    steps = [row["step"] for row in rows]
-    window = np.ones(len(rows) // 10 * 2 + 1)
+    curves = read_log(folder) if (folder / "log.jsonl").exists() else {}
+    if "detail" not in curves:
+        raise SystemExit(f"{folder}/log.jsonl: wanted the log of a DA-VAE run of finetune.py, with at least "
+                         "one line")
     found = {}
     for name in ("base", "detail"):
-        logged = np.array([row[name] for row in rows])
+        steps, logged = curves[name]
+        window = np.ones(len(logged) // 10 * 2 + 1)
         sums = np.convolve(logged, window, "same")
-        counts = np.convolve(np.ones_like(logged), window, "same")
+        counts = np.convolve(np.ones(len(logged)), window, "same")
         found[name] = {
-            "as logged": [steps, logged.tolist()],
+            "as logged": [steps, logged],
             f"mean of {len(window)}": [steps, (sums / counts).tolist()],
         }
     return found
@@ -44,7 +42,7 @@ def losses(log):
 
 def main(cfg):
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
-    found = losses(run.checkpoint.parent / "log.jsonl")
+    found = losses(run.checkpoint.parent)
     panels = [("step", f"{name}: mean (v - v*)^2", "-", curves) for name, curves in found.items()]
     return shared.write("losses", cfg, run, panels=panels)
 

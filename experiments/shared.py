@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import evaluate
-from support import config, data, figures, runs, weights
+from support import config, data, figures, ranks, runs, weights
 from support.config import field
 
 
@@ -104,6 +104,6 @@ def start(main, Config=Config):
     if Config.__module__ == __name__:
         Config.__module__ = main.__module__            # whose docstring --help prints
     try:
-        main(config.cli(Config))
+        ranks.launch(main, config.cli(Config))
     except ImportError as error:                       # scikit-learn, torch-fidelity, lpips, matplotlib
         raise SystemExit(f"{error}; install what is missing with: pip install -r requirements.txt") from None

@@ -34,7 +34,7 @@ from kernels import (
     precision, use_triton)
 from kernels.qknorm_rope import EPS, qknorm_rope_ref, rotate, rotate_back
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
 BLOCK = 64         # queries of a program; keys, for dk and dv

@@ -354,6 +354,7 @@ def models(parts, f, cuda, recorded=None):
 def training(cuda):
     """A training step of LightningDiT-XL/1 with 96 detail channels: forward, backward, fused AdamW, EMA."""
     import dit
+    from finetune import ema_update
     B = 128 if cuda else 2
     cfg = dit.DiTConfig(D=96) if cuda else dit.DiTConfig(D=96, E=72, A=1, depth=2, grid=4)
     model = dit.LightningDiT(cfg)
@@ -368,7 +369,7 @@ def training(cuda):
         (model(z_all, t, y) - target).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        dit.ema_update(ema, model, 0.999)
+        ema_update(ema, model, 0.999)
 
     work = {"images": B, "flops": 712e9 if cuda else 0}
     yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), work
@@ -380,8 +381,8 @@ def sampling(cuda):
     2 of 30 Euler steps; with one image, recorded as a CUDA graph too.
     """
     import davae
-    base = davae.KLConfig() if cuda else davae.KLConfig(ch=32, ch_mult=(1, 1, 1, 1), blocks=1)
-    vae = davae.DAVAE(davae.AutoencoderKL(base), 16).to(memory_format=torch.channels_last)
+    base = davae.KLConfig() if cuda else davae.KLConfig(widths=(32, 32, 32, 32), blocks=1)
+    vae = davae.DAVAE(davae.AutoencoderKL(base), davae.DAVAEConfig(D=16)).to(memory_format=torch.channels_last)
     for side, batch in ((1024, 10), (2048, 2)) if cuda else ((32, 1),):
         yield from encoding_and_decoding(vae, side, cuda)
         yield from sampling_sd3(side, D=16, h=side // 16, batch=batch, cuda=cuda)

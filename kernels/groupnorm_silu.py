@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from kernels import at_least_float32, cdiv, jit, operator, power_of_2, precision, use_triton
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
 TILES = 4          # per program of the statistics
@@ -64,7 +64,7 @@ def _moments(
         first = (part * TILES + i) * PIXELS
         pixel = first + tl.arange(0, PIXELS)[:, None]
         inside = (pixel < N) & (c < C)
-        new = tl.minimum(tl.maximum(N - first, 0), PIXELS).to(ACC)  # pixels of this tile
+        new = tl.minimum(tl.maximum(N - first, 0), PIXELS).to(ACC)     # pixels of this tile
         x = tl.load(x_ptr + (b * N + pixel) * C + c, inside, 0.0).to(ACC)
 
         # this tile's own moments
@@ -136,8 +136,10 @@ def _backward_sums(
         inside = (pixel < N) & (c < C)
         n = (tl.load(x_ptr + at, inside, 0.0).to(ACC) - mean) * rstd
         u = n * weight + bias
+
+        # SiLU(u) = u s,  its derivative s (1 + u (1 - s));  dout, and so du, is 0 outside
         s = 1 / (1 + tl.exp(-u))
-        du = tl.load(dout_ptr + at, inside, 0.0).to(ACC) * s * (1 + u * (1 - s))  # 0 outside
+        du = tl.load(dout_ptr + at, inside, 0.0).to(ACC) * s * (1 + u * (1 - s))
         sum_du += tl.sum(du, axis=0, keep_dims=True)
         sum_dun += tl.sum(du * n, axis=0, keep_dims=True)
 
@@ -169,6 +171,7 @@ def _backward_apply(
     weight = tl.load(weight_ptr + c, c < C, 0.0).to(ACC)
     bias = tl.load(bias_ptr + c, c < C, 0.0).to(ACC)
 
+    # n, u and the derivative of SiLU(u) again
     n = (tl.load(x_ptr + at, inside, 0.0).to(ACC) - mean) * rstd
     u = n * weight + bias
     s = 1 / (1 + tl.exp(-u))
@@ -208,8 +211,8 @@ def _merge(mean, m2, per_part, N, groups, eps):
     mean = mean.unflatten(2, (groups, -1))                 # (B, parts, groups, C/groups)
     m2 = m2.unflatten(2, (groups, -1))
     size = N * mean.shape[3]
-    group_mean = (count * mean).sum((1, 3), keepdim=True) / size  # (B, 1, groups, 1)
-    var = (m2 + count * (mean - group_mean).square()).sum((1, 3)) / size  # (B, groups)
+    group_mean = (count * mean).sum((1, 3), keepdim=True) / size           # (B, 1, groups, 1)
+    var = (m2 + count * (mean - group_mean).square()).sum((1, 3)) / size   # (B, groups)
     return group_mean[:, 0, :, 0].contiguous(), torch.rsqrt(var + eps)
 
 

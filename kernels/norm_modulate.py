@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from kernels import (
     at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2, precision, use_triton)
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
 EPS = 1e-6
@@ -112,7 +112,7 @@ def _backward(
     e = tl.arange(0, BLOCK)
     inside = e < E
 
-    # dn = dh * factor
+    # h = n * factor + shift,  dn = dh * factor
     factor = 1 + tl.load(scale_ptr + b * stride_scale + e, inside, 0.0).to(ACC)
     if RMS:
         factor = factor * tl.load(weight_ptr + e, inside, 0.0).to(ACC)
@@ -237,7 +237,7 @@ def _op(x_new, h, x, shift, scale, weight, y, gate):
 
 
 def _backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
-    """dx, dy (B, L, E); dshift, dscale, dgate (B, E); dweight (E,) float32. Empty for what there is not."""
+    """dx, dy (B, L, E); dshift, dscale, dgate (B, E); dweight (E,). Empty for what there is not."""
     B, L, E = x_new.shape
     new = x_new.new_empty
     dx = new(B, L, E, dtype=dtype)
@@ -245,7 +245,7 @@ def _backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
     dshift = new(B, E, dtype=scale.dtype)
     dscale = new(B, E, dtype=scale.dtype)
     dgate = new(0, dtype=scale.dtype) if y is None else new(gate.shape, dtype=gate.dtype)
-    dweight = new(0 if weight is None else E, dtype=at_least_float32(x_new.dtype))
+    dweight = new(0) if weight is None else new(E, dtype=weight.dtype)
     return dx, dy, dshift, dscale, dgate, dweight
 
 
@@ -256,8 +256,9 @@ def _backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
 def _op_backward(dx, dy, dshift, dscale, dgate, dweight, dx_new, dh, x_new, scale, weight, y, gate, dtype):
     B, L, E = x_new.shape
     parts = cdiv(L, ROWS)
-    sum_dh, sum_dhn, sum_dxy = dweight.new_empty(3, B, parts, E).unbind()
-    dweights = dweight.new_empty(B, E)                     # the images' shares
+    sums = x_new.new_empty(3, B, parts, E, dtype=at_least_float32(x_new.dtype))
+    sum_dh, sum_dhn, sum_dxy = sums.unbind()
+    dweights = sums.new_empty(B, E)                        # the images' shares
     same = dict(E=E, RESIDUAL=y is not None, RMS=weight is not None, ACC=precision(x_new))
 
     x_new = x_new.contiguous()
@@ -275,13 +276,14 @@ def _op_backward(dx, dy, dshift, dscale, dgate, dweight, dx_new, dh, x_new, scal
         sum_dh, sum_dhn, sum_dxy, scale, weight, dshift, dscale, dgate, dweights,
         scale.stride(0), PARTS=parts, COLUMNS=COLUMNS, **same)
     if same["RMS"]:
-        torch.sum(dweights, 0, out=dweight)
+        dweight.copy_(dweights.sum(0))
 
 
 def _save(ctx, inputs, output):
     x, shift, scale, weight, y, gate = inputs
     x_new = x if y is None else output[0]
     ctx.save_for_backward(x_new, scale, weight, y, gate)
+    ctx.set_materialize_grads(False)                       # no zeros for an x_new that there is not
     ctx.x_dtype = x.dtype
     ctx.shift_dtype = shift.dtype
 
@@ -289,9 +291,15 @@ def _save(ctx, inputs, output):
 def _grads(ctx, dx_new, dh):
     """Gradients of x, shift, scale, weight, y, gate; None for what was None."""
     x_new, scale, weight, y, gate = ctx.saved_tensors
+    if y is None:
+        dx_new = x_new                                     # stands for what is not read
+    elif dx_new is None:
+        dx_new = torch.zeros_like(x_new)                   # nothing took x_new any further
+    dh = torch.zeros_like(x_new) if dh is None else dh
     dx, dy, dshift, dscale, dgate, dweight = _op_backward(
         dx_new, dh, x_new, scale, weight, y, gate, ctx.x_dtype)
-    dweight = None if weight is None else dweight.to(weight.dtype)
+    if weight is None:
+        dweight = None
     if y is None:
         dy = None
         dgate = None

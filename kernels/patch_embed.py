@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from kernels import FLOPS, INTERPRETED, cdiv, jit, operator, power_of_2, precision, use_triton
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
 BLOCK = 64         # tokens, and outputs, of a tile
@@ -69,14 +69,17 @@ def _forward(
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
 
+    # bias + pos, and then the products
     acc = tl.load(bias_ptr + e, e < E, 0.0).to(ACC) + tl.load(pos_ptr + token * E + e, inside, 0.0).to(ACC)
     for i in tl.static_range(P):
         for j in tl.static_range(P):
+            # z and weight at pixel (i, j) of each patch: (BLOCK_L, BLOCK_C) and (BLOCK_C, BLOCK_E)
             pixel = z_ptr + b * z_stride_b + (row + i) * z_stride_h + (column + j) * z_stride_w
             z = tl.load(pixel + c[None, :] * z_stride_c, (token < L) & (c[None, :] < C), 0.0)
             at = ((e * C + c[:, None]) * P + i) * P + j
             weight = tl.load(weight_ptr + at, (e < E) & (c[:, None] < C), 0.0)
 
+            # z_d and weight_new: (BLOCK_L, BLOCK_D) and (BLOCK_D, BLOCK_E)
             pixel = z_d_ptr + b * z_d_stride_b + (row + i) * z_d_stride_h + (column + j) * z_d_stride_w
             z_d = tl.load(pixel + d[None, :] * z_d_stride_c, (token < L) & (d[None, :] < D), 0.0)
             at = ((e * D + d[:, None]) * P + i) * P + j

@@ -22,7 +22,7 @@ import torch
 from kernels import (
     at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2, precision, use_triton)
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
 EPS = 1e-6

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from kernels import at_least_float32, cdiv, jit, operator, power_of_2, precision, use_triton
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
 ROWS = 64              # tokens per program of the backward: its sums cost 3 % of the bytes

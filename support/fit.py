@@ -31,7 +31,7 @@ def fit_new_blocks(vae, images):
     raises: SystemExit unless D = 3C, r = 2 and the down block has the 1x1 convolution that takes the solution
     """
     if vae.D != 3 * vae.C or vae.r != 2 or vae.down.proj is None:
-        raise SystemExit(f"--fit=True needs D = 3C, r = 2 and a down block with a 1x1 shortcut (as VA-VAE's); "
+        raise SystemExit(f"--fit=True needs D = 3C, r = 2 and a 1x1 shortcut in the down block, as VA-VAE's; "
                          f"here D={vae.D}, C={vae.C}, r={vae.r}: give --fit=False")
     examples = [example(vae, x) for x in images]
     for weight in (vae.down.conv.weight, vae.down.conv.bias, vae.up.conv.weight, vae.up.conv.bias):

@@ -1,8 +1,17 @@
-"""latents"""
+"""Where stage 2 gets its latents from: encoded as it goes, or once and for all into a cache on disk.
+
+    source = latent_source(vae, train_set, cfg, device, rank, world)
+    for z_all, y in source(start): ...             # endless; the batches of step start, start + 1, ...
+
+`encoded_steps` encodes each batch; `cached_steps` reads them from `Latents`, a folder of shards that
+`write_cache` has written before. What a step gets depends on the seed and its number only, and is the same
+either way, but for the half precision of the cache.
+"""
 import hashlib
 import itertools
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,94 +22,211 @@ from tqdm import tqdm
 from support import data, ranks, runs
 
 SHARD = 1024                                       # images per file of cached latents
+AT_ONCE = 64                                       # images encoded at once for it
 
 
-class Latents(data.Dataset):
-    """Latents on disk as a data set: the shards of `write_cache`, or those that LightningDiT's own code extracts.
-
-    <folder>/*.safetensors, each with latents, latents_flip (n, C+D, h, w) and labels (n,). LightningDiT's are raw, and are
-    normalised here by the VAE's statistics; ours already are, and say so.   raises: SystemExit if the channels are others
-    """
-
-    def __init__(self, folder, vae, D):
-        paths = sorted(Path(folder).glob("*.safetensors"))
-        self.shards = [load_file(path) for path in paths]          # mapped: read as they are used
-        self.labels = torch.cat([shard["labels"] for shard in self.shards]).numpy()
-        self.classes = [str(k) for k in range(self.labels.max() + 1)]
-        self.place = [(n, i) for n, shard in enumerate(self.shards) for i in range(len(shard["labels"]))]
-        self.mean, self.std = torch.zeros(vae.C + vae.D), torch.ones(vae.C + vae.D)
-        if "vae" not in (safe_open(paths[0], "pt").metadata() or {}):
-            self.mean, self.std = (torch.cat([getattr(m, name).cpu() for m in (vae.base, vae)[:1 + (vae.D > 0)]])
-                                   for name in ("mean", "std"))
-        self.channels = vae.C + D
-        if (found := self.shards[0]["latents"].shape[1]) < self.channels:
-            raise SystemExit(f"{folder}: latents of {found} channels; wanted {self.channels}, base first")
-
-    def batch(self, indices, flipped):
-        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`."""
-        rows = [self.shards[n]["latents_flip" if flip else "latents"][i, :self.channels]
-                for (n, i), flip in zip((self.place[k] for k in indices), flipped)]
-        mean, std = (x[:self.channels, None, None] for x in (self.mean, self.std))
-        return (torch.stack(rows).float() - mean) / std, torch.from_numpy(self.labels[indices])
+# ---------------------------------------------------------------- the stream of a training run
 
 
 def latent_source(vae, train_set, cfg, device, rank, world):
-    """A function start -> endless (z_all (b, C+D, h, w), y (b,)) batches of this rank, from a cache or encoded as we go."""
-    def encode(x):
-        return vae.encode(data.to_tensor(x).to(device), sample=cfg.detail_sample).contiguous()
+    """A function: source(start) -> endless (z_all (b, C+D, h, w), y (b,)) of this rank, from step `start` on.
 
-    def encoded(start):
-        stream = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
-        for step, (x, y) in enumerate(stream, start):
-            ranks.seed_step(cfg.seed, rank, step)                 # of z_d's samples, where they are wanted
-            yield encode(x)[:, :vae.C + cfg.D], y.to(device)
-
-    def cached(start):
-        for step in itertools.count(start):
-            plan = data.batch_plan(len(latents), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
-            yield tuple(x.to(device) for x in latents.batch(*plan))
-
-    latents = train_set
-    if not isinstance(train_set, Latents):
-        if not cfg.cache:
-            return encoded
-        folder = write_cache(vae, encode, train_set, cfg, rank, world)
-        ranks.wait_for_all()
-        latents = Latents(folder, vae, cfg.D)
-    return cached
-
-
-def write_cache(vae, encode, train_set, cfg, rank, world):
-    """Encode what is missing of <vae or out>/latents-<hash>, in shards as `Latents` reads them, half; returns the folder.
-
-    Each rank writes its own. The hash covers the VAE's weights and all that fixes images and labels, which each header names;
-    so a cache of another VAE or of other images is never read.   raises: SystemExit if the disk is too small.
+    train_set: images, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are encoded here and now.
+    raises:    SystemExit if sizes or channels do not fit, before anything is encoded
     """
-    about = dict(data_dir=cfg.data_dir, image_size=cfg.image_size, images=len(train_set), crop="centre", flip=cfg.flip,
-                 seed=cfg.seed if cfg.data_dir == "procedural" else None, detail="sample" if cfg.detail_sample else "mode",
-                 labels="image numbers" if cfg.text else "classes", dtype="float16", normalised=True)
+    check_sizes(vae, train_set, cfg)
+    if isinstance(train_set, Latents):
+        return partial(cached_steps, train_set, cfg, device, rank, world)
+    if not cfg.cache:
+        return partial(encoded_steps, vae, train_set, cfg, device, rank, world)
+    folder = write_cache(vae, train_set, cfg, device, rank, world)
+    ranks.wait_for_all()
+    return partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
+
+
+def check_sizes(vae, train_set, cfg):
+    """raises: SystemExit if the VAE's channels, the images' size or the latents on disk do not fit cfg"""
+    if cfg.D not in (0, vae.D):
+        raise SystemExit(f"--D={cfg.D}, but {cfg.vae or 'the VAE'} has {vae.D} detail channels; "
+                         "give that, or 0 for a base model")
+    if cfg.image_size % vae.f:
+        fits = max(1, round(cfg.image_size / vae.f)) * vae.f
+        raise SystemExit(f"--image_size={cfg.image_size}: this VAE takes multiples of {vae.f}; give "
+                         f"--image_size={fits}")
+    if isinstance(train_set, Latents):
+        train_set.check(cfg.image_size // vae.f, cfg.flip)
+
+
+def encoded_steps(vae, train_set, cfg, device, rank, world, start):
+    """Encode the images of one step after the other."""
+    batches = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
+    for step, (images, y) in enumerate(batches, start):
+        ranks.seed_step(cfg.seed, rank, step)      # of z_d's samples, where they are wanted
+        z_all = encode(vae, images, cfg, device)
+        yield z_all[:, :vae.C + cfg.D], y.to(device)
+
+
+def cached_steps(latents, cfg, device, rank, world, start):
+    """Read the latents of one step after the other: of the same images, mirrored or not, as above."""
+    for step in itertools.count(start):
+        plan = data.batch_plan(len(latents), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
+        z_all, y = latents.batch(*plan)
+        yield z_all.to(device), y.to(device)
+
+
+def encode(vae, images, cfg, device):
+    """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3)."""
+    x = data.to_tensor(images).to(device)
+    return vae.encode(x, sample=cfg.detail_sample).contiguous()
+
+
+# ---------------------------------------------------------------- reading the cache
+
+
+class Latents(data.Dataset):
+    """Latents on disk as a data set: the shards of `write_cache`, or those that LightningDiT's code extracts.
+
+    <folder>/*.safetensors, each with latents, latents_flip (n, C+D, h, w) and labels (n,). LightningDiT's are
+    raw, and are normalised here by the VAE's statistics; ours are normalised already, and say so.
+    D: how many detail channels to read; 0 for a base model
+    raises: SystemExit if there are fewer channels
+    """
+
+    def __init__(self, folder, vae, D):
+        self.folder = folder
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        self.shards = [load_file(path) for path in paths]          # mapped: read as they are used
+        self.place = []                                            # of image i: its shard, its row there
+        for n, shard in enumerate(self.shards):
+            self.place += [(n, row) for row in range(len(shard["labels"]))]
+        self.labels = torch.cat([shard["labels"] for shard in self.shards]).numpy()
+        self.classes = [str(label) for label in range(self.labels.max() + 1)]
+
+        self.channels = vae.C + D
+        found = self.shards[0]["latents"].shape[1]
+        if found < self.channels:
+            raise SystemExit(f"{folder}: latents of {found} channels; wanted {self.channels}, base first")
+        self.mean = torch.zeros(self.channels)
+        self.std = torch.ones(self.channels)
+        if "vae" not in header_of(paths[0]):
+            self.mean, self.std = statistics(vae, self.channels)
+
+    def check(self, side, flip):
+        """raises: SystemExit if the latents are not `side` wide and high, or lack mirrored ones"""
+        h, w = self.shards[0]["latents"].shape[2:]
+        if (h, w) != (side, side):
+            raise SystemExit(f"{self.folder}: latents of {h}x{w}; wanted {side}x{side}, by --image_size and "
+                             "the VAE")
+        if flip and any("latents_flip" not in shard for shard in self.shards):
+            raise SystemExit(f"{self.folder}: has no mirrored latents (latents_flip); give --flip=False")
+
+    def batch(self, indices, flipped):
+        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`."""
+        rows = []
+        for i, flip in zip(indices, flipped):
+            n, row = self.place[i]
+            latents = self.shards[n]["latents_flip" if flip else "latents"]
+            rows.append(latents[row, :self.channels])
+        z_all = (torch.stack(rows).float() - self.mean[:, None, None]) / self.std[:, None, None]
+        return z_all, torch.from_numpy(self.labels[indices])
+
+
+def header_of(path):
+    """The metadata of a safetensors file: {} where there is none."""
+    with safe_open(path, "pt") as f:
+        return f.metadata() or {}
+
+
+def statistics(vae, channels):
+    """mean and std of the first channels of z_all, base first, on the CPU: (channels,) each."""
+    parts = [vae.base, vae] if vae.D else [vae.base]
+    mean = torch.cat([part.mean.cpu() for part in parts])
+    std = torch.cat([part.std.cpu() for part in parts])
+    return mean[:channels], std[:channels]
+
+
+# ---------------------------------------------------------------- writing the cache
+
+
+def write_cache(vae, train_set, cfg, device, rank, world):
+    """Encode what is missing of <vae or out>/latents-<hash>, as `Latents` reads it; returns the folder.
+
+    Each rank writes its own: shard n is rank (n mod world)'s. Latents are kept in half precision, those of
+    mirrored images beside them where cfg.flip. The hash covers the VAE's weights and all that fixes images
+    and labels, which each file's header names; so a cache of another VAE or of other images is never read.
+    raises: SystemExit if the disk is too small
+    """
+    header = describe(vae, train_set, cfg)
+    folder = cache_folder(cfg, header)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))]
+    missing = [n for n, file in enumerate(files) if not file.exists()]
+    check_space(vae, min(SHARD * len(missing), len(train_set)), cfg, folder, rank)
+
+    mine = [n for n in missing if n % world == rank]
+    for n in tqdm(mine, desc="encoding", disable=rank > 0, mininterval=1):
+        temporary = files[n].with_suffix(f".tmp{rank}")
+        save_file(encode_shard(vae, train_set, n, cfg, device), temporary, header)
+        temporary.replace(files[n])
+    return folder
+
+
+def encode_shard(vae, train_set, n, cfg, device):
+    """Shard n: labels (n,), latents and, with cfg.flip, latents_flip (n, C+D, h, w) in float16."""
+    labels, latents, mirrored = [], [], []
+    end = min((n + 1) * SHARD, len(train_set))
+    for k in range(n * SHARD, end, AT_ONCE):
+        images, y = data.stack(train_set, range(k, min(k + AT_ONCE, end)))     # uint8 (b, H, W, 3)
+        labels.append(y)
+        latents.append(encode(vae, images, cfg, device).to(torch.float16).cpu())
+        if cfg.flip:
+            flipped = images.flip(2)                                           # the width of (b, H, W, 3)
+            mirrored.append(encode(vae, flipped, cfg, device).to(torch.float16).cpu())
+    shard = {"labels": torch.cat(labels), "latents": torch.cat(latents)}
+    if cfg.flip:
+        shard["latents_flip"] = torch.cat(mirrored)
+    return shard
+
+
+def describe(vae, train_set, cfg):
+    """The header of the cache's files: the hash of the VAE's weights, and what fixes images and labels.
+
+    Its text, to the letter, names the folder: a name or an order that is changed here orphans every cache.
+    """
+    about = {
+        "data_dir": cfg.data_dir,
+        "image_size": cfg.image_size,
+        "images": len(train_set),
+        "crop": "centre",
+        "flip": cfg.flip,
+        "seed": cfg.seed if cfg.data_dir == "procedural" else None,
+        "detail": "sample" if cfg.detail_sample else "mode",
+        "labels": "image numbers" if cfg.text else "classes",
+        "dtype": "float16",
+        "normalised": True,
+    }
     digest = hashlib.sha256()
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    header = {"vae": digest.hexdigest(), "about": json.dumps(about)}
-    key = hashlib.sha256("".join(header.values()).encode()).hexdigest()[:12]
-    folder = (Path(cfg.vae) if Path(cfg.vae).is_dir() and runs.checkpoints(cfg.vae) else Path(cfg.out)) / f"latents-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {n: folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))}
-    missing = [n for n in files if not files[n].exists()]
-    images = min(SHARD * len(missing), len(train_set))
-    size = images * (vae.C + vae.D) * (cfg.image_size // vae.f) ** 2 * 2 * (1 + cfg.flip)
-    if size > (free := shutil.disk_usage(folder).free):
-        raise SystemExit(f"{folder}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB of latents to write; give --cache=False")
-    if missing and rank == 0:
-        print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; {free / 1e9:.0f} GB free")
-    for n in tqdm([n for n in missing if n % world == rank], desc="encoding", disable=rank > 0, mininterval=1):
-        shard = {name: [] for name in ("labels", "latents", "latents_flip")[:2 + cfg.flip]}
-        for k in range(n * SHARD, min((n + 1) * SHARD, len(train_set)), 64):
-            x, y = data.stack(train_set, range(k, min(k + 64, (n + 1) * SHARD, len(train_set))))
-            for part, z in zip(shard.values(), (y, x, x.flip(2))):
-                part.append(z if part is shard["labels"] else encode(z).half().cpu())
-        temporary = files[n].with_suffix(f".tmp{rank}")
-        save_file({name: torch.cat(part) for name, part in shard.items()}, temporary, header)
-        temporary.replace(files[n])
-    return folder
+    return {"vae": digest.hexdigest(), "about": json.dumps(about)}
+
+
+def cache_folder(cfg, header):
+    """latents-<hash of the header>, in the folder of the VAE's run; of a VAE that is no run, in cfg.out."""
+    key = hashlib.sha256((header["vae"] + header["about"]).encode()).hexdigest()[:12]
+    ours = Path(cfg.vae).is_dir() and runs.checkpoints(cfg.vae)
+    return Path(cfg.vae if ours else cfg.out) / f"latents-{key}"
+
+
+def check_space(vae, images, cfg, folder, rank):
+    """Say how large the latents of so many images are.   raises: SystemExit if the disk is too small"""
+    side = cfg.image_size // vae.f
+    orientations = 2 if cfg.flip else 1
+    size = images * orientations * (vae.C + vae.D) * side**2 * 2               # bytes, of float16
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise SystemExit(f"{folder}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB of latents to write; "
+                         "give --cache=False")
+    if images and rank == 0:
+        print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; "
+              f"{free / 1e9:.0f} GB free")

@@ -6,7 +6,7 @@
 
 Images are (B, 3, H, W), RGB, in [-1, 1]. What is hand-written is what is worth reading: SSIM, the Frechet
 distance, the probe. Inception, KID, IS, precision and recall are torch-fidelity's, LPIPS is the lpips
-package's, CLIP is transformers'.
+package's, CLIP is transformers'. With the published weights of Inception and of CLIP: not run.
 """
 import sys
 import urllib.error

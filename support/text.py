@@ -1,4 +1,11 @@
-"""text"""
+"""Texts as conditions, in SD3.5's way: three encoders, the cache of what they give, what a step takes of it.
+
+    python sample.py text ENCODERS --out=out/text --data_dir=photos    # captions of a folder, or --prompts=
+
+Texts are encoded once (`cache_text`), into a folder of safetensors shards; training and sampling read the
+shards (`TextCache`), so that T5 and the transformer never share a GPU. `Conditioner` gives a training step
+what its model takes beside the latent and the time: labels, or texts where the run's config has `text`.
+"""
 import hashlib
 import json
 import shutil
@@ -14,39 +21,202 @@ from tqdm import tqdm
 
 from support import data, ranks
 from support.config import field
+from support.metrics import import_torchvision
+
+# ---------------------------------------------------------------- conditions of a training step
 
 
-@dataclass
-class TextConfig:
-    encoders: str = field("", "a diffusers SD3.5 folder: text_encoder, _2 (CLIP) and _3 (T5; may be missing), and tokenizers")
-    out: str = field("", "folder for the shards; one that is there is added to")
-    data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
-    prompts: str = field("", "texts separated by |, or a file with one a line")
-    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512")
-    batch_size: int = field(32, "texts per forward pass")
-    shard: int = field(1024, "texts per file")
-    device: str = field("auto", "auto, cpu or cuda")
+def drop_labels(y, null, p):
+    """Each label becomes `null` with probability p, so that the model also learns to do without."""
+    return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
 
 
-def read_prompts(prompts):
-    """The texts of `a|b|c`, or the lines of a file of that name."""
-    lines = Path(prompts).read_text("utf-8").splitlines() if prompts and Path(prompts).is_file() else prompts.split("|")
-    return [line.strip() for line in lines if line.strip()]
+class Conditioner:
+    """What a model takes after z_all and t, for images y: (labels,), or (tokens, pooled) of their captions.
+
+    condition(y, p): with probability p a label becomes the null class, and a caption "".
+    cfg.text: a folder of shards, or of the encoders that make them; empty: the model is one of classes
+    Makes the labels of a captioned data set its image numbers, by which captions are found.
+    raises: SystemExit if the images have no captions
+    """
+
+    def __init__(self, dit, train_set, cfg, device, rank):
+        self.dit = dit
+        self.captions = train_set.captions
+        self.text = None
+        if cfg.text:
+            if not self.captions:
+                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
+                                 "metadata.jsonl")
+            train_set.labels = np.arange(len(train_set))
+            self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
+
+    def __call__(self, y, p):
+        if self.text is None:
+            return (drop_labels(y, self.dit.cfg.num_classes, p),)
+        dropped = torch.rand(len(y)) < p
+        captions = [self.captions[i] for i in y.tolist()]
+        return self.text(["" if drop else caption for caption, drop in zip(captions, dropped.tolist())])
+
+
+# ---------------------------------------------------------------- reading the cache
+
+
+def text_for(folder, prompts, out, rank, device, t5_tokens=256):
+    """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first."""
+    if not (Path(folder) / "text_encoder").is_dir():
+        return TextCache(folder, device)
+    shards = Path(out) / "text"
+    if rank == 0:
+        cache_text(folder, prompts, shards, device, t5_tokens)
+    ranks.wait_for_all()
+    return TextCache(shards, device)
+
+
+class TextCache:
+    """The shards of a folder: cache(prompts) -> (tokens (B, T, W), pooled (B, P)), float32, on `device`.
+
+    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts
+    """
+
+    def __init__(self, folder, device="cpu"):
+        self.folder = folder
+        self.device = device
+        self.rows = {}                                             # prompt: (its shard, its row there)
+        for path in shards_of(folder):
+            shard = safe_open(path, "pt")
+            for row, prompt in enumerate(json.loads(shard.metadata()["prompts"])):
+                self.rows[prompt] = (shard, row)
+        if not self.rows:
+            raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here; make "
+                             f"them with: python sample.py text ENCODERS --out={folder or 'FOLDER'}")
+
+    def __call__(self, prompts):
+        missing = [prompt for prompt in prompts if prompt not in self.rows]
+        if missing:
+            raise SystemExit(f"{self.folder}: has no embedding of {missing[0]!r} and {len(missing) - 1} "
+                             f"more; add them with: python sample.py text ENCODERS --out={self.folder}")
+        tokens = self.read("context", prompts)
+        pooled = self.read("pooled", prompts)
+        return tokens, pooled
+
+    def read(self, name, prompts):
+        rows = []
+        for prompt in prompts:
+            shard, row = self.rows[prompt]
+            rows.append(shard.get_slice(name)[row:row + 1])
+        return torch.cat(rows).float().to(self.device)
+
+
+def shards_of(folder):
+    return sorted(Path(folder).glob("text_*.safetensors"))
+
+
+# ---------------------------------------------------------------- writing the cache
+
+
+def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, shard=1024):
+    """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...
+
+    Each shard holds `context`, `pooled` and, as metadata, its prompts and what made it; a run that is cut off
+    goes on after its last whole shard.
+    encoders: a diffusers folder with text encoders
+    shard:    texts per file
+    raises:   SystemExit if `out` was made by other encoders or with another t5_tokens, or the disk is small
+    """
+    made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    known = cached_prompts(out, made_by)
+    wanted = dict.fromkeys(["", *prompts])                         # each text once, in order
+    todo = [prompt for prompt in wanted if prompt not in known]
+    if not todo:
+        print(f"{out}: holds all {len(known)} texts already")
+        return
+
+    parts = load_text_encoders(encoders, device)
+    first = next_number(out)
+    starts = range(0, len(todo), shard)
+    for n, start in enumerate(tqdm(starts, desc=f"encoding text to {out}", mininterval=1), first):
+        chunk = todo[start:start + shard]
+        context, pooled = [], []
+        for k in range(0, len(chunk), batch_size):
+            tokens, vector = encode_text(parts, chunk[k:k + batch_size], t5_tokens)
+            context.append(tokens.cpu())
+            pooled.append(vector.cpu())
+            if start == 0 and k == 0:
+                check_space(out, len(todo), context[0].nbytes + pooled[0].nbytes)
+        tensors = {"context": torch.cat(context), "pooled": torch.cat(pooled)}
+        path = Path(out) / f"text_{n:05d}.safetensors"
+        temporary = path.with_name(f"{path.name}.tmp")
+        save_file(tensors, temporary, {**made_by, "prompts": json.dumps(chunk)})
+        temporary.replace(path)
+
+
+def next_number(out):
+    """The number of the next shard: no file that is there is written again."""
+    shards = shards_of(out)
+    return int(shards[-1].stem.removeprefix("text_")) + 1 if shards else 0
+
+
+def cached_prompts(out, made_by):
+    """The prompts in the shards of a folder.   raises: SystemExit if other encoders made them"""
+    known = set()
+    for path in shards_of(out):
+        with safe_open(path, "pt") as f:
+            header = f.metadata()
+        if any(header[name] != value for name, value in made_by.items()):
+            raise SystemExit(f"{path}: was made with {header['encoders']}, {header['t5_tokens']} T5 tokens; "
+                             f"now {made_by['encoders']}, {made_by['t5_tokens']}: give another --out")
+        known |= set(json.loads(header["prompts"]))
+    return known
+
+
+def check_space(out, texts, bytes_of_first):
+    """Say how large the cache will be, by its first batch.   raises: SystemExit if the disk is too small"""
+    size = bytes_of_first * texts
+    free = shutil.disk_usage(out).free
+    tqdm.write(f"{out}: {texts} texts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
+    if size > free:
+        raise SystemExit(f"{out}: too little space; give another --out, or fewer texts")
+
+
+def fingerprint(folder):
+    """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
+    files = []
+    for part in ("text_encoder*", "tokenizer*"):
+        files += [path for path in Path(folder).glob(f"{part}/*") if path.is_file()]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
+        with open(path, "rb") as f:
+            digest.update(f.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- the encoders
 
 
 def load_text_encoders(folder, device):
-    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5."""
+    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5"""
     try:
+        import_torchvision()                       # because transformers will
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
     except ImportError as error:
         raise SystemExit(f"encoding text needs transformers ({error}): pip install transformers") from None
-    parts, dtype = [], torch.bfloat16 if device.type == "cuda" else torch.float32
-    for suffix, kind in (("", CLIPTextModelWithProjection), ("_2", CLIPTextModelWithProjection), ("_3", T5EncoderModel)):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kinds = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection, "_3": T5EncoderModel}
+    parts = []
+    for suffix, kind in kinds.items():
         path = Path(folder) / f"text_encoder{suffix}"
-        if not path.is_dir() and suffix != "_3":
-            raise SystemExit(f"{folder}: has no {path.name}; wanted a diffusers SD3.5 folder with its text encoders")
-        parts.append((AutoTokenizer.from_pretrained(path.with_name(f"tokenizer{suffix}")),
-                      kind.from_pretrained(path, dtype=dtype).to(device).eval()) if path.is_dir() else None)
+        if path.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(Path(folder) / f"tokenizer{suffix}")
+            encoder = kind.from_pretrained(path, dtype=dtype).to(device).eval()
+            parts.append((tokenizer, encoder))
+        elif suffix == "_3":
+            parts.append(None)
+        else:
+            raise SystemExit(f"{folder}: has no {path.name}; wanted a diffusers SD3.5 folder with its text "
+                             "encoders")
     return parts
 
 
@@ -54,126 +224,68 @@ def load_text_encoders(folder, device):
 def encode_text(encoders, prompts, t5_tokens=256, width=4096):
     """SD3's text conditioning: (context (B, 77 + t5_tokens, width), pooled (B, CLIP-L + CLIP-G)).
 
-    context: [CLIP-L | CLIP-G | zeros] of the last but one layer, then T5's tokens (zeros without T5); its width is T5's.
+    context: 77 tokens [CLIP-L | CLIP-G | zeros], of the last layer but one, then T5's tokens. Their width is
+    T5's; without T5 it is `width`, and T5's tokens are zeros.
     """
-    *clips, t5 = encoders
+    clip_l, clip_g, t5 = encoders
 
-    def ids(tokenizer, length):
-        batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return batch.input_ids.to(clips[0][1].device)
+    # both CLIPs, side by side
+    outputs = []
+    for tokenizer, encoder in (clip_l, clip_g):
+        ids = token_ids(tokenizer, prompts, tokenizer.model_max_length, encoder.device)
+        outputs.append(encoder(ids, output_hidden_states=True))
+    hidden = [output.hidden_states[-2] for output in outputs]                  # before the final norm
+    clip = torch.cat(hidden, dim=-1)                                           # (B, 77, L + G)
+    pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)     # (B, L + G)
 
-    outputs = [encoder(ids(tokenizer, tokenizer.model_max_length), output_hidden_states=True) for tokenizer, encoder in clips]
-    clip = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)           # (B, 77, L + G), before the final norm
-    tokens = t5[1](ids(t5[0], t5_tokens))[0] if t5 else clip.new_zeros(len(clip), t5_tokens, width)
-    return (torch.cat([F.pad(clip, (0, tokens.shape[-1] - clip.shape[-1])), tokens], dim=1),
-            torch.cat([o.text_embeds for o in outputs], dim=-1))
-
-
-def fingerprint(folder):
-    """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
-    digest = hashlib.sha256()
-    for path in sorted(p for part in ("text_encoder*", "tokenizer*") for p in Path(folder).glob(f"{part}/*") if p.is_file()):
-        with open(path, "rb") as f:
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode() + f.read(1 << 20))
-    return digest.hexdigest()[:16]
-
-
-def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, shard=1024):
-    """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...; says how large it will be.
-
-    Each shard holds `context`, `pooled` and, as metadata, its prompts and what made it; a run that is cut off goes on after
-    its last whole shard.   raises: SystemExit if `out` was made by other encoders or with another t5_tokens.
-    """
-    made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
-    Path(out).mkdir(parents=True, exist_ok=True)
-    shards, known = sorted(Path(out).glob("text_*.safetensors")), set()
-    for path in shards:
-        with safe_open(path, "pt") as f:
-            header = f.metadata()
-        if {k: header[k] for k in made_by} != made_by:
-            raise SystemExit(f"{path}: was made with {header['encoders']}, {header['t5_tokens']} T5 tokens; now "
-                             f"{made_by['encoders']}, {t5_tokens}: give another --out")
-        known |= set(json.loads(header["prompts"]))
-    todo = [p for p in dict.fromkeys(["", *prompts]) if p not in known]
-    if not todo:
-        print(f"{out}: holds all {len(known)} texts already")
-        return
-    parts = load_text_encoders(encoders, device)
-    for n, k in enumerate(tqdm(range(0, len(todo), shard), desc=f"encoding text to {out}", mininterval=1), len(shards)):
-        chunk, pieces = todo[k:k + shard], []
-        for j in range(0, len(chunk), batch_size):
-            pieces.append([x.cpu() for x in encode_text(parts, chunk[j:j + batch_size], t5_tokens)])
-            if k == j == 0:
-                size, free = sum(x[0].nbytes for x in pieces[0]) * len(todo), shutil.disk_usage(out).free
-                tqdm.write(f"{out}: {len(todo)} texts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
-                if size > free:
-                    raise SystemExit(f"{out}: too little space; give another --out, or fewer texts")
-        context, pooled = (torch.cat(x) for x in zip(*pieces))
-        path = Path(out) / f"text_{n:05d}.safetensors"
-        save_file({"context": context, "pooled": pooled}, f"{path}.tmp", {**made_by, "prompts": json.dumps(chunk)})
-        Path(f"{path}.tmp").replace(path)
+    # T5, below them
+    if t5:
+        tokenizer, encoder = t5
+        tokens = encoder(token_ids(tokenizer, prompts, t5_tokens, encoder.device))[0]
+    else:
+        tokens = clip.new_zeros(len(clip), t5_tokens, width)                   # (B, t5_tokens, W)
+    clip = F.pad(clip, (0, tokens.shape[-1] - clip.shape[-1]))                 # (B, 77, W)
+    return torch.cat([clip, tokens], dim=1), pooled
 
 
-class TextCache:
-    """The shards of a folder: cache(prompts) -> context (B, T, W), pooled (B, P), float32, on `device`."""
-
-    def __init__(self, folder, device="cpu"):
-        self.folder, self.device, self.rows = folder, device, {}
-        for path in sorted(Path(folder).glob("text_*.safetensors")):
-            f = safe_open(path, "pt")
-            self.rows |= {prompt: (f, i) for i, prompt in enumerate(json.loads(f.metadata()["prompts"]))}
-        if not self.rows:
-            raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here; make them with: "
-                             f"python sample.py text ENCODERS --out={folder or 'FOLDER'}")
-
-    def __call__(self, prompts):
-        missing = [p for p in prompts if p not in self.rows]
-        if missing:
-            raise SystemExit(f"{self.folder}: has no embedding of {missing[0]!r} and {len(missing) - 1} more; add them with: "
-                             f"python sample.py text ENCODERS --out={self.folder}")
-        rows = [self.rows[p] for p in prompts]
-        both = (torch.cat([f.get_slice(name)[i:i + 1] for f, i in rows]) for name in ("context", "pooled"))
-        return tuple(x.float().to(self.device) for x in both)
+def token_ids(tokenizer, prompts, length, device):
+    """The numbers of the prompts' tokens, cut off or padded to `length`: (B, length)."""
+    batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return batch.input_ids.to(device)
 
 
-def text_for(folder, prompts, out, rank, device, t5_tokens=256):
-    """The TextCache that holds the prompts; if `folder` is one of encoders, they are encoded into <out>/text first."""
-    if (Path(folder) / "text_encoder").is_dir():
-        if rank == 0:
-            cache_text(folder, prompts, Path(out) / "text", device, t5_tokens)
-        ranks.wait_for_all()
-        folder = Path(out) / "text"
-    return TextCache(folder, device)
+# ---------------------------------------------------------------- sample.py text
 
 
-def drop_labels(y, null, p):
-    """Each label becomes `null` with probability p, so that one model also learns the unconditional velocity."""
-    return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
+@dataclass
+class TextConfig:
+    encoders: str = field("", "a diffusers SD3.5 folder: text_encoder, _2 (CLIP), _3 (T5; may be missing)")
+    out: str = field("", "folder for the shards; one that is there is added to")
+    data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
+    prompts: str = field("", "texts separated by |, or a file with one a line")
+    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512")
+    batch_size: int = field(32, "texts per forward pass")
+    shard: int = field(1024, "texts per file")
+    device: str = field("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
 
 
-class Conditioner:
-    """What a model takes after z_all and t, given y: (labels,), or the text embeddings of the captions of images y.
-    With probability p a label becomes the null class, a caption "". Makes a captioned data set's labels its image numbers."""
-
-    def __init__(self, dit, train_set, cfg, device, rank):
-        self.dit, self.captions, self.text = dit, train_set.captions, None
-        if cfg.text:
-            if not self.captions:
-                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or metadata.jsonl")
-            train_set.labels = np.arange(len(train_set))
-            self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
-
-    def __call__(self, y, p):
-        if not self.text:
-            return (drop_labels(y, self.dit.cfg.num_classes, p),)
-        dropped = (torch.rand(len(y)) < p).tolist()
-        return self.text(["" if drop else self.captions[i] for i, drop in zip(y.tolist(), dropped)])
+def read_prompts(prompts):
+    """The texts of `a|b|c`, or the lines of a file of that name."""
+    if prompts and Path(prompts).is_file():
+        lines = Path(prompts).read_text("utf-8").splitlines()
+    else:
+        lines = prompts.split("|")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def main_text(cfg):
     """`sample.py text`: encode the captions of a folder and the given prompts."""
-    captions = (data.open_dataset(cfg.data_dir, 64, 0, 0).captions or []) if cfg.data_dir else []
+    captions = []
+    if cfg.data_dir:
+        captions = data.open_dataset(cfg.data_dir, 64, 0, 0).captions or []
     if not cfg.out or not (captions or cfg.prompts):
-        raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or --prompts=")
-    cache_text(cfg.encoders, [*captions, *read_prompts(cfg.prompts)], cfg.out, ranks.setup(cfg.device)[2], cfg.t5_tokens,
-               cfg.batch_size, cfg.shard)
+        raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or "
+                         "--prompts=")
+    _, _, device = ranks.setup(cfg.device)
+    prompts = [*captions, *read_prompts(cfg.prompts)]
+    cache_text(cfg.encoders, prompts, cfg.out, device, cfg.t5_tokens, cfg.batch_size, cfg.shard)

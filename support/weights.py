@@ -208,7 +208,7 @@ def is_vae_run(source):
 def build_vae(config):
     """The module that the "model" of a config.json describes, with new weights.   raises: ValueError"""
     base = dict(config["base"])
-    kind = base.pop("kind")
+    kind = base.pop("kind", None)
     if kind not in BASES:
         raise ValueError(f"its base VAE is a {kind!r}; BASES has {', '.join(BASES)} (see support/bases.py)")
     try:

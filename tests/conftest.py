@@ -1,4 +1,4 @@
-"""Shared fixtures: golden files, small models and runs, faults; and which tests are skipped, with the reason."""
+"""Shared fixtures: golden files, small models and runs, faults; which tests are skipped, with the reason."""
 import dataclasses
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = ROOT.parent / "shared"            # real photos and weights that cannot be redistributed with this repository
+SHARED = ROOT.parent / "shared"            # photos and weights that cannot be redistributed with the code
 
 torch.set_num_threads(1)                   # for tensors this small, threads would only wait for each other
 
@@ -36,12 +36,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def golden():
-    """golden(name) -> (weights under their original names, everything else by its key, the metadata's config)."""
+    """golden(name) -> (weights under their original names, everything else by key, the metadata's config)."""
     def load(name):
         weights, others = {}, {}
         with safe_open(FIXTURES / f"{name}.safetensors", "pt") as f:
             config = json.loads(f.metadata()["config"])
-            for key in f.keys():                                   # noqa: SIM118  (not a dict)
+            keys = f.keys()
+            for key in keys:
                 if key.startswith("sd/"):
                     weights[key.removeprefix("sd/")] = f.get_tensor(key)
                 else:
@@ -68,7 +69,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def error():
-    """error(x, ref) -> the largest difference, relative to the largest value of ref, or to 1 if that is larger."""
+    """error(x, ref) -> the largest difference, relative to the largest value of ref, at least 1."""
     def relative(x, ref):
         largest = ref.abs().max().clamp(min=1)
         return ((x - ref).abs().max() / largest).item()
@@ -77,7 +78,7 @@ def error():
 
 @pytest.fixture(scope="session")
 def same_weights():
-    """same_weights(a, b, names=("model",)): do two runs' newest checkpoints hold the same weights, bit for bit?"""
+    """same_weights(a, b, names=("model",)): do the newest checkpoints of two Configs agree, bit for bit?"""
     from support import runs
 
     def same(a, b, names=("model",)):
@@ -88,6 +89,14 @@ def same_weights():
                 return False
         return True
     return same
+
+
+@pytest.fixture(scope="session")
+def read_log():
+    """read_log(out) -> the rows of a run's log.jsonl."""
+    def rows(out):
+        return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return rows
 
 
 # ---------------------------------------------------------------- small models of random weights
@@ -103,7 +112,7 @@ def random_weights(model, seed=0, names=""):
 
 @pytest.fixture(scope="session")
 def randomise():
-    """randomise(model, seed=0, names="") -> model, with random values for every parameter with `names` in its name.
+    """randomise(model, seed=0, names="") -> model, random in every parameter with `names` in its name.
 
     A fresh DiT computes 0, which would prove nothing.
     """
@@ -114,12 +123,12 @@ def randomise():
 def kl_config():
     """The sizes of an AutoencoderKL of 8 and 16 channels: C = 4, f = 2."""
     from davae import KLConfig
-    return KLConfig(C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4)
+    return KLConfig(C=4, widths=(8, 16), blocks=1, groups=4)
 
 
 @pytest.fixture
 def make_base(kl_config):
-    """make_base() -> an AutoencoderKL of these sizes with random weights and statistics, the same ones every time."""
+    """make_base() -> an AutoencoderKL of these sizes with random weights and statistics, always the same."""
     from davae import AutoencoderKL
 
     def make():
@@ -134,10 +143,10 @@ def make_base(kl_config):
 @pytest.fixture
 def make_davae(make_base):
     """make_davae(D=12, **options) -> a DAVAE on such a base, with random statistics."""
-    from davae import DAVAE
+    from davae import DAVAE, DAVAEConfig
 
     def make(D=12, **options):
-        vae = DAVAE(make_base(), D, **options).eval()
+        vae = DAVAE(make_base(), DAVAEConfig(D=D, **options)).eval()
         torch.manual_seed(1)
         vae.mean.uniform_(-1, 1)
         vae.std.uniform_(0.5, 2)
@@ -147,7 +156,7 @@ def make_davae(make_base):
 
 @pytest.fixture
 def make_dit():
-    """make_dit(p=1, D=0, seed=0, **options) -> a LightningDiT (C = 4, 4x4 tokens, 5 classes) of random weights."""
+    """make_dit(p=1, D=0, seed=0, **options) -> a random LightningDiT of C = 4, 4x4 tokens and 5 classes."""
     from dit import DiTConfig, LightningDiT
 
     def make(p=1, D=0, seed=0, **options):
@@ -159,7 +168,7 @@ def make_dit():
 
 @pytest.fixture
 def dit_inputs():
-    """dit_inputs(p, channels=4) -> (z, t, y) for such a LightningDiT: three latents, the last of the null class."""
+    """dit_inputs(p, channels=4) -> (z, t, y) for such a model: three latents, the last of the null class."""
     def make(p, channels=4):
         generator = torch.Generator().manual_seed(1)
         z = torch.randn(3, channels, 4 * p, 4 * p, generator=generator)
@@ -169,7 +178,7 @@ def dit_inputs():
 
 @pytest.fixture(scope="session")
 def stock():
-    """A small SD3Transformer2DModel with everything SD3.5-Medium has: dual blocks, QK-norm, an odd position table."""
+    """A small SD3Transformer2DModel with SD3.5-Medium's dual blocks, QK-norm and odd position table."""
     from support.metrics import import_torchvision
     import_torchvision()
     from diffusers import SD3Transformer2DModel
@@ -183,7 +192,7 @@ def stock():
 
 @pytest.fixture
 def sd3_inputs():
-    """sd3_inputs(channels=4, h=16, w=24) -> (z, t, context, pooled) for `stock`: two latents, seven tokens of text."""
+    """sd3_inputs(channels=4, h=16, w=24) -> (z, t, context, pooled) for `stock`: two latents and texts."""
     def make(channels=4, h=16, w=24):
         generator = torch.Generator().manual_seed(1)
         z = torch.randn(2, channels, h, w, generator=generator)
@@ -195,7 +204,7 @@ def sd3_inputs():
 
 @pytest.fixture
 def widened(stock):
-    """widened(spoil=None) -> `stock` as our MMDiT, widened by 6 channels; random where a name has `spoil` in it."""
+    """widened(spoil=None) -> `stock` as our MMDiT, 6 channels wider; random where a name has `spoil`."""
     from support.weights import load_dit
 
     def make(spoil=None):
@@ -205,7 +214,7 @@ def widened(stock):
     return make
 
 
-# ---------------------------------------------------------------- runs of a few steps, made once and read by several files
+# ---------------------------------------------------------------- runs of a few steps, made once
 
 
 @pytest.fixture(scope="session")
@@ -218,9 +227,9 @@ def vae_config():
 
     def make(out, **changes):
         values = dict(
-            preset="tiny-base", out=str(out), D=0, C=4, ch=8, ch_mult=(1, 2), blocks=1, groups=4, image_size=16,
-            images=32, flip=False, perceptual="none", gan=0.0, stats=16, steps=4, batch_size=4, lr=1e-3, log_every=1,
-            save_every=100)
+            preset="tiny-base", out=str(out), D=0, C=4, widths=(8, 16), blocks=1, groups=4,
+            image_size=16, images=32, flip=False, perceptual="none", gan=0.0, stats=16,
+            steps=4, batch_size=4, lr=1e-3, log_every=1, save_every=100)
         return train_vae.Config(**{**values, **changes})
     return make
 
@@ -236,7 +245,7 @@ def base_run(vae_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def davae_config(vae_config, base_run):
-    """davae_config(out, **changes) -> train_vae's Config of 12 detail channels on `base_run`, with a discriminator."""
+    """davae_config(out, **changes) -> train_vae's Config of 12 detail channels on `base_run`, with a GAN."""
     def make(out, **changes):
         values = dict(preset="tiny", D=12, base=base_run, gan=0.1, disc_start=3, disc_width=4, image_size=64)
         return vae_config(out, **{**values, **changes})
@@ -249,10 +258,11 @@ def tiny_vae(tmp_path_factory):
     import train_vae
     runs = tmp_path_factory.mktemp("runs")
     small = dict(
-        image_size=64, images=64, flip=False, perceptual="none", gan=0.0, stats=32, steps=3, batch_size=4, lr=1e-3,
-        log_every=1, save_every=100)
+        image_size=64, images=64, flip=False, perceptual="none", gan=0.0, stats=32,
+        steps=3, batch_size=4, lr=1e-3, log_every=1, save_every=100)
     base = train_vae.Config(
-        preset="tiny-base", out=str(runs / "base-vae"), D=0, C=4, ch=8, ch_mult=(1, 2, 2), blocks=1, groups=4, **small)
+        preset="tiny-base", out=str(runs / "base-vae"), D=0, C=4, widths=(8, 16, 16), blocks=1, groups=4,
+        **small)
     train_vae.main(base)
     train_vae.main(train_vae.Config(preset="tiny", out=str(runs / "vae"), D=12, base=base.out, **small))
     return str(runs / "vae")
@@ -268,13 +278,14 @@ def tiny_base(tiny_vae):
     """The folder of a base DiT trained for three steps on the base channels of `tiny_vae`."""
     import finetune
     out = str(Path(tiny_vae).parent / "base")
-    finetune.main(finetune.Config(preset="tiny-base", out=out, vae=tiny_vae, D=0, E=32, depth=2, A=2, p=2, **DIT))
+    cfg = finetune.Config(preset="tiny-base", out=out, vae=tiny_vae, D=0, E=32, depth=2, A=2, p=2, **DIT)
+    finetune.main(cfg)
     return out
 
 
 @pytest.fixture(scope="session")
 def finetune_config(tiny_vae, tiny_base):
-    """finetune_config(out, **changes) -> finetune's Config that widens `tiny_base` and trains for three steps."""
+    """finetune_config(out, **changes) -> finetune's Config that widens `tiny_base` and trains three steps."""
     import finetune
 
     def make(out, **changes):
@@ -285,7 +296,7 @@ def finetune_config(tiny_vae, tiny_base):
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_vae, finetune_config):
-    """The folder of such a run."""
+    """The folder of a DiT widened from `tiny_base` and trained for three steps."""
     import finetune
     out = str(Path(tiny_vae).parent / "run")
     finetune.main(finetune_config(out))
@@ -307,13 +318,15 @@ ranks.launch(script.main, script.Config(**values))
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(main, cfg, fault="", ranks=1) -> Popen of a program that runs the script's main after the lines `fault`."""
+    """launch(main, cfg, fault="", ranks=1) -> Popen of a script's main, run after the lines `fault`."""
     started = []
 
     def start(main, cfg, fault="", ranks=1):
         program = tmp_path / f"program{len(started)}.py"
-        program.write_text(PROGRAM.format(
-            module=main.__module__, threads=torch.get_num_threads(), fault=fault, values=dataclasses.asdict(cfg)))
+        values = dataclasses.asdict(cfg)
+        threads = torch.get_num_threads()
+        lines = PROGRAM.format(module=main.__module__, threads=threads, fault=fault, values=values)
+        program.write_text(lines)
         command = [sys.executable, str(program)]
         if ranks > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -331,7 +344,7 @@ def launch(tmp_path):
 
 @pytest.fixture
 def interrupt(launch):
-    """interrupt(main, cfg, number): send a run that signal once it has logged a few steps; the step it stopped at."""
+    """interrupt(main, cfg, number) -> the step at which a run stopped that was sent that signal."""
     def run(main, cfg, number):
         process = launch(main, cfg)
         log = Path(cfg.out) / "log.jsonl"
@@ -367,7 +380,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-# ---------------------------------------------------------------- Stable Diffusion 3.5 in miniature, as diffusers makes it
+# ---------------------------------------------------------------- Stable Diffusion 3.5 in miniature
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
@@ -395,7 +408,7 @@ def small_t5():
 
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory):
-    """A StableDiffusion3Pipeline of small random parts (three text encoders, MMDiT, VAE of f2 and 4 channels), saved."""
+    """A saved StableDiffusion3Pipeline of small random parts: text encoders, MMDiT, VAE (f = 2, C = 4)."""
     from support.metrics import import_torchvision
     import_torchvision()
     from diffusers import (

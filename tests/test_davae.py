@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from davae import DAVAE, DownBlock, Posterior, UpBlock, align_loss, group_mean, half
+from davae import DAVAE, BaseVAE, DAVAEConfig, DownBlock, PlainVAE, Posterior, UpBlock
+from davae import align_loss, base_image, group_mean, half
 from support.weights import load_base_vae
 
 
@@ -14,7 +15,7 @@ from support.weights import load_base_vae
 
 
 def test_group_mean_takes_contiguous_groups_not_strided_ones():
-    z_d = torch.arange(6.0).view(1, 6, 1, 1)                       # D = 6, C = 2: groups (0, 1, 2) and (3, 4, 5)
+    z_d = torch.arange(6.0).view(1, 6, 1, 1)                    # D = 6, C = 2: groups (0, 1, 2) and (3, 4, 5)
     assert group_mean(z_d, 2).flatten().tolist() == [1.0, 4.0]     # strided groups would give (2, 3)
 
 
@@ -53,14 +54,16 @@ def test_down_block_shortcut_is_the_group_mean_of_pixels_where_it_divides():
     torch.nn.init.zeros_(block.conv.bias)
     assert block.proj is None
     x = torch.randn(2, 16, 6, 6)
-    pixels = x.view(2, 16, 3, 2, 3, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 64, 3, 3)    # channel c*4 + i*2 + j
-    assert torch.equal(block(x), pixels.view(2, 8, 8, 3, 3).mean(2))
+    pixels = x.view(2, 16, 3, 2, 3, 2)                             # (b, c, row, i, column, j)
+    unshuffled = pixels.permute(0, 1, 3, 5, 2, 4).reshape(2, 64, 3, 3)     # channel c*4 + i*2 + j
+    assert torch.equal(block(x), unshuffled.view(2, 8, 8, 3, 3).mean(2))
 
 
 def test_down_block_learns_a_zero_shortcut_where_it_does_not_divide():
     block = DownBlock(width=512, O=192)                            # ImageNet: 2048 % 192 = 128
-    assert tuple(block.proj.weight.shape) == (192, 2048, 1, 1) and block.proj.bias is None
-    assert block.proj.weight.abs().max() == 0 and tuple(block.conv.weight.shape) == (48, 512, 3, 3)
+    assert tuple(block.proj.weight.shape) == (192, 2048, 1, 1)
+    assert block.proj.weight.abs().max() == 0 and block.proj.bias is None
+    assert tuple(block.conv.weight.shape) == (48, 512, 3, 3)
     x = torch.randn(1, 512, 4, 4)
     assert torch.equal(block(x), F.pixel_unshuffle(block.conv(x), 2))
 
@@ -78,8 +81,9 @@ def test_up_block_shortcut_is_nearest_upsampling_of_repeated_channels(channels, 
 def test_half_is_the_four_tap_filter():
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     taps = torch.tensor([-3.0, 19, 19, -3], dtype=torch.float64) / 32
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    expected = F.conv2d(padded.view(3, 1, 10, 10), (taps[:, None] * taps).view(1, 1, 4, 4), stride=2).view(1, 3, 4, 4)
+    kernel = torch.outer(taps, taps).view(1, 1, 4, 4)
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate").view(3, 1, 10, 10)
+    expected = F.conv2d(padded, kernel, stride=2).view(1, 3, 4, 4)
     assert torch.allclose(half(x), expected, atol=1e-12)
 
 
@@ -88,7 +92,8 @@ def test_half_is_the_four_tap_filter():
 
 def test_kl_is_zero_at_the_standard_normal_and_twice_the_textbook_mean_elsewhere():
     assert Posterior(torch.zeros(1, 4, 2, 2)).kl() == 0
-    mean, logvar = torch.full((1, 2, 1, 1), 0.5), torch.full((1, 2, 1, 1), -1.0)
+    mean = torch.full((1, 2, 1, 1), 0.5)
+    logvar = torch.full((1, 2, 1, 1), -1.0)
     q = torch.distributions.Normal(0.5, math.exp(-0.5))
     textbook = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
     assert torch.allclose(Posterior(torch.cat([mean, logvar], 1)).kl(), 2 * textbook)
@@ -105,7 +110,7 @@ def test_logvar_is_clamped_as_in_the_pretrained_code():
 def test_base_channels_equal_the_frozen_base_vae_on_the_half_size_image_bit_for_bit(make_base):
     base = make_base()
     reference = deepcopy(base)
-    vae = DAVAE(base, 12)
+    vae = DAVAE(base, DAVAEConfig(D=12))
     for p in vae.detail_encoder.parameters():
         torch.nn.init.normal_(p)                                   # whatever the detail path does
     x = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -119,16 +124,18 @@ def test_training_leaves_the_base_untouched(make_davae):
     before = {k: v.clone() for k, v in vae.base.state_dict().items()}
     opt = torch.optim.SGD([p for p in vae.parameters() if p.requires_grad], lr=1.0)
     rec = vae.train()(torch.rand(2, 3, 16, 16))
-    (rec.x_hat.square().mean() + align_loss(rec.z, rec.z_d) + rec.posterior.kl()).backward()
+    loss = rec.x_hat.square().mean() + align_loss(rec.z, rec.z_d) + rec.posterior.kl()
+    loss.backward()
     opt.step()
     assert all(torch.equal(v, before[k]) for k, v in vae.base.state_dict().items())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.detail_encoder.parameters())
 
 
 def test_detail_encoder_and_decoder_start_as_copies_of_the_base(make_base):
-    vae = DAVAE(make_base(), 12)
+    vae = DAVAE(make_base(), DAVAEConfig(D=12))
     for mine, theirs in ((vae.detail_encoder, vae.base.encoder), (vae.decoder, vae.base.decoder)):
-        assert all(torch.equal(a, b) and a is not b for a, b in zip(mine.parameters(), theirs.parameters()))
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b) and a is not b
 
 
 def test_decode_undoes_the_normalisation_of_encode(make_davae):
@@ -140,7 +147,8 @@ def test_decode_undoes_the_normalisation_of_encode(make_davae):
 
 
 def test_measured_statistics_normalise_the_details(make_davae):
-    vae, images = make_davae(), [torch.rand(8, 3, 16, 16) * 2 - 1 for _ in range(3)]
+    vae = make_davae()
+    images = [torch.rand(8, 3, 16, 16) * 2 - 1 for _ in range(3)]
     vae.measure(images)
     z_d = torch.cat([vae.encode(x) for x in images])[:, 4:]
     assert z_d.mean((0, 2, 3)).abs().max() < 1e-5
@@ -148,42 +156,121 @@ def test_measured_statistics_normalise_the_details(make_davae):
 
 
 def test_decode_base_is_the_base_decoder_on_the_base_channels(make_davae):
-    vae, x = make_davae(), torch.rand(1, 3, 16, 16)
+    vae = make_davae()
+    x = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
-        z_all = vae.encode(x)
-        assert torch.equal(vae.decode_base(z_all[:, :4]), vae.base.decode(vae.base.encode(half(x))))
+        z = vae.encode(x)[:, :4]
+        assert torch.equal(vae.decode_base(z), vae.base.decode(vae.base.encode(half(x))))
 
 
 @pytest.mark.parametrize("rescale,scale", [(False, 1.0), (True, 2.0)])
 def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_davae, rescale, scale):
-    vae, seen = make_davae(detail_dropout=0.5, rescale=rescale).train(), []
-    vae._decode = lambda z, z_d: seen.append(z_d) or torch.zeros(len(z), 3, 16, 16)
+    vae = make_davae(detail_dropout=0.5, rescale=rescale).train()
+    seen = []
+
+    def decode(z, z_d):
+        seen.append(z_d)
+        return torch.zeros(len(z), 3, 16, 16)
+
+    vae._decode = decode
     torch.manual_seed(0)
     rec = vae(torch.rand(64, 3, 16, 16))
-    dropped = seen[0].abs().amax((1, 2, 3)) == 0
+    decoded = seen[0]
+    dropped = decoded.abs().amax((1, 2, 3)) == 0
     assert 16 < dropped.sum() < 48
-    assert torch.equal(seen[0][~dropped], rec.z_d[~dropped] * scale)
+    assert torch.equal(decoded[~dropped], rec.z_d[~dropped] * scale)
     assert rec.z_d.abs().amax((1, 2, 3)).min() > 0                 # alignment sees what was dropped
 
 
 def test_without_detail_channels_it_is_the_base_vae_and_trains(make_base):
     base = make_base()
-    vae, x = DAVAE(base, 0), torch.rand(1, 3, 8, 8)
-    assert vae.f == 2 and all(p.requires_grad for p in vae.parameters())
+    vae = PlainVAE(base)
+    x = torch.rand(1, 3, 8, 8)
+    assert vae.f == 2
+    assert all(p.requires_grad for p in vae.parameters())
     with torch.no_grad():
-        assert torch.equal(vae.encode(x), base.encode(x)) and torch.equal(vae.decode(vae.encode(x)), base.decode(base.encode(x)))
+        z = base.encode(x)
+        assert torch.equal(vae.encode(x), z)
+        assert torch.equal(vae.decode(z), base.decode(z))
 
 
 def test_davae_refuses_channels_and_sizes_that_do_not_divide(make_base, make_davae):
     with pytest.raises(ValueError, match="D=10 must be a multiple of base channels C=4"):
-        DAVAE(make_base(), 10)
+        DAVAE(make_base(), DAVAEConfig(D=10))
     with pytest.raises(ValueError, match="image of 18x16 pixels: both sides must be multiples of 4"):
         make_davae().encode(torch.zeros(1, 3, 16, 18))
 
 
 def test_davae_of_the_full_size_bases_has_the_papers_shapes(full_size):
-    for name, D, down, up in (("VA-VAE f16d32", 96, (48, 512), (2048, 128)), ("SD3 VAE diffusers", 16, (8, 512), (2048, 32))):
-        base = load_base_vae({k: torch.empty(s, device="meta") for k, s in full_size[name].items()})
-        vae = DAVAE(base, D).to("meta")
-        assert tuple(vae.down.conv.weight.shape[:2]) == down and tuple(vae.up.conv.weight.shape[:2]) == up
-        assert (vae.down.proj is None) == (D == 16) and vae.up.proj is None
+    sizes = {"VA-VAE f16d32": (96, (48, 512), (2048, 128)), "SD3 VAE diffusers": (16, (8, 512), (2048, 32))}
+    for name, (D, down, up) in sizes.items():
+        state = {key: torch.empty(shape, device="meta") for key, shape in full_size[name].items()}
+        base = load_base_vae(state)
+        vae = DAVAE(base, DAVAEConfig(D=D)).to("meta")
+        assert tuple(vae.down.conv.weight.shape[:2]) == down
+        assert tuple(vae.up.conv.weight.shape[:2]) == up
+        assert (vae.down.proj is None) == (D == 16)
+        assert vae.up.proj is None
+
+
+# ---------------------------------------------------------------- the ratio r
+
+
+def test_the_base_image_of_a_quarter_is_the_image_halved_twice():
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    assert torch.equal(base_image(x, 2), half(x))
+    assert torch.equal(base_image(x, 4), half(half(x)))
+
+
+def test_with_r_4_the_base_channels_are_the_base_vaes_on_the_quarter_image_bit_for_bit(make_base):
+    base = make_base()
+    reference = deepcopy(base)
+    vae = DAVAE(base, DAVAEConfig(D=16, r=4)).eval()
+    x = torch.rand(2, 3, 32, 16) * 2 - 1
+    with torch.no_grad():
+        z_all = vae.encode(x)
+        assert vae.f == 4 * base.f and tuple(z_all.shape) == (2, 20, 4, 2)
+        assert torch.equal(z_all[:, :4], reference.encode(half(half(x))))
+        assert vae.decode(z_all).shape == x.shape
+        assert torch.equal(vae.decode_base(z_all[:, :4]), reference.decode(z_all[:, :4]))
+
+
+def test_the_blocks_shortcuts_at_r_4_are_group_means_of_pixels_and_repeated_channels():
+    down = DownBlock(width=8, O=32, r=4)                           # 128 unshuffled channels, groups of 4
+    up = UpBlock(channels=8, width=4, r=4)                         # 64 channels before the shuffle, 8 of each
+    for block in (down, up):
+        torch.nn.init.zeros_(block.conv.weight)
+        torch.nn.init.zeros_(block.conv.bias)
+    x = torch.randn(2, 8, 8, 12)
+    pixels = x.view(2, 8, 2, 4, 3, 4).permute(0, 1, 3, 5, 2, 4).reshape(2, 128, 2, 3)
+    assert torch.equal(down(x), pixels.view(2, 32, 4, 2, 3).mean(2))
+
+    z = torch.randn(1, 8, 3, 2)
+    before = z[:, torch.arange(64) // 8].view(1, 4, 4, 4, 3, 2)    # feature, row, column of its 4x4 pixels
+    assert torch.equal(up(z), before.permute(0, 1, 4, 2, 5, 3).reshape(1, 4, 12, 8))
+
+
+def test_r_is_a_power_of_two_and_D_fits_the_down_block(make_base):
+    for r in (0, 1, 3, 6):
+        with pytest.raises(ValueError, match=f"r={r}: wanted 2, 4, 8"):
+            DAVAEConfig(D=12, r=r)
+    with pytest.raises(ValueError, match="makes 24 channels by pixel-unshuffle: wanted a multiple of 16"):
+        DAVAE(make_base(), DAVAEConfig(D=12, r=4))
+
+
+def test_a_base_of_ones_own_needs_four_parts_and_nothing_else():
+    class Pixels(BaseVAE):
+        """Averages of 2x2 pixels as latent."""
+
+        def __init__(self):
+            super().__init__(C=3, f=2, width=12)
+            self.encoder = torch.nn.PixelUnshuffle(2)
+            self.to_moments = torch.nn.Conv2d(12, 6, 1)
+            self.from_latent = torch.nn.Conv2d(3, 12, 1)
+            self.decoder = torch.nn.Sequential(torch.nn.ConvTranspose2d(12, 3, 2, stride=2))
+
+    vae = DAVAE(Pixels(), DAVAEConfig(D=6))
+    x = torch.rand(2, 3, 8, 8)
+    rec = vae(x)
+    assert rec.x_hat.shape == x.shape and rec.z.shape == (2, 3, 2, 2) and rec.z_d.shape == (2, 6, 2, 2)
+    assert vae.config()["base"] == {"kind": "Pixels"}

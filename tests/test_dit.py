@@ -1,4 +1,5 @@
-"""dit.py against recorded outputs of the original LightningDiT, live diffusers, and the claims of the warm start."""
+"""dit.py against recorded outputs of the original LightningDiT and diffusers; claims of the warm start."""
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import kernels
 import kernels.qknorm_rope
 from dit import DiTConfig, LightningDiT, widen
 from kernels.norm_modulate import norm_modulate_ref
-from support.formats import export_lightningdit, import_lightningdit
+from support.formats import export_lightningdit, lightningdit_sizes
 from support.weights import load_dit
 
 
@@ -18,7 +19,7 @@ from support.weights import load_dit
 
 @pytest.fixture
 def velocity_error(golden, error):
-    """velocity_error() -> that of our model, in the original's recorded weights, against the recorded velocity."""
+    """velocity_error() -> the error of our velocity for the original's recorded weights and inputs."""
     @torch.no_grad()
     def compare():
         weights, t, _ = golden("lightningdit_qknorm")
@@ -46,39 +47,41 @@ def test_rotating_halves_instead_of_adjacent_pairs_is_noticed(velocity_error, mo
 
 
 @torch.no_grad()
-def test_time_embedding_equals_the_original(error, golden):
-    sd, t, _ = golden("lightningdit_qknorm")
-    assert error(load_dit(sd).t_embedder(dit.timestep_embedding(t["in/t"])), t["out/t_embed"]) < 5e-6
+def test_time_embedding_equals_the_original(golden, error):
+    weights, t, _ = golden("lightningdit_qknorm")
+    embedded = load_dit(weights).t_embedder(dit.timestep_embedding(t["in/t"]))
+    assert error(embedded, t["out/t_embed"]) < 5e-6
 
 
-def test_position_tables_equal_the_original(error, golden):
-    sd, _, _ = golden("lightningdit_qknorm")
-    model = load_dit(sd)
-    assert error(model.pos_embed, sd["pos_embed"]) < 1e-6
-    assert error(model.rope_cos, sd["feat_rope.freqs_cos"]) < 1e-6
-    assert error(model.rope_sin, sd["feat_rope.freqs_sin"]) < 1e-6
+def test_position_tables_equal_the_original(golden, error):
+    weights, _, _ = golden("lightningdit_qknorm")
+    model = load_dit(weights)
+    assert error(model.pos_embed, weights["pos_embed"]) < 1e-6
+    assert error(model.rope_cos, weights["feat_rope.freqs_cos"]) < 1e-6
+    assert error(model.rope_sin, weights["feat_rope.freqs_sin"]) < 1e-6
 
 
 @torch.no_grad()
-def test_null_class_gives_the_recorded_guidance(error, golden):
+def test_null_class_gives_the_recorded_guidance(golden, error):
     """v = u + s (c - u) on channels 0..2, c and u from one batch of conditional and null labels."""
-    sd, t, config = golden("lightningdit_qknorm")
+    weights, t, config = golden("lightningdit_qknorm")
+    assert t["in/y"].tolist()[3:] == [config["num_classes"]] * 3
     x = torch.cat([t["in/x"][:3]] * 2)
-    v = load_dit(sd)(x, t["in/t_cfg"], t["in/y"])
+    v = load_dit(weights)(x, t["in/t_cfg"], t["in/y"])
     c, u = v.chunk(2)
     guided = (u + config["cfg_scale"] * (c - u))[:, :3]
     v[:, :3] = torch.cat([guided, guided])
-    assert t["in/y"].tolist()[3:] == [config["num_classes"]] * 3
     assert error(v, t["out/cfg_3channel"]) < 5e-6
 
 
 def test_initialisation_zeroes_what_the_original_zeroes(golden):
-    sd, _, config = golden("lightningdit_qknorm")
-    _, cfg = import_lightningdit(sd)
+    weights, _, config = golden("lightningdit_qknorm")
+    cfg = DiTConfig(**lightningdit_sizes(weights))
     torch.manual_seed(0)
     fresh = export_lightningdit(LightningDiT(cfg))
-    assert sorted(k for k, v in fresh.items() if v.abs().max() == 0) == config["zero_at_init"]
-    assert fresh.keys() == sd.keys()
+    zero = sorted(key for key, value in fresh.items() if value.abs().max() == 0)
+    assert zero == config["zero_at_init"]
+    assert fresh.keys() == weights.keys()
 
 
 def test_initial_weights_have_the_published_scale():
@@ -91,13 +94,14 @@ def test_initial_weights_have_the_published_scale():
     assert all((p == 1).all() for n, p in model.named_parameters() if "norm" in n)
 
 
-@pytest.mark.parametrize("size, count", [("B", 130_556_192), ("XL", 675_256_736), ("1p0B", 1_029_401_120),
-                                         ("1p6B", 1_631_767_120)])
+@pytest.mark.parametrize("size, count", [
+    ("B", 130_556_192), ("XL", 675_256_736), ("1p0B", 1_029_401_120), ("1p6B", 1_631_767_120)])
 def test_full_size_models_have_the_published_number_of_parameters(size, count):
     depth, E, A = dit.SIZES[size]
     with torch.device("meta"):
         model = LightningDiT(DiTConfig(depth=depth, E=E, A=A))
-    assert sum(p.numel() for p in model.parameters()) + model.pos_embed.numel() == count     # upstream counts the table
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters + model.pos_embed.numel() == count            # upstream counts the table
 
 
 def test_a_token_is_read_as_rows_columns_channels():
@@ -106,11 +110,13 @@ def test_a_token_is_read_as_rows_columns_channels():
     latent = dit.unpatchify(tokens, p, g * p, g * p)
     assert latent.shape == (1, C, g * p, g * p)
     for row, col, i, j, c in [(0, 0, 0, 1, 0), (0, 1, 0, 0, 0), (3, 2, 1, 0, 2), (1, 3, 1, 1, 1)]:
-        assert latent[0, c, row * p + i, col * p + j] == tokens[0, row * g + col, (i * p + j) * C + c]
+        token = tokens[0, row * g + col]
+        assert latent[0, c, row * p + i, col * p + j] == token[(i * p + j) * C + c]
 
 
 def test_rms_norm_rounds_before_it_scales():
-    weight, x = torch.rand(64), torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+    weight = torch.rand(64)
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     zero = torch.zeros(1, 64).bfloat16()
     h = norm_modulate_ref(x, zero, zero, weight)
@@ -123,17 +129,22 @@ def test_a_wrong_latent_is_named(make_dit):
 
 
 def test_under_bfloat16_autocast_the_residual_stream_is_bfloat16_and_the_output_float32(
-        error, make_dit, dit_inputs):
-    model, (z, t, y) = make_dit(qk_norm=False), dit_inputs(1)
+        make_dit, dit_inputs, error):
+    model = make_dit(qk_norm=False)
+    inputs = dit_inputs(1)
     seen = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: seen.extend(tensor.dtype for tensor in (args[0], *out)))
+
+    def note_dtypes(module, args, out):
+        seen.extend(tensor.dtype for tensor in (args[0], *out))
+
     with torch.no_grad():
-        exact = model(z, t, y)
-        seen.clear()
+        exact = model(*inputs)
+        for block in model.blocks:
+            block.register_forward_hook(note_dtypes)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            v = model(z, t, y)
-    assert seen == 8 * [torch.bfloat16] and v.dtype == torch.float32
+            v = model(*inputs)
+    assert seen == 8 * [torch.bfloat16]
+    assert v.dtype == torch.float32
     assert 0 < error(v, exact) < 0.1
 
 
@@ -142,7 +153,7 @@ def test_under_bfloat16_autocast_the_residual_stream_is_bfloat16_and_the_output_
 
 @pytest.fixture
 def widen_by_6(make_dit, dit_inputs, randomise):
-    """widen_by_6(p, spoil=None) -> (v before, v of the base channels after, v of the detail channels after)."""
+    """widen_by_6(p, spoil=None) -> (v before, v of base channels after, v of detail channels after)."""
     @torch.no_grad()
     def compare(p, spoil=None):
         model = make_dit(p)
@@ -162,7 +173,7 @@ def widen_by_6(make_dit, dit_inputs, randomise):
 def test_warm_start_reproduces_base_model(widen_by_6, p):
     before, after, detail = widen_by_6(p)
     assert torch.equal(after, before)                               # P_new = 0: details cannot leak in
-    assert detail.abs().max() == 0                                  # O_new = 0: details start at zero velocity
+    assert detail.abs().max() == 0                                 # O_new = 0: details start at zero velocity
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -174,10 +185,11 @@ def test_a_random_P_new_would_break_the_warm_start(widen_by_6, error, p):
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("weight", [0.0, 0.01])
 def test_gradients_reach_the_new_layers_from_the_first_step(make_dit, dit_inputs, p, weight):
-    model, (z_all, t, y) = make_dit(p), dit_inputs(p, channels=10)
+    model = make_dit(p)
     model.expand_channels(6)
-    v, v_d = model(z_all, t, y).split([4, 6], dim=1)
-    (v.square().mean() + weight * (v_d - 1).square().mean()).backward()
+    v, v_d = model(*dit_inputs(p, channels=10)).split([4, 6], dim=1)
+    loss = v.square().mean() + weight * (v_d - 1).square().mean()
+    loss.backward()
     assert model.P_new.weight.grad.abs().max() > 1e-6               # even from a loss on base channels only
     assert (model.O_new.weight.grad.abs().max() > 0) == (weight > 0)
     assert (model.O_new.bias.grad.abs().max() > 0) == (weight > 0)
@@ -193,26 +205,38 @@ def test_widening_an_expanded_or_by_nothing_is_refused(make_dit):
     assert model.cfg.D == 2
 
 
-@pytest.mark.parametrize("kind, cfg", [(LightningDiT, DiTConfig(C=4, grid=2, E=32, A=4, depth=2)),
-                                       (dit.MMDiT, dit.MMDiTConfig(C=4, E=32, A=4, depth=2, dual=1, context=8, pooled=8, pos_size=4))])
+ORDER = {
+    LightningDiT: "P t_embedder y_embedder blocks norm_final adaLN_final O P_new O_new",
+    dit.MMDiT: "P t_embedder y_embedder context_embedder blocks adaLN_final O P_new O_new",
+}
+
+
+@pytest.mark.parametrize("kind, cfg", [
+    (LightningDiT, DiTConfig(C=4, grid=2, E=32, A=4, depth=2)),
+    (dit.MMDiT, dit.MMDiTConfig(C=4, E=32, A=4, depth=2, dual=1, context=8, pooled=8, pos_size=4))])
 def test_a_widened_model_and_one_built_wide_have_their_parameters_in_one_order(kind, cfg):
-    """The optimizer's saved state goes by it, and a resumed model is built wide; the order is that of earlier checkpoints."""
-    widened, built = kind(cfg), kind(replace(cfg, D=8))
+    """The optimizer's saved state goes by it, and a resumed model is built wide.
+
+    The order is that of earlier checkpoints.
+    """
+    widened = kind(cfg)
     widened.expand_channels(8)
-    names = [n for n, _ in built.named_parameters()]
-    assert [n for n, _ in widened.named_parameters()] == names
-    assert [k for i, k in enumerate(n.split(".")[0] for n in names) if i == 0 or k != names[i - 1].split(".")[0]] == [
-        "P", "t_embedder", "y_embedder", *(["context_embedder"] if kind is dit.MMDiT else []), "blocks",
-        *(["norm_final"] if kind is LightningDiT else []), "adaLN_final", "O", "P_new", "O_new"]
+    built = kind(replace(cfg, D=8))
+    names = [name for name, _ in built.named_parameters()]
+    assert [name for name, _ in widened.named_parameters()] == names
+    runs = itertools.groupby(name.split(".")[0] for name in names)
+    assert [layer for layer, _ in runs] == ORDER[kind].split()
 
 
 def test_widen_serves_any_patchifier_and_head():
-    P, O = torch.nn.Conv2d(3, 20, 2, stride=2, dtype=torch.bfloat16), torch.nn.Linear(20, 12, dtype=torch.bfloat16)
-    P_new, O_new = widen(P, O, D=5)
+    patchifier = torch.nn.Conv2d(3, 20, 2, stride=2, dtype=torch.bfloat16)
+    head = torch.nn.Linear(20, 12, dtype=torch.bfloat16)
+    P_new, O_new = widen(patchifier, head, D=5)
     assert P_new.weight.shape == (20, 5, 2, 2) and P_new.stride == (2, 2) and P_new.bias is None
     assert O_new.weight.shape == (20, 20) and O_new.bias.shape == (20,)
     for param in (*P_new.parameters(), *O_new.parameters()):
-        assert param.dtype == torch.bfloat16 and param.requires_grad and param.abs().max() == 0
+        assert param.dtype == torch.bfloat16 and param.requires_grad
+        assert param.abs().max() == 0
 
 
 def test_a_fresh_widened_model_starts_with_zero_new_layers():
@@ -228,23 +252,31 @@ def test_a_fresh_widened_model_starts_with_zero_new_layers():
 def test_the_cost_of_an_xl_is_the_closed_formula():
     with torch.device("meta"):
         model = LightningDiT(DiTConfig(D=96))
-        forward, step, _ = kernels.cost(model, (torch.empty(1, 128, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.long)))
+        inputs = torch.empty(1, 128, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.long)
+        forward, step, _ = kernels.cost(model, inputs)
     L, E, hidden = 256, 1152, 3072
-    per_token = 3 * E * E + E * E + 2 * L * E + 2 * E * hidden + hidden * E     # qkv, proj, attention, w12, w3
-    conditioning = 28 * 6 * E * E + 2 * E * E + 256 * E + E * E                 # adaLN of blocks and head, time embedder
+    attention = 3 * E * E + E * E + 2 * L * E                       # qkv, projection, scores and values
+    swiglu = 2 * E * hidden + hidden * E                            # w12, w3
+    per_token = attention + swiglu
+    conditioning = 28 * 6 * E * E + 2 * E * E + 256 * E + E * E     # adaLN of blocks and head, time embedder
     assert forward == 2 * (28 * L * per_token + conditioning + 2 * L * E * 128)
     assert forward == pytest.approx(237.4e9, rel=5e-4)
     assert step == pytest.approx(3 * forward, rel=0.005)
 
 
 def test_four_times_the_tokens_cost_sd3_more_than_four_times_as_much():
-    costs = []
-    for side in (64, 128, 256):                    # latents of 1,024 (DA-VAE), 4,096 (native at 1024 px), 16,384 tokens
+    def forward_cost(side):
         with torch.device("meta"):
             model = dit.MMDiT(dit.MMDiTConfig(D=16))
-            args = torch.empty(1, 32, side, side), torch.empty(1), torch.empty(1, 333, 4096), torch.empty(1, 2048)
-            costs.append(kernels.cost(model, args)[0])
-    assert costs[1] / costs[0] == pytest.approx(4.61, rel=0.01) and costs[2] / costs[1] == pytest.approx(7.95, rel=0.01)
+            text = torch.empty(1, 333, 4096), torch.empty(1, 2048)
+            forward, _, _ = kernels.cost(model, (torch.empty(1, 32, side, side), torch.empty(1), *text))
+        return forward
+
+    davae = forward_cost(64)                                        # 1,024 tokens
+    native = forward_cost(128)                                    # 4,096: the same 1024 pixels without DA-VAE
+    larger = forward_cost(256)                                      # 16,384
+    assert native / davae == pytest.approx(4.61, rel=0.01)
+    assert larger / native == pytest.approx(7.95, rel=0.01)
 
 
 # ---------------------------------------------------------------- MMDiT (SD3.5)
@@ -253,42 +285,47 @@ def test_four_times_the_tokens_cost_sd3_more_than_four_times_as_much():
 @pytest.mark.parametrize("h, w", [(16, 16), (16, 24), (38, 2)])
 @pytest.mark.parametrize("skip", [(), (1, 2)])
 @torch.no_grad()
-def test_mmdit_equals_diffusers_in_sd3s_own_time_and_sign(error, sd3_inputs, stock, h, w, skip):
+def test_mmdit_equals_diffusers_in_sd3s_own_time_and_sign(stock, sd3_inputs, error, h, w, skip):
+    model = load_dit(stock.state_dict())
     z, t, context, pooled = sd3_inputs(h=h, w=w)
     ref = stock(z, context, pooled, 1000 * (1 - t), skip_layers=list(skip) or None).sample
     assert ref.abs().max() > 0.5
-    assert error(load_dit(stock.state_dict())(z, t, context, pooled, skip=skip), -ref) < 5e-6
+    assert error(model(z, t, context, pooled, skip=skip), -ref) < 5e-6
 
 
 @torch.no_grad()
-def test_an_unflipped_time_is_noticed(error, sd3_inputs, stock):
+def test_an_unflipped_time_is_noticed(stock, sd3_inputs, error):
+    model = load_dit(stock.state_dict())
     z, t, context, pooled = sd3_inputs()
-    assert error(load_dit(stock.state_dict())(z, 1 - t, context, pooled), -stock(z, context, pooled, 1000 * (1 - t)).sample) > 1e-2
+    ref = stock(z, context, pooled, 1000 * (1 - t)).sample
+    assert error(model(z, 1 - t, context, pooled), -ref) > 1e-2
 
 
 @torch.no_grad()
-def test_warm_start_of_sd3_reproduces_the_base_model(error, sd3_inputs, widened, stock):
+def test_warm_start_of_sd3_reproduces_the_base_model(stock, widened, sd3_inputs, error):
     z, t, context, pooled = sd3_inputs()
     z_d = torch.randn(2, 6, *z.shape[2:])
     base = load_dit(stock.state_dict())(z, t, context, pooled)
-    v, v_d = widened()(torch.cat([z, 10 * z_d], dim=1), t, context, pooled).split([4, 6], dim=1)
-    assert torch.equal(v, base) and v_d.abs().max() == 0
-    assert error(widened(spoil="P_new")(torch.cat([z, z_d], dim=1), t, context, pooled)[:, :4], base) > 1e-2
+    v_all = widened()(torch.cat([z, 10 * z_d], dim=1), t, context, pooled)
+    assert torch.equal(v_all[:, :4], base)
+    assert v_all[:, 4:].abs().max() == 0
+    spoilt = widened(spoil="P_new")(torch.cat([z, z_d], dim=1), t, context, pooled)
+    assert error(spoilt[:, :4], base) > 1e-2
 
 
-def test_checkpointing_changes_no_gradient(sd3_inputs, stock):
-    z, t, context, pooled = sd3_inputs()
-    grads = []
-    for on in (False, True):
+def test_checkpointing_changes_no_gradient(stock, sd3_inputs):
+    def gradient(checkpointing):
         model = load_dit(stock.state_dict()).train()
-        model.checkpointing = on
-        model(z, t, context, pooled).square().sum().backward()
-        grads.append(model.blocks[0].x.attn.qkv.weight.grad)
-    assert torch.equal(*grads)
+        model.checkpointing = checkpointing
+        model(*sd3_inputs()).square().sum().backward()
+        return model.blocks[0].x.attn.qkv.weight.grad
+
+    assert torch.equal(gradient(checkpointing=False), gradient(checkpointing=True))
 
 
-def test_a_wrong_latent_for_sd3_is_named(sd3_inputs, stock):
-    model, (_, t, context, pooled) = load_dit(stock.state_dict()), sd3_inputs()
+def test_a_wrong_latent_for_sd3_is_named(stock, sd3_inputs):
+    model = load_dit(stock.state_dict())
+    _, t, context, pooled = sd3_inputs()
     for shape in ((2, 5, 16, 16), (2, 4, 15, 16), (2, 4, 16, 44)):
         with pytest.raises(ValueError, match=r"wanted \(B, 4, h, w\) with h and w multiples of 2, up to 42"):
             model(torch.zeros(shape), t, context, pooled)
@@ -298,30 +335,37 @@ def test_a_wrong_latent_for_sd3_is_named(sd3_inputs, stock):
 
 
 @torch.no_grad()
-def test_lora_starts_as_the_model_itself_and_freezes_all_but_the_first_and_last_layer(sd3_inputs, widened):
-    z_all, t, context, pooled = sd3_inputs(channels=10)
+def test_lora_starts_as_the_model_itself_and_freezes_all_but_the_first_and_last_layer(widened, sd3_inputs):
+    inputs = sd3_inputs(channels=10)
     model = widened()
-    before = model(z_all, t, context, pooled)
+    before = model(*inputs)
     dit.add_lora(model, r=4, alpha=4)
-    assert torch.equal(model(z_all, t, context, pooled), before)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n.split(".")[0] for n in trained} == {"P", "P_new", "O", "O_new", "blocks"}
-    assert {n.split(".", 2)[2] for n in trained if n.startswith("blocks.0")} == {f"{t}.{ab}" for t in dit.LORA_TARGETS for ab in "AB"}
-    assert {n.split(".", 2)[2] for n in trained if n.startswith("blocks.3")} == {   # no second attention there
-        f"{t}.{ab}" for t in dit.LORA_TARGETS if "attn2" not in t for ab in "AB"}
-    assert model.blocks[0].x.attn.qkv.A.shape == (3, 4, 48) and model.blocks[0].x.adaLN.B.shape == (1, 9 * 48, 4)
+    assert torch.equal(model(*inputs), before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"P", "P_new", "O", "O_new", "blocks"}
+
+    def trained_in(block):
+        return {name.removeprefix(f"{block}.") for name in trained if name.startswith(f"{block}.")}
+
+    adapters = {f"{target}.{part}" for target in dit.LORA_TARGETS for part in "AB"}
+    assert trained_in("blocks.0") == adapters
+    assert trained_in("blocks.3") == {name for name in adapters if "attn2" not in name}  # no second attention
+    first = model.blocks[0].x
+    assert first.attn.qkv.A.shape == (3, 4, 48)
+    assert first.adaLN.B.shape == (1, 9 * 48, 4)
 
 
 @torch.no_grad()
-def test_merged_lora_equals_the_adapters_and_is_gone(error, sd3_inputs, widened):
-    z_all, t, context, pooled = sd3_inputs(channels=10)
+def test_merged_lora_equals_the_adapters_and_is_gone(widened, sd3_inputs, error):
+    inputs = sd3_inputs(channels=10)
     model = widened(spoil="_new")
     dit.add_lora(model, r=4, alpha=8)
     for m in model.modules():
         if isinstance(m, dit.LoRA):
             m.B.normal_(std=0.1)
-    v = model(z_all, t, context, pooled)
+    v = model(*inputs)
     merged = dit.merge_lora(model)
-    assert merged.cfg.lora == 0 and not any("linear" in k or k.endswith(".A") for k in merged.state_dict())
-    assert error(merged(z_all, t, context, pooled), v) < 1e-5
-    assert error(widened(spoil="_new")(z_all, t, context, pooled), v) > 1e-2          # the adapters did something
+    assert merged.cfg.lora == 0
+    assert not any("linear" in key or key.endswith(".A") for key in merged.state_dict())
+    assert error(merged(*inputs), v) < 1e-5
+    assert error(widened(spoil="_new")(*inputs), v) > 1e-2          # the adapters did something

@@ -1,11 +1,12 @@
 """support/formats.py: the names of public checkpoints, in and out, without a remainder."""
+
 import pytest
 import torch
 
 import dit
 from dit import DiTConfig, LightningDiT
 from support import formats, metrics
-from support.formats import export_kl, export_lightningdit, import_lightningdit
+from support.formats import export_kl, export_lightningdit
 from support.weights import load_base_vae, load_dit
 
 
@@ -18,13 +19,87 @@ def test_export_of_a_vae_is_the_file_it_came_from(golden, tmp_path):
     assert back.keys() == weights.keys() and all(torch.equal(back[k], weights[k].float()) for k in weights)
     metrics.import_torchvision()
     from diffusers import AutoencoderKL as Theirs
-    theirs = Theirs(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=16,
-                    up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False, use_post_quant_conv=False).state_dict()
+
+    theirs = Theirs(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=16,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).state_dict()
     back = export_kl(load_base_vae(theirs), diffusers=True)
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
 
 
+def test_a_table_of_names_names_every_layer_once():
+    for quant in (False, True):
+        for diffusers in (False, True):
+            layers = formats.kl_layers(5, 3, quant, diffusers)
+            ours = [layer.ours for layer in layers]
+            theirs = [name for layer in layers for name in layer.theirs]
+            assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs) > 100
+
+
+def test_a_decoders_levels_are_counted_from_the_other_end_in_diffusers():
+    names = {layer.ours: layer.theirs for layer in formats.kl_layers(4, 3, False, diffusers=True)}
+    assert names["decoder.up.0.block.2.nin_shortcut"] == ("decoder.up_blocks.3.resnets.2.conv_shortcut",)
+    assert names["decoder.up.3.resample.conv"] == ("decoder.up_blocks.0.upsamplers.0.conv",)
+    assert names["encoder.down.0.resample.conv"] == ("encoder.down_blocks.0.downsamplers.0.conv",)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        ({"encoder.conv_in.weight": torch.zeros(8, 1, 3, 3)}, "images of 1 channels; wanted 3"),
+        (
+            {"quant_conv.weight": torch.zeros(8, 8, 1, 1)},
+            "one of quant_conv and post_quant_conv; wanted both",
+        ),
+        ({"encoder.extra.weight": torch.zeros(1)}, "not known here: encoder.extra.weight"),
+        ({"foreign.weight": torch.zeros(1)}, "not an autoencoder .it holds foreign.weight"),
+        ({"encoder.mid": None, "decoder.mid": None}, "without attention in its middle"),
+        ({"encoder.down.1.block.0.conv1": None}, "it lacks encoder.down.1.block.0.conv1.weight"),
+    ],
+)
+def test_an_autoencoder_of_another_kind_is_told_in_one_sentence(make_base, spoil, said):
+    sd = export_kl(make_base())
+    for key, value in spoil.items():
+        if value is None:
+            kept = "block" if key.endswith(".mid") else "nothing"  # of the middle, the attention goes
+            sd = {k: v for k, v in sd.items() if not k.startswith(key) or kept in k}
+        else:
+            sd[key] = value
+    with pytest.raises(ValueError, match=said) as caught:
+        formats.import_vae(sd)
+    assert "\n" not in str(caught.value)
+
+
+def test_taef2s_layers_go_where_its_old_checkpoints_have_them():
+    given = {
+        f"{half}.{i}.weight": torch.zeros(1)
+        for half, n in (("encoder", 15), ("decoder", 20))
+        for i in range(n)
+    }
+    given = {
+        k: v for k, v in given.items() if k not in ("decoder.0.weight", "decoder.2.weight")
+    }  # clamp and ReLU
+    ours = list(formats.import_taef2(given))
+    assert ours[:2] == ["encoder.1.weight", "encoder.2.weight"] and ours[13:16] == [
+        "encoder.14.weight",
+        "to_moments.weight",
+        "from_latent.1.weight",
+    ]
+    assert ours[16] == "decoder.0.weight" and ours[-1] == "decoder.16.weight"
+    with pytest.raises(ValueError, match="not known here: decoder.20.weight"):
+        formats.import_taef2(given | {"decoder.20.weight": torch.zeros(1)})
+
+
 # ---------------------------------------------------------------- LightningDiT
+
+
+def test_the_heads_of_released_widths_are_those_of_dits_sizes():
+    assert {E: A for _, E, A in dit.SIZES.values()} == formats.RELEASED_HEADS
 
 
 def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
@@ -33,17 +108,31 @@ def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
     for name, shapes in listed.items():
         sd = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
         E, K, grid = shapes["pos_embed"][2], shapes["feat_rope.freqs_cos"][1], 16
-        sd |= dict(zip(formats.TABLES, [dit.sincos_table(grid, E), *dit.rope_table(grid, K)]))
-        ours, cfg = import_lightningdit(sd)
+        kind, ours, sizes, tables = formats.import_dit(sd)
+        cfg = DiTConfig(**sizes)
+        assert kind == "LightningDiT" and list(tables) == formats.TABLES and cfg.grid == grid
         with torch.device("meta"):
             model = LightningDiT(cfg)
         model.load_state_dict(ours, strict=True, assign=True)
         assert {k: list(v.shape) for k, v in export_lightningdit(model).items()} == shapes, name
-        assert cfg.A == E // K and cfg.hidden == DiTConfig(E=E, A=cfg.A).hidden and cfg.qk_norm == ("qknorm" in name)
+        assert (
+            cfg.A == E // K
+            and cfg.hidden == DiTConfig(E=E, A=cfg.A).hidden
+            and cfg.qk_norm == ("qknorm" in name)
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": False}, {"swiglu": False}, {"qk_norm": False, "rms_norm": False},
-                                     {"rope": False}, {"rope": False, "qk_norm": False, "E": 768, "A": 12}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qk_norm": False},
+        {"swiglu": False},
+        {"qk_norm": False, "rms_norm": False},
+        {"rope": False},
+        {"rope": False, "qk_norm": False, "E": 768, "A": 12},
+    ],
+)
 @pytest.mark.parametrize("p", [1, 2])
 def test_export_and_import_are_inverse(make_dit, dit_inputs, p, options):
     model, (z, t, y) = make_dit(p, **options), dit_inputs(p)
@@ -85,6 +174,13 @@ def test_appending_detail_rows_after_all_base_rows_is_wrong_for_patches(error, m
 # ---------------------------------------------------------------- SD3
 
 
+def test_a_stacked_layer_of_which_a_part_is_missing_is_told(stock):
+    sd = stock.state_dict()
+    del sd["transformer_blocks.1.attn.add_k_proj.bias"]
+    with pytest.raises(ValueError, match="it lacks transformer_blocks.1.attn.add_k_proj.bias"):
+        formats.import_dit(sd)
+
+
 @torch.no_grad()
 def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(sd3_inputs, stock, tmp_path):
     theirs, inputs_ = stock.state_dict(), sd3_inputs()
@@ -96,15 +192,23 @@ def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(sd3_inputs, 
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
     stock.save_pretrained(tmp_path / "transformer")
     assert torch.equal(load_dit(tmp_path)(*inputs_), v)
-    beside = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "text_encoders.clip_l.x": torch.zeros(1)}
+    beside = {
+        "first_stage_model.encoder.conv_in.weight": torch.zeros(1),
+        "text_encoders.clip_l.x": torch.zeros(1),
+    }
     assert torch.equal(load_dit(formats.export_sd3(model) | beside)(*inputs_), v)
 
 
 def test_full_size_sd3_names_and_shapes_fit_without_a_remainder_in_both_formats(full_size):
     listed = full_size
-    for name, export in (("SD3.5-medium diffusers", formats.export_diffusers), ("SD3.5-medium single-file", formats.export_sd3)):
-        ours, cfg = formats.import_dit({k: torch.empty(shape, device="meta") for k, shape in listed[name].items()})
-        assert cfg == dit.MMDiTConfig()
+    for name, export in (
+        ("SD3.5-medium diffusers", formats.export_diffusers),
+        ("SD3.5-medium single-file", formats.export_sd3),
+    ):
+        sd = {k: torch.empty(shape, device="meta") for k, shape in listed[name].items()}
+        kind, ours, sizes, tables = formats.import_dit(sd)
+        cfg = dit.MMDiTConfig(**sizes)
+        assert kind == "MMDiT" and cfg == dit.MMDiTConfig() and not tables
         with torch.device("meta"):
             model = dit.MMDiT(cfg)
         model.load_state_dict(ours, strict=True, assign=True)
@@ -116,18 +220,20 @@ def test_full_size_sd3_names_and_shapes_fit_without_a_remainder_in_both_formats(
 @torch.no_grad()
 def test_a_widened_sd3_is_a_stock_diffusers_model_with_more_channels(error, sd3_inputs, widened, stock):
     from diffusers import SD3Transformer2DModel
+
     model, (z, t, context, pooled) = widened(spoil="_new"), sd3_inputs(channels=10)
     wide = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10})
     wide.load_state_dict(formats.export_diffusers(model), strict=True)
     v = model(z, t, context, pooled)
-    assert v[:, 4:].abs().max() > 0.1                               # else the interleave of the heads would not show
+    assert v[:, 4:].abs().max() > 0.1  # else the interleave of the heads would not show
     assert error(-wide.eval()(z, context, pooled, 1000 * (1 - t)).sample, v) < 5e-6
 
 
 @torch.no_grad()
 def test_lora_file_under_pefts_names_gives_the_same_velocity_in_diffusers(error, sd3_inputs, widened, stock):
-    """Each q, k, v gets its own pair, W + alpha/r B A, added by hand to the stock weights that the name says."""
+    """Each q, k, v gets its own pair, W + alpha/r B A, added by hand to the stock weights of that name."""
     from diffusers import SD3Transformer2DModel
+
     z_all, t, context, pooled = sd3_inputs(channels=10)
     model = widened(spoil="_new")
     plain = formats.export_diffusers(model)
@@ -138,10 +244,16 @@ def test_lora_file_under_pefts_names_gives_the_same_velocity_in_diffusers(error,
     file = {k.removeprefix("base_model.model."): v for k, v in formats.export_lora(model).items()}
     adapted = {k.removesuffix(".lora_A.weight") for k in file if k.endswith(".lora_A.weight")}
     for layer in adapted:
-        plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + 8 / 4 * file[f"{layer}.lora_B.weight"] @ file[f"{layer}.lora_A.weight"]
+        plain[f"{layer}.weight"] = (
+            plain[f"{layer}.weight"] + 8 / 4 * file[f"{layer}.lora_B.weight"] @ file[f"{layer}.lora_A.weight"]
+        )
     plain |= {k: v for k, v in file.items() if "lora" not in k}
     suffixes = {layer.split(".", 2)[2] for layer in adapted}
-    assert suffixes == {f"{a}.{q}" for a in ("attn", "attn2") for q in ("to_q", "to_k", "to_v", "to_out.0")} | {"ff.net.2", "norm1.linear"}
+    assert suffixes == {
+        f"{a}.{q}" for a in ("attn", "attn2") for q in ("to_q", "to_k", "to_v", "to_out.0")
+    } | {"ff.net.2", "norm1.linear"}
     wide = SD3Transformer2DModel.from_config({**stock.config, "in_channels": 10, "out_channels": 10}).eval()
     wide.load_state_dict(plain, strict=True)
-    assert error(-wide(z_all, context, pooled, 1000 * (1 - t)).sample, model(z_all, t, context, pooled)) < 1e-5
+    assert (
+        error(-wide(z_all, context, pooled, 1000 * (1 - t)).sample, model(z_all, t, context, pooled)) < 1e-5
+    )

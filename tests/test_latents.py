@@ -1,66 +1,191 @@
-"""support/latents.py: latents encoded on the fly, from the cache, and from the shards of LightningDiT's code."""
+"""support/latents.py: latents encoded on the fly, from the cache, from the shards of LightningDiT's code."""
+
 import json
 from dataclasses import replace
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import finetune
+from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig
 from support import data, latents
 from support.weights import load_davae
 
 
 def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision(
-        finetune_config, tiny_vae, tmp_path):
+    finetune_config, tiny_vae, tmp_path
+):
     vae = load_davae(tiny_vae)
     cfg = finetune_config(tmp_path, flip=True)
     train_set = data.open_dataset("procedural", 64, 64, 0)
-    streams = [latents.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0, 1)(5) for c in (True, False)]
+    streams = [
+        latents.latent_source(vae, train_set, replace(cfg, cache=c), torch.device("cpu"), 0, 1)(5)
+        for c in (True, False)
+    ]
     for _ in range(3):
         (z, y), (z2, y2) = (next(s) for s in streams)
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
 
 
 def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(
-        finetune_config, tiny_vae, tmp_path, monkeypatch, capsys):
+    finetune_config, tiny_vae, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(latents, "SHARD", 16)
     vae, cfg = load_davae(tiny_vae), finetune_config(tmp_path, vae="")
     train_set, encoded = data.open_dataset("procedural", 64, 40, 0), []
 
-    def encode(x):
-        encoded.append(len(x))
-        return vae.encode(data.to_tensor(x))
+    cpu, encode = torch.device("cpu"), latents.encode
 
-    folder = latents.write_cache(vae, encode, train_set, cfg, 0, 1)
+    def counted(vae, images, *rest):
+        encoded.append(len(images))
+        return encode(vae, images, *rest)
+
+    monkeypatch.setattr(latents, "encode", counted)
+    folder = latents.write_cache(vae, train_set, cfg, cpu, 0, 1)
     assert encoded == [16, 16, 8] and "40 images to encode" in capsys.readouterr().out
     with safe_open(folder / "00001.safetensors", "pt") as f:
         about = json.loads(f.metadata()["about"])
         assert len(f.metadata()["vae"]) == 64 and about["detail"] == "mode" and about["image_size"] == 64
     whole = latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0]
-    (folder / "00001.safetensors").rename(folder / "00001.tmp0")                                # killed while it was written
-    assert latents.write_cache(vae, encode, train_set, cfg, 0, 1) == folder and encoded[3:] == [16]
+    (folder / "00001.safetensors").rename(folder / "00001.tmp0")  # killed while it was written
+    assert latents.write_cache(vae, train_set, cfg, cpu, 0, 1) == folder and encoded[3:] == [16]
     assert torch.equal(latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0], whole)
     vae.down.conv.bias.data += 1
-    assert latents.write_cache(vae, encode, train_set, cfg, 0, 1) != folder
+    assert latents.write_cache(vae, train_set, cfg, cpu, 0, 1) != folder
 
 
 def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(finetune_config, tiny_vae, tmp_path):
     """Raw fp32 latents of both orientations with labels, as its extract_features.py saves them."""
     vae, drawn = load_davae(tiny_vae), data.open_dataset("procedural", 64, 20, 0)
     x = data.to_tensor(data.stack(drawn, range(20))[0])
-    mean, std = (torch.cat([getattr(vae.base, name), getattr(vae, name)]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    mean, std = (
+        torch.cat([getattr(vae.base, name), getattr(vae, name)]).view(1, -1, 1, 1) for name in ("mean", "std")
+    )
     both = [vae.encode(v) for v in (x, x.flip(3))]
     for n, part in enumerate((slice(0, 12), slice(12, 20))):
-        save_file({"latents": (both[0] * std + mean)[part].contiguous(), "latents_flip": (both[1] * std + mean)[part].contiguous(),
-                   "labels": torch.from_numpy(drawn.labels[part])}, tmp_path / f"latents_rank00_shard{n:03d}.safetensors")
+        save_file(
+            {
+                "latents": (both[0] * std + mean)[part].contiguous(),
+                "latents_flip": (both[1] * std + mean)[part].contiguous(),
+                "labels": torch.from_numpy(drawn.labels[part]),
+            },
+            tmp_path / f"latents_rank00_shard{n:03d}.safetensors",
+        )
     cfg = finetune_config(tmp_path / "run", data_dir=str(tmp_path), flip=True, steps=2)
     for D in (0, 12):
         kept = latents.Latents(tmp_path, vae, D)
         z, y = kept.batch([3, 15, 19], [False, True, False])
-        wanted = torch.stack([both[0][3], both[1][15], both[0][19]])[:, :4 + D]
+        wanted = torch.stack([both[0][3], both[1][15], both[0][19]])[:, : 4 + D]
         assert torch.allclose(z, wanted, atol=1e-5) and y.tolist() == [3, 5, 9]
     assert finetune.main(cfg)["warm_start"] == 0.0
     with pytest.raises(SystemExit, match="latents of 16 channels; wanted 28"):
         latents.Latents(tmp_path, vae, 24)
+
+
+# ---------------------------------------------------------------- what a cache is known by
+
+
+def known_vae():
+    """A DAVAE of f = 4, C = 4, D = 12 whose every number is known, without a random generator."""
+    vae = DAVAE(AutoencoderKL(KLConfig(C=4, widths=(8, 16), blocks=1, groups=4)), DAVAEConfig(D=12)).eval()
+    for tensor in vae.state_dict().values():
+        tensor.copy_((torch.arange(tensor.numel()) % 7 / 8).view(tensor.shape))
+    return vae
+
+
+def known_config(**changes):
+    values = dict(
+        vae="",
+        out="out",
+        D=12,
+        data_dir="procedural",
+        image_size=64,
+        flip=True,
+        seed=3,
+        cache=True,
+        detail_sample=False,
+        text="",
+        batch_size=4,
+    )
+    return SimpleNamespace(**{**values, **changes})
+
+
+def test_a_cache_of_an_older_run_is_found_again():
+    """The name is the one that the first release gave to the cache of this VAE and these images."""
+    cfg, train_set = known_config(), data.open_dataset("procedural", 64, 5, 3)
+    folder = latents.cache_folder(cfg, latents.describe(known_vae(), train_set, cfg))
+    assert str(folder) == "out/latents-803ae52f0e11"
+    for change in (
+        dict(image_size=32),
+        dict(flip=False),
+        dict(seed=4),
+        dict(detail_sample=True),
+        dict(text="out/text"),
+        dict(data_dir="photos"),
+    ):
+        other = known_config(**change)
+        assert latents.cache_folder(other, latents.describe(known_vae(), train_set, other)) != folder
+
+
+def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
+    class Halves(data.Dataset):
+        """Images whose left half is black and whose right half is white."""
+
+        labels, classes = np.arange(3), []
+
+        def image(self, i):
+            picture = np.zeros((16, 16, 3), np.uint8)
+            picture[:, 8:] = 255
+            return picture, i
+
+    class Pixels:
+        """A VAE whose latent is the image."""
+
+        C, D, f = 3, 0, 1
+
+        def state_dict(self):
+            return {}
+
+        def encode(self, x, sample=False):
+            return x
+
+    cfg = known_config(out=tmp_path, image_size=16, D=0)
+    folder = latents.write_cache(Pixels(), Halves(), cfg, torch.device("cpu"), 0, 1)
+    z, y = latents.Latents(folder, Pixels(), 0).batch([1, 2], [False, True])
+    assert z[0, :, :, :8].max() == -1 and z[0, :, :, 8:].min() == 1
+    assert z[1, :, :, :8].min() == 1 and z[1, :, :, 8:].max() == -1 and y.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(D=24), "--D=24, but the VAE has 12 detail channels"),
+        (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_encoded(tmp_path, change, said):
+    vae, train_set = known_vae(), data.open_dataset("procedural", 64, 5, 3)
+    vae.encode = None  # encoding would be a TypeError
+    for cache in (True, False):
+        cfg = known_config(out=tmp_path / "out", cache=cache, **change)
+        with pytest.raises(SystemExit, match=said):
+            latents.latent_source(vae, train_set, cfg, torch.device("cpu"), 0, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_latents_of_another_size_or_without_mirrored_ones_are_refused(tmp_path):
+    vae, cpu = known_vae(), torch.device("cpu")
+    shard = {"latents": torch.zeros(2, 16, 8, 8), "labels": torch.tensor([0, 1])}
+    save_file(shard, tmp_path / "a.safetensors")
+    kept = latents.Latents(tmp_path, vae, 12)
+    with pytest.raises(SystemExit, match="latents of 8x8; wanted 16x16"):
+        latents.latent_source(vae, kept, known_config(), cpu, 0, 1)
+    with pytest.raises(SystemExit, match="has no mirrored latents .*--flip=False"):
+        latents.latent_source(vae, kept, known_config(image_size=32), cpu, 0, 1)
+    z_all, y = next(latents.latent_source(vae, kept, known_config(image_size=32, flip=False), cpu, 0, 1)(0))
+    assert z_all.shape == (4, 16, 8, 8) and y.shape == (4,)

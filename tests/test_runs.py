@@ -1,7 +1,8 @@
-"""support/runs.py: checkpoints that are whole or absent, damage and full disks, safe reading, logs that go on."""
+"""support/runs.py: checkpoints that are whole or absent, damage, full disks, safe reading, resumed logs."""
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 from dataclasses import dataclass, replace
@@ -19,11 +20,13 @@ from support import runs
 
 def test_checkpoints_are_pruned_only_after_the_new_one_is_whole(tmp_path):
     for step in (1, 2, 3):
-        runs.save_checkpoint(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, {"step": step}, {"a": 1})
+        weights = {"model": {"w": torch.full((2,), float(step))}}
+        runs.save_checkpoint(tmp_path, step, weights, {"step": step}, {"a": 1})
     assert [p.name for p in runs.checkpoints(tmp_path)] == ["step_000002", "step_000003"]
     newest = runs.latest_checkpoint(tmp_path)
     assert load_file(newest / "model.safetensors")["w"].tolist() == [3.0, 3.0]
-    assert torch.load(newest / "train_state.pt", weights_only=True) == {"step": 3} and runs.read_config(newest) == {"a": 1}
+    assert torch.load(newest / "train_state.pt", weights_only=True) == {"step": 3}
+    assert runs.read_config(newest) == {"a": 1}
 
 
 def test_a_save_that_breaks_off_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -33,9 +36,9 @@ def test_a_save_that_breaks_off_leaves_the_previous_checkpoint(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left"):
         runs.save_checkpoint(tmp_path, 2, {"model": {"w": torch.zeros(2)}}, {"step": 2}, {})
-    assert runs.step_of(tmp_path) == 1                           # the half-written one does not count
+    assert runs.step_of(tmp_path) == 1                             # the half-written one does not count
     assert load_file(runs.latest_checkpoint(tmp_path) / "model.safetensors")["w"].tolist() == [1.0, 1.0]
 
 
@@ -59,8 +62,8 @@ def test_resume_refuses_another_run_and_names_both_values(tmp_path, capsys):
     out = str(tmp_path)
     saved = {"config": {"out": out, "steps": 10, "lr": 1e-3, "ch_mult": [1, 2]}}
     assert runs.resume(Config(out=out), free=set()) is None
-    runs.save_checkpoint(out, 0, {}, {}, saved)
-    assert runs.resume(Config(out=out, steps=11), free=set()) is None        # nothing is trained yet: it may begin again
+    runs.save_checkpoint(out, 0, {}, {}, saved)                   # nothing is trained yet: it may begin again
+    assert runs.resume(Config(out=out, steps=11), free=set()) is None
     runs.save_checkpoint(out, 5, {}, {}, saved)
     assert runs.resume(Config(out=out, lr=0.5), free={"preset", "lr"}).name == "step_000005"
     assert "resuming with lr=0.5 (was 0.001)" in capsys.readouterr().out
@@ -75,15 +78,17 @@ def test_json_files_are_replaced_whole(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_resuming_drops_the_log_lines_that_will_be_written_again(tmp_path):
-    log = runs.Log(tmp_path, 0, 0, 30)
+def test_resuming_drops_the_log_lines_that_will_be_written_again(tmp_path, read_log):
+    log = runs.Log(tmp_path, 0, 0, 30, every=10, batch_size=1)
     for step in (10, 20, 30):
-        log(step, {"loss": torch.tensor(1.0)})
+        log.add({"loss": torch.tensor(1.0)})
+        log.row(step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 40, "lo')                                # killed in the middle of a line
-    runs.Log(tmp_path, 0, 20, 30)(30, {"loss": torch.tensor(2.0)})
-    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert [(r["step"], r["loss"]) for r in rows] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    resumed = runs.Log(tmp_path, 0, 20, 30, every=10, batch_size=1)
+    resumed.add({"loss": torch.tensor(2.0)})
+    resumed.row(30)
+    assert [(row["step"], row["loss"]) for row in read_log(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
 
 
 # ---------------------------------------------------------------- reading what may be damaged or hostile
@@ -93,22 +98,26 @@ def test_damage_is_answered_with_what_can_be_done(tmp_path):
     runs.save_folder(tmp_path / "vae", {"model": {"w": torch.ones(2)}}, {})
     for step in (999_999, 1_000_000):
         runs.save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(2)}}, {}, {})
-    for name, advice in {"vae": "or start the run afresh", "step_999999": "or start the run afresh",
-                         "step_1000000": "remove .*step_1000000 to go on from .*step_999999"}.items():
+    advice = {
+        "vae": "or start the run afresh",
+        "step_999999": "or start the run afresh",
+        "step_1000000": "remove .*step_1000000 to go on from .*step_999999",
+    }
+    for name, sentence in advice.items():
         file = tmp_path / name / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
-        with pytest.raises(SystemExit, match=advice):
+        with pytest.raises(SystemExit, match=sentence):
             runs.read_state_dict(file)
 
 
 def test_truncated_weight_files_are_named(tmp_path):
     runs.save_folder(tmp_path / "a", {"model": {"w": torch.ones(1000)}}, {})
+    (tmp_path / "a" / "SHA256SUMS").unlink()                       # as in a file from elsewhere
     torch.save({"w": torch.ones(1000)}, tmp_path / "b.pt")
     whole = {"a/model.safetensors": "not a whole .safetensors file", "b.pt": "not a whole .pt file"}
     for name, sentence in whole.items():
         file = tmp_path / name
         file.write_bytes(file.read_bytes()[:-900])
-        (tmp_path / "a" / "SHA256SUMS").unlink(missing_ok=True)    # as in a file from elsewhere
         with pytest.raises(SystemExit, match=sentence):
             runs.read_state_dict(file)
 
@@ -136,7 +145,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_is_offered(davae_co
     file.write_bytes(content)
     with pytest.raises(SystemExit, match=rf"step_000002/{name}: damaged, .* to go on from .*step_000001"):
         train_vae.main(replace(cfg, steps=3))
-    runs.shutil.rmtree(file.parent)
+    shutil.rmtree(file.parent)
     train_vae.main(replace(cfg, steps=3))                          # as it said
     assert runs.step_of(cfg.out) == 3
 
@@ -145,8 +154,6 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_is_offered(davae_co
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
-
-
 KILLED_SAVES = {
     "in the middle of a file": f"""
 write = runs.save_file
@@ -155,29 +162,40 @@ def save_file(state, path):
     if 'step_000002' in str(path):
         open(path, 'rb+').truncate(os.path.getsize(path) // 2)
         {DIE}
-runs.save_file = save_file""",
+runs.save_file = save_file
+""",
     "before the rename": f"""
 rename = os.replace
 def replace(a, b):
-    {DIE} if str(b).endswith('step_000002') else rename(a, b)
-os.replace = replace""",
+    if str(b).endswith('step_000002'):
+        {DIE}
+    rename(a, b)
+os.replace = replace
+""",
     "before the old one is pruned": f"""
 remove = runs.shutil.rmtree
 def rmtree(path, **kw):
-    {DIE} if str(path).endswith('step_000000') and os.path.isdir(str(path)[:-1] + '2') else remove(path, **kw)
-runs.shutil.rmtree = rmtree"""}
+    if str(path).endswith('step_000000') and os.path.isdir(str(path)[:-1] + '2'):
+        {DIE}
+    remove(path, **kw)
+runs.shutil.rmtree = rmtree
+""",
+}
 
 
 @pytest.mark.parametrize("moment", KILLED_SAVES)
-def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(same_weights, davae_config, tmp_path, launch, moment):
-    straight, killed = (davae_config(tmp_path / name, save_every=1, image_size=32, disc_start=1) for name in "ab")
+def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(
+        davae_config, same_weights, tmp_path, launch, moment):
+    straight = davae_config(tmp_path / "a", save_every=1, image_size=32, disc_start=1)
+    killed = replace(straight, out=str(tmp_path / "b"))
     process = launch(train_vae.main, killed, KILLED_SAVES[moment])
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert runs.step_of(killed.out) == (2 if "pruned" in moment else 1)
     train_vae.main(straight)
     train_vae.main(killed)
-    assert same_weights(straight, killed) and not list((tmp_path / "b").glob("*.tmp"))
+    assert same_weights(straight, killed)
+    assert not list((tmp_path / "b").glob("*.tmp"))
     assert [p.name for p in runs.checkpoints(killed.out)] == ["step_000003", "step_000004"]
 
 
@@ -195,19 +213,28 @@ def test_two_jobs_do_not_train_in_one_folder(davae_config, tmp_path):
 def test_a_disk_too_small_shows_at_step_zero_in_one_sentence(davae_config, small_disk, launch):
     process = launch(train_vae.main, davae_config(small_disk(100) / "run", image_size=16))
     out, err = process.communicate()
-    assert process.returncode == 1 and "not written: " in err and "Make room" in err and "Traceback" not in err
+    assert process.returncode == 1
+    assert "not written: " in err and "Make room" in err
+    assert "Traceback" not in err
+
+
+def fill(file):
+    """Write zeros until the disk is full."""
+    with open(file, "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(4096))
 
 
 def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
         davae_config, small_disk, monkeypatch, capsys):
-    disk, validate = small_disk(4000), train_vae.validate
+    disk = small_disk(4000)
+    validate = train_vae.validate
 
-    def filling(vae, val, out, step):                              # full when step 2 is saved, empty again at step 3
+    def filling(vae, val, out, step):                       # full when step 2 is saved, empty again at step 3
         (disk / "filler").unlink(missing_ok=True)
         if step == 2:
-            with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as f:
-                while True:
-                    f.write(bytes(4096))
+            with pytest.raises(OSError, match="No space left"):
+                fill(disk / "filler")
         return validate(vae, val, out, step)
 
     monkeypatch.setattr(train_vae, "validate", filling)
@@ -217,17 +244,42 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
 
 
 def test_a_read_only_disk_is_one_sentence_and_the_run_goes_on(davae_config, small_disk, monkeypatch, capsys):
-    run, loss = small_disk(4000) / "run", train_vae.vae_loss
-    commands = iter([["true"], ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", run], ["true"], ["umount", run]])
+    disk = small_disk(4000)
+    run = disk / "run"
+    loss = train_vae.vae_loss
+    before_step = iter([                               # steps 2 and 3 find a read-only disk where the run was
+        ["true"],
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", run],
+        ["true"],
+        ["umount", run],
+    ])
 
-    def mounting(*args):                                           # steps 2 and 3 find a read-only disk where the run was
-        subprocess.run(next(commands), check=True)
+    def mounting(*args):
+        subprocess.run(next(before_step), check=True)
         return loss(*args)
 
     monkeypatch.setattr(train_vae, "vae_loss", mounting)
     train_vae.main(davae_config(run, save_every=1, image_size=16, steps=4, gan=0.0))
     assert capsys.readouterr().err.count("Read-only file system") >= 2
     assert [p.name for p in runs.checkpoints(run)] == ["step_000001", "step_000004"]
-    subprocess.run(["mount", "-o", "remount,ro", run.parent], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(SystemExit, match="not written: .*Read-only file system"):
-        train_vae.main(davae_config(run.parent / "other", image_size=16))
+        train_vae.main(davae_config(disk / "other", image_size=16))
+
+
+def test_a_log_line_has_the_mean_over_its_step_and_the_newest_value_of_a_rarer_metric(tmp_path, read_log):
+    log = runs.Log(tmp_path, 0, 0, 6, every=2, batch_size=1)
+    seen = []
+    log.sinks.append(lambda step, line: seen.append((step, line)))
+    for step in range(6):
+        for part in (0.0, 1.0):
+            log.add({"loss": torch.tensor(step + part)})
+        if step == 2:
+            log.add({"fd": torch.tensor(7.0)})
+        log.row(step + 1, lr=0.1, w=None)
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["loss"] for row in rows] == [1.5, 3.5, 5.5]        # of the steps 2, 4 and 6 alone
+    assert [row.get("fd") for row in rows] == [None, 7.0, None]
+    assert all(row["lr"] == 0.1 and "w" not in row for row in rows)
+    assert [step for step, _ in seen] == [2, 4, 6] and seen[1][1]["fd"] == 7.0

@@ -1,5 +1,8 @@
 """support/text.py: SD3.5's text encoders against diffusers, the cache of what they give, dropped labels."""
+
 import shutil
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +15,11 @@ PROMPTS = ["a red fox, asleep", "snow"]
 @torch.no_grad()
 def test_text_encoding_equals_the_pipelines(sd3_folder):
     from diffusers import StableDiffusion3Pipeline
+
     pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
-    ref, ref_null, pooled, pooled_null = pipe.encode_prompt(PROMPTS, None, None, negative_prompt=["", ""], max_sequence_length=24)
+    ref, ref_null, pooled, pooled_null = pipe.encode_prompt(
+        PROMPTS, None, None, negative_prompt=["", ""], max_sequence_length=24
+    )
     encoders = text.load_text_encoders(sd3_folder, torch.device("cpu"))
     for prompts, context, vector in ((PROMPTS, ref, pooled), (["", ""], ref_null, pooled_null)):
         ours = text.encode_text(encoders, prompts, t5_tokens=24)
@@ -28,7 +34,7 @@ def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_
     text.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert sorted(p.name for p in folder.iterdir()) == ["text_00000.safetensors", "text_00001.safetensors"]
     stamp = (folder / "text_00000.safetensors").stat().st_mtime_ns
-    (folder / "text_00001.safetensors").unlink()                                                  # as if cut off
+    (folder / "text_00001.safetensors").unlink()  # as if cut off
     text.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert (folder / "text_00000.safetensors").stat().st_mtime_ns == stamp
     cache = text.TextCache(folder)
@@ -50,6 +56,53 @@ def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_
         text.cache_text(other, ["owl"], folder, cpu, t5_tokens=24)
     with pytest.raises(SystemExit, match="no text_"):
         text.TextCache(tmp_path)
+
+
+def test_no_shard_of_texts_is_ever_written_over(sd3_folder, tmp_path):
+    cpu = torch.device("cpu")
+    text.cache_text(sd3_folder, ["fox", "snow"], tmp_path, cpu, t5_tokens=24, shard=1)
+    (tmp_path / "text_00001.safetensors").unlink()
+    text.cache_text(sd3_folder, ["fox", "snow", "owl"], tmp_path, cpu, t5_tokens=24, shard=1)
+    assert [p.stem for p in text.shards_of(tmp_path)] == [f"text_{n:05d}" for n in (0, 2, 3, 4)]
+    assert set(text.TextCache(tmp_path).rows) == {"", "fox", "snow", "owl"}
+
+
+def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_folder, tmp_path):
+    dit = SimpleNamespace(cfg=SimpleNamespace(num_classes=7))
+    words = ["a fox", "snow", "an owl"]
+
+    class Images:
+        captions = words
+        labels = [5, 5, 5]
+
+        def __len__(self):
+            return 3
+
+    y, cpu = torch.tensor([2, 0]), torch.device("cpu")
+    by_class = text.Conditioner(dit, Images(), SimpleNamespace(text=""), cpu, 0)
+    assert by_class(y, 0.0)[0].tolist() == [2, 0] and by_class(y, 1.0)[0].tolist() == [7, 7]
+
+    images = Images()
+    cfg = SimpleNamespace(text=str(sd3_folder), out=tmp_path, t5_tokens=24, data_dir="photos")
+    by_text = text.Conditioner(dit, images, cfg, cpu, 0)
+    assert images.labels.tolist() == [0, 1, 2]  # by which captions are found
+    wanted = text.TextCache(tmp_path / "text")
+    for p, texts in ((0.0, ["an owl", "a fox"]), (1.0, ["", ""])):
+        assert all(torch.equal(ours, ref) for ours, ref in zip(by_text(y, p), wanted(texts)))
+    images.captions = None
+    with pytest.raises(SystemExit, match="photos: has no captions"):
+        text.Conditioner(dit, images, cfg, cpu, 0)
+
+
+def test_prompts_are_read_off_a_line_or_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\n\n snow \n")
+    assert (
+        text.read_prompts(str(tmp_path / "prompts.txt"))
+        == text.read_prompts("a fox| snow|")
+        == ["a fox", "snow"]
+    )
+    with pytest.raises(SystemExit, match="wanted --out= and captions"):
+        text.main_text(text.TextConfig(out=str(tmp_path)))
 
 
 def test_labels_are_dropped_to_the_null_class_at_the_given_rate():

@@ -1,4 +1,5 @@
-"""support/weights.py: public checkpoints against the code they come from, our own folders, exports, files that are refused."""
+"""support/weights.py: public checkpoints against their code, our folders, exports, and what is refused."""
+
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import dit
-from davae import Posterior
+from davae import DAVAE, DAVAEConfig, PlainVAE, Posterior
 from dit import DiTConfig
 from support import formats, metrics, runs, weights
 from support.formats import export_kl, export_lightningdit
@@ -23,7 +24,11 @@ from support.weights import load_base_vae, load_dit
 @torch.no_grad()
 def test_vavae_style_checkpoint_reproduces_the_original_code(error, golden):
     weights, t, _ = golden("vavae_style")
-    extras = {"foundation_model.x": torch.ones(1), "linear_proj.weight": torch.ones(1), "loss.logvar": torch.ones(1)}
+    extras = {
+        "foundation_model.x": torch.ones(1),
+        "linear_proj.weight": torch.ones(1),
+        "loss.logvar": torch.ones(1),
+    }
     vae = load_base_vae({"state_dict": {**weights, **extras}})
     assert (vae.C, vae.f, vae.cfg.attn, vae.cfg.quant) == (8, 16, (4,), True)
     posterior = vae.posterior(t["in/image"])
@@ -33,7 +38,8 @@ def test_vavae_style_checkpoint_reproduces_the_original_code(error, golden):
     assert error(posterior.mean + std * t["in/eps"], t["out/sample"]) < 5e-6
     assert error(vae.decode(t["in/latent"]), t["out/decoded"]) < 5e-6
     assert error(Posterior(t["in/wide_moments"]).logvar, t["out/wide_logvar"]) == 0
-    assert error(posterior.kl() / 2 * posterior.mean[0].numel(), t["out/kl"][0]) < 5e-6   # theirs: half the sum
+    half_the_sum = posterior.kl() / 2 * posterior.mean[0].numel()  # theirs
+    assert error(half_the_sum, t["out/kl"][0]) < 5e-6
 
 
 @torch.no_grad()
@@ -43,7 +49,7 @@ def test_group_norm_epsilon_is_the_one_that_the_checkpoint_was_trained_with(erro
     for module in vae.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.eps = 1e-5
-    assert error(vae.decode(t["in/latent"]), t["out/decoded"]) > 1e-3      # the comparison above can fail
+    assert error(vae.decode(t["in/latent"]), t["out/decoded"]) > 1e-3  # the comparison above can fail
 
 
 @torch.no_grad()
@@ -51,10 +57,19 @@ def test_group_norm_epsilon_is_the_one_that_the_checkpoint_was_trained_with(erro
 def test_sd3_vae_equals_diffusers(error, old_names, tmp_path):
     metrics.import_torchvision()
     from diffusers import AutoencoderKL as Theirs
+
     torch.manual_seed(0)
-    theirs = Theirs(block_out_channels=(32, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=2,
-                    up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=16, use_quant_conv=False,
-                    use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609).eval()
+    theirs = Theirs(
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        layers_per_block=2,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    ).eval()
     for p in theirs.parameters():
         p.add_(0.1 * torch.randn_like(p))
     if old_names:
@@ -72,8 +87,14 @@ def test_sd3_vae_equals_diffusers(error, old_names, tmp_path):
     assert error(vae.decode(z), theirs.decode(z / 1.5305 + 0.0609).sample) < 5e-6
 
 
-@pytest.mark.parametrize("name,count,f", [("VA-VAE f16d32", 69_836_067, 16), ("SD3 VAE diffusers", 83_819_683, 8),
-                                          ("SD3 VAE single-file", 83_819_683, 8)])
+@pytest.mark.parametrize(
+    "name,count,f",
+    [
+        ("VA-VAE f16d32", 69_836_067, 16),
+        ("SD3 VAE diffusers", 83_819_683, 8),
+        ("SD3 VAE single-file", 83_819_683, 8),
+    ],
+)
 def test_full_size_checkpoints_fit_without_a_key_missing_or_left(full_size, name, count, f):
     vae = load_base_vae({k: torch.empty(shape, device="meta") for k, shape in full_size[name].items()})
     assert sum(p.numel() for p in vae.parameters()) == count and vae.f == f
@@ -83,7 +104,8 @@ def test_full_size_checkpoints_fit_without_a_key_missing_or_left(full_size, name
 
 
 def test_va_vaes_latent_statistics_are_read_from_the_file_beside_it_and_missed_aloud(
-        golden, tmp_path, capsys):
+    golden, tmp_path, capsys
+):
     weights, t, _ = golden("vavae_style")
     torch.save({"state_dict": weights}, tmp_path / "vavae.pt")
     plain = load_base_vae(tmp_path / "vavae.pt")
@@ -93,8 +115,12 @@ def test_va_vaes_latent_statistics_are_read_from_the_file_beside_it_and_missed_a
     vae = load_base_vae(tmp_path / "vavae.pt")
     assert capsys.readouterr().out == ""
     with torch.no_grad():
-        assert torch.allclose(vae.encode(t["in/image"]), (plain.encode(t["in/image"]) - mean) / std, atol=1e-5)
-        assert torch.allclose(vae.decode((t["in/latent"] - mean) / std), plain.decode(t["in/latent"]), atol=1e-4)
+        assert torch.allclose(
+            vae.encode(t["in/image"]), (plain.encode(t["in/image"]) - mean) / std, atol=1e-5
+        )
+        assert torch.allclose(
+            vae.decode((t["in/latent"] - mean) / std), plain.decode(t["in/latent"]), atol=1e-4
+        )
 
 
 def test_files_that_are_no_autoencoder_are_refused_in_one_sentence(tmp_path):
@@ -113,14 +139,281 @@ def test_a_saved_davae_loads_to_the_same_function(make_davae, tmp_path):
     assert torch.equal(load_base_vae(tmp_path / "run").encode(x), vae.base.encode(x))
 
 
+# ------------------------------------------------- diffusers' VAEs, of whatever sizes and statistics
+
+
+@pytest.fixture
+def their_vae():
+    """their_vae(**changes) -> diffusers' AutoencoderKL, small, with random weights."""
+    metrics.import_torchvision()
+    from diffusers import AutoencoderKL as Theirs
+
+    def make(**changes):
+        widths = changes.get("block_out_channels", (16, 32))
+        sizes = dict(
+            block_out_channels=widths,
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=8,
+            down_block_types=["DownEncoderBlock2D"] * len(widths),
+            up_block_types=["UpDecoderBlock2D"] * len(widths),
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        torch.manual_seed(0)
+        vae = Theirs(**{**sizes, **changes}).eval()
+        for p in vae.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        return vae
+
+    return make
+
+
+@pytest.mark.parametrize("shift", [None, 0, 0.5])
+@pytest.mark.parametrize("scale", [None, 1, 2.5])
+@torch.no_grad()
+def test_a_stated_shift_and_scale_are_taken_as_stated(error, their_vae, tmp_path, shift, scale):
+    theirs = their_vae(shift_factor=shift, scaling_factor=scale)
+    theirs.save_pretrained(tmp_path)
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    z = (theirs.encode(x).latent_dist.mode() - (shift or 0)) * (scale or 1)
+    for source in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        vae = load_base_vae(source)
+        assert error(vae.encode(x), z) < 5e-6
+        assert error(vae.decode(z), theirs.decode(z / (scale or 1) + (shift or 0)).sample) < 5e-6
+
+
+@torch.no_grad()
+def test_sd3s_numbers_are_assumed_for_a_bare_file_of_16_channels_only(their_vae, tmp_path, capsys):
+    theirs = their_vae(norm_num_groups=16, block_out_channels=(32, 64))
+    save_file(theirs.state_dict(), tmp_path / "sd3.safetensors")
+    assert load_base_vae(tmp_path / "sd3.safetensors").std[0] == torch.tensor(1 / 1.5305)
+    assert capsys.readouterr().out == ""
+    for changes in (dict(latent_channels=8), dict(use_quant_conv=True, use_post_quant_conv=True)):
+        save_file(
+            their_vae(block_out_channels=(32, 64), **changes).state_dict(), tmp_path / "other.safetensors"
+        )
+        vae = load_base_vae(tmp_path / "other.safetensors")
+        assert vae.mean.abs().max() == 0 and (vae.std == 1).all()
+        assert "its latents stay as they are" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "scaling_factor": 1}))
+    assert (load_base_vae(tmp_path / "sd3.safetensors").std == 1).all()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "another program's"}))
+    assert load_base_vae(tmp_path / "sd3.safetensors").mean[0] == torch.tensor(0.0609)
+
+
+@torch.no_grad()
+def test_statistics_of_each_channel_are_read_as_sdxls_pipelines_do(error, their_vae, tmp_path):
+    mean, std = [0.1 * c for c in range(4)], [1 + 0.1 * c for c in range(4)]
+    theirs = their_vae(latent_channels=4, scaling_factor=0.5, latents_mean=mean, latents_std=std)
+    theirs.save_pretrained(tmp_path)
+    vae, x = load_base_vae(tmp_path), torch.rand(1, 3, 16, 16) * 2 - 1
+    latents_mean, latents_std = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    z = (theirs.encode(x).latent_dist.mode() - latents_mean) * theirs.config.scaling_factor / latents_std
+    assert error(vae.encode(x), z) < 5e-6
+    latents = z * latents_std / theirs.config.scaling_factor + latents_mean
+    assert error(vae.decode(z), theirs.decode(latents).sample) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "stated, said",
+    [
+        (
+            dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 4),
+            "the mean of its latents has 3 numbers; wanted 4",
+        ),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0]), "the std of its latents has 1 numbers; wanted 4"),
+        (dict(latents_mean=[0.0] * 4), "without the other"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "beside a shift_factor"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "the std of its latents is not above 0"),
+        (dict(scaling_factor=0), "scaling_factor=0.0; wanted a number above 0"),
+        (dict(act_fn="relu"), "act_fn='relu'; wanted silu"),
+    ],
+)
+def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path, stated, said):
+    theirs = their_vae(latent_channels=4)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | stated))
+    with pytest.raises(SystemExit, match=said):
+        load_base_vae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "saved, said",
+    [
+        ({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 8, 1, 1)}, "has 3 numbers"),
+        ({"mu": torch.zeros(8)}, "latents_stats.pt beside it has no mean and std"),
+    ],
+)
+def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, said):
+    torch.save(golden("vavae_style")[0], tmp_path / "vavae.pt")
+    torch.save(saved, tmp_path / "latents_stats.pt")
+    with pytest.raises(SystemExit, match=f"vavae.pt: .*{said}"):
+        load_base_vae(tmp_path / "vavae.pt")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(block_out_channels=(16, 24)),  # no multiples of the first
+        dict(block_out_channels=(16,)),
+        dict(block_out_channels=(16, 32, 32), layers_per_block=2, latent_channels=4),
+        dict(use_quant_conv=True, use_post_quant_conv=True, latent_channels=4),
+        dict(
+            down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+            up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+        ),
+    ],
+)
+@torch.no_grad()
+def test_vaes_of_other_sizes_equal_diffusers_and_go_back(error, their_vae, tmp_path, sizes):
+    theirs, x = their_vae(scaling_factor=1.0, **sizes), torch.rand(1, 3, 16, 24) * 2 - 1
+    theirs.save_pretrained(tmp_path)
+    vae = load_base_vae(tmp_path)
+    z = theirs.encode(x).latent_dist.mode()
+    assert error(vae.encode(x), z) < 5e-6 and error(vae.decode(z), theirs.decode(z).sample) < 5e-6
+    back = export_kl(vae, diffusers=True)
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
+
+
+def test_vaes_that_are_left_out_get_one_sentence(their_vae, tmp_path):
+    theirs = their_vae(block_out_channels=(16, 24))
+    save_file(theirs.state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(
+        SystemExit, match=r"bare.safetensors: its levels of \[16, 24\] channels do not divide into 32"
+    ):
+        load_base_vae(tmp_path / "bare.safetensors")
+    for changes, said in (
+        (dict(mid_block_add_attention=False), "without attention in its middle"),
+        (dict(in_channels=1, out_channels=1), "images of 1 channels; wanted 3"),
+        (dict(use_quant_conv=True), "one of quant_conv and post_quant_conv"),
+    ):
+        their_vae(**changes).save_pretrained(tmp_path / said)
+        with pytest.raises(SystemExit, match=said) as caught:
+            load_base_vae(tmp_path / said)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_a_foreign_a_misshapen_and_a_broken_weight_of_a_vae_are_named(make_base):
+    sd = export_kl(make_base())
+    for change, said in (
+        ({"decoder.norm_out.bias": None}, "it lacks decoder.norm_out.bias"),
+        ({"decoder.extra.bias": torch.zeros(1)}, "not known here: decoder.extra.bias"),
+        ({"decoder.conv_out.bias": torch.zeros(4)}, r"decoder.conv_out.bias is \(4,\); wanted \(3,\)"),
+        (
+            {"decoder.conv_out.bias": torch.tensor([0, float("nan"), 0])},
+            "decoder.conv_out.bias is not finite",
+        ),
+    ):
+        spoiled = {k: v for k, v in (sd | change).items() if v is not None}
+        with pytest.raises(SystemExit, match=said) as caught, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weights, "groups_of", lambda widths, config: 4)
+            load_base_vae(spoiled)
+        assert str(caught.value).startswith("the given state dict: ") and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- our own autoencoders
+
+
+def older(config):
+    """A config.json's "model" as older runs have it: multipliers of the first width, and no r."""
+    base = dict(config["base"])
+    widths = base.pop("widths")
+    base |= {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]}
+    rest = {"D": config["D"], "detail_dropout": 0.1, "rescale": False}
+    return {"base": base, **rest}
+
+
+@torch.no_grad()
+def test_older_runs_with_multipliers_for_widths_load(make_base, make_davae, tmp_path):
+    x = torch.rand(1, 3, 16, 16)
+    for name, vae in (("davae", make_davae()), ("plain", PlainVAE(make_base()).eval())):
+        config = older(vae.config())
+        assert config["base"]["ch_mult"] == [1, 2] and "r" not in config
+        runs.save_checkpoint(tmp_path / name, 3, {"model": vae.state_dict()}, {}, {"model": config})
+        loaded = weights.load_davae(tmp_path / name)
+        assert type(loaded) is type(vae) and (loaded.r, loaded.f) == (vae.r, vae.f)
+        assert torch.equal(loaded.encode(x), vae.encode(x)) and loaded.config() == vae.config()
+
+
+@torch.no_grad()
+def test_a_ratio_of_four_is_kept(make_base, tmp_path):
+    vae, x = DAVAE(make_base(), DAVAEConfig(D=8, r=4)).eval(), torch.rand(1, 3, 16, 16)
+    runs.save_checkpoint(tmp_path, 1, {"model": vae.state_dict()}, {}, {"model": vae.config()})
+    loaded = weights.load_davae(tmp_path)
+    assert (loaded.r, loaded.f) == (4, 8) and torch.equal(loaded.encode(x), vae.encode(x))
+
+
+def test_folders_of_ours_that_are_no_vae_or_a_spoiled_one_get_one_sentence(make_davae, make_dit, tmp_path):
+    vae, sd = make_davae(), make_davae().state_dict()
+    bad = sd | {"down.conv.bias": sd["down.conv.bias"] / 0}
+    model, config = make_dit(), vae.config()
+    for name, state, described, said in (
+        ("dit", model.state_dict(), asdict(model.cfg), "holds a transformer; wanted a run of train_vae.py"),
+        ("nan", bad, config, "down.conv.bias is not finite"),
+        ("cut", {k: v for k, v in sd.items() if "up." not in k}, config, "it lacks "),
+        ("D", sd, config | {"D": 10}, "D=10 must be a multiple of base channels C=4"),
+        ("E", sd, config | {"mystery": 1}, "config.json describes another model .it has mystery"),
+        ("F", sd, config | {"base": config["base"] | {"mystery": 1}}, "another AutoencoderKL .*mystery"),
+        (
+            "G",
+            sd,
+            config | {"base": config["base"] | {"kind": "DCAE"}},
+            "a 'DCAE'; BASES has AutoencoderKL, TAEF2",
+        ),
+    ):
+        runs.save_checkpoint(tmp_path / name, 1, {"model": state}, {}, {"model": described})
+        with pytest.raises(SystemExit, match=said) as caught:
+            weights.load_davae(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- transformers
+
+
+def test_older_checkpoints_of_either_transformer_are_told_apart_and_the_kind_is_what_newer_ones_say(
+    make_dit, widened, tmp_path
+):
+    class Own(dit.LightningDiT):
+        pass
+
+    for name, model in (("LightningDiT", make_dit()), ("MMDiT", widened())):
+        for config in (asdict(model.cfg), {"kind": name} | asdict(model.cfg)):
+            runs.save_folder(tmp_path / name, {"ema": model.state_dict()}, {"model": config})
+            loaded = load_dit(tmp_path / name)
+            assert type(loaded).__name__ == name and loaded.cfg == model.cfg
+    config = {"kind": "Own"} | asdict(make_dit().cfg)
+    runs.save_folder(tmp_path / "own", {"ema": make_dit().state_dict()}, {"model": config})
+    with pytest.raises(SystemExit, match="own: its transformer is a 'Own'; MODELS has LightningDiT, MMDiT"):
+        load_dit(tmp_path / "own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dit.MODELS, "Own", (DiTConfig, Own))
+        assert type(load_dit(tmp_path / "own")) is Own
+
+
+def test_a_weight_that_is_not_finite_is_named(make_dit, tmp_path):
+    sd = export_lightningdit(make_dit())
+    sd["blocks.1.attn.qkv.bias"] = sd["blocks.1.attn.qkv.bias"] / 0
+    torch.save(sd, tmp_path / "diverged.pt")
+    with pytest.raises(SystemExit, match="diverged.pt: blocks.1.attn.qkv.bias is not finite"):
+        load_dit(tmp_path / "diverged.pt")
 
 
 def test_sizes_and_options_are_read_off_the_weights(golden):
     sd, _, config = golden("lightningdit_qknorm")
     cfg = load_dit(sd).cfg
-    assert cfg == DiTConfig(C=config["in_channels"], p=config["patch_size"], grid=config["input_size"], qk_norm=True,
-                            E=config["hidden_size"], depth=config["depth"], A=config["num_heads"], num_classes=10)
+    assert cfg == DiTConfig(
+        C=config["in_channels"],
+        p=config["patch_size"],
+        grid=config["input_size"],
+        qk_norm=True,
+        E=config["hidden_size"],
+        depth=config["depth"],
+        A=config["num_heads"],
+        num_classes=10,
+    )
 
 
 def test_loading_leaves_the_source_alone(randomise, make_dit):
@@ -144,7 +437,11 @@ def test_ema_is_preferred_and_the_model_can_be_insisted_on(make_dit, tmp_path):
 
 
 def test_our_own_checkpoint_folder_loads_unmerged(make_dit, dit_inputs, tmp_path):
-    ema, model, (z_all, t, y) = make_dit(p=2, D=6, seed=1), make_dit(p=2, D=6, seed=2), dit_inputs(2, channels=10)
+    ema, model, (z_all, t, y) = (
+        make_dit(p=2, D=6, seed=1),
+        make_dit(p=2, D=6, seed=2),
+        dit_inputs(2, channels=10),
+    )
     (tmp_path / "config.json").write_text(json.dumps({"model": asdict(ema.cfg), "step": 1}))
     with pytest.raises(SystemExit, match="not ema.safetensors or model.safetensors"):
         load_dit(tmp_path)
@@ -156,7 +453,7 @@ def test_our_own_checkpoint_folder_loads_unmerged(make_dit, dit_inputs, tmp_path
         assert torch.equal(load_dit(tmp_path, weights="model")(z_all, t, y), model(z_all, t, y))
     loaded = load_dit(tmp_path)
     assert loaded.cfg == ema.cfg and not loaded.training and all(p.requires_grad for p in loaded.parameters())
-    assert not any(k in loaded.state_dict() for k in ("pos_embed", "rope_cos", "rope_sin"))     # made, not saved
+    assert not any(k in loaded.state_dict() for k in ("pos_embed", "rope_cos", "rope_sin"))  # made, not saved
     (tmp_path / "config.json").write_text(json.dumps({"model": {"C": 4, "channel_mult": [1, 2]}}))
     with pytest.raises(SystemExit, match="another model .it has channel_mult"):
         load_dit(tmp_path)
@@ -168,8 +465,14 @@ def test_a_lora_checkpoint_folder_finds_its_frozen_weights_beside_it(sd3_inputs,
     sd = model.state_dict()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     (tmp_path / "frozen").mkdir(), (tmp_path / "step_000001").mkdir()
-    save_file({k: v.contiguous() for k, v in sd.items() if k not in trained}, tmp_path / "frozen" / "model.safetensors")
-    save_file({k: v.contiguous() for k, v in sd.items() if k in trained}, tmp_path / "step_000001" / "ema.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in sd.items() if k not in trained},
+        tmp_path / "frozen" / "model.safetensors",
+    )
+    save_file(
+        {k: v.contiguous() for k, v in sd.items() if k in trained},
+        tmp_path / "step_000001" / "ema.safetensors",
+    )
     (tmp_path / "step_000001" / "config.json").write_text(json.dumps({"model": asdict(model.cfg)}))
     again = load_dit(tmp_path / "step_000001")
     assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
@@ -181,7 +484,7 @@ def test_half_precision_files_become_float32_models(make_dit):
     sd = {k: v.bfloat16() for k, v in export_lightningdit(model).items()}
     loaded = load_dit(sd)
     assert all(v.dtype == torch.float32 for v in loaded.state_dict().values())
-    assert torch.equal(loaded.pos_embed, model.pos_embed)           # the table is ours, not the rounded copy
+    assert torch.equal(loaded.pos_embed, model.pos_embed)  # the table is ours, not the rounded copy
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
@@ -195,7 +498,9 @@ def test_a_file_is_never_in_memory_twice(kind, tmp_path):
     torch.save(sd, file) if kind == "pt" else save_file(sd, file)
     code = f"""if True:
         import threading, torch; from support import weights
-        anonymous = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+        def anonymous():
+            lines = open("/proc/self/status").read().splitlines()
+            return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
         before, peak, done = anonymous(), [0.0], threading.Event()
         def watch():
             while not done.wait(0.002): peak.append(anonymous())
@@ -203,18 +508,31 @@ def test_a_file_is_never_in_memory_twice(kind, tmp_path):
         model = weights.load_dit({str(file)!r})
         done.set(); thread.join()
         print(max(peak) - before)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=120)
-    size = sum(v.numel() for v in sd.values()) * 4 / 2**20                       # in float32, as it is held
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    size = sum(v.numel() for v in sd.values()) * 4 / 2**20  # in float32, as it is held
     assert size > 100 and float(done.stdout) < 1.25 * size
 
 
 # ---------------------------------------------------------------- transformers that are refused
 
 
-@pytest.mark.parametrize("key, said", [("first_stage_model.encoder.conv_in.weight", "an autoencoder"),
-                                       ("joint_blocks.0.x_block.attn.proj.weight", "an incomplete SD3"),
-                                       ("transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA"),
-                                       ("P.weight", "our own checkpoint"), ("conv.weight", "it holds conv.weight")])
+@pytest.mark.parametrize(
+    "key, said",
+    [
+        ("first_stage_model.encoder.conv_in.weight", "an autoencoder"),
+        ("joint_blocks.0.x_block.attn.proj.weight", "an incomplete SD3"),
+        ("transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA"),
+        ("P.weight", "our own checkpoint"),
+        ("conv.weight", "it holds conv.weight"),
+    ],
+)
 def test_a_wrong_file_is_told_what_it_looks_like(tmp_path, key, said):
     save_file({key: torch.zeros(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(SystemExit, match=f"weights.safetensors: .*{said}.*wanted a LightningDiT"):
@@ -240,7 +558,9 @@ def test_variants_we_leave_out_are_refused_by_name(make_dit):
 def test_sd3_medium_a_truncated_file_and_a_foreign_layer_are_told(stock):
     sd = stock.state_dict()
     with pytest.raises(SystemExit, match="SD3-medium .its attention has no QK-norm"):
-        load_dit({k: v for k, v in sd.items() if "norm_q" not in k and "norm_k" not in k and "norm_added" not in k})
+        load_dit({
+            k: v for k, v in sd.items() if "norm_q" not in k and "norm_k" not in k and "norm_added" not in k
+        })
     with pytest.raises(SystemExit, match="not a whole checkpoint .*blocks.2.x.mlp.fc1.weight"):
         load_dit({k: v for k, v in sd.items() if k != "transformer_blocks.2.ff.net.0.proj.weight"})
     with pytest.raises(SystemExit, match="not known here: controlnet.weight"):
@@ -252,8 +572,15 @@ def test_sd3_medium_a_truncated_file_and_a_foreign_layer_are_told(stock):
 
 def test_lightningdit_exports_under_its_original_names(tiny_run, tmp_path):
     weights.main_export(weights.ExportConfig(run=tiny_run, out=str(tmp_path / "exported")))
-    again, ours = load_dit(tmp_path / "exported" / "lightningdit.pt"), load_dit(runs.latest_checkpoint(tiny_run))
+    again, ours = (
+        load_dit(tmp_path / "exported" / "lightningdit.pt"),
+        load_dit(runs.latest_checkpoint(tiny_run)),
+    )
     assert (again.cfg.C, again.cfg.D) == (ours.cfg.C + ours.cfg.D, 0)
-    z_all, t, y = torch.randn(2, again.cfg.C, *[again.cfg.grid * again.cfg.p] * 2), torch.tensor([0.2, 0.7]), torch.tensor([0, 1])
+    z_all, t, y = (
+        torch.randn(2, again.cfg.C, *[again.cfg.grid * again.cfg.p] * 2),
+        torch.tensor([0.2, 0.7]),
+        torch.tensor([0, 1]),
+    )
     with torch.no_grad():
         assert (again(z_all, t, y) - ours(z_all, t, y)).abs().max() < 5e-6

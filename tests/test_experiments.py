@@ -1,0 +1,161 @@
+"""experiments/: each finds what was put there to be found, and writes its numbers and pictures."""
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments import shared
+from experiments.knockout import knockout
+from experiments.latents import latents
+from experiments.losses import losses
+from experiments.sensitivity import sensitivity
+from experiments.spectrum import spectrum
+from experiments.timebins import timebins
+from experiments.tsne import tsne
+from support.metrics import psnr
+from support.weights import load_davae
+
+
+def test_the_spectrum_of_white_noise_is_flat_and_of_a_cosine_has_its_peak_at_that_frequency():
+    f, power = spectrum(torch.randn(400, 4, 16, 16, generator=torch.Generator().manual_seed(0)) + 3)
+    assert f == [k / 16 for k in range(1, 9)] and power == pytest.approx([1] * 8, abs=0.05)
+    f, power = spectrum(torch.cos(2 * torch.pi * 5 / 16 * torch.arange(16)).expand(1, 1, 16, 16))
+    assert f[np.argmax(power)] == 5 / 16 and sum(power) == pytest.approx(max(power), rel=1e-6)
+
+
+def test_zero_random_and_true_details_score_the_same_where_the_decoder_ignores_details(tiny_vae):
+    vae, x = load_davae(tiny_vae), torch.rand(4, 3, 64, 64) * 2 - 1
+
+    def scores():
+        rows = sensitivity(vae, x)
+        assert list(rows) == ["full details", "zero details", "random details"]
+        return {psnr(x, y).mean().item() for y in rows.values()}
+
+    with torch.no_grad():
+        assert len(scores()) == 3
+        decode, mean = vae.decode, vae.encode(x)[:, vae.C:].mean()
+        detail = torch.arange(vae.C + vae.D).view(1, -1, 1, 1) >= vae.C
+        vae.decode = lambda z_all: decode(torch.where(detail, mean, z_all))
+        assert len(scores()) == 1
+
+
+def test_knock_out_finds_the_one_group_that_the_decoder_looks_at():
+    """C = 2, D = 6, groups {0, 1, 2} and {3, 4, 5}; the decoder shows detail channel 4 and nothing else."""
+    vae = SimpleNamespace(C=2, D=6, decode=lambda z_all: z_all[:, 6:7].expand(-1, 3, -1, -1))
+    z_all = torch.rand(4, 8, 2, 2) - 0.5
+    kept, lost = knockout(vae, z_all[:, 6:7].expand(-1, 3, -1, -1) + 0.01, z_all, torch.zeros(1, 6, 1, 1))
+    assert len(lost) == 2 and lost[0] == 0 and lost[1] > 20
+    assert len(kept) == 3 and kept[0] == kept[1] < kept[2] == pytest.approx(46.02, abs=0.01)
+
+
+def test_loss_by_time_is_zero_for_the_oracle_and_the_known_error_where_it_is_off_by_t():
+    z_all = torch.randn(600, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    offset = torch.tensor([1.0, 2.0, 2.0]).view(1, 3, 1, 1)
+
+    def curves(wrong):
+        def oracle(x, t, y):                       # v* = (z - x_t) / (1 - t): the label gives the data away
+            s = t.view(-1, 1, 1, 1)
+            return (z_all[y] - x) / (1 - s) + wrong * s * offset
+
+        found = timebins(oracle, z_all, torch.arange(600), C=1)
+        assert found["base"][0] == pytest.approx([0.05 + 0.1 * k for k in range(10)])
+        return torch.tensor([found["base"][1], found["detail"][1]])
+
+    right, (base, detail) = curves(0.0), curves(1.0)
+    assert right.shape == (2, 10) and right.max() < 1e-4
+    square = torch.tensor([10 * (((k + 1) / 10) ** 3 - (k / 10) ** 3) / 3 for k in range(10)])
+    assert torch.allclose(base[1:], square[1:], rtol=0.06)                     # the mean of t^2 in a bin
+    assert torch.allclose(detail, 4 * base, rtol=1e-2, atol=1e-3)
+
+
+def test_smoothed_losses_keep_a_line_and_flatten_noise(tmp_path):
+    rows = [{"step": 10 * k, "base": 3.0 - k, "detail": (-1.0) ** k} for k in range(30)]
+    rows.append({"step": 300, "psnr": 1.0})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = losses(tmp_path)
+    base, detail = found["base"], found["detail"]
+    assert list(base) == ["as logged", "mean of 7"] and base["as logged"][0][-1] == 290
+    assert base["mean of 7"][1][3:-3] == pytest.approx(base["as logged"][1][3:-3])
+    assert base["mean of 7"][1][0] == 1.5
+    assert max(map(abs, detail["mean of 7"][1])) < 0.3 and min(map(abs, detail["as logged"][1])) == 1
+    with pytest.raises(SystemExit, match="wanted the log of a DA-VAE run of finetune.py"):
+        losses(tmp_path / "elsewhere")
+
+
+def test_tsne_keeps_apart_what_is_apart_and_counts_neighbours_of_the_same_class():
+    y = torch.arange(60) // 25                     # 25, 25 and 10 of them
+    noise = torch.randn(60, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    apart = torch.eye(3)[y].view(60, 3, 1, 1) * 10 + noise
+    points, same = tsne(apart, y)
+    _, same_in_noise = tsne(torch.randn(60, 3, 1, 1), y)
+    assert same == 1 > same_in_noise
+    parts = [points[y == k] for k in range(3)]                                 # (25, 2) or (10, 2)
+    spread, centres = max(p.std(0).max() for p in parts), [p.mean(0) for p in parts]
+    assert all(np.linalg.norm(centres[i] - centres[i - 1]) > 3 * spread for i in range(3))
+
+
+def test_principal_components_show_the_one_direction_in_which_the_latents_vary():
+    gradient = torch.linspace(-1, 1, 4).view(1, 1, 1, 4).expand(2, 1, 4, 4)
+    noise = 1e-3 * torch.randn(2, 6, 4, 4)
+    z_all = gradient * torch.tensor([1.0, 2, 3, 4, 5, 6]).view(1, 6, 1, 1) + noise
+    first = latents(z_all[:, :3], 2, (8, 8))[:, 0]
+    assert first.shape == (2, 8, 8) and (first[:, :, 0] * first[:, :, -1]).max() < 0
+    expected = gradient[:, 0] / gradient.std() / 2
+    assert torch.allclose(first[:, ::2, ::2].abs(), expected.abs(), atol=0.02)
+
+
+# ---------------------------------------------------------------- as scripts
+
+PICTURES = {"sensitivity": "_images.png", "knockout": ".png", "spectrum": ".png", "losses": ".png",
+            "timebins": ".png", "latents": "_images.png", "tsne": ".png"}
+
+
+def module(name):
+    return import_module(f"experiments.{name}")
+
+
+def config_of(name):
+    return getattr(module(name), "Config", shared.Config)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_each_experiment_writes_its_numbers_and_figures(tiny_run, tiny_vae, tmp_path, name):
+    cfg = config_of(name)(run=tiny_run, out=str(tmp_path / "new"), images=12, other=tiny_vae)
+    returned = module(name).main(cfg)
+    assert Image.open(tmp_path / "new" / f"{name}{PICTURES[name]}").width >= 700
+    found = json.loads((tmp_path / "new" / f"{name}.json").read_text())
+    assert found["settings"]["images"] == 12 and len(found["settings"]["vae_hash"]) == 16
+    assert "pictures" not in found
+    assert set(found) == set(returned) and ("table" in found or "panels" in found or name == "latents")
+    if name == "tsne":
+        assert [panel[0] for panel in found["panels"]] == ["base", "detail", "detail of vae"]
+
+
+def test_an_experiment_that_cannot_be_made_says_what_is_wanted(tiny_vae):
+    with pytest.raises(SystemExit, match="wanted a class-conditional run of finetune.py"):
+        module("timebins").main(config_of("timebins")(run=tiny_vae, images=4))
+    with pytest.raises(SystemExit, match="has no detail channels"):
+        module("spectrum").main(shared.Config(run=str(Path(tiny_vae).parent / "base-vae")))
+
+
+def test_there_is_a_test_for_each_experiment():
+    folder = Path(shared.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} - {"shared"} == set(PICTURES)
+
+
+@pytest.mark.parametrize("name", ["losses", "sensitivity"])        # with the common Config; with its own
+def test_help_of_an_experiment_is_its_own(tmp_path, name):
+    """Run as a script, and from another folder than the repository's root."""
+    script = Path(shared.__file__).parent / f"{name}.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(module(name).__doc__) and "--run=out/tiny-vae" in done.stdout

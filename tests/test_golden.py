@@ -1,0 +1,43 @@
+"""The first four steps of each stage give the losses that they gave when the goldens were made (commit 4c611ab, float32).
+
+The last bits of a float32 loss differ between processors; 1e-4 does not pass for a change of the method.
+`python tests/same_as.py COMMIT` compares every bit, on one machine.
+"""
+import json
+from pathlib import Path
+
+import pytest
+
+import finetune
+import train_vae
+
+GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden_losses.json").read_text())
+SHORT = dict(steps=4, save_every=4, log_every=1, images=16, device="cpu")
+
+
+def log_of(run):
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The four stages of the tiny preset, four steps each."""
+    folder = tmp_path_factory.mktemp("golden")
+    out = {name: str(folder / name) for name in GOLDEN}
+
+    def train(script, preset, stage, **changes):
+        values = script.PRESETS[preset] | SHORT | changes
+        script.main(script.Config(**values | dict(preset=preset, out=out[stage])))
+
+    train(train_vae, "tiny-base", "base VAE", stats=16)
+    train(train_vae, "tiny", "DA-VAE", base=out["base VAE"], stats=16, disc_start=2, adaptive_align=True)
+    train(finetune, "tiny-base", "base DiT", vae=out["DA-VAE"], sample_steps=2, cosine=0.0)
+    train(finetune, "tiny", "DA-VAE DiT", vae=out["DA-VAE"], base=out["base DiT"], sample_steps=2, N=3, cosine=0.0)
+    return out
+
+
+@pytest.mark.parametrize("stage", GOLDEN)
+def test_the_losses_of_the_first_steps_are_what_they_were(runs, stage):
+    for row, golden in zip(log_of(runs[stage]), GOLDEN[stage], strict=True):
+        logged = {name: row[name] for name in golden}
+        assert logged == pytest.approx(golden, rel=1e-4, abs=1e-6)

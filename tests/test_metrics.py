@@ -1,0 +1,244 @@
+"""support/metrics.py: against closed forms, torch-fidelity and transformers; what cannot be had is named."""
+import numpy as np
+import pytest
+import torch
+
+from davae import half
+from support import data, metrics, runs
+from support.metrics import FeatureNetwork, distances, frechet_distance, moments, ssim
+
+
+def features(n, d, seed, shift=0.0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return shift + scale * torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- distances
+
+
+def test_frechet_distance_of_a_set_with_itself_is_zero_even_where_the_covariance_is_singular():
+    for n, d in ((500, 16), (20, 64)):
+        f = features(n, d, 0)
+        distance = frechet_distance(moments(f), moments(f))
+        assert abs(distance) < 1e-5                # square roots of eigenvalues that are 0 but for rounding
+
+
+def test_frechet_distance_of_two_gaussians_equals_the_closed_form():
+    a = features(4000, 3, 1)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
+    a = (a - a.mean(0)) @ whiten                                           # its moments are N(0, I)'s exactly
+    b = a * torch.tensor([1.0, 2.0, 3.0]).double() + torch.tensor([1.0, 0.0, -2.0]).double()
+    closed = 1 + 4 + sum((1 - s) ** 2 for s in (1, 2, 3))          # |mu|^2 + sum (sigma_a - sigma_b)^2
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(closed, rel=1e-9)
+    assert frechet_distance(moments(b), moments(a)) == pytest.approx(closed, rel=1e-9)
+
+
+@pytest.mark.parametrize("n,m,d", [(600, 500, 24), (20, 30, 64)])  # the second: covariances of rank 19 and 29
+def test_frechet_distance_agrees_with_torch_fidelity(n, m, d):
+    metrics.import_torchvision()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    a, b = features(n, d, 2), features(m, d, 3, shift=0.3, scale=1.5)
+    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(f) for f in (a, b)), verbose=False)
+    ours = frechet_distance(moments(a), moments(b))
+    assert np.isfinite(ours) and ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+def test_distances_have_their_own_names_and_kid_is_zero_for_equal_gaussians_only():
+    a, b, c = features(800, 8, 4), features(800, 8, 5), features(800, 8, 6, shift=0.5)
+    near, far = (distances("SqueezeNet", f, moments(a), real=a) for f in (b, c))
+    assert set(near) == {"SqueezeNet-FD", "SqueezeNet-KID"}
+    assert abs(near["SqueezeNet-KID"]) < 0.02 < far["SqueezeNet-KID"]
+    assert far["SqueezeNet-FD"] == frechet_distance(moments(c), moments(a))
+    assert set(distances("Probe", b, moments(a))) == {"Probe-FD"}    # a reference of statistics alone: no KID
+
+
+@pytest.mark.parametrize("n,name", [(49_999, "Inception-FID@49999"), (50_000, "Inception-FID-50k")])
+def test_only_fifty_thousand_samples_are_called_fid_50k(n, name):
+    f = features(n, 2, 0)
+    assert list(distances("Inception", f, moments(f))) == [name]
+
+
+# ---------------------------------------------------------------- image metrics
+
+
+def test_ssim_is_one_for_equal_images_and_by_hand_for_constant_ones():
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.allclose(ssim(x, x), torch.ones(2, dtype=torch.float64))
+    a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
+    c1 = 0.02**2
+    assert ssim(a, b).item() == pytest.approx((2 * 0.5 * -0.25 + c1) / (0.5**2 + 0.25**2 + c1), rel=1e-6)
+
+
+def test_psnr_is_twenty_for_an_error_of_a_tenth_of_the_range_and_knows_no_values_beyond_it():
+    x = torch.full((2, 3, 4, 4), 0.9)
+    assert torch.allclose(metrics.psnr(x, x - 0.2), torch.tensor(20.0))
+    assert torch.allclose(metrics.psnr(x, x + 5), metrics.psnr(x, torch.ones_like(x)))
+
+
+def test_upsampled_rows_are_r_times_as_large_and_keep_what_is_constant():
+    base = torch.full((2, 3, 4, 6), 0.25)
+    for r in (2, 4):
+        rows = metrics.upsampled(base, r)
+        assert list(rows) == ["base only, bilinear", "base only, bicubic"]
+        for x in rows.values():
+            assert x.shape == (2, 3, 4 * r, 6 * r) and torch.allclose(x, torch.tensor(0.25))
+    assert metrics.upsampled(2 * torch.ones(1, 3, 2, 2), 2)["base only, bicubic"].max() == 1     # clamped
+
+
+def test_ssim_falls_with_noise_but_not_with_its_sign():
+    x, noise = torch.rand(1, 3, 32, 32) - 0.5, 0.1 * torch.randn(1, 3, 32, 32)
+    small, large = ssim(x, x + noise).item(), ssim(x, x + 3 * noise).item()
+    assert 1 > small > large > 0 and ssim(x, x - noise).item() == pytest.approx(small, abs=0.05)
+
+
+# ---------------------------------------------------------------- feature networks
+
+
+def test_the_probe_sees_lost_detail():
+    with torch.no_grad():
+        probe, again = metrics.make_probe(64), metrics.make_probe(64)
+        x, y = next(data.read(data.open_dataset("procedural", 64, 100, seed=77), range(100)))
+        for blurred in metrics.upsampled(half(x), 2).values():                 # bilinear, bicubic
+            assert (probe(x)[:, 10] > 0).float().mean() > 0.9
+            assert (probe(blurred)[:, 10] > 0).float().mean() < 0.1
+    assert (probe(x)[:, :10].argmax(1) == y).float().mean() > 0.9
+    assert runs.hash_of(probe) == runs.hash_of(again)
+
+
+def feature_network(kind, data_dir="photos", **weights):
+    return metrics.feature_network(kind, data_dir, 64, torch.device("cpu"), **weights)
+
+
+def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_position(monkeypatch):
+    maps = torch.rand(2, 512, 3, 3)
+
+    class Fake(torch.nn.Module):
+        def scaling_layer(self, x):
+            return x
+
+        def net(self, x):
+            return [None, maps * x]
+    monkeypatch.setattr(metrics, "make_lpips", lambda *args: Fake())
+    network = feature_network("squeeze")
+    assert network.name == "SqueezeNet" and network.described.startswith("SqueezeNet, sha256 ")
+    (a, logits), (b, _) = network(torch.ones(2, 1, 3, 3)), network(torch.arange(1.0, 10).view(1, 1, 3, 3))
+    assert torch.allclose(a, b, rtol=1e-5) and logits.shape == (2, 0)
+    maps = torch.ones(2, 512, 3, 3)
+    f, _ = network(torch.full((2, 1, 3, 3), 7.0))
+    assert torch.allclose(f, torch.ones(2, 512))                               # mean square over channels: 1
+
+
+def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
+    metrics.import_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):              # the published weights cannot be had offline
+        def load_state_dict(self, *args, **kwargs):
+            pass
+
+    torch.save({}, tmp_path / "empty.pt")
+    theirs = Untrained("inception-v3-compat", ["2048", "logits_unbiased"], str(tmp_path / "empty.pt"))
+    torch.save(theirs.eval().state_dict(), tmp_path / "weights.pt")
+    network = feature_network("auto", inception_weights=str(tmp_path / "weights.pt"))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected, logits = theirs(torch.as_tensor(data.to_uint8(x)).permute(0, 3, 1, 2))
+        assert network.described.startswith("Inception, sha256 ") and network.name == "Inception"
+        assert expected.shape == (2, 2048) and logits.shape == (2, 1008)
+        assert all(torch.allclose(*pair) for pair in zip(network(x), (expected, logits)))
+
+
+@pytest.mark.parametrize("kind,sentence", [("inception", "with --inception_weights="),
+                                           ("fid", "wanted inception"),
+                                           ("probe", "knows the procedural images only")])
+def test_features_that_cannot_be_had_are_named(kind, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        feature_network(kind)
+
+
+def test_features_are_by_default_what_weights_and_data_allow(monkeypatch):
+    for kind in ("inception", "squeezenet", "probe"):
+        monkeypatch.setattr(metrics, f"{kind}_features", lambda *args, kind=kind: kind)
+    assert feature_network("auto", inception_weights="i", lpips_trunk="s") == "inception"
+    assert feature_network("auto", lpips_trunk="s", data_dir="procedural") == "squeezenet"
+    assert feature_network("auto", data_dir="procedural") == "probe"
+    none = feature_network("auto")
+    assert none.name == none.described == ""
+    assert [f.shape for f in none(torch.zeros(2, 3, 8, 8))] == [(2, 0), (2, 0)]
+
+
+# ---------------------------------------------------------------- Inception metrics and references
+
+
+def inception(f, logits, real=None):
+    return distances("Inception", f, moments(f), logits, real)
+
+
+def test_precision_and_recall_of_a_set_with_itself_are_one_and_of_distant_sets_zero():
+    f, logits = features(50, 6, 1), torch.zeros(50, 4)
+    same, far = (inception(f, logits, real) for real in (f, f + 100))
+    assert (same["precision"], same["recall"], far["precision"], far["recall"]) == (1, 1, 0, 0)
+
+
+def test_inception_score_is_one_for_equal_guesses_and_the_number_of_classes_for_sure_and_balanced_ones():
+    f = features(80, 6, 1)
+    assert inception(f[:60], torch.zeros(60, 8))["IS"] == pytest.approx(1)
+    sure = inception(f, 100 * torch.eye(8).repeat(10, 1))
+    assert sure["IS"] == pytest.approx(8) and "recall" not in sure                     # no reals: no recall
+
+
+def pool(x):
+    """A stand-in for a feature network: the mean colour of each quadrant, and no logits."""
+    f = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+    return f, f[:, :0]
+
+
+POOL = FeatureNetwork("Inception", "Inception, sha256 0", pool)
+
+
+def test_a_reference_of_images_and_one_of_their_statistics_give_the_same_distance(tmp_path):
+    arr_0 = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=arr_0)
+    a, f, named = metrics.read_reference(tmp_path / "images.npz", POOL)
+    x = data.to_tensor(arr_0)
+    assert named.startswith("60 images, sha256 ") and torch.allclose(f, pool(x)[0])
+    f = f.double().numpy()
+    np.savez(tmp_path / "statistics.npz", mu=f.mean(0), sigma=np.cov(f, rowvar=False))
+    b, none, other = metrics.read_reference(tmp_path / "statistics.npz", POOL)
+    assert none is None and other.startswith("? images, sha256 ") and other[-16:] != named[-16:]
+    assert abs(frechet_distance(a, b)) < 1e-6
+    other = moments(features(40, 12, 0))
+    assert frechet_distance(other, a) == pytest.approx(frechet_distance(other, b), rel=1e-9)
+
+
+@pytest.mark.parametrize("arrays,sentence", [
+    (dict(mu=[0.0]), r"wanted arr_0 \(images\), or mu and sigma, .* found \['mu'\]"),
+    (dict(mu=[0.0], sigma=[[1.0]], features="Probe, sha256 0"), "Probe, sha256 0"),
+    (None, "not an npz file")])
+def test_a_reference_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, arrays, sentence):
+    path = tmp_path / "r.npz"
+    path.write_text("text") if arrays is None else np.savez(path, **arrays)
+    with pytest.raises(SystemExit, match=sentence):
+        metrics.read_reference(path, POOL)
+
+
+def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path, sd3_folder):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(sd3_folder / "tokenizer")
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1, **small)
+    vision = dict(image_size=28, patch_size=14, **small)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = CLIPProcessor(images, tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    score, _ = metrics.clip_scorer(tmp_path, "cpu")
+    x, texts = torch.rand(3, 3, 40, 40) * 2 - 1, ["a fox", "the sea, a house and a very long road", "fog"]
+    with torch.no_grad():
+        inputs = processor(text=texts, images=list(data.to_uint8(x)), return_tensors="pt", padding=True)
+        cosines = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
+        assert cosines.std() > 1e-3 and torch.allclose(score(x, texts), 100 * cosines.clamp_min(0), atol=1e-4)
+    with pytest.raises(SystemExit, match="wanted a local folder of a CLIP model"):
+        metrics.clip_scorer(tmp_path / "nowhere", "cpu")
