@@ -72,19 +72,20 @@ def details(vae, other, x, images, out):
     show("z_d, the mean of its posterior", z_d)
     show("group_mean(z_d, C)", group_mean(z_d, vae.C))
 
-    def raw_details(some_vae):
-        return torch.cat([some_vae.detail_posterior(part).mean for part in images.split(20)])
+    def group_means(some_vae):
+        z_d = torch.cat([some_vae.detail_posterior(part).mean for part in images.split(20)])
+        return group_mean(z_d, vae.C)                                         # (N, C, h, w)
 
     z = torch.cat([vae.encode_base(part) for part in images.split(20)])       # (N, C, h, w)
-    groups = {"z": z, "z_d": raw_details(vae)}
-    print(f"align_loss of {len(images)} images: {align_loss(z, groups['z_d']).item():.3f}")
+    groups = {"z": z, "group_mean(z_d)": group_means(vae)}
     if other is not None:
-        groups["z_d without alignment"] = raw_details(other)
-        print(f"without alignment: {align_loss(z, groups['z_d without alignment']).item():.3f}")
+        groups["without alignment"] = group_means(other)
+    for name, group in list(groups.items())[1:]:
+        print(f"L_align, {name:<25}{align_loss(z, group).item():.3f} on {len(images)} images")
 
-    rows = {"x": images[:6]}
-    for name, group in groups.items():
-        rows[name] = latents(group, 6, images.shape[2:])
+    # three principal components of all these together, so that the same colour means the same latent
+    colours = latents(torch.cat(list(groups.values())), len(groups) * len(images), images.shape[2:])
+    rows = {"x": images[:6]} | dict(zip(groups, [part[:6] for part in colours.split(len(images))]))
     labels = [name for name in rows for _ in range(6)]
     save_grid(torch.cat(list(rows.values())), out / "2_latents.png", 6, 2, labels)
 
@@ -132,7 +133,7 @@ def warm_start(base, vae, settings, noise, cond, uncond, out):
 
 
 def schedule(run, N, steps, out):
-    """5. The weight of the details, and both losses while it rises."""
+    """5. Both losses, and the weight of the details."""
     log = read_log(run)
     weights = [detail_weight(n, N) for n in range(steps)]
     panels = [
