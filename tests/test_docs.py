@@ -149,10 +149,14 @@ def defined(tree):
     return names
 
 
+def prose(page):
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
 def anchors(page):
     """The anchors that GitHub gives to a page's headings."""
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.*)", prose, re.M)
+    headings = re.findall(r"^#+ (.*)", prose(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -176,7 +180,7 @@ def test_the_readme_says_where_each_equation_is():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_picture_and_every_link_of_a_page_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith("http"):
             continue
         file, _, anchor = target.partition("#")
