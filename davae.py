@@ -150,10 +150,10 @@ class UpBlock(nn.Module):
     """Residual pixel-shuffle, the mirror of DownBlock: latents (B, C+D, h, w) -> features (B, F, r*h, r*w).
 
     main path: conv3x3 to F*r^2 channels, pixel-shuffle by r
-    shortcut:  each latent channel repeated until there are F*r^2, pixel-shuffle by r: with 128 latent
-               channels and F = 512, features 0 to 3 start as the nearest-neighbour upsampling of channel 0,
-               4 to 7 as that of channel 1, and so on; where the numbers do not divide, a 1x1 convolution,
-               zero at first
+    shortcut:  each latent channel repeated until there are F*r^2, pixel-shuffle by r; where the numbers do
+               not divide, a 1x1 convolution, zero at first, in place of the repetition
+    With 128 latent channels and F = 512, features 0 to 3 so start as the nearest-neighbour upsampling of
+    channel 0, features 4 to 7 as that of channel 1, and so on.
     Differs from the paper: Fig. S1 shuffles first and convolves after; this is what the authors' code does.
     """
 
@@ -190,13 +190,15 @@ class DAVAE(nn.Module):
     """A frozen base VAE on the small image, D detail channels from the full one, one decoder.  Sec. 3.1.
 
     The detail encoder starts as a copy of the base encoder, tapped before its latent head; the decoder as a
-    copy of the base decoder, entered after its latent stem. Down and up block stand in their places.
+    copy of the base decoder, entered after its latent stem. Down and up block take the places of these two.
 
-    base: a BaseVAE; it is frozen, and not copied.   raises: ValueError if C and D do not divide
-    Differs from the authors' code: survivors of detail dropout are not multiplied by 1/(1-p) unless
-    `rescale`, because the decoder would then see z_d at two scales, in training and after; and alignment and
-    decoder work on normalised base latents for every base, as their SD3 code does (their ImageNet code uses
-    raw ones).
+    base: a BaseVAE; it is frozen, and not copied
+
+    Differs from the authors' code in two points. What survives detail dropout is not multiplied by 1/(1-p)
+    unless `rescale`, because the decoder would then see z_d at two scales, in training and after. Alignment
+    and decoder work on normalised base latents for every base, as in their SD3 code, and not on raw ones,
+    as in their ImageNet code.
+    raises: ValueError if D is not a multiple of C, and of r^2 / 2
     """
 
     def __init__(self, base, cfg):
@@ -221,7 +223,7 @@ class DAVAE(nn.Module):
         """One training pass, with sampled details: (B, 3, H, W) -> Reconstruction."""
         z = self.encode_base(x)                                    # (B, C, h, w)
         posterior = self.detail_posterior(x)
-        z_d = posterior.sample()                          # (B, D, h, w): the alignment sees it before dropout
+        z_d = posterior.sample()                                   # (B, D, h, w), aligned before its dropout
 
         # detail dropout, per image: the decoder also learns to do without z_d
         keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.cfg.detail_dropout
@@ -244,10 +246,11 @@ class DAVAE(nn.Module):
     def encode(self, x, sample=False):
         """Normalised latent z_all = [z, z_d]: (B, 3, H, W) in [-1, 1] -> (B, C+D, H/f, W/f).
 
-        z is the mode; z_d is the mode, or a sample of its posterior where `sample` (the authors' ImageNet
-        features).   raises: ValueError if a side of the image is not a multiple of f
-        Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d here, which their
-        trainer never saw.
+        z is the mode; z_d is the mode, or a sample of its posterior where `sample`,
+        as in the authors' ImageNet features.
+        Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d here,
+        which their trainer never saw.
+        raises: ValueError if a side of the image is not a multiple of f
         """
         check_sides(x, self.f)
         z = self.encode_base(x)
@@ -365,12 +368,11 @@ class BaseVAE(nn.Module):
         to_moments   features -> mean and logvar of the latent (B, 2C, H/f, W/f)
         from_latent  latent (B, C, h, w) -> features (B, width, h, w)
         decoder      features -> images (B, 3, f*h, f*w)
-        config()     its settings as JSON; `build` makes the module from them. Its name goes into
-                     support/bases.py:BASES
+        config()     its settings as JSON, from which `build` makes the module again
 
-    DAVAE copies `encoder` and `decoder`, and puts its new blocks in place of the other two. mean, std (C,):
-    the statistics by which the pretrained pipeline normalises latents. A base without a posterior overrides
-    `encode`.
+    DAVAE copies `encoder` and `decoder`, and puts its new blocks in place of the other two. The class is
+    found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
+    mean, std (C,): the statistics by which the pretrained pipeline normalises latents
     """
 
     def __init__(self, C, f, width):
@@ -460,15 +462,19 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, width, h, w = x.shape
         y = self.norm(x)
-        q, k, v = (layer(y).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)                           # (B, 1, h*w, width), one head
+        q = self.q(y).flatten(2).transpose(1, 2).unsqueeze(1)                 # (B, 1, h*w, width), one head
+        k = self.k(y).flatten(2).transpose(1, 2).unsqueeze(1)
+        v = self.v(y).flatten(2).transpose(1, 2).unsqueeze(1)
+        y = F.scaled_dot_product_attention(q, k, v)                           # (B, 1, h*w, width)
         y = y.squeeze(1).transpose(1, 2).reshape(B, width, h, w)
         return x + self.proj_out(y)
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where `attn`; at the end `resample`,
-    which the encoder or decoder sets where another resolution follows."""
+    """The residual blocks of one resolution, each followed by attention where `attn`; then `resample`.
+
+    It does nothing, until the encoder or decoder sets it because another resolution follows.
+    """
 
     def __init__(self, c_in, c_out, blocks, attn, groups):
         super().__init__()
@@ -531,14 +537,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features at the latent's resolution -> image. `up` counts its levels as the encoder does: the last
-    runs first."""
+    """Features at the latent's resolution -> image.
+
+    `up` counts its levels from full size down, as the encoder does, so the last one runs first.
+    """
 
     def __init__(self, cfg):
         super().__init__()
         widths = cfg.widths
         self.mid = Mid(widths[-1], cfg.groups)
-        comes_in = [*widths[1:], widths[-1]]        # level i takes what level i + 1 made; the last one, mid's
+        comes_in = [*widths[1:], widths[-1]]                  # from level i + 1; into the last one, from mid
         self.up = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(comes_in, widths)):
             self.up.append(Level(c_in, c_out, cfg.blocks + 1, i in cfg.attn, cfg.groups))

@@ -16,8 +16,8 @@ adapters for the second.
 Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   T text tokens
                 E width   A heads   K width per head   C base channels   D detail channels
                 z_all = [z, z_d] is (B, C+D, h, w), normalised, base channels first
-Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, and the model predicts v = data -
-                noise.
+Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise
+                The model predicts the velocity v = data - noise.
 
 What stands between the matrix products is in kernels/: said there in plain PyTorch, and computed faster if
 asked for (KERNELS=triton).
@@ -41,15 +41,14 @@ from kernels.swiglu import swiglu
 
 
 def widen(in_proj, out_proj, D):
-    """Zero-initialised companions of a transformer's first and last layer, for D new channels.  P', O' of
-    Sec. 3.2.
+    """Zero-initialised companions of a transformer's first and last layer: P', O' for D channels.  Sec. 3.2.
 
     in_proj:  the patch embedder, a Conv2d C -> E whose stride is its kernel;  add P_new(z_d) to its output
     out_proj: the head, a Linear E -> p*p*C;  concatenate O_new(x), unpatchified by itself, after its channels
     returns:  P_new (no bias: in_proj has it) and O_new, on the device and in the dtype of in_proj
 
-    Zeros do not stall the training: the base loss reaches P_new through the whole model, the detail loss
-    reaches O_new.
+    Zeros do not stall the training: the base loss reaches P_new, through the whole model;
+    the detail loss reaches O_new.
     """
     p = in_proj.kernel_size[0]
     like = dict(device=in_proj.weight.device, dtype=in_proj.weight.dtype)
@@ -62,12 +61,11 @@ def widen(in_proj, out_proj, D):
 
 
 class DiT(nn.Module):
-    """What both transformers here have: P, O, the time's embedder, the last norm; once widened, P_new and
-    O_new.
+    """What both transformers have: P, O, time embedder, blocks, last norm; and once widened, P_new and O_new.
 
     A transformer of your own need not be one: P, O, expand_channels and `forward(z_all, t, *cond)` are all
-    that the scripts ask for (see MODELS at the end). `modulations`, if there are any, let the sampler
-    compute ahead.
+    that the scripts ask for (see MODELS at the end). If it has `modulations`, the sampler computes them
+    for many steps at once.
     """
     checkpointing = False      # True: recompute each block in the backward pass, to save memory
 
@@ -85,8 +83,7 @@ class DiT(nn.Module):
         self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
 
     def expand_channels(self, D):
-        """Add D detail channels without changing what the model computes: for any z_d, v is as before and
-        v_d is 0.
+        """Add D detail channels that change nothing yet: for any z_d, v is as before, and v_d is 0.
 
         raises: ValueError if there are details already, or D < 1
         """
@@ -98,8 +95,7 @@ class DiT(nn.Module):
         self.cfg = replace(self.cfg, D=D)
 
     def tokens(self, z_all, pos):
-        """P(z) + P_new(z_d) + pos, in the dtype of P(z): (B, C+D, h, w), (1, L, E) -> (B, L, E),
-        row-major."""
+        """P(z) + P_new(z_d) + pos, in P(z)'s dtype, row-major: (B, C+D, h, w), (1, L, E) -> (B, L, E)."""
         if self.cfg.D:
             z, z_d = z_all.split([self.cfg.C, self.cfg.D], dim=1)
             x = patch_embed(z, z_d, self.P.weight, self.P_new.weight, self.P.bias, pos)
@@ -119,7 +115,7 @@ class DiT(nn.Module):
         They depend on time and condition alone, not on the latent, and a third of all parameters are in
         their layers. So they come first; and the sampler, which knows its times beforehand, gets those of
         many steps in one call (B then counts the images of all these steps) and hands them to `forward`.
-        That is the only seam in the model.
+        Nowhere else does anything reach into the model.
         """
         c = self.condition(t, y)
         return [*(block.modulations(c) for block in self.blocks), self.adaLN_final(c)]
@@ -131,8 +127,10 @@ class DiT(nn.Module):
         return block(*args)
 
     def velocity(self, x, mods, h, w):
-        """[O(x), O_new(x)] of the last norm, each unpatchified by itself: (B, L, E) -> (B, C+D, h, w)
-        float32."""
+        """Last norm, then [O(x), O_new(x)], each unpatchified by itself.
+
+        x: (B, L, E); mods: (B, 2E), shift and scale of the norm -> (B, C+D, h, w) float32
+        """
         shift, scale = mods.chunk(2, dim=-1)
         x = norm_modulate(x, shift, scale, self.norm_final.weight)             # (B, L, E)
         v = unpatchify(self.O(x), self.cfg.p, h, w)                            # (B, C, h, w)
@@ -144,11 +142,10 @@ class DiT(nn.Module):
 
 @torch.no_grad()
 def warm_start_difference(base, model, z, cond):
-    """Largest |change| of the base velocity and largest |detail velocity| of a widened model, for random z_d
-    and t.
+    """(max |v - v_base|, max |v_d|) of a widened model and its base, for random z_d and t.  Sec. 3.2.
 
-    z: (B, C, h, w); cond: what the models take after z_all and t, a tuple of (B, ...).
-    Both are 0.0 at step 0: details neither disturb the base nor move yet.  Sec. 3.2.
+    z: (B, C, h, w); cond: what the models take after z_all and t, a tuple of (B, ...)
+    Both are 0.0 at step 0: details neither disturb the base nor move yet.
     """
     B, C, h, w = z.shape
     t = torch.rand(B, device=z.device)
@@ -215,8 +212,7 @@ class Block(nn.Module):
         return self.adaLN(c)
 
     def forward(self, x, mods, *tables):
-        """x: (B, L, E); mods: (B, 6E), see `modulations`; tables: cos and sin of RoPE, or nothing -> (B, L,
-        E)"""
+        """(B, L, E) -> (B, L, E); mods: (B, 6E), see `modulations`; tables: cos and sin of RoPE, or none."""
         shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)                  # each (B, E)
         y = self.attn(norm_modulate(x, shift1, scale1, self.norm1.weight), *tables)
         # The sum x + gate1 * y and its norm are one kernel: it returns both.
@@ -229,10 +225,10 @@ class LightningDiT(DiT):
 
     z_all:   (B, C+D, h, w) normalised, base channels first; h = w = cfg.grid * cfg.p
     t:       (B,) in [0, 1], 0 noise, 1 data
-    y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. Dropping labels is the caller's
-             business
+    y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. The caller drops labels
     mods:    modulations(t, y), if they are known already
-    returns: v (B, C+D, h, w) float32.   raises: ValueError for a latent of another shape
+    returns: v (B, C+D, h, w) float32
+    raises:  ValueError for a latent of another shape
     """
 
     def __init__(self, cfg):
@@ -257,8 +253,8 @@ class LightningDiT(DiT):
         return self.velocity(x, final_mods, h, w)
 
     def init_weights(self):
-        # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is: Xavier-uniform, zero
-        # bias.
+        # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is:
+        # Xavier-uniform, zero bias.
         for m in self.modules():
             if isinstance(m, nn.Linear) or m is self.P:
                 nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
@@ -275,8 +271,10 @@ class LightningDiT(DiT):
                 nn.init.zeros_(parameter)
 
     def build_tables(self, device):
-        """Position tables from their formulas: never saved, and the only tensors to make after loading from
-        "meta"."""
+        """Position tables from their formulas.
+
+        They are never saved: of a model that was made on "meta", these alone are not loaded but made.
+        """
         cfg = self.cfg
         cos, sin = rope_table(cfg.grid, cfg.E // cfg.A) if cfg.rope else (None, None)
         tables = {"pos_embed": sincos_table(cfg.grid, cfg.E), "rope_cos": cos, "rope_sin": sin}
@@ -289,8 +287,7 @@ class LightningDiT(DiT):
 
 @dataclass
 class MMDiTConfig:
-    """Everything that fixes an MMDiT's shapes; saved with its weights. Defaults: Stable Diffusion 3.5
-    Medium."""
+    """Everything that fixes an MMDiT's shapes; saved with its weights. Defaults: SD3.5 Medium."""
     C: int = 16                 # base channels
     D: int = 0                  # detail channels, 0 before expand_channels
     p: int = 2                  # patch side, latent pixels
@@ -309,8 +306,8 @@ class Stream(nn.Module):
     """What a joint block holds for one kind of token, image or text: adaLN, projections of attention, MLP.
 
     adaLN gives shift, scale and gate of the attention, of the MLP, and of the second attention, if there is
-    one: in the order of the checkpoint, not of their use. Of the last block's text only q, k, v are wanted:
-    shift and scale.
+    one (`dual`): in the order of the checkpoint, not of their use. In the `last` block, of the text only
+    q, k, v are wanted, so its adaLN gives shift and scale alone.
     """
 
     def __init__(self, cfg, dual=False, last=False):
@@ -359,14 +356,17 @@ class JointBlock(nn.Module):
         return self.x.adaLN(c), self.text.adaLN(c)
 
     def forward(self, x, text, mods):
-        """x: (B, L, E), text: (B, T, E); mods: what `modulations` makes of (B, E) -> new x and text"""
+        """x: (B, L, E), text: (B, T, E), mods: what `modulations` makes of (B, E) -> new x and text."""
         x_mods = mods[0].chunk(self.x.chunks, dim=-1)                          # each (B, E)
         text_mods = mods[1].chunk(self.text.chunks, dim=-1)
 
         # one attention over the tokens of both
-        both = zip(self.x.heads(x, x_mods), self.text.heads(text, text_mods))
-        q, k, v = (torch.cat(pair, dim=2) for pair in both)                    # (B, A, L+T, K)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = self.x.heads(x, x_mods)                                      # each (B, A, L, K)
+        q_text, k_text, v_text = self.text.heads(text, text_mods)              # each (B, A, T, K)
+        q = torch.cat([q, q_text], dim=2)                                      # (B, A, L+T, K)
+        k = torch.cat([k, k_text], dim=2)
+        v = torch.cat([v, v_text], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)          # (B, L+T, E)
         x_attended, text_attended = y.split([x.shape[1], text.shape[1]], dim=1)
 
         x = self.x.update(x, x_attended, x_mods)
@@ -380,9 +380,10 @@ class MMDiT(DiT):
     z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p, at most p * pos_size
     t:       (B,) in [0, 1], 0 noise, 1 data
     context: (B, T, cfg.context) text tokens;  pooled: (B, cfg.pooled)
-    skip:    numbers of blocks to leave out (skip-layer guidance);  mods: modulations(t, pooled), if known
-             already
-    returns: v (B, C+D, h, w) float32.   raises: ValueError for a latent of another shape
+    skip:    numbers of blocks to leave out (skip-layer guidance)
+    mods:    modulations(t, pooled), if they are known already
+    returns: v (B, C+D, h, w) float32
+    raises:  ValueError for a latent of another shape
     """
 
     def __init__(self, cfg):
@@ -390,7 +391,7 @@ class MMDiT(DiT):
         y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         super().__init__(cfg, False, blocks, y_embedder=y_embedder,
                          context_embedder=nn.Linear(cfg.context, cfg.E))
-        # Saved, unlike LightningDiT's: nobody has shown that the released table is what the formula gives.
+        # Saved, unlike LightningDiT's: it is not known that the released table is what the formula gives.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
         if not table.is_meta:
             table = sincos_table(cfg.pos_size, cfg.E, spacing=64 / cfg.pos_size)
@@ -433,8 +434,7 @@ class MMDiT(DiT):
 
 
 def Norm(E, rms=True):
-    """Holds the learned scale of an RMSNorm; or none, `weight` None, of a LayerNorm. kernels/ has the
-    formulas."""
+    """Holds the scale of an RMSNorm, or of a LayerNorm none (`weight` is None). Formulas are in kernels/."""
     return nn.RMSNorm(E) if rms else nn.LayerNorm(E, elementwise_affine=False)
 
 
@@ -461,16 +461,15 @@ class Attention(nn.Module):
         return self.proj(y.flatten(2))
 
 
-# K: the most tokens that the kernel takes, where kernels are on. By its design; not measured
+# K: the most tokens that short_attention takes, where kernels are on. By its design; not measured
 SHORT = {72: 256}
 
 
 def attention(qkv, *norm_rope):
-    """softmax(q k^T / sqrt(K)) v over all tokens, q and k normalised and rotated as in
-    kernels/qknorm_rope.py.
+    """softmax(q k^T / sqrt(K)) v over all tokens, q and k normalised and rotated by kernels/qknorm_rope.py.
 
-    qkv: (B, L, 3, A, K); norm_rope: the norms' weights, or None, and the tables of RoPE, if any.   -> (B, L,
-    A, K)
+    qkv: (B, L, 3, A, K); norm_rope: the norms' weights, or None, and the tables of RoPE, if any
+    returns (B, L, A, K)
     """
     B, L, _, A, K = qkv.shape
     if use_triton(qkv) and L <= SHORT.get(K, 0):
@@ -521,15 +520,16 @@ def unpatchify(x, p, h, w):
 
 
 def grid_positions(grid):
-    """Row and column of each token, row-major.  Two (L,) float64 tensors: only the finished tables are
-    rounded."""
+    """Row and column of each token, row-major: two (L,), float64, so only the finished tables are rounded."""
     i = torch.arange(grid, dtype=torch.float64, device="cpu")
     return i.repeat_interleave(grid), i.repeat(grid)
 
 
 def sincos_table(grid, E, spacing=1.0):
-    """[sin(col w), cos(col w), sin(row w), cos(row w)], w_j = 10000^(-j / (E/4)): the fixed embedding, (1,
-    L, E)."""
+    """The fixed position embedding, (1, L, E).
+
+    [sin(col w), cos(col w), sin(row w), cos(row w)] with w_j = 10000^(-j / (E/4))
+    """
     row, col = grid_positions(grid)
     w = 10000 ** (-torch.arange(E // 4, dtype=torch.float64, device="cpu") / (E // 4))
     col = torch.outer(spacing * col, w)                                        # (L, E/4)
@@ -538,11 +538,11 @@ def sincos_table(grid, E, spacing=1.0):
 
 
 def rope_table(grid, K):
-    """cos and sin of the rotary angles: the row turns the first K/2 channels, the column the rest.  Two (L,
-    K) tensors.
+    """cos and sin of the rotary angles, (L, K) each.
 
-    Opposite axis order to `sincos_table`, and LightningDiT uses both. Frequencies 10000^(-2j / (K/2)), one
-    per pair.
+    The row turns the first K/2 channels, the column the rest: the opposite order to that of `sincos_table`,
+    and LightningDiT uses both.
+    Frequencies are 10000^(-2j / (K/2)), one per pair of channels.
     """
     j = torch.arange(K // 4, dtype=torch.float64, device="cpu")
     f = 10000 ** (-2 * j / (K // 2))
@@ -554,13 +554,15 @@ def rope_table(grid, K):
 
 # ---------------------------------------------------------------- adapters: LoRA, for SD3.5
 
-# in every block
+# The layers of each block that get an adapter
 LORA_TARGETS = ("x.attn.qkv", "x.attn.proj", "x.attn2.qkv", "x.attn2.proj", "x.mlp.fc2", "x.adaLN")
 
 
 class LoRA(nn.Module):
-    """y = W x + b + alpha/r B A x, W and b frozen (Hu et al., 2022); q, k, v, stacked in one W, each have
-    their A and B."""
+    """y = W x + b + alpha/r B A x, with W and b frozen (Hu et al., 2022).
+
+    parts: 3 where q, k, v are stacked in one W: each has an A and a B of its own; else 1
+    """
 
     def __init__(self, linear, r, alpha, parts):
         super().__init__()
@@ -577,11 +579,10 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, r=256, alpha=256.0):
-    """Put adapters of rank r into an MMDiT, in place, and freeze all but them, P, P_new, O and O_new.  Sec.
-    4: SD3.5.
+    """Put adapters of rank r into an MMDiT, in place; freeze all but them and P, P_new, O, O_new.  Sec. 4.
 
-    B starts at zero, so nothing changes until training does. Text-side layers and the first MLP layers stay
-    frozen.
+    As the paper does for SD3.5. B starts at zero, so nothing changes until training does.
+    Text-side layers and the first layer of each MLP stay frozen.
     """
     model.requires_grad_(False)
     for layer in (model.P, model.O, model.P_new, model.O_new):
@@ -610,10 +611,15 @@ def merge_lora(model):
 
 
 # The transformers that the scripts know: name -> (its config, its class). The name is "kind" in a run's
-# config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT). Its config has C, D and p,
-# and num_classes where it draws classes; its class is an nn.Module with `cfg`, P, O, expand_channels(D),
-# forward(z_all, t, *cond).
+# config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
+# Its config has C, D and p, and num_classes where it draws classes. Its class is an nn.Module with `cfg`, P,
+# O, expand_channels(D) and forward(z_all, t, *cond).
 MODELS = {
     "LightningDiT": (DiTConfig, LightningDiT),
     "MMDiT": (MMDiTConfig, MMDiT),
 }
+
+
+def kind_of(model):
+    """The name in MODELS of a transformer's class; FSDP2 puts one of its own in front of it."""
+    return next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in MODELS)

@@ -10,8 +10,8 @@
 Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on the full-size image, with r^2
 times the tokens (r = 2: four times). Generation: samples, and the same latents through the base decoder
 alone, enlarged (bilinear: Tab. S2's row). Both go to <run>/metrics.json, with all settings and hashes of
-weights and images. The metrics are in support/metrics.py; the paper's analyses are scripts of their own, in
-experiments/.
+weights and images. The metrics are in support/metrics.py; the paper's analyses are scripts of their own,
+in experiments/.
 """
 import dataclasses
 import json

@@ -1,12 +1,12 @@
 """Make images with a run of finetune.py: Euler's method on the flow from noise (t = 0) to data (t = 1).
 
     python sample.py out/tiny --n=100 --cfg=2
-    python sample.py out/sd35m-1024 --prompts="a red fox|a lighthouse" --text=sd3.5-medium --height=1024
-    --width=1536
+    python sample.py out/sd35m-1024 --prompts="a red fox|a lighthouse" --text=sd3.5-medium \\
+        --height=1024 --width=1536
     python sample.py text sd3.5-medium --out=out/text --data_dir=photos     # only encode texts
-    python sample.py export out/sd35m-1024 --out=exported                   # to the formats that other
-    programs read torchrun --nproc_per_node=8 -- sample.py out/imagenet512 --n=50000 --steps=249 --cfg=4
-    --cfg_start=0.2 --shift=0.3
+    python sample.py export out/sd35m-1024 --out=exported                   # to other programs' formats
+    torchrun --nproc_per_node=8 -- sample.py out/imagenet512 --n=50000 --steps=249 --cfg=4 \\
+        --cfg_start=0.2 --shift=0.3
 
 Writes to --out: 000000.png ..., grid.png (one row per class), base_preview.png (the same latents through the
 base decoder alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evaluator reads it) and
@@ -66,13 +66,16 @@ class Config:
 @torch.no_grad()
 def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1.0), channels=None, slg=0.0,
                 skip=(7, 8, 9), ahead=0):
-    """Integrate dx/dt = v(x, t) from noise to data by Euler's method, guided where interval[0] <= t <=
-    interval[1].
+    """Integrate dx/dt = v(x, t) from noise (t = 0) to data (t = 1) by Euler's method, with guidance.
 
-    noise: (B, C+D, h, w); ts: increasing floats from 0 to 1, see time_grid; cond, uncond: see guided_velocity
-    channels: guide the first ones only;  ahead: see modulations_ahead
-    slg: skip-layer guidance (Stability AI, for SD3.5), v += slg * (c - c without the blocks `skip`) in steps
-         0.01 N < n < 0.2 N: one more pass in each of them
+    noise:    (B, C+D, h, w)
+    ts:       increasing floats from 0 to 1, see time_grid
+    cond, uncond, scale: see guided_velocity
+    interval: guidance is on where interval[0] <= t <= interval[1]
+    channels: guide the first ones only; None: all
+    slg:      skip-layer guidance (Stability AI, for SD3.5): v += slg * (c - c without the blocks `skip`) in
+              steps 0.01 N < n < 0.2 N, with one more pass in each of them
+    ahead:    rows, see modulations_ahead
     returns the latent at ts[-1], float32
 
     Outside the interval, and with scale 1, the unconditional pass is not computed at all. Nothing here waits
@@ -98,11 +101,12 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
 
 
 def guided_velocity(model, x, t, cond, uncond, scale, channels=None, **mods):
-    """(v, c): v = u + scale * (c - u) on the first `channels` channels (None: all), c on the others; c is
-    unguided.
+    """(v, c): c is the velocity without guidance, v with it.  Ho & Salimans, 2022.
 
-    x: (B, C+D, h, w), t: (B,); cond and uncond: tuples of (B, ...) tensors, what the model takes after x and
-    t (labels; or text tokens and pooled text). One batch of 2B, c first. (Ho & Salimans, 2022.)
+        v = u + scale * (c - u) on the first `channels` channels (None: all), v = c on the others
+
+    x: (B, C+D, h, w), t: (B,); cond and uncond, of which the model makes c and u: tuples of (B, ...) tensors,
+    what it takes after x and t (labels; or text tokens and pooled text). One batch of 2B, c first.
     """
     both = [torch.cat(pair) for pair in zip(cond, uncond)]
     c, u = model(torch.cat([x, x]), torch.cat([t, t]), *both, **mods).chunk(2)
@@ -119,12 +123,11 @@ def shift_time(t, s):
 
 
 def time_grid(steps, shift=1.0, twice=False):
-    """steps + 1 floats from 0 to 1, computed in float64 and kept as Python numbers, so that no step waits
-    for a GPU.
+    """steps + 1 floats from 0 to 1, computed in float64; Python numbers, so that no step waits for a GPU.
 
-    twice: as diffusers' SD3 scheduler, which shifts the last of its 1000 training times once more with the
-    whole grid: the last step is then shorter than on the plain grid, and begins at the same t (0.991 with
-    SD3's shift).
+    twice: as diffusers' SD3 scheduler, which shifts the last of its 1000 training times, and once more with
+    the whole grid. The last step is then shorter than on the plain grid, and always begins at the same t
+    (0.991 with SD3's shift).
     """
     if twice:
         even = torch.linspace(0, shift_time(0.999, shift), steps, dtype=torch.float64)
@@ -157,12 +160,10 @@ AHEAD = 256
 
 
 def modulations_ahead(model, ts, guided, cond, uncond, rows):
-    """For each step, what the model takes besides: {"mods": its modulations}, so many steps at once that
-    they are `rows`
-    rows; {} each time where rows is 0.
+    """Yield for each step what the model takes besides: {"mods": its modulations}, or {} where rows is 0.
 
-    They depend on time and condition only (dit.py:DiT.modulations). Guided steps take those of cond and
-    uncond.
+    They depend on time and condition only (dit.py:DiT.modulations), so they are computed for many steps at
+    once, about `rows` rows of them. Guided steps take those of cond and uncond.
     """
     if not rows:
         for _ in ts:
@@ -178,8 +179,7 @@ def modulations_ahead(model, ts, guided, cond, uncond, rows):
 
 
 def look_ahead(model, times, y, rows):
-    """The model's modulations for y (B, ...) at one time after the other, computed for `rows` rows at
-    once."""
+    """Yield the model's modulations for y (B, ...) at one time after the other, made `rows` rows at once."""
     B = len(y)
     group = max(1, rows // B)
     for k in range(0, len(times), group):
@@ -195,8 +195,10 @@ def rows_of(mods, first, end):
 
 
 class Recorded:
-    """sample_flow as one CUDA graph: the first call records it, calls of the same shapes and numbers replay
-    it."""
+    """sample_flow as one CUDA graph: the first call records it, and all calls like the first replay it.
+
+    A call of other shapes or numbers runs sample_flow itself.
+    """
 
     def __init__(self):
         self.graph = None
@@ -228,8 +230,7 @@ class Recorded:
 
 @torch.no_grad()
 def for_sampling(dit):
-    """Merge adapters, in place, and round the weights that autocast would round in each pass: the velocities
-    are equal."""
+    """Merge adapters, in place, and round weights as autocast does in each pass: velocities stay equal."""
     if getattr(dit.cfg, "lora", 0):
         dit = merge_lora(dit)
     for layer in dit.modules():
@@ -239,8 +240,7 @@ def for_sampling(dit):
 
 
 def prepare(dit, vae, cfg, device):
-    """Make models ready for many batches, as cfg.compile and cfg.graph say; returns what `generate` takes as
-    `flow`."""
+    """Make models ready for many batches, by cfg.compile and cfg.graph; returns the `flow` of `generate`."""
     if cfg.graph and device.type != "cuda":
         raise SystemExit("--graph=True: wanted a GPU; leave it out")
     if device.type == "cuda":
@@ -255,8 +255,7 @@ def prepare(dit, vae, cfg, device):
 
 
 def generate(dit, vae, indices, s, text=None, flow=sample_flow):
-    """(images, previews): samples `indices` through the whole decoder and through the base decoder, in [-1,
-    1].
+    """(images, previews) in [-1, 1]: samples `indices` through the whole decoder and the base decoder.
 
     s: see `settings_of`; text: a TextCache, for a model of texts; flow: see `prepare`
     raises: SystemExit where height or width do not fit the model
@@ -287,8 +286,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
 
 
 def conditions(dit, indices, s, text=None):
-    """(cond, uncond) of samples `indices`, as `sample_flow` takes them: labels, or text tokens and pooled
-    text."""
+    """(cond, uncond) of samples `indices`, for `sample_flow`: labels, or text tokens and pooled text."""
     if text is not None:
         prompts = [s["prompts"][i % len(s["prompts"])] for i in indices]
         return text(prompts), text([s["negative"]] * len(prompts))
@@ -300,7 +298,8 @@ def conditions(dit, indices, s, text=None):
 def settings_of(cfg, about, checkpoint):
     """Everything the images depend on, with the run's own defaults filled in.
 
-    about: config.json of the checkpoint.   raises: SystemExit on impossible values
+    about: config.json of the checkpoint
+    raises: SystemExit on impossible values
     """
     own = about["config"]
     s = {"checkpoint": str(checkpoint)}
@@ -366,7 +365,7 @@ def main(cfg):
     flow = prepare(dit, vae, cfg, device)
     open_folder(out, settings, rank)
 
-    # each rank takes every so-manieth of the images that are missing
+    # each rank takes every world-th of the images that are missing
     todo = [i for i in range(cfg.n) if not (out / f"{i:06d}.png").exists()][rank::world]
     start = time.time()
     for k in tqdm(range(0, len(todo), cfg.batch_size), desc=str(out), disable=rank > 0, mininterval=1):
@@ -385,8 +384,7 @@ def main(cfg):
 
 
 def open_folder(out, settings, rank):
-    """Make the folder of images, or go on with one of the same settings.   raises: SystemExit if they are
-    others"""
+    """Make the folder of images, or go on in one with the same settings.   raises: SystemExit if others"""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.json"
     if path.exists():

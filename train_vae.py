@@ -91,8 +91,8 @@ PRESETS = {
         stats=1024, align=0.05, adaptive_align=False, gan=0.1, disc_start=650, disc_width=16, steps=750,
         batch_size=8, lr=3e-3, cooldown=0.5, log_every=50, save_every=375),
 
-    # TAEF2, imagenette128: 26.23 dB against 22.46 dB of the base channels alone; 25 CPU-minutes, 2 cores
-    # (2026-11-21)
+    # TAEF2, imagenette128: 26.23 dB against 22.46 dB of the base channels alone;
+    # 25 CPU-minutes, 2 cores (2026-11-21)
     "photos": dict(
         out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, train="decoder", fit=True,
         perceptual="none", gan=0.0, align=0.05, adaptive_align=False, stats=500, steps=1000, batch_size=8,
@@ -119,8 +119,7 @@ MAY_CHANGE = {"preset", "device", "data_dir", "val_dir", "base", "lpips_trunk", 
 
 
 def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
-    """The VAE's loss: L1 + LPIPS + KL + alignment + GAN, the last two with adaptive weights.  Sec. 3.1, Tab.
-    S1.
+    """VAE loss: L1 + LPIPS + KL + alignment + GAN, the last two with adaptive weights.  Sec. 3.1, Tab. S1.
 
     rec: the Reconstruction of x (B, 3, H, W); nets: LossNetworks; gan_on: has the discriminator started?
     returns (loss, {name: detached value, for the log})
@@ -150,10 +149,9 @@ def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
 
 
 def adaptive_weight(nll, loss, weight, limit):
-    """|grad nll| / |grad loss| at one weight tensor, clamped to [0, limit]: puts both losses on one scale
-    there.
+    """|grad nll| / |grad loss| at one weight tensor, in [0, limit].  Esser et al., 2021, Eq. 7.
 
-    (Esser et al., 2021, Eq. 7.) Costs a partial backward pass for each gradient; the graph is kept.
+    It puts both losses on one scale there. Each gradient costs a partial backward pass; the graph is kept.
     """
     a, = torch.autograd.grad(nll, weight, retain_graph=True)
     b, = torch.autograd.grad(loss, weight, retain_graph=True)
@@ -195,14 +193,13 @@ class PatchGAN(nn.Sequential):
 
 
 class LossNetworks:
-    """The networks that the losses need beside the VAE. They are saved for resuming, and never exported with
-    it.
+    """The networks that the losses need beside the VAE: saved for resuming, and never exported with it.
 
     disc:  PatchGAN or None; trained against the VAE, by an optimizer of its own
     lpips: LPIPS or None; frozen
     own:   what a loss of yours trains together with the VAE: put a module in here, and it is in the VAE's
-           optimizer, its gradients are averaged over the ranks, and it is in train_state.pt (docs/recipes.md
-           has an example)
+           optimizer, its gradients are averaged over the ranks, and it is in train_state.pt
+           (an example is in docs/recipes.md)
     """
 
     def __init__(self, cfg, device):
@@ -230,8 +227,7 @@ class LossNetworks:
 
 
 def main(cfg):
-    """Train, validate and save as `cfg` says.  Returns the summary of the finished run, also in
-    summary.json."""
+    """Train, validate and save as `cfg` says.  Returns the summary of the run, as in summary.json."""
     summary = runs.finished(cfg)
     if summary:
         return summary
@@ -242,8 +238,7 @@ def main(cfg):
     run = runs.Run(cfg, MAY_CHANGE, rank)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
-    # the VAE, the networks of its losses, an optimizer for each player; from the newest checkpoint, if there
-    # is one
+    # the VAE, the networks of its losses, an optimizer for each player: new, or from the newest checkpoint
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
     check_sizes(cfg, vae)
     vae = vae.to(device, memory_format=LAYOUT[device.type]).train()
@@ -317,11 +312,10 @@ def main(cfg):
 
 
 def training_batch(x, step, cfg):
-    """(B, 3, H, W) as this step sees it: cropped; for a base VAE (D = 0) mostly as small as DAVAE will show
-    it images.
+    """(B, 3, H, W) as this step sees it: cropped; for a base VAE (D = 0), mostly shrunk by r as well.
 
-    Every eighth step keeps the full size, so that the base VAE also knows what four times the tokens would
-    give it.
+    That is the size of the images that DAVAE will show it. Every eighth step keeps the full size, so that
+    the base VAE also knows what r^2 times the tokens (r = 2: four times) would give it.
     """
     if cfg.D == 0 and step % 8:
         x = base_image(x, cfg.r)
@@ -351,8 +345,7 @@ def learning_rate(step, cfg):
 
 
 def initial_vae(cfg):
-    """The VAE at step 0; a base that is missing but is the `out` of a preset here is trained first, and says
-    so."""
+    """The VAE at step 0; a base that is missing is trained first, where a preset here makes it."""
     torch.manual_seed(cfg.seed)
     if cfg.D == 0 and not cfg.base:
         sizes = KLConfig(C=cfg.C, widths=cfg.widths, blocks=cfg.blocks, groups=cfg.groups)
@@ -365,8 +358,7 @@ def initial_vae(cfg):
 
 
 def make_if_missing(run, cfg):
-    """Train (or finish) `run` if it is the folder of one of this script's presets; anything else must exist
-    already."""
+    """Train (or finish) `run`, and say so, if it is the folder of a preset here; all else must be there."""
     for name, values in PRESETS.items():
         if values["out"] == run and runs.step_of(run) < values["steps"]:
             print(f"\n{cfg.out} needs {run}, which is not there yet: running  python train_vae.py {name}")
@@ -385,8 +377,7 @@ def check_sizes(cfg, vae):
 
 
 def freeze(vae, train):
-    """Leave a DA-VAE's detail encoder as it is (train="decoder"), or all of it but the new blocks
-    (train="blocks")."""
+    """Freeze a DA-VAE's detail encoder (train="decoder"), or all but the new blocks (train="blocks")."""
     if vae.D and train in ("decoder", "blocks"):
         vae.detail_encoder.requires_grad_(False)
     if vae.D and train == "blocks":
@@ -394,8 +385,10 @@ def freeze(vae, train):
 
 
 def fitting_images(cfg, vae, train_set, device, rank):
-    """Batches of 16 evenly spaced training images, about 50,000 latent pixels in all, for the least-squares
-    start."""
+    """What the least-squares start reads: evenly spaced training images, about 50,000 latent pixels in all.
+
+    Yields batches (16, 3, H, W) in [-1, 1].
+    """
     n = 50_000 * vae.f**2 // cfg.image_size**2
     index = torch.linspace(0, len(train_set) - 1, min(n, len(train_set))).long()
     title = f"{cfg.out}: fitting the new blocks"
@@ -417,7 +410,10 @@ def set_learning_rate(lr, *optimizers):
 
 
 def compile_levels(vae):
-    """Level by level, because the adaptive weights differentiate by the last convolution alone, and twice."""
+    """torch.compile the VAE, level by level.
+
+    As a whole it would not do: the adaptive weights differentiate by the last convolution alone, and twice.
+    """
     torch._dynamo.config.recompile_limit = 64
     torch._functorch.config.donated_buffer = False
     for part in vae.modules():
@@ -457,8 +453,10 @@ def statistics_images(cfg, train_set, device):
 
 
 def validation_images(cfg, train_set, n=64):
-    """(N, 3, H, W) in [-1, 1] of evenly spaced held-out images (training images where a folder has no
-    --val_dir)."""
+    """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
+
+    Built-in images need no --val_dir: held out are those of another seed.
+    """
     held_out = train_set
     if cfg.val_dir or cfg.data_dir == "procedural":
         held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
@@ -469,8 +467,7 @@ def validation_images(cfg, train_set, n=64):
 
 @torch.no_grad()
 def reconstruct(vae, x):
-    """(base only, full): what the base channels alone show, bicubically enlarged by r, and the whole
-    decode."""
+    """(base only, full) of x (B, 3, H, W): from its base channels alone, bicubically enlarged; from all."""
     z_all = vae.encode(x)
     base = vae.decode_base(z_all[:, :vae.C])
     if vae.D:
@@ -479,8 +476,7 @@ def reconstruct(vae, x):
 
 
 def validate(run, done, vae, val):
-    """PSNR of base only and of the whole over `val` (N, 3, H, W), and a strip of its first 8 images; by rank
-    0."""
+    """PSNR of base only and of the whole on `val` (N, 3, H, W); a strip of its first 8 images; by rank 0."""
     if run.rank > 0:
         return
     vae.eval()
@@ -494,8 +490,7 @@ def validate(run, done, vae, val):
 
 
 def draw(cfg, done, vae, val, base, full):
-    """recon.png and recon_<done>.png: a row each of inputs, base only, whole reconstructions and their
-    errors."""
+    """recon.png and recon_<done>.png: rows of inputs, base only, whole reconstructions and their errors."""
     rows = {"input": val}
     if vae.D:
         rows["base only"] = base

@@ -6,9 +6,9 @@
         lr: float = field(2e-4, "learning rate")
         distance: str = field("mse", "of the alignment", choices=("mse", "vf"))
 
-    cfg = cli(Config, PRESETS)          # the first field may be given without its name; a preset's values
-                                        come first
+    cfg = cli(Config, PRESETS)
 
+The first field may be given without its name. A preset's values come first, so that flags change them.
 A field's type is that of its default: str, int, float, bool or a tuple of whole numbers.
 """
 import dataclasses
@@ -17,8 +17,7 @@ import sys
 
 
 def field(default, help, choices=()):
-    """A dataclass field with the line that --help prints; with `choices`, the command line takes nothing
-    else."""
+    """A dataclass field with the line that --help prints, and the `choices` that the command line takes."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -26,8 +25,7 @@ def cli(Config, presets=None, argv=None):
     """Fill the dataclass `Config` from the command line.
 
     presets: name -> {field: value}; the first field names one, whose values are applied before the flags
-    raises: SystemExit with one sentence that has the nearest names, for what is not a field, a preset or a
-    value
+    raises: SystemExit with one sentence, and the nearest names, for what is no field, no preset or no value
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:

@@ -1,9 +1,9 @@
 """A start for the two new blocks of a DAVAE by least squares, in closed form, instead of at random.
 
 The base VAE's own latent of the full-size image holds four pixels where z_all holds one. Three of them
-become z_d, next to each other, so that group c of the alignment is channel c; the fourth is found from z by
-the up block. Differs from the paper, where both blocks start at random: on a CPU, those are the steps that
-one cannot afford.
+become z_d, next to each other, so that group c of the alignment is channel c;
+the up block finds the fourth from z.
+Differs from the paper, where both blocks start at random: on a CPU one cannot afford those steps.
 """
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,7 @@ def fit_new_blocks(vae, images):
 
 
 def example(vae, x):
-    """(features, z, details, target) of a batch of images: what the regressions read, and what they are to
-    give."""
+    """(features, z, details, target) of a batch of images: what the regressions read, and are to give."""
     base = vae.base
     features = vae.detail_encoder(x)                               # (B, F, 2h, 2w)
     z_full = base.to_moments(features)[:, :vae.C]                  # (B, C, 2h, 2w), raw
@@ -62,13 +61,13 @@ def example(vae, x):
 
 
 def down_pair(example):
-    """X (B*h*w, 4F), Y (B*h*w, D)"""
+    """X (B*h*w, 4F), Y (B*h*w, D) of the down block."""
     features, _, details, _ = example
     return rows(F.pixel_unshuffle(features, 2)), rows(details)
 
 
 def up_pair(vae, example):
-    """X (B*h*w, 9(C+D) + 1), Y (B*h*w, 4F)"""
+    """X (B*h*w, 9(C+D) + 1), Y (B*h*w, 4F) of the up block."""
     features, z, _, target = example
     z_all = torch.cat([z, vae.down(features)[:, :vae.D]], dim=1)
     patches = rows(F.unfold(z_all, 3, padding=1).unflatten(2, z.shape[2:]))

@@ -3,13 +3,13 @@ from support.config import flags
 
 
 def show(cfg, model, channels, side, texts, forward, step, kept):
-    """Print what `finetune.py` with these settings would be.  Returns {parameters, trained, tokens, forward,
-    step}.
+    """Print what `finetune.py` with these settings would be.
 
     model: on the meta device; channels, side: of the latent; texts: tokens of text
     forward, step: FLOPs of an image; kept: numbers that the backward pass keeps of an image
-    Memory is per GPU: weights, gradients, AdamW and EMA exactly; an upper bound of what the backward pass
-    keeps.
+    returns {parameters, trained, tokens, forward, step}
+    Memory is per GPU: exact for weights, gradients, AdamW and EMA;
+    for what the backward pass keeps an upper bound.
     """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

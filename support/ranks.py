@@ -1,5 +1,4 @@
-"""Several processes as one: torchrun's set-up, signals, seeds, micro-batches, sums over ranks, sharding
-(FSDP2).
+"""Several processes as one: torchrun's set-up, signals, seeds, micro-batches, sums over ranks, FSDP2.
 
 Everything here works without torchrun as well: then there is one rank, number 0 of a world of 1.
 """
@@ -20,8 +19,10 @@ from torch.utils._pytree import tree_map
 
 
 def launch(main, cfg):
-    """Run a script's `main(cfg)` as a program, under torchrun or not: what is meant for the user ends in a
-    sentence."""
+    """Run a script's `main(cfg)` as a program, under torchrun or not.
+
+    Too little memory, and every ValueError of this project, end it with a sentence instead of a traceback.
+    """
 
     def program(cfg):
         try:
@@ -53,8 +54,7 @@ def smaller(cfg):
 
 
 def raised_here(error):
-    """Was an error raised by a line of this project, whose messages are sentences, and not by one of a
-    library?"""
+    """Was an error raised by a line of this project, whose messages are sentences, and not by a library's?"""
     project = Path(__file__).resolve().parent.parent
     last = traceback.extract_tb(error.__traceback__)[-1]
     return project in Path(last.filename).resolve().parents and "site-packages" not in last.filename
@@ -89,8 +89,7 @@ ASKED = []                                 # the signals that came while `heed_s
 
 
 def heed_signals(on=True):
-    """Let SIGTERM and Ctrl-C only ask for an end after the step at hand; a second one ends the program at
-    once."""
+    """Let SIGTERM and Ctrl-C only ask for an end after the step at hand; a second one ends it at once."""
 
     def ask(number, frame):
         ASKED.append(number)
@@ -101,8 +100,10 @@ def heed_signals(on=True):
 
 
 def asked_to_stop():
-    """Was any rank asked to stop?  All ranks must call this after the same step; on the CPU: no GPU is
-                                    waited for."""
+    """Was any rank asked to stop?  All ranks must call this after the same step.
+
+    The sum is on the CPU, so that nothing waits for a GPU.
+    """
     return sum_over_ranks(torch.tensor(len(ASKED))).item() > 0
 
 
@@ -117,8 +118,7 @@ def sum_over_ranks(x):
 
 
 def average_gradients(parameters):
-    """Mean over ranks of gradients that DistributedDataParallel does not look after; all ranks must call
-    this."""
+    """Average over ranks the gradients that DDP does not see; all ranks must call this."""
     if dist.is_initialized():
         for p in parameters:
             if p.grad is not None:
@@ -132,8 +132,7 @@ def wait_for_all():
 
 
 def gather(parts):
-    """Batches of rows of every rank, where rank r holds rows r::world, as one CPU tensor (n, ...), on all
-    ranks."""
+    """All ranks' rows as one CPU tensor (n, ...), on all ranks; parts: batches of this rank's, r::world."""
     mine = torch.cat(parts).cpu()
     per_rank = [mine]
     if dist.is_initialized():
@@ -149,8 +148,7 @@ def gather(parts):
 
 
 def accumulation(batch_size, micro_batch, world):
-    """How many passes of at most `micro_batch` images each rank makes for one step of `batch_size` images in
-    all.
+    """How many passes, of at most `micro_batch` images, each rank makes for a step of `batch_size` images.
 
     raises: SystemExit if they do not divide, with the nearest batch size that does
     """
@@ -167,7 +165,7 @@ def micro_batches(model, count, *batch, seed, step):
     """The parts of this rank's batch, one after the other: tuples with a chunk of each tensor in `batch`.
 
     Each part has random numbers of its own: what is drawn depends on neither resuming nor the number of
-    ranks. The model's gradients are summed over the ranks in the last part's backward pass only.
+    ranks. The model's gradients are averaged over the ranks in the last part's backward pass only.
     """
     chunks = [x.chunk(count) for x in batch]
     for i, part in enumerate(zip(*chunks)):
@@ -183,8 +181,7 @@ def seed_step(seed, part, step):
 
 
 def synchronise(model, on):
-    """Whether the next backward pass sums a model's gradients over the ranks; nothing to do for one
-    process."""
+    """Let the next backward pass average gradients over the ranks, or not; does nothing for one process."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
     elif hasattr(model, "set_requires_gradient_sync"):         # sharded
@@ -192,11 +189,12 @@ def synchronise(model, on):
 
 
 def stop_if_not_finite(norm, loss, model, step):
-    """Raise before the update when loss or gradient norm is not finite, naming the first bad parameter.
+    """Stop before the update when loss or gradient norm is not finite.
 
-    Ranks share gradients, so they stop together; one that lost only its loss takes the others along by
-    ending.
-    This is the one place where a step waits for the device.   raises: SystemExit
+    Ranks share gradients, so they stop together; one that lost only its loss
+    takes the others along by ending.
+    This is the one place where a step waits for the device.
+    raises: SystemExit naming the first bad parameter
     """
     if torch.isfinite(norm + loss):
         return
@@ -213,8 +211,7 @@ def stop_if_not_finite(norm, loss, model, step):
 
 
 def shard(model, device):
-    """Split a transformer's parameters over torchrun's ranks, and so its gradients and its optimizer's state
-    (FSDP2).
+    """Split a transformer's parameters over torchrun's ranks, and so its gradients and optimizer state.
 
     Blocks are gathered one at a time, for their forward and for their backward pass; so are the layers of
     adaLN by themselves, because all of them compute before the first block does.
@@ -236,8 +233,10 @@ def is_sharded(model):
 
 
 def whole(state, keep=True):
-    """A nested state with its sharded tensors whole, on the CPU of the ranks that `keep` it; all ranks must
-    call this."""
+    """A nested state with its sharded tensors whole, on the CPU of the ranks that `keep` it, else None.
+
+    All ranks must call this. What is not sharded stays as it is.
+    """
 
     def gathered(x):
         if not hasattr(x, "full_tensor"):

@@ -1,7 +1,7 @@
 """Run folders: checkpoints that are whole or absent, resuming, one job at a time, the log, disks that fail.
 
     out/tiny/   config.json of each checkpoint, step_000300/ step_000600/ (the two newest), log.jsonl,
-                pictures, summary.json once it is finished, .lock while somebody trains in it
+                pictures, summary.json once it is finished, .lock while a job trains in it
     step_*/     model.safetensors, ema.safetensors, train_state.pt, config.json, SHA256SUMS
 
 `Run` is what the two training scripts hold of their folder. It owns no loop: it says which steps are left,
@@ -56,7 +56,7 @@ class Run:
             state = self.train_state()
             self.start = state["step"]
             self.seconds = state["seconds"]
-            # its name before 2026-11
+            # "extra" was its name before 2026-11
             self.results = state["results"] if "results" in state else state["extra"]
 
     def train_state(self):
@@ -78,8 +78,10 @@ class Run:
               f"steps {self.start} to {cfg.steps}, {device}")
 
     def steps(self, stream):
-        """(step, batch) of every step that is left, while a signal to stop only asks for the end of the step
-        at hand."""
+        """Yield (step, batch) of every step that is left.
+
+        Meanwhile a signal to stop only asks for an end after the step at hand: then this ends the program.
+        """
         cfg = self.cfg
         self.since = time.time()
         self.log = Log(cfg.out, self.rank, self.start, cfg.steps, cfg.log_every, cfg.batch_size)
@@ -95,17 +97,19 @@ class Run:
         ranks.heed_signals(False)
 
     def save_due(self, done):
-        """Is a checkpoint due, now that `done` steps are made?  All ranks must ask after each step: any may
-        be told to stop."""
+        """Is a checkpoint due after `done` steps: by save_every, at the last, or by a signal to stop?
+
+        All ranks must ask after each step, because any of them may be told to stop.
+        """
         self.stopping = ranks.asked_to_stop()
         self.must_save = self.stopping or done == self.cfg.steps
         return self.must_save or done % self.cfg.save_every == 0
 
     def save(self, done, weights, state, config):
-        """Write step_<done>/, by rank 0; where the disk refuses, training goes on, unless this is the first
-        or last save.
+        """Write step_<done>/, by rank 0.
 
-        weights: {file name: state dict};  state: optimizers and the like;  config: see save_checkpoint
+        Where the disk refuses, training goes on, unless this is the first or last save.
+        weights: {file name: state dict};  state: optimizers and the like;  config: see save_folder
         """
         state = {"step": done, "seconds": self.elapsed(), "results": self.results} | state
         if self.rank == 0:
@@ -135,8 +139,7 @@ def finished(cfg):
 
 
 def hold(run, rank):
-    """Take a run's folder for this job, as long as the object returned lives.   raises: SystemExit if it is
-    taken."""
+    """Take a run's folder for this job, while the returned lock lives.   raises: SystemExit if it is taken"""
     lock = FileLock(Path(run) / ".lock", blocking=False)
     try:
         with disk_may_fail(must=True):
@@ -191,9 +194,9 @@ class Log:
         self.every = every
         self.batch_size = batch_size
         self.since = time.time()
-        self.added = {}                    # name -> the values of this step
+        self.added = {}             # name -> the values of this step
         self.means = {}             # name -> the mean over its latest step; nothing here waits for the device
-        self.latest = {}                   # the numbers of the last line
+        self.latest = {}            # the numbers of the last line
         self.sinks = [self.to_terminal, self.to_file]
         if rank == 0 and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
@@ -253,8 +256,7 @@ DISK = ("No space left|Read-only|quota|File too large|Input/output error|I/O err
 
 @contextlib.contextmanager
 def disk_may_fail(must=False):
-    """One sentence where the disk refuses what is written in here: then training goes on, or ends if it
-    `must` be."""
+    """Say in one sentence that the disk refused what is written in here; go on, or end if it `must` be."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
@@ -268,11 +270,10 @@ def disk_may_fail(must=False):
 
 @contextlib.contextmanager
 def picture_may_fail(what):
-    """One sentence where a picture cannot be made (memory, disk, matplotlib): the weights are safe, training
-    goes on."""
+    """Say in one sentence that a picture failed (memory, disk, matplotlib); no weights are lost, so go on."""
     try:
         yield
-    # out of GPU memory: RuntimeError
+    # torch.OutOfMemoryError, of a GPU, is a RuntimeError
     except (OSError, RuntimeError, MemoryError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         tqdm.write(f"{what} not drawn: {reason}; training goes on", file=sys.stderr)
@@ -282,8 +283,7 @@ def picture_may_fail(what):
 
 
 def save_checkpoint(run, step, weights, train_state, config, keep=2):
-    """Write <run>/step_<step>/ with `save_folder`, then prune all but the `keep` newest, and what killed
-    saves left."""
+    """Write <run>/step_<step>/; then remove all but the `keep` newest, and what killed saves have left."""
     save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
     for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
         shutil.rmtree(old)
@@ -323,8 +323,7 @@ def checkpoints(run):
 
 
 def latest_checkpoint(run):
-    """The newest complete checkpoint of a run (or `run` itself, if that is one).   raises: SystemExit if
-    there is none"""
+    """The newest whole checkpoint of a run, or `run` itself if it is one.   raises: SystemExit if none"""
     if (Path(run) / "config.json").exists():
         return Path(run)
     found = checkpoints(run)
@@ -349,8 +348,7 @@ def read_config(checkpoint):
 
 
 def check_whole(path):
-    """Refuse a file whose SHA-256 is not the one in the SHA256SUMS beside it, and offer the checkpoint
-    before."""
+    """raises: SystemExit, naming the checkpoint before, if a file is not as SHA256SUMS beside it says"""
     sums = path.parent / "SHA256SUMS"                          # which `sha256sum --check` reads, too
     if not sums.exists():
         return
@@ -372,7 +370,8 @@ def check_whole(path):
 def read_state_dict(source):
     """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.
 
-    Pickles are memory-mapped, and nothing in them runs.   raises: SystemExit saying what is wrong with it
+    Pickles are memory-mapped, and nothing in them runs.
+    raises: SystemExit saying what is wrong with the file
     """
     if isinstance(source, dict):
         return source

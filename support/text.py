@@ -197,7 +197,10 @@ def fingerprint(folder):
 
 
 def load_text_encoders(folder, device):
-    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5"""
+    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5.
+
+    raises: SystemExit if a CLIP or the package transformers is missing
+    """
     try:
         import_torchvision()                       # because transformers will
         from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel

@@ -174,8 +174,11 @@ def statistics(mean, std, channels):
 
 
 def load_davae(source):
-    """A DAVAE, or a PlainVAE (D = 0), in eval mode: that of a run or step folder of train_vae.py. Any other
-    source that `load_base_vae` takes comes as a PlainVAE."""
+    """A DAVAE, or a PlainVAE (D = 0), in eval mode: that of a run or step folder of train_vae.py.
+
+    Any other source that `load_base_vae` takes comes as a PlainVAE.
+    raises: SystemExit saying what the source holds
+    """
     if not is_vae_run(source):
         return PlainVAE(load_base_vae(source)).eval()
     checkpoint = latest_checkpoint(source)
@@ -413,8 +416,9 @@ class ExportConfig:
 
 
 def main_export(cfg):
-    """`sample.py export`: the DA-VAE, and the transformer under its public names, P_new, O_new and adapters
-    merged into its layers.
+    """`sample.py export`: the DA-VAE, and the transformer in its public format, as one stock model.
+
+    P_new, O_new and adapters are merged into its layers. The new folder cfg.out has:
 
     vae/         model.safetensors and config.json, as `load_davae` takes them
     LightningDiT lightningdit.pt: {"ema": weights} as its own code reads it, with in_channels C + D

@@ -142,7 +142,7 @@ def test_decode_undoes_the_normalisation_of_encode(make_davae):
     vae = make_davae()
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        raw = vae._decode(vae.encode_base(x), vae.detail_posterior(x).mean)
+        raw = vae.decode_raw(vae.encode_base(x), vae.detail_posterior(x).mean)
         assert torch.allclose(vae.decode(vae.encode(x)), raw, atol=1e-5)
 
 
@@ -172,7 +172,7 @@ def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_dav
         seen.append(z_d)
         return torch.zeros(len(z), 3, 16, 16)
 
-    vae._decode = decode
+    vae.decode_raw = decode
     torch.manual_seed(0)
     rec = vae(torch.rand(64, 3, 16, 16))
     decoded = seen[0]

@@ -20,6 +20,7 @@ import finetune
 import sample
 import train_vae
 from dit import MODELS, DiTConfig, LightningDiT
+from experiments import timebins
 from finetune import PRESETS, Config, detail_weight, flow_loss, warm_start_difference
 from support import data, ranks, runs, text, weights
 from support.weights import load_davae, load_dit
@@ -388,7 +389,7 @@ def check_evaluation(cfg):
     assert entry["reconstruction"]["DA-VAE"]["images"] == 4
     assert not any(entry["generation"].values())
     with pytest.raises(SystemExit, match="wanted a class-conditional run"):
-        evaluate.analyse("timebins", evaluate.Config(run=cfg.out, data_dir=cfg.data_dir, images=4))
+        timebins.main(timebins.Config(run=cfg.out, data_dir=cfg.data_dir, images=4))
 
 
 def check_export(cfg, exported):
@@ -426,7 +427,8 @@ def test_a_picture_that_fails_costs_no_checkpoint(finetune_config, tmp_path, mon
     assert "samples not drawn" in err
 
 
-def test_pictures_and_the_warm_starts_proof_take_at_most_micro_batch_rows(finetune_config, tmp_path, monkeypatch):
+def test_pictures_and_the_warm_starts_proof_take_at_most_micro_batch_rows(
+        finetune_config, tmp_path, monkeypatch):
     rows = []
     forward = finetune.MODELS["LightningDiT"][1].forward
 
@@ -448,8 +450,8 @@ def test_a_run_shorter_than_log_every_logs_its_last_step_and_ends_with_its_table
 
 
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(image_size=100), "--image_size=100: .* give --image_size=104"),
-    (dict(image_size=32), "--image_size=32: .* takes 4x4 tokens of 2x2 latent pixels; .* give --image_size=64"),
+    (dict(image_size=100), "--image_size=100: .* give --image_size=96"),
+    (dict(image_size=32), "--image_size=32: .* takes 4x4 tokens of 2x2 latent .* give --image_size=64"),
     (dict(D=28), "--D=28, but .* has 12 detail channels; give that, or 0"),
     (dict(base="", model="Lightning"), "--model='Lightning': wanted LightningDiT or MMDiT"),
 ])
@@ -460,7 +462,7 @@ def test_sizes_that_do_not_fit_are_one_sentence_before_anything_is_encoded(
         finetune.main(finetune_config(tmp_path / "run", **changes))
 
 
-def test_the_cosines_gradient_at_zero_velocity_is_no_larger_than_the_squared_errors():
+def test_the_cosines_gradient_at_zero_velocity_is_of_the_order_of_the_squared_errors():
     """A DiT from scratch starts at v = 0, where 1 - cos(v, v*) has the gradient -v* / (|v*| eps)."""
     class Zero(torch.nn.Module):
         def __init__(self):
@@ -478,10 +480,10 @@ def test_the_cosines_gradient_at_zero_velocity_is_no_larger_than_the_squared_err
         loss, _ = finetune.flow_loss(model, torch.randn(4, 8, 4, 4), (torch.zeros(4),), 1.0, cfg)
         loss.backward()
         norms.append(model.v.grad.norm().item())
-    assert norms[1] - norms[0] < 2 * norms[0]
+    assert norms[1] < 30 * norms[0]                # with an eps of 1e-8: a hundred million times
 
 
-def test_one_transformer_of_ones_own_trains_widens_and_draws(tiny_vae, finetune_config, tmp_path, monkeypatch):
+def test_a_transformer_of_ones_own_trains_widens_and_draws(finetune_config, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "Linear", (LinearConfig, Linear))
     base = finetune_config(tmp_path / "base", model="Linear", base="", D=0, N=0)
     wide = finetune_config(tmp_path / "wide", base=base.out)
@@ -501,7 +503,7 @@ class LinearConfig:
 
 
 class Linear(torch.nn.Module):
-    """The smallest transformer: P and O, with time and class between them; no adaLN, no blocks to speak of."""
+    """The smallest transformer: P and O, with time and class between them; no adaLN, one block."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -523,3 +525,19 @@ class Linear(torch.nn.Module):
         x = torch.relu(self.blocks[0](x))
         heads = [self.O] if self.O_new is None else [self.O, self.O_new]
         return torch.cat([dit.unpatchify(O(x), self.cfg.p, *z_all.shape[2:]) for O in heads], dim=1)
+
+
+@pytest.mark.parametrize("part", ["P_new", "O_new"])
+def test_a_warm_start_that_is_not_a_number_or_not_the_base_model_is_refused(
+        finetune_config, tmp_path, monkeypatch, part):
+    widened = finetune.initial_dit
+    value = {"P_new": float("nan"), "O_new": 0.1}[part]
+
+    def spoilt(*args):
+        base, model = widened(*args)
+        torch.nn.init.constant_(getattr(model, part).weight, value)
+        return base, model
+
+    monkeypatch.setattr(finetune, "initial_dit", spoilt)
+    with pytest.raises(SystemExit, match="the widened model is not the base model"):
+        finetune.main(finetune_config(tmp_path / "run"))

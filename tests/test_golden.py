@@ -1,4 +1,4 @@
-"""The first four steps of each stage give the losses that they gave when the goldens were made (commit 4c611ab, float32).
+"""The first four steps of each stage give the losses of the goldens (float32, made by commit 4c611ab).
 
 The last bits of a float32 loss differ between processors; 1e-4 does not pass for a change of the method.
 `python tests/same_as.py COMMIT` compares every bit, on one machine.
@@ -32,7 +32,8 @@ def runs(tmp_path_factory):
     train(train_vae, "tiny-base", "base VAE", stats=16)
     train(train_vae, "tiny", "DA-VAE", base=out["base VAE"], stats=16, disc_start=2, adaptive_align=True)
     train(finetune, "tiny-base", "base DiT", vae=out["DA-VAE"], sample_steps=2, cosine=0.0)
-    train(finetune, "tiny", "DA-VAE DiT", vae=out["DA-VAE"], base=out["base DiT"], sample_steps=2, N=3, cosine=0.0)
+    train(finetune, "tiny", "DA-VAE DiT", vae=out["DA-VAE"], base=out["base DiT"], sample_steps=2, N=3,
+          cosine=0.0)
     return out
 
 

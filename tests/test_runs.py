@@ -228,16 +228,16 @@ def fill(file):
 def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
         davae_config, small_disk, monkeypatch, capsys):
     disk = small_disk(4000)
-    validate = train_vae.validate
+    save = train_vae.save
 
-    def filling(vae, val, out, step):                       # full when step 2 is saved, empty again at step 3
+    def filling(run, done, *rest):                          # full when step 2 is saved, empty again at step 3
         (disk / "filler").unlink(missing_ok=True)
-        if step == 2:
+        if done == 2:
             with pytest.raises(OSError, match="No space left"):
                 fill(disk / "filler")
-        return validate(vae, val, out, step)
+        save(run, done, *rest)
 
-    monkeypatch.setattr(train_vae, "validate", filling)
+    monkeypatch.setattr(train_vae, "save", filling)
     train_vae.main(davae_config(disk / "run", save_every=1, image_size=16, steps=3, gan=0.0))
     assert "training goes on, and the next save tries again" in capsys.readouterr().err
     assert [p.name for p in runs.checkpoints(disk / "run")] == ["step_000001", "step_000003"]

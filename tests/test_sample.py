@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import finetune
 import sample
 from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
 from finetune import flow_loss
@@ -313,7 +314,7 @@ def test_neither_a_sampler_nor_the_loss_ever_waits_for_the_device(weighting):
     for model, cond in ((lightningdit, labels), (mmdit, texts)):
         x = sample_flow(model, z_all, time_grid(4, 0.3), cond, cond, 4.0, (0.2, 1.0), ahead=6)
         assert x.shape == z_all.shape
-        loss, _, _ = flow_loss(model, z_all, cond, 4, 0.5, weighting=weighting)
+        loss, _ = flow_loss(model, z_all, cond, 0.5, finetune.Config(D=4, weighting=weighting))
         loss.backward()
         assert all(p.grad is not None for name, p in model.named_parameters() if "text.mlp" not in name)
     assert sample_flow(mmdit, z_all, time_grid(20), texts, texts, 4.0, slg=2.5, skip=(1,)).is_meta
