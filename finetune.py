@@ -189,8 +189,8 @@ def flow_loss(model, z_all, cond, w, cfg):
     return loss, parts
 
 
-# Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where PyTorch's
-# 1e-8 makes the cosine's gradient 1e8: unless it is clipped, AdamW's second moments hold it for long (LOG.md).
+# Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where
+# PyTorch's 1e-8 makes the gradient 1e8: unless it is clipped, AdamW's second moments hold it long (LOG.md).
 COSINE_EPS = 0.1
 
 

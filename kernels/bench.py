@@ -381,8 +381,9 @@ def sampling(cuda):
     2 of 30 Euler steps; with one image, recorded as a CUDA graph too.
     """
     import davae
-    base = davae.KLConfig() if cuda else davae.KLConfig(widths=(32, 32, 32, 32), blocks=1)
-    vae = davae.DAVAE(davae.AutoencoderKL(base), davae.DAVAEConfig(D=16)).to(memory_format=torch.channels_last)
+    sizes = davae.KLConfig() if cuda else davae.KLConfig(widths=(32, 32, 32, 32), blocks=1)
+    vae = davae.DAVAE(davae.AutoencoderKL(sizes), davae.DAVAEConfig(D=16))
+    vae = vae.to(memory_format=torch.channels_last)
     for side, batch in ((1024, 10), (2048, 2)) if cuda else ((32, 1),):
         yield from encoding_and_decoding(vae, side, cuda)
         yield from sampling_sd3(side, D=16, h=side // 16, batch=batch, cuda=cuda)
