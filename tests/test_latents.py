@@ -101,6 +101,8 @@ def known_vae():
 def known_config(**changes):
     values = dict(
         vae="",
+        base="",
+        p=1,
         out="out",
         D=12,
         data_dir="procedural",
@@ -165,17 +167,14 @@ def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
     "change, said",
     [
         (dict(D=24), "--D=24, but the VAE has 12 detail channels"),
-        (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
+        (dict(image_size=62), "--image_size=62: the VAE takes multiples of 4; give --image_size=64"),
+        (dict(image_size=36, p=2), "--image_size=36: the VAE takes multiples of 8; give --image_size=32"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_encoded(tmp_path, change, said):
-    vae, train_set = known_vae(), data.open_dataset("procedural", 64, 5, 3)
-    vae.encode = None  # encoding would be a TypeError
-    for cache in (True, False):
-        cfg = known_config(out=tmp_path / "out", cache=cache, **change)
-        with pytest.raises(SystemExit, match=said):
-            latents.latent_source(vae, train_set, cfg, torch.device("cpu"), 0, 1)
-    assert not (tmp_path / "out").exists()
+def test_what_does_not_fit_is_refused_in_one_sentence(change, said):
+    train_set = data.open_dataset("procedural", 64, 5, 3)
+    with pytest.raises(SystemExit, match=said):
+        latents.check_sizes(known_vae(), train_set, known_config(**change))
 
 
 def test_latents_of_another_size_or_without_mirrored_ones_are_refused(tmp_path):
@@ -184,8 +183,8 @@ def test_latents_of_another_size_or_without_mirrored_ones_are_refused(tmp_path):
     save_file(shard, tmp_path / "a.safetensors")
     kept = latents.Latents(tmp_path, vae, 12)
     with pytest.raises(SystemExit, match="latents of 8x8; wanted 16x16"):
-        latents.latent_source(vae, kept, known_config(), cpu, 0, 1)
+        latents.check_sizes(vae, kept, known_config())
     with pytest.raises(SystemExit, match="has no mirrored latents .*--flip=False"):
-        latents.latent_source(vae, kept, known_config(image_size=32), cpu, 0, 1)
+        latents.check_sizes(vae, kept, known_config(image_size=32))
     z_all, y = next(latents.latent_source(vae, kept, known_config(image_size=32, flip=False), cpu, 0, 1)(0))
     assert z_all.shape == (4, 16, 8, 8) and y.shape == (4,)
