@@ -413,6 +413,17 @@ def check_export(cfg, exported):
         weights.main_export(weights.ExportConfig(run=cfg.out, out=str(exported)))
 
 
+def test_pictures_are_drawn_after_the_checkpoint_is_written(finetune_config, tmp_path, monkeypatch):
+    def crash(*args, **kwargs):
+        raise KeyError("no fault of memory, disk or matplotlib")
+
+    monkeypatch.setattr(finetune, "generate", crash)
+    cfg = finetune_config(tmp_path / "run")
+    with pytest.raises(KeyError):
+        finetune.main(cfg)
+    assert runs.step_of(cfg.out) == 3
+
+
 def test_a_picture_that_fails_costs_no_checkpoint(finetune_config, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("no memory for a picture")

@@ -241,6 +241,21 @@ def test_a_davae_of_a_quarter_trains_resumes_and_carries_a_dit(davae_config, sam
     assert entry["reconstruction"]["base VAE, full size"]["positions"] == 16 * 64
 
 
+def test_pictures_are_drawn_after_the_checkpoint_is_written(davae_config, tmp_path, monkeypatch):
+    draw = train_vae.draw
+
+    def crash(cfg, done, *args):
+        if done:
+            raise KeyError("no fault of memory, disk or matplotlib")
+        draw(cfg, done, *args)
+
+    monkeypatch.setattr(train_vae, "draw", crash)
+    cfg = davae_config(tmp_path / "run", steps=3)
+    with pytest.raises(KeyError):
+        train_vae.main(cfg)
+    assert runs.step_of(cfg.out) == 3
+
+
 def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("no memory for a picture")
