@@ -21,12 +21,15 @@ torch.set_num_threads(1)                   # for tensors this small, threads wou
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--house", action="store_true", help="also run the tests of this repository's own rules")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "house" in item.keywords and not config.getoption("--house"):
+            item.add_marker(pytest.mark.skip(reason="a rule of this repository, not of a fork: --house"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -189,6 +189,7 @@ def test_every_picture_and_every_link_of_a_page_leads_somewhere(page):
         assert not anchor or anchor in anchors(path), f"{page.name} links to {target}: no such heading"
 
 
+@pytest.mark.house
 def test_the_pictures_are_small():
     pictures = list(ROOT.glob("docs/**/*.png"))
     assert len(pictures) > 5
@@ -197,17 +198,20 @@ def test_the_pictures_are_small():
         Image.open(path).verify()
 
 
+@pytest.mark.house
 def test_every_picture_is_shown():
     text = " ".join(page.read_text() for page in PAGES)
     assert not [path.name for path in ROOT.glob("docs/**/*.png") if f"pictures/{path.name})" not in text]
 
 
+@pytest.mark.house
 def test_the_readme_is_read_in_one_sitting():
     lines = README.read_text().splitlines()
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 120
 
 
+@pytest.mark.house
 def test_the_readme_names_every_room_of_the_house():
     scripts = {path.name for path in ROOT.glob("*.py")}
     rooms = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} | {"docs/"}
