@@ -166,7 +166,7 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     check_space(vae, min(SHARD * len(missing), len(train_set)), cfg, folder, rank)
 
     mine = [n for n in missing if n % world == rank]
-    for n in tqdm(mine, desc="encoding", disable=rank > 0, mininterval=1):
+    for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
         temporary = files[n].with_suffix(f".tmp{rank}")
         save_file(encode_shard(vae, train_set, n, cfg, device), temporary, header)
         temporary.replace(files[n])
