@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import kernels
 from davae import LAYOUT
-from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_difference
+from dit import MODELS, DiTConfig, LightningDiT, MMDiT, MMDiTConfig
+from dit import add_lora, kind_of, warm_start_difference
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import config, data, figures, plan, ranks, runs
@@ -456,6 +457,7 @@ def new_dit(cfg, vae, num_classes):
     if cfg.model not in MODELS:
         raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
     ModelConfig, Model = MODELS[cfg.model]
+    check_text(cfg, f"--model={cfg.model}", ModelConfig)
     grid = cfg.image_size // vae.f // cfg.p
     settings = dict(C=vae.C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
                     num_classes=num_classes, qk_norm=cfg.qk_norm)
@@ -468,22 +470,23 @@ def check_base(cfg, vae, base, num_classes):
     if (base.cfg.C, base.cfg.D) != (vae.C, 0):
         raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a "
                          f"base model of {cfg.vae}'s {vae.C} channels")
-    takes_text = hasattr(base.cfg, "context")
-    if takes_text and not cfg.text:
-        raise SystemExit(f"{cfg.base}: a {type(base).__name__} draws from texts; give them with --text=")
-    if cfg.text and not takes_text:
-        raise SystemExit(f"{cfg.base}: a {type(base).__name__} takes no text; leave --text= out")
-    if cfg.lora and not takes_text:
-        raise SystemExit(f"{cfg.base}: a {type(base).__name__} takes no adapters; leave --lora= out")
-    if not takes_text and base.cfg.num_classes < num_classes:
+    check_text(cfg, f"{cfg.base}: a {type(base).__name__}", type(base.cfg))
+    if not cfg.text and base.cfg.num_classes < num_classes:
         raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
-    side = cfg.image_size // vae.f                                 # of the latent
-    tokens = side // base.cfg.p
-    grid = getattr(base.cfg, "grid", tokens)                       # MMDiT takes any
-    if side % base.cfg.p or tokens != grid:
-        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {grid}x{grid} tokens of "
-                         f"{base.cfg.p}x{base.cfg.p} latent pixels; with {cfg.vae} give "
-                         f"--image_size={grid * base.cfg.p * vae.f}")
+    p, side = base.cfg.p, cfg.image_size // vae.f                  # the side of the latent
+    grid = getattr(base.cfg, "grid", side // p)                    # MMDiT takes any
+    if side != grid * p:
+        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {grid}x{grid} tokens of {p}x{p} "
+                         f"latent pixels; with {cfg.vae} give --image_size={grid * p * vae.f}")
+
+
+def check_text(cfg, what, ModelConfig):
+    """raises: SystemExit if a transformer of texts gets none, or one of classes gets texts or adapters."""
+    takes_text = "context" in {f.name for f in dataclasses.fields(ModelConfig)}
+    if takes_text and not cfg.text:
+        raise SystemExit(f"{what} draws from texts; give them with --text=")
+    if not takes_text and (cfg.text or cfg.lora):
+        raise SystemExit(f"{what} takes neither texts nor adapters; leave --text= and --lora= out")
 
 
 def description(cfg, dit, train_set):
@@ -498,20 +501,18 @@ def description(cfg, dit, train_set):
 
 def dry_run(cfg):
     """Print what a run would be, with released VA-VAE + LightningDiT or SD3 models.  Returns the numbers."""
-    if cfg.text:                                                   # SD3's
-        C, f, texts = 16, 16, 77 + cfg.t5_tokens
-    else:                                                          # VA-VAE's
-        C, f, texts = 32, 32, 0
-    side = cfg.image_size // f
     with torch.device("meta"):                                     # shapes alone: no memory, no weights
         if cfg.text:
+            C, f, texts = 16, 16, 77 + cfg.t5_tokens               # on SD3's VAE
             model = MMDiT(MMDiTConfig(C=C))
             cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
         else:
-            ModelConfig, Model = MODELS["LightningDiT"]
-            model = Model(ModelConfig(C=C, p=cfg.p, grid=side // cfg.p, E=cfg.E, depth=cfg.depth, A=cfg.A,
-                                      qk_norm=cfg.qk_norm))
+            C, f, texts = 32, 32, 0                                # on VA-VAE
+            grid = cfg.image_size // f // cfg.p
+            model = LightningDiT(DiTConfig(C=C, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
+                                           qk_norm=cfg.qk_norm))
             cond = [torch.zeros(1, dtype=torch.long)]
+        side = cfg.image_size // f
         if cfg.D:
             model.expand_channels(cfg.D)
         inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]

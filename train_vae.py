@@ -354,7 +354,7 @@ def initial_vae(cfg):
     base = load_davae(cfg.base).base
     if cfg.D == 0:
         return PlainVAE(base)
-    return DAVAE(base, DAVAEConfig(cfg.D, cfg.r, cfg.detail_dropout, cfg.rescale))
+    return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale))
 
 
 def make_if_missing(run, cfg):

@@ -212,6 +212,27 @@ def _forward(
 
 
 @jit
+def _load_qkv_dout(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dout_ptr, queries, keys,
+    stride_b, stride_n, stride_part, stride_a, A: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr,
+):
+    """This program's head: q and dout of QUERIES rows, k and v of KEYS rows, both parts of each."""
+    q_ptr = _head(qkv_ptr, 0, A, stride_b, stride_part, stride_a)
+    k_ptr = _head(qkv_ptr, 1, A, stride_b, stride_part, stride_a)
+    v_ptr = _head(qkv_ptr, 2, A, stride_b, stride_part, stride_a)
+    q1, q2 = _load_qk(q_ptr, queries, stride_n, q_weight_ptr, cos_ptr, sin_ptr,
+                      QUERIES, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
+    k1, k2 = _load_qk(k_ptr, keys, stride_n, k_weight_ptr, cos_ptr, sin_ptr,
+                      KEYS, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
+    v1, v2 = _load(v_ptr, keys, stride_n, N, K, K1, K2, UP)
+    dout1, dout2 = _load(_head(dout_ptr, 0, A, N * A * K, 0, K), queries, A * K, N, K, K1, K2, UP)
+    return q1, q2, k1, k2, v1, v2, dout1, dout2
+
+
+@jit
 def _backward_queries(
     qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,  # read
     dout_ptr,                                               # read
@@ -226,17 +247,10 @@ def _backward_queries(
     """One program: dq of BLOCK queries of one head, with all keys; and three numbers that give p and ds."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     n = tl.arange(0, BLOCK_N)[:, None]
-    q_ptr = _head(qkv_ptr, 0, A, stride_b, stride_part, stride_a)
-    k_ptr = _head(qkv_ptr, 1, A, stride_b, stride_part, stride_a)
-    v_ptr = _head(qkv_ptr, 2, A, stride_b, stride_part, stride_a)
-    dout_ptr = _head(dout_ptr, 0, A, N * A * K, 0, K)
-    dq_ptr = _head(dqkv_ptr, 0, A, 3 * N * A * K, A * K, K)
-    q1, q2 = _load_qk(q_ptr, m, stride_n, q_weight_ptr, cos_ptr, sin_ptr,
-                      BLOCK, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-    k1, k2 = _load_qk(k_ptr, n, stride_n, k_weight_ptr, cos_ptr, sin_ptr,
-                      BLOCK_N, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-    v1, v2 = _load(v_ptr, n, stride_n, N, K, K1, K2, UP)
-    dout1, dout2 = _load(dout_ptr, m, A * K, N, K, K1, K2, UP)
+    q1, q2, k1, k2, v1, v2, dout1, dout2 = _load_qkv_dout(
+        qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dout_ptr, m, n,
+        stride_b, stride_n, stride_part, stride_a, A, BLOCK, BLOCK_N,
+        N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
 
     # p = exp(s - top) * part is the softmax
     s = _dot(q1, q2, k1, k2, ACC)                          # (BLOCK, BLOCK_N)
@@ -255,6 +269,8 @@ def _backward_queries(
     tl.store(delta_ptr + head + m, delta, m < N)
 
     # dq = ds k
+    q_ptr = _head(qkv_ptr, 0, A, stride_b, stride_part, stride_a)
+    dq_ptr = _head(dqkv_ptr, 0, A, 3 * N * A * K, A * K, K)
     dq1, dq2 = _times(ds, k1, k2, ACC)
     _store_qk(dq_ptr, dq1, dq2, q_ptr, m, 3 * A * K, stride_n, q_weight_ptr, dweight_ptr, cos_ptr, sin_ptr,
               BLOCK, N, K, K1, K2, EPS, NORM, ROPE, ACC)
@@ -275,18 +291,10 @@ def _backward_keys(
     """One program: dk and dv of BLOCK keys of one head, with all queries. Transposed: a row is a key."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     n = tl.arange(0, BLOCK_N)[:, None]
-    q_ptr = _head(qkv_ptr, 0, A, stride_b, stride_part, stride_a)
-    k_ptr = _head(qkv_ptr, 1, A, stride_b, stride_part, stride_a)
-    v_ptr = _head(qkv_ptr, 2, A, stride_b, stride_part, stride_a)
-    dout_ptr = _head(dout_ptr, 0, A, N * A * K, 0, K)
-    dk_ptr = _head(dqkv_ptr, 1, A, 3 * N * A * K, A * K, K)
-    dv_ptr = _head(dqkv_ptr, 2, A, 3 * N * A * K, A * K, K)
-    q1, q2 = _load_qk(q_ptr, n, stride_n, q_weight_ptr, cos_ptr, sin_ptr,
-                      BLOCK_N, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-    k1, k2 = _load_qk(k_ptr, m, stride_n, k_weight_ptr, cos_ptr, sin_ptr,
-                      BLOCK, N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
-    v1, v2 = _load(v_ptr, m, stride_n, N, K, K1, K2, UP)
-    dout1, dout2 = _load(dout_ptr, n, A * K, N, K, K1, K2, UP)
+    q1, q2, k1, k2, v1, v2, dout1, dout2 = _load_qkv_dout(
+        qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dout_ptr, n, m,
+        stride_b, stride_n, stride_part, stride_a, A, BLOCK_N, BLOCK,
+        N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
 
     # p and ds from each query's three numbers; 0 past the last query, and key
     s = _dot(k1, k2, q1, q2, ACC)                          # (BLOCK, BLOCK_N)
@@ -299,6 +307,9 @@ def _backward_keys(
     ds = (p * (dp - tl.load(delta_ptr + at, query < N, 0.0)) * scale).to(k1.dtype)
 
     # dv = p^T dout,  dk = ds^T q
+    k_ptr = _head(qkv_ptr, 1, A, stride_b, stride_part, stride_a)
+    dk_ptr = _head(dqkv_ptr, 1, A, 3 * N * A * K, A * K, K)
+    dv_ptr = _head(dqkv_ptr, 2, A, 3 * N * A * K, A * K, K)
     dv1, dv2 = _times(p.to(k1.dtype), dout1, dout2, ACC)
     _store(dv_ptr, m, 3 * A * K, dv1, dv2, N, K, K1, K2)
     dk1, dk2 = _times(ds, q1, q2, ACC)

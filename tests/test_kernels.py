@@ -76,7 +76,7 @@ def test_no_kernel_is_on_by_itself_and_a_wrong_name_is_refused(given, said):
 
 @ordinary
 def test_all_kernels_pass_in_the_interpreter():
-    done = python("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(Path(__file__)),
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)),
                   env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
 
