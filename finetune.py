@@ -397,7 +397,7 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
     if run.rank == 0:
         x = torch.cat([image for images in rows.values() for image in images]).clamp(-1, 1)
         labels = [name for name in rows for _ in y]
-        figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(y), max(1, 96 // x.shape[-1]), labels)
+        figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(y), math.ceil(96 / x.shape[-1]), labels)
 
 
 def share_frozen(dit, ema):
@@ -473,7 +473,7 @@ def check_base(cfg, vae, base, num_classes):
     check_text(cfg, f"{cfg.base}: a {type(base).__name__}", type(base.cfg))
     if not cfg.text and base.cfg.num_classes < num_classes:
         raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
-    p, side = base.cfg.p, cfg.image_size // vae.f                  # the side of the latent
+    p, side = base.cfg.p, cfg.image_size // vae.f
     grid = getattr(base.cfg, "grid", side // p)                    # MMDiT takes any
     if side != grid * p:
         raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {grid}x{grid} tokens of {p}x{p} "
