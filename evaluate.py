@@ -288,6 +288,9 @@ def sample_rows(dit, vae, full, base):
 def main(cfg):
     """Measure, print two tables, add them to metrics.json; ranks share the images.  Returns the new entry."""
     run = load(cfg.run, cfg.weights, cfg.device)
+    out = Path(cfg.out or Path(cfg.run) / "metrics.json")
+    for path in filter(None, (out, cfg.keep_reference)):       # before the work, and not after it
+        runs.make_room_for(path)
     dataset, index = held_out(run, cfg.data_dir, cfg.images, cfg.whole)
     if run.world > min(len(index), cfg.n):
         raise SystemExit(f"{run.world} processes, {len(index)} images, {cfg.n} samples: wanted at least "
@@ -318,7 +321,7 @@ def main(cfg):
         np.savez(cfg.keep_reference, mu=mu, sigma=sigma, features=rulers.features.described, count=len(real))
     print_table(f"held-out images ({cfg.data_dir or 'procedural'})", entry["reconstruction"])
     print_table(f"{cfg.n} samples", entry.get("generation", {}))
-    add_entry(Path(cfg.out or Path(cfg.run) / "metrics.json"), entry)
+    add_entry(out, entry)
     return entry
 
 

@@ -396,7 +396,7 @@ def main(cfg):
 
 def open_folder(out, settings, rank):
     """Make the folder of images, or go on in one with the same settings.   raises: SystemExit if others"""
-    out.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     path = out / "settings.json"
     if path.exists():
         old = json.loads(path.read_text())

@@ -46,6 +46,8 @@ class HeldOut:
 @torch.no_grad()
 def open_run(cfg):
     """The HeldOut of a run.   raises: SystemExit if it has no detail channels."""
+    if cfg.out:
+        runs.make_folder(cfg.out)
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
     if not run.vae.D:
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")

@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -144,11 +145,16 @@ def finished(cfg):
 
 
 def hold(run, rank):
-    """Take a run's folder for this job, while the returned lock lives.   raises: SystemExit if it is taken"""
+    """Take a run's folder for this job, while the returned lock lives.
+
+    raises: SystemExit if it is taken, or none to write to
+    """
+    if not run:
+        raise SystemExit("--out= is empty: wanted the run's folder")
+    make_folder(run)
     lock = FileLock(Path(run) / ".lock", blocking=False)
     try:
         with disk_may_fail(must=True):
-            Path(run).mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 lock.acquire()
     except Timeout:
@@ -406,6 +412,28 @@ def weight_file(path):
         names = [file.name for file in files]
         raise SystemExit(f"{path}: holds {len(files)} weight files {names}; name the one you mean")
     return files[0]
+
+
+def make_folder(folder, instead="another --out"):
+    """Make the folder that is to be written to, where it is not there.
+
+    instead: what else to give
+    raises: SystemExit if it cannot be made or written to
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(f"{folder}: not written: {error.strerror}; wanted a folder to write to, give "
+                         f"{instead}") from None
+
+
+def make_room_for(path):
+    """Make the folder of a file that is to be written.   raises: SystemExit if it cannot be written there"""
+    make_folder(Path(path).parent)
+    if Path(path).exists() and not Path(path).is_file():
+        raise SystemExit(f"{path}: is no file; wanted the name of one to write")
 
 
 def write_json(path, obj):
