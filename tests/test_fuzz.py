@@ -111,7 +111,7 @@ def command_lines(draw):
     command, Config, flags = draw(st.sampled_from(LINES))
     flags = dict(flags)
     fields = {f.name: f for f in dataclasses.fields(Config)}
-    few = draw(st.sampled_from([1, 1, 1, 2, 2, 3, 8]))
+    few = min(len(fields), draw(st.sampled_from([1, 1, 1, 2, 2, 3, 8])))
     for name in draw(st.lists(st.sampled_from(sorted(fields)), min_size=few, max_size=few, unique=True)):
         flags[name] = draw(values_of(fields[name]))
     argv = [f"--{name}={value}" for name, value in flags.items()]
