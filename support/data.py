@@ -5,6 +5,7 @@ Pixels are uint8 (S, S, 3) while they are read and put into batches; `to_tensor`
 [-1, 1] for the models.
 """
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from support import identity
 from support.drawings import SCENES, draw, make_textures
 
 
@@ -50,6 +52,7 @@ class Dataset:
         captions     list of N strings, "" where an image has none; None if no image has one
         paths        list of N image files, for those who `read` whole images; None if there are none
         bad          {path: reason} of the files that were found to be unreadable so far
+        fingerprint()  a digest of images and labels
         summary()    one line about it all, which a run prints when it starts
     """
 
@@ -63,6 +66,17 @@ class Dataset:
 
     def image(self, i):
         raise NotImplementedError(f"{type(self).__name__} has no image(i); wanted: uint8 (S, S, 3), label")
+
+    def fingerprint(self):
+        """A digest of images and labels: data sets that have the same one have the same images.
+
+        Here of the labels and sixteen images. The cache of latents is found by it.
+        """
+        digest = hashlib.sha256(np.asarray(self.labels, dtype=np.int64).tobytes())
+        for i in np.linspace(0, len(self) - 1, 16).astype(int).tolist():
+            pixels, _ = self.image(i)
+            digest.update(pixels.tobytes())
+        return digest.hexdigest()[:16]
 
     def summary(self):
         """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable'."""
@@ -260,6 +274,10 @@ class ImageFolder(Dataset):
                 first = "; ".join(list(self.bad.values())[:3])
                 raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, "
                                  f"repair or remove them; the first: {first}")
+
+    def fingerprint(self):
+        """Of the files themselves; a class is the folder in a file's name."""
+        return identity.of_files(self.paths, self.root)
 
     def report(self, path, reason):
         """Keep a file in `bad`, and name it on stderr, unless another thread was first to do so."""

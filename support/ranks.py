@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,8 @@ def setup(device="auto"):
         torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if dist.is_initialized() and not PATIENT:
+        PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return int(os.environ.get("RANK", 0)), world, device
 
 
@@ -125,10 +128,24 @@ def average_gradients(parameters):
                 p.grad = sum_over_ranks(p.grad) / dist.get_world_size()
 
 
+# One group of all ranks, in which they wait for each other as long as it takes; the default one gives up after
+# minutes, which is right for a step, and wrong while one rank still draws, encodes or writes.
+PATIENT = []
+
+
 def wait_for_all():
-    """Hold every rank here until all have come, so that none reads what rank 0 still writes."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Hold every rank here until all have come: after what took them unequally long, or what rank 0 did."""
+    for group in PATIENT:
+        dist.barrier(group)
+
+
+def my_share(count):
+    """This rank's numbers of 0 to count - 1, and above, so that every rank has equally many.
+
+    For what all ranks must do equally often, as passes through a sharded model are.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return list(range(this_rank(), world * math.ceil(count / world), world))
 
 
 def gather(parts):
@@ -137,7 +154,7 @@ def gather(parts):
     per_rank = [mine]
     if dist.is_initialized():
         per_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(per_rank, mine)
+        dist.all_gather_object(per_rank, mine, PATIENT[0])
     rows = torch.empty(sum(map(len, per_rank)), *mine.shape[1:], dtype=mine.dtype)
     for r, part in enumerate(per_rank):
         rows[r::len(per_rank)] = part
