@@ -272,11 +272,8 @@ class DAVAE(nn.Module):
         return self.base.decode(z)
 
     @torch.no_grad()
-    def measure(self, images, add=torch.clone):
-        """Set the statistics of the details from batches of training images: per channel, of modes.
-
-        add: sums a tensor over processes, where each has its share of the images
-        """
+    def measure(self, images, add=torch.clone):    # add: sums over the processes that share the images
+        """Set the statistics of the details from batches of training images: per channel, of modes."""
         measure_channels(self, (self.detail_posterior(x).mean for x in images), add)
 
     def config(self):
@@ -318,7 +315,7 @@ class PlainVAE(nn.Module):
 
     @torch.no_grad()
     def measure(self, images, add=torch.clone):
-        """Set the statistics of the base; otherwise as of a DAVAE."""
+        """Set the statistics of the base; else as a DAVAE does."""
         measure_channels(self.base, (self.base.posterior(x).mean for x in images), add)
 
     def config(self):

@@ -27,6 +27,9 @@ from support.drawings import SCENES, draw, make_textures
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+SMALLEST = 11                               # pixels, the side of SSIM's window: of images that are measured
+
+
 # What Pillow's decoders were seen to raise on damaged files.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError,
@@ -48,18 +51,22 @@ class Dataset:
                      every time. Several threads call it at once.
 
     It may have, instead of what stands here:
+        exact(i)     as image(i), but None if image i cannot be read; image(i) may put another in its place
         classes      list of the classes' names, that of label k at k; [] if there are none
         captions     list of N strings, "" where an image has none; None if no image has one
         paths        list of N image files, for those who `read` whole images; None if there are none
         bad          {path: reason} of the files that were found to be unreadable so far
-        fingerprint()  a digest of images and labels
+        fingerprint  a digest of images and labels
         summary()    one line about it all, which a run prints when it starts
     """
 
     classes = []
     captions = None
-    bad = {}
     paths = None
+
+    @functools.cached_property
+    def bad(self):
+        return {}
 
     def __len__(self):
         return len(self.labels)
@@ -67,6 +74,7 @@ class Dataset:
     def image(self, i):
         raise NotImplementedError(f"{type(self).__name__} has no image(i); wanted: uint8 (S, S, 3), label")
 
+    @functools.cached_property
     def fingerprint(self):
         """A digest of images and labels: data sets that have the same one have the same images.
 
@@ -77,6 +85,19 @@ class Dataset:
             pixels, _ = self.image(i)
             digest.update(pixels.tobytes())
         return digest.hexdigest()[:16]
+
+    def exact(self, i):
+        return self.image(i)
+
+    def report(self, path, reason, then):
+        """Keep a file in `bad`, and name it on stderr, unless another thread was first to do so.
+
+        then: what becomes of it, a sentence
+        """
+        if path not in reason:
+            reason = f"cannot use the image {path}: {reason}"
+        if self.bad.setdefault(path, reason) is reason:
+            print(f"{reason}; {then}", file=sys.stderr)
 
     def summary(self):
         """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable'."""
@@ -263,28 +284,32 @@ class ImageFolder(Dataset):
         """Image i as uint8 (size, size, 3) with its label; if it is unreadable, the next one that is not."""
         for j in range(i, i + len(self)):
             j = j % len(self)               # after the last image comes the first
-            path = self.paths[j]
-            if path not in self.bad:
-                try:
-                    return np.asarray(center_crop(load_image(path), self.size)), int(self.labels[j])
-                except ValueError as error:
-                    self.report(path, str(error))
+            row = self.exact(j, "the next image takes its place")
+            if row is not None:
+                return row
             most = max(10, len(self) / 100)
             if len(self.bad) >= min(len(self), most):
                 first = "; ".join(list(self.bad.values())[:3])
                 raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, "
                                  f"repair or remove them; the first: {first}")
 
+    @functools.cached_property
     def fingerprint(self):
         """Of the files themselves; a class is the folder in a file's name."""
         return identity.of_files(self.paths, self.root)
 
-    def report(self, path, reason):
-        """Keep a file in `bad`, and name it on stderr, unless another thread was first to do so."""
-        if path not in reason:
-            reason = f"cannot crop the image {path}: {reason}"
-        if self.bad.setdefault(path, reason) is reason:
-            print(f"{reason}; the next image takes its place", file=sys.stderr)
+    def exact(self, i, then="it is left out"):
+        """Image i as uint8 (size, size, 3) with its label; None if it is unreadable.
+
+        then: what becomes of it, as in `report`
+        """
+        path = self.paths[i]
+        if path in self.bad:
+            return None
+        try:
+            return np.asarray(center_crop(load_image(path), self.size)), int(self.labels[i])
+        except ValueError as error:
+            self.report(path, str(error), then)
 
 
 # ---------------------------------------------------------------- the built-in set
@@ -374,24 +399,48 @@ def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, thr
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read(dataset, index, whole=0):
-    """Images `index` of a data set in order, as batches: x (B, 3, H, W) in [-1, 1], labels y (B,).
+def read(dataset, index, whole=0, threads=8):
+    """Images `index` of a data set in order, as batches: x (B, 3, H, W) in [-1, 1], labels y (B,), numbers.
 
+    numbers: list of the B images' places in the data set. Those that cannot be read are left out and counted
+    on stderr, none takes their place: a batch may be smaller for it, and one of none is not given.
     whole: if given, each image has its own size, and is a batch of its own, cut to sides that are multiples
-    of `whole`.
+    of `whole`; one that is then smaller than SMALLEST is left out, too.
     raises: ValueError if whole images are asked of a data set that has none
     """
     if whole and dataset.paths is None:
         raise ValueError(f"whole images are read from files, which {type(dataset).__name__} has not; "
                          "give a folder of images")
-    if whole:
-        for i in index:
-            x = crop_to_multiple(np.array(load_image(dataset.paths[i])), whole)
-            yield to_tensor(x[None]), torch.tensor(dataset.labels[i:i + 1])
-    else:
-        for k in range(0, len(index), 10):
-            x, y = stack(dataset, index[k:k + 10])
-            yield to_tensor(x), y
+    at_once = 1 if whole else 10
+    get = functools.partial(exact_whole, dataset, whole) if whole else dataset.exact
+    count = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for k in range(0, len(index), at_once):
+            part = index[k:k + at_once]
+            found = [(i, row) for i, row in zip(part, pool.map(get, part)) if row is not None]
+            if found:
+                x, y = collate([row for _, row in found])
+                yield to_tensor(x), y, [i for i, _ in found]
+            count += len(found)
+    if count < len(index):
+        print(f"{len(index) - count} of {len(index)} images are left out", file=sys.stderr)
+
+
+def exact_whole(dataset, multiple, i):
+    """Image i at its own size, cut to multiples: uint8 (H, W, 3), label; None if that is not possible."""
+    path = dataset.paths[i]
+    if path in dataset.bad:
+        return None
+    try:
+        image = np.array(load_image(path))
+        x = crop_to_multiple(image, multiple)
+        if min(x.shape[:2]) < SMALLEST:
+            least = -(-SMALLEST // multiple) * multiple
+            raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels are too small, the least that is "
+                             f"measured is {least}x{least}")
+        return x, int(dataset.labels[i])
+    except ValueError as error:
+        dataset.report(path, str(error), "it is left out")
 
 
 # ---------------------------------------------------------------- pixels

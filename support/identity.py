@@ -27,10 +27,10 @@ def of_files(paths, root):
 
     Up to ALL_BYTES are read whole. Of more, AT_MOST files, evenly spread, are read in pieces, evenly spread;
     of the other files, the time of the last change counts in place of the contents.
-    raises: OSError
+    A file that cannot be read counts as that.
     """
     paths = [os.fspath(path) for path in paths]
-    sizes = [os.path.getsize(path) for path in paths]
+    sizes = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
     chosen = set(paths)
     allowance = ALL_BYTES
     if sum(sizes) > ALL_BYTES:
@@ -39,7 +39,10 @@ def of_files(paths, root):
         allowance = ALL_BYTES // count
 
     def describe(path, size):
-        content = digest_of(path, size, allowance) if path in chosen else os.stat(path).st_mtime_ns
+        try:
+            content = digest_of(path, size, allowance) if path in chosen else os.stat(path).st_mtime_ns
+        except OSError:
+            content = "unreadable"
         return f"{os.path.relpath(path, root)}\0{size}\0{content}\n"
 
     with ThreadPoolExecutor(8) as pool:
@@ -89,6 +92,6 @@ def of_source(source, part=""):
 
 
 def of_run(checkpoint):
-    """Sixteen digits of the transformer's weights, of those that adapters leave as they are, and the VAE's."""
+    """Sixteen digits of the transformer's weights, of those that adapters leave alone, and of the VAE's."""
     folders = (checkpoint, Path(checkpoint).parent / "frozen", Path(checkpoint).parent / "vae")
     return of_text(" ".join(str(of_source(folder)) for folder in folders))

@@ -287,10 +287,10 @@ def make_probe(image_size):
 
     drawings = data.open_dataset("procedural", image_size, 1000, seed=12345)
     batches = list(data.read(drawings, range(1000)))
-    sharp = torch.cat([x for x, _ in batches])                                      # (1000, 3, H, W)
+    sharp = torch.cat([x for x, _, _ in batches])                                   # (1000, 3, H, W)
     small = F.interpolate(sharp, scale_factor=0.5, mode="bicubic", align_corners=False)
     blurred = upsampled(small, 2)["base only, bicubic"]
-    classes = 2 * F.one_hot(torch.cat([y for _, y in batches]), 11).double() - 1    # (1000, 11) of +-1
+    classes = 2 * F.one_hot(torch.cat([y for _, y, _ in batches]), 11).double() - 1  # (1000, 11) of +-1
 
     pairs = []
     for images, detail in ((sharp, 1), (blurred, -1)):

@@ -86,6 +86,10 @@ def this_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 # ---------------------------------------------------------------- signals
 
 ASKED = []                                 # the signals that came while `heed_signals` was on
@@ -120,6 +124,12 @@ def sum_over_ranks(x):
     return x
 
 
+def sum_patiently(x):
+    """`sum_over_ranks` of what may have taken them unequally long."""
+    wait_for_all()
+    return sum_over_ranks(x)
+
+
 def average_gradients(parameters):
     """Average over ranks the gradients that DDP does not see; all ranks must call this."""
     if dist.is_initialized():
@@ -128,8 +138,8 @@ def average_gradients(parameters):
                 p.grad = sum_over_ranks(p.grad) / dist.get_world_size()
 
 
-# One group of all ranks, in which they wait for each other as long as it takes; the default one gives up after
-# minutes, which is right for a step, and wrong while one rank still draws, encodes or writes.
+# One group of all ranks, in which they wait for each other as long as it takes. The default one gives up
+# after minutes, which is right for a step, and wrong while one rank still draws, encodes or writes.
 PATIENT = []
 
 
@@ -144,7 +154,7 @@ def my_share(count):
 
     For what all ranks must do equally often, as passes through a sharded model are.
     """
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = world_size()
     return list(range(this_rank(), world * math.ceil(count / world), world))
 
 

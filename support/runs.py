@@ -154,6 +154,7 @@ class Run:
         if self.rank == 0:
             with disk_may_fail(must=done == 0 or self.must_save):
                 save_checkpoint(self.cfg.out, done, weights, state, config | {"made_of": self.parts})
+        ranks.wait_for_all()
 
     def elapsed(self):
         """Seconds of training, all jobs together."""
@@ -252,7 +253,7 @@ def make_if_missing(flag, cfg, script, PRESETS, Config, main):
     """
     run = getattr(cfg, flag)
     for name, values in PRESETS.items():
-        if not run or os.path.abspath(values["out"]) != os.path.abspath(run):
+        if not run or os.path.realpath(values["out"]) != os.path.realpath(run):
             continue
         if flag in getattr(cfg, "given", ()) and read_summary(run).get("steps") == step_of(run):
             continue

@@ -6,7 +6,6 @@ Texts are encoded once (`cache_text`), into a folder of safetensors shards; trai
 shards (`TextCache`), so that T5 and the transformer never share a GPU. `Conditioner` gives a training step
 what its model takes beside the latent and the time: labels, or texts where the run's config has `text`.
 """
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import data, ranks
+from support import data, identity, ranks
 from support.config import field
 from support.metrics import import_torchvision
 
@@ -48,6 +47,11 @@ class Conditioner:
                 raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
                                  "metadata.jsonl")
             self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
+
+    @property
+    def made_by(self):
+        """Which encoders made the texts; None for a model of classes."""
+        return self.text.made_by if self.text else None
 
     def __call__(self, y, p):
         if self.text is None:
@@ -179,16 +183,11 @@ def check_space(out, texts, bytes_of_first):
 
 
 def fingerprint(folder):
-    """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
+    """A digest of everything that turns text into embeddings."""
     files = []
     for part in ("text_encoder*", "tokenizer*"):
         files += [path for path in Path(folder).glob(f"{part}/*") if path.is_file()]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
-        with open(path, "rb") as f:
-            digest.update(f.read(1 << 20))
-    return digest.hexdigest()[:16]
+    return identity.of_files(sorted(files), folder)
 
 
 # ---------------------------------------------------------------- the encoders

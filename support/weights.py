@@ -192,6 +192,22 @@ def load_davae(source):
     return vae.eval()
 
 
+def load_measured(source):
+    """`load_davae` of an autoencoder whose latents a transformer, or a DAVAE, will be trained on.
+
+    raises: SystemExit for a run that is not finished: its statistics are measured at the end
+    """
+    vae = load_davae(source)
+    if is_vae_run(source):
+        checkpoint = latest_checkpoint(source)
+        config = read_config(checkpoint)
+        if not config.get("measured", True):
+            raise SystemExit(f"{checkpoint}: the statistics of its latents are measured at the end of the "
+                             "run, which is not finished; run its command again, or, to end it here, with "
+                             f"--steps={int(checkpoint.name[5:])}")
+    return vae
+
+
 def save_base_vae(base, folder):
     """Write a base VAE, of a class in BASES, as a folder that `load_base_vae` and `load_davae` take."""
     vae = PlainVAE(base)
