@@ -38,24 +38,27 @@ from support.weights import ExportConfig, main_export, load_run
 class Config:
     run: str = field("out/tiny", "a run of finetune.py, or one of its step folders")
     out: str = field("", "folder for the images; empty: <run>/samples")
-    n: int = field(50, "images")
-    batch_size: int = field(50, "images per forward pass and process")
-    seed: int = field(0, "of the noise")
-    classes: tuple = field((), "class ids to draw, in turn; empty: all of them")
-    prompts: str = field("", "SD3.5: texts separated by |, or a file with one a line; empty: captions")
-    negative: str = field("", "SD3.5: the text that guidance leads away from")
+    n: int = field(50, "images", within=(1, 10_000_000))
+    batch_size: int = field(50, "images per forward pass and process", at_least=1)
+    seed: int = field(0, "of the noise", within=(0, 2**64 - 1))
+    classes: tuple = field((), "class ids to draw, in turn; empty: all of them", at_least=0)
+    prompts: str = field("", "SD3.5: texts separated by |, or a file of lines; empty: captions", text=True)
+    negative: str = field("", "SD3.5: the text that guidance leads away from", text=True)
     text: str = field("", "SD3.5: text shards, or a folder of encoders to make them; empty: the run's")
-    height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size")
-    width: int = field(0, "see height")
-    steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)")
-    shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: what the run was set up with")
+    height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size", within=(0, 16_384))
+    width: int = field(0, "see height", within=(0, 16_384))
+    steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)",
+                       within=(1, 1_000_000))
+    shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: the run's own", within=(-1, 1000))
     grid: str = field("", "sd3: shifted twice at the end, as diffusers; empty: the run's own",
                       choices=("", "plain", "sd3"))
-    cfg: float = field(-1.0, "guidance scale, 1: none; negative: what the run was set up with")
-    cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end")
-    cfg_end: float = field(1.0, "see cfg_start")
-    cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's figures")
-    slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5")
+    cfg: float = field(-1.0, "guidance scale, 1: none; negative: the run's own", within=(-1, 1000))
+    cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end", within=(0, 1))
+    cfg_end: float = field(1.0, "see cfg_start", within=(0, 1))
+    cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's figures",
+                              at_least=0)
+    slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5",
+                       at_least=0)
     compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU; not run")
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
@@ -264,7 +267,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     """
     device = dit.P.weight.device
     side = vae.f * dit.cfg.p
-    if s["height"] % side or s["width"] % side:
+    if min(s["height"], s["width"]) < side or s["height"] % side or s["width"] % side:
         raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
     noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, s["height"] // vae.f, s["width"] // vae.f))
     ts = time_grid(s["steps"], s["shift"], s["grid"] == "sd3")
@@ -314,6 +317,13 @@ def settings_of(cfg, about, checkpoint):
     if cfg.n < 1 or cfg.steps < 1 or s["shift"] == 0 or not s["cfg"] < float("inf"):
         raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and "
                          "steps of at least 1, shift above 0 and a finite cfg")
+    if cfg.cfg_start > cfg.cfg_end:
+        raise SystemExit(f"--cfg_start={cfg.cfg_start} is after --cfg_end={cfg.cfg_end}: guidance would never "
+                         "be on; give --cfg=1 to do without")
+    channels = about["model"]["C"] + about["model"]["D"]
+    if not 0 <= cfg.cfg_channels <= channels:
+        raise SystemExit(f"--cfg_channels={cfg.cfg_channels}: the model has {channels} channels; wanted as "
+                         "many of them as are guided, or 0 for all")
     if own.get("text"):
         return s | text_settings(cfg, about, checkpoint)
     return s | class_settings(cfg, about)

@@ -4,6 +4,7 @@ Everything here works without torchrun as well: then there is one rank, number 0
 """
 import math
 import os
+import re
 import signal
 import traceback
 from datetime import timedelta
@@ -22,22 +23,37 @@ from torch.utils._pytree import tree_map
 def launch(main, cfg):
     """Run a script's `main(cfg)` as a program, under torchrun or not.
 
-    Too little memory, and every ValueError of this project, end it with a sentence instead of a traceback.
+    Too little memory, of a GPU or the machine, and every ValueError of this project, end it with a sentence
+    instead of a traceback.
     """
 
     def program(cfg):
         try:
             main(cfg)
-        except torch.OutOfMemoryError as error:
-            raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {smaller(cfg)}") from None
-        except ValueError as error:
-            if not raised_here(error):
-                raise
-            raise SystemExit(str(error)) from None
+        except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                reason = str(error).partition("\n")[0] or "out of memory"
+                raise SystemExit(f"{reason}\nTry, in this order: {smaller(cfg)}") from None
+            if isinstance(error, ValueError) and raised_here(error):
+                raise SystemExit(str(error)) from None
+            raise
 
     record(program)(cfg)                   # torchrun then reports the rank that failed first
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# How torch, NumPy and Linux say that something does not fit into memory, or into the numbers that count it.
+TOO_LARGE = ("can't allocate memory|cannot allocate memory|not enough memory|can't start new thread|"
+             "size calculation overflowed|multiplication overflow|array is too big|"
+             "maximum allowed dimension|too large to convert|too large to fit")
+
+
+def out_of_memory(error):
+    """Does an error say that memory has run out, or that a size is beyond all memory?"""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):            # the machine's, a GPU's
+        return True
+    return re.search(TOO_LARGE, str(error), re.IGNORECASE) is not None
 
 
 def smaller(cfg):
@@ -51,7 +67,7 @@ def smaller(cfg):
     for name in ("checkpointing", "shard"):
         if not getattr(cfg, name, True):
             advice.append(f"--{name}=True")
-    return ", ".join([*advice, "a smaller model"])
+    return ", ".join([*advice, "smaller images", "a smaller model"])
 
 
 def raised_here(error):
@@ -72,6 +88,9 @@ def setup(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--device=cuda: {torch.cuda.device_count()} GPUs that torch can use, wanted at "
+                             f"least {local + 1}; give --device=cpu, or install torch for CUDA")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

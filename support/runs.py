@@ -136,13 +136,13 @@ class Run:
         ranks.heed_signals(False)
 
     def save_due(self, done):
-        """Is a checkpoint due after `done` steps: by save_every, at the last, or by a signal to stop?
+        """Is a checkpoint due after `done` steps: by save_every (0: never), the last, or a signal to stop?
 
         All ranks must ask after each step, because any of them may be told to stop.
         """
         self.stopping = ranks.asked_to_stop()
         self.must_save = self.stopping or done == self.cfg.steps
-        return self.must_save or done % self.cfg.save_every == 0
+        return self.must_save or is_due(done, self.cfg.save_every)
 
     def save(self, done, weights, state, config):
         """Write step_<done>/, by rank 0.
@@ -175,6 +175,11 @@ class Run:
             print(f"{self.cfg.out}: finished at step {self.cfg.steps}; give more --steps or another --out to "
                   "go on")
         return read_summary(self.cfg.out)
+
+
+def is_due(done, every):
+    """Is it time, after `done` steps, for what comes every so many steps?  0: never."""
+    return every > 0 and done % every == 0
 
 
 def is_finished(cfg):
@@ -270,7 +275,7 @@ def make_if_missing(flag, cfg, script, PRESETS, Config, main):
 
 
 class Log:
-    """One aligned line to the terminal and to <run>/log.jsonl every few steps, and at the last.
+    """One aligned line to the terminal and to <run>/log.jsonl every few steps (0: never), and at the last.
 
         log.add({"loss": loss, "base": base})      # once or more in a step: () tensors of this rank
         log.row(step, lr=lr)                       # after each step; writes a line if one is due
@@ -308,7 +313,7 @@ class Log:
         for name, values in self.added.items():
             self.means[name] = sum(values) / len(values)
         self.added = {}
-        if step % self.every and step != self.total:
+        if step != self.total and not is_due(step, self.every):
             return
         line = self.averaged()
         line |= {name: float(value) for name, value in numbers.items() if value is not None}

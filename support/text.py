@@ -262,10 +262,10 @@ class TextConfig:
     encoders: str = field("", "a diffusers SD3.5 folder: text_encoder, _2 (CLIP), _3 (T5; may be missing)")
     out: str = field("", "folder for the shards; one that is there is added to")
     data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
-    prompts: str = field("", "texts separated by |, or a file with one a line")
-    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512")
-    batch_size: int = field(32, "texts per forward pass")
-    shard: int = field(1024, "texts per file")
+    prompts: str = field("", "texts separated by |, or a file with one a line", text=True)
+    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512", within=(1, 4096))
+    batch_size: int = field(32, "texts per forward pass", at_least=1)
+    shard: int = field(1024, "texts per file", at_least=1)
     device: str = field("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
 
 
