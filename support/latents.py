@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import data, identity, ranks, runs
+from support import data, ranks, runs
 
 SHARD = 1024                                       # images per file of cached latents
 AT_ONCE = 64                                       # images encoded at once for it
