@@ -176,7 +176,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
         save(tmp_path / name, format="PNG")
     dataset = data.ImageFolder(str(tmp_path), 8)
     assert dataset.classes == [] and dataset.labels.tolist() == [0, 0, 0]
-    assert dataset.summary() == "3 images without classes"
+    assert dataset.summary() == "3 images without classes; left out: 1 .bin, 1 .md"
     assert dataset.image(1)[1] == 0
 
 
