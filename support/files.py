@@ -5,6 +5,7 @@
     read_json(path)        a config.json or an index, a dict
     pick_weights(state)    the state dict in a checkpoint that holds more
     unwrapped(sd)          names without those of DDP, torch.compile and the like
+    fill(module, sd)       the weights into a module, strictly, each of them finite
 
 A file is what its first bytes say, whatever its name: either safetensors or torch.save's. Pickles are
 memory-mapped, and nothing in them runs. What is wrong with a file is one sentence that begins with its name
@@ -344,3 +345,40 @@ def check_types(sd):
         if weight.dtype not in FLOATS:
             kind = str(weight.dtype).removeprefix("torch.")
             raise ValueError(f"{name} is {kind} (quantised?); wanted weights in floating point")
+
+
+# ---------------------------------------------------------------- into a module
+
+
+def fill(module, sd):
+    """Give a module made on "meta" copies of its weights, in float32 on the CPU.
+
+    Each takes its source's place in `sd`, one by one, so that a file is never in memory twice.
+    raises: ValueError naming weights that are missing, left over, of another shape, or not finite
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in sd]
+    unknown = [name for name in sd if name not in wanted]
+    if missing:
+        raise ValueError(f"not a whole checkpoint (it lacks {some(missing)})")
+    if unknown:
+        raise ValueError(f"it has layers that are not known here: {some(unknown)}")
+    for name, like in wanted.items():
+        sd[name] = own(name, sd[name], like)
+    module.load_state_dict(sd, strict=True, assign=True)
+
+
+def own(name, weight, like):
+    """A copy of a weight, of the shape that `like` has in the module, and float32 if that is a float."""
+    if weight.shape != like.shape:
+        raise ValueError(f"{name} is {tuple(weight.shape)}; wanted {tuple(like.shape)}, by the shapes of "
+                         "other layers")
+    if not like.is_floating_point():                               # a counter of BatchNorm
+        return weight.to("cpu", like.dtype, copy=True)
+    check_types({name: weight})
+    if weight.is_meta:
+        return weight
+    weight = weight.to("cpu", torch.float32, copy=True)
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} is not finite: a damaged file, or of a training that diverged")
+    return weight

@@ -25,7 +25,7 @@ from dit import MODELS, LightningDiT, MMDiT, merge_lora, rope_table, sincos_tabl
 from support import formats, runs
 from support.bases import BASES
 from support.config import field
-from support.files import check_types, pick_weights, read_json, some
+from support.files import fill, pick_weights, read_json, some
 from support.runs import latest_checkpoint, read_config, read_state_dict
 
 # ---------------------------------------------------------------- base VAEs
@@ -102,7 +102,7 @@ def check_diffusers_config(config, found):
     """raises: ValueError if a config.json contradicts what the weights show: {name in it: value}"""
     for name, value in found.items():
         if config.get(name, value) != value:
-            raise ValueError(f"its config.json has {name}={config[name]!r}; wanted {value}, with these weights")
+            raise ValueError(f"its config.json has {name}={config[name]!r}; wanted {value}, by its weights")
 
 
 def groups_of(widths, config):
@@ -395,40 +395,6 @@ def settings_from(values, Config, kind):
         raise ValueError(f"config.json describes another model (it has {some(unknown)}), "
                          f"wanted a {kind}")
     return Config(**values)
-
-
-def fill(module, sd):
-    """Give a module made on "meta" copies of its weights, in float32 on the CPU.
-
-    Each takes its source's place in `sd`, one by one, so that a file is never in memory twice.
-    raises: ValueError naming weights that are missing, left over, of another shape, or not finite
-    """
-    wanted = module.state_dict()
-    missing = [name for name in wanted if name not in sd]
-    unknown = [name for name in sd if name not in wanted]
-    if missing:
-        raise ValueError(f"not a whole checkpoint (it lacks {some(missing)})")
-    if unknown:
-        raise ValueError(f"it has layers that are not known here: {some(unknown)}")
-    for name, like in wanted.items():
-        sd[name] = own(name, sd[name], like)
-    module.load_state_dict(sd, strict=True, assign=True)
-
-
-def own(name, weight, like):
-    """A copy of a weight, of the shape that `like` has in the module, and float32 if that is a float."""
-    if weight.shape != like.shape:
-        raise ValueError(f"{name} is {tuple(weight.shape)}; wanted {tuple(like.shape)}, by the shapes of "
-                         "other layers")
-    if not like.is_floating_point():                               # a counter of BatchNorm
-        return weight.to("cpu", like.dtype, copy=True)
-    check_types({name: weight})
-    if weight.is_meta:
-        return weight
-    weight = weight.to("cpu", torch.float32, copy=True)
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} is not finite: a damaged file, or of a training that diverged")
-    return weight
 
 
 # ---------------------------------------------------------------- export
