@@ -12,22 +12,20 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import ranks
+from support import files, ranks
 
 # ---------------------------------------------------------------- a run, as a training script holds it
 
@@ -77,7 +75,10 @@ class Run:
 
     def train_state(self):
         """What the checkpoint holds beside the weights: optimizers, step, seconds."""
-        return read_state_dict(self.checkpoint / "train_state.pt")
+        path = self.checkpoint / "train_state.pt"
+        state = read_state_dict(path)
+        files.refuse_not_finite(state, path)
+        return state
 
     def made_of(self, **parts):
         """Keep with each checkpoint what the run is made of: {images, vae, base ...: digest}.
@@ -464,7 +465,7 @@ def read_config(checkpoint):
     """The config.json of a checkpoint directory, as a dict."""
     path = Path(checkpoint) / "config.json"
     check_whole(path)
-    return json.loads(path.read_text())
+    return files.read_json(path)
 
 
 def check_whole(path):
@@ -490,39 +491,17 @@ def check_whole(path):
 
 
 def read_state_dict(source):
-    """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.
+    """What a weight file holds: a .safetensors or torch file, a folder with one, shards and their index; a
+    dict as it is.
 
     Pickles are memory-mapped, and nothing in them runs.
     raises: SystemExit saying what is wrong with the file
     """
     if isinstance(source, dict):
         return source
-    path = weight_file(Path(source))
+    path = files.weight_file(Path(source))
     check_whole(path)
-    if not path.exists():
-        raise SystemExit(f"{path}: no such file or folder")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and "
-                         "is not opened; save its state dict as safetensors where it is trusted") from None
-    except (EOFError, OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"{path}: not a whole {path.suffix} file ({reason}); copy it again") from None
-
-
-def weight_file(path):
-    """The path itself, or the one weight file of a folder."""
-    if not path.is_dir():
-        return path
-    endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-    files = [file for file in sorted(path.iterdir()) if file.suffix in endings]
-    if len(files) != 1:
-        names = [file.name for file in files]
-        raise SystemExit(f"{path}: holds {len(files)} weight files {names}; name the one you mean")
-    return files[0]
+    return files.read(path)
 
 
 def write_json(path, obj):
