@@ -318,8 +318,8 @@ def settings_of(cfg, about, checkpoint):
         raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and "
                          "steps of at least 1, shift above 0 and a finite cfg")
     if cfg.cfg_start > cfg.cfg_end:
-        raise SystemExit(f"--cfg_start={cfg.cfg_start} is after --cfg_end={cfg.cfg_end}: guidance would never "
-                         "be on; give --cfg=1 to do without")
+        raise SystemExit(f"--cfg_start={cfg.cfg_start} is after --cfg_end={cfg.cfg_end}: guidance would "
+                         "never be on; give --cfg=1 to do without")
     channels = about["model"]["C"] + about["model"]["D"]
     if not 0 <= cfg.cfg_channels <= channels:
         raise SystemExit(f"--cfg_channels={cfg.cfg_channels}: the model has {channels} channels; wanted as "

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from support import runs
+from support import files, runs
 
 ALL_BYTES = 512 << 20      # so many bytes are read whole; of more, as many are read in pieces
 PIECE = 64 << 10
-WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 AT_MOST = 1000             # and no more than so many files
 
 
@@ -88,7 +87,8 @@ def of_source(source, part=""):
     if sums.exists():                                              # a checkpoint of ours has them already
         lines = sums.read_text().splitlines()
         return of_text("\n".join(line for line in lines if line.endswith(".safetensors")))
-    return of_files([file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS], path)
+    weights = [file for file in sorted(path.iterdir()) if files.is_weights(file) or files.is_shard(file)]
+    return of_files(weights, path)
 
 
 def of_run(checkpoint):

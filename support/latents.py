@@ -7,11 +7,11 @@
 `write_cache` has written before. What a step gets depends on the seed and its number only, and is the same
 either way, but for the half precision of the cache.
 """
+import functools
 import hashlib
 import itertools
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import data, ranks, runs
+from support import data, identity, ranks, runs
 
 SHARD = 1024                                       # images per file of cached latents
 AT_ONCE = 64                                       # images encoded at once for it
@@ -35,12 +35,12 @@ def latent_source(vae, train_set, cfg, device, rank, world):
     train_set: images, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are encoded here and now.
     """
     if isinstance(train_set, Latents):
-        return partial(cached_steps, train_set, cfg, device, rank, world)
+        return functools.partial(cached_steps, train_set, cfg, device, rank, world)
     if not cfg.cache:
-        return partial(encoded_steps, vae, train_set, cfg, device, rank, world)
+        return functools.partial(encoded_steps, vae, train_set, cfg, device, rank, world)
     folder = write_cache(vae, train_set, cfg, device, rank, world)
     ranks.wait_for_all()
-    return partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
+    return functools.partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
 
 
 def open_training_set(cfg, vae):
@@ -137,6 +137,11 @@ class Latents(data.Dataset):
         self.std = torch.ones(self.channels)
         if "vae" not in header_of(paths[0]):
             self.mean, self.std = statistics(vae, self.channels)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Of the shards."""
+        return identity.of_files(sorted(Path(self.folder).glob("*.safetensors")), self.folder)
 
     def check(self, side, flip):
         """raises: SystemExit if the latents are not `side` wide and high, or lack mirrored ones"""

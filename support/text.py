@@ -67,26 +67,38 @@ class Conditioner:
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
     """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first."""
     if not (Path(folder) / "text_encoder").is_dir():
-        return TextCache(folder, device)
+        return TextCache(folder, device, t5_tokens)
     shards = Path(out) / "text"
     if rank == 0:
         cache_text(folder, prompts, shards, device, t5_tokens)
     ranks.wait_for_all()
-    return TextCache(shards, device)
+    return TextCache(shards, device, t5_tokens)
 
 
 class TextCache:
     """The shards of a folder: cache(prompts) -> (tokens (B, T, W), pooled (B, P)), float32, on `device`.
 
-    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts
+    t5_tokens: how many the texts must have been made with; None: any
+    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts; also
+    for shards of different encoders, or of another number of T5 tokens
     """
 
-    def __init__(self, folder, device="cpu"):
+    def __init__(self, folder, device="cpu", t5_tokens=None):
         self.folder = folder
         self.device = device
+        self.made_by = None                                        # the encoders, in words
         self.rows = {}                                             # prompt: (its shard, its row there)
         for path in shards_of(folder):
             shard = safe_open(path, "pt")
+            header = shard.metadata()
+            made_by = f"encoders {header['encoders']}, {header['t5_tokens']} T5 tokens"
+            if self.made_by not in (None, made_by):
+                raise SystemExit(f"{path}: made by {made_by}; the shards before it by {self.made_by}: give a "
+                                 "folder with those of one kind")
+            if t5_tokens is not None and header["t5_tokens"] != str(t5_tokens):
+                raise SystemExit(f"{path}: made with {header['t5_tokens']} T5 tokens, now --t5_tokens="
+                                 f"{t5_tokens}: give the former, or encode the texts again")
+            self.made_by = made_by
             for row, prompt in enumerate(json.loads(shard.metadata()["prompts"])):
                 self.rows[prompt] = (shard, row)
         if not self.rows:

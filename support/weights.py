@@ -233,7 +233,8 @@ def load_measured(source):
     raises: SystemExit for a run that is not finished: its statistics are measured at the end
     """
     vae = load_davae(source)
-    if is_vae_run(source):
+    source = find_vae(source)
+    if is_ours(source):
         checkpoint = latest_checkpoint(source)
         config = read_config(checkpoint)
         if not config.get("measured", True):

@@ -230,7 +230,7 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
     disk = small_disk(4000)
     save = train_vae.save
 
-    def filling(run, done, *rest, **options):                          # full when step 2 is saved, empty again at step 3
+    def filling(run, done, *rest, **options):      # full when step 2 is saved, empty again at step 3
         (disk / "filler").unlink(missing_ok=True)
         if done == 2:
             with pytest.raises(OSError, match="No space left"):
