@@ -303,7 +303,8 @@ def main(cfg):
         settings["image_size"] = "whole"
 
     # reconstruction: every process takes each world-th image
-    batches = (x for x, _ in data.read(dataset, index[run.rank::run.world], run.vae.f if cfg.whole else 0))
+    mine = index[run.rank::run.world]
+    batches = (x for x, _, _ in data.read(dataset, mine, run.vae.f if cfg.whole else 0))
     batches = tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1)
     table, real, settings["held_out"] = reconstruction(run.vae, batches, rulers, run.device)
     entry = {"settings": settings, "reconstruction": table}

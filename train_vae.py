@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from davae import LAYOUT, DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image
-from support import config, data, figures, ranks, runs
+from support import config, data, figures, identity, ranks, runs
 from support.bases import TinyBlock, WideBlock
 from support.config import field
 from support.fit import fit_new_blocks
 from support.metrics import make_lpips, psnr
-from support.weights import load_davae
+from support.weights import load_davae, load_measured
 
 
 @dataclass
@@ -111,9 +111,8 @@ PRESETS = {
         beta2=0.999, detail_dropout=0.0),
 }
 
-# On resume; anything else would be another run.
-MAY_CHANGE = {"preset", "device", "data_dir", "val_dir", "base", "lpips_trunk", "micro_batch", "lr", "steps",
-              "cooldown", "clip", "compile", "log_every", "save_every"}
+# On resume, beside what changes no result and where things lie; anything else would be another run.
+MAY_CHANGE = {"steps", "lr", "cooldown", "clip"}
 
 
 # ---------------------------------------------------------------- losses
@@ -229,9 +228,6 @@ class LossNetworks:
 
 def main(cfg):
     """Train, validate and save as `cfg` says.  Returns the summary of the run, as in summary.json."""
-    summary = runs.finished(cfg)
-    if summary:
-        return summary
 
     # where this runs, and on which images
     rank, world, device = ranks.setup(cfg.device)
@@ -241,6 +237,9 @@ def main(cfg):
 
     # the VAE, the networks of its losses, an optimizer for each player: new, or from the newest checkpoint
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
+    run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"))
+    if run.done:
+        return run.summary()
     check_sizes(cfg, vae)
     vae = vae.to(device, memory_format=LAYOUT[device.type]).train()
     freeze(vae, cfg.train)
@@ -263,7 +262,7 @@ def main(cfg):
     val = validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
     if not run.checkpoint:
-        save(run, 0, vae, nets, opt, opt_d, train_set)
+        save(run, 0, vae, nets, opt, opt_d)
         validate(run, 0, vae, val)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -301,11 +300,14 @@ def main(cfg):
         # log; save first, then draw
         run.log.row(step + 1, gnorm=norm, lr=lr)
         if run.save_due(step + 1):
-            save(run, step + 1, vae, nets, opt, opt_d, train_set)
+            save(run, step + 1, vae, nets, opt, opt_d)
             validate(run, step + 1, vae, val)
 
+    # the statistics of the latents, which belong to the weights: they are final now, and saved
     if run.start == cfg.steps:                     # a job that was cut off between its last save and here
         validate(run, cfg.steps, vae, val)
+    vae.measure(statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
+    save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
         report(cfg, summary, vae, len(val))
@@ -351,19 +353,16 @@ def initial_vae(cfg):
     if cfg.D == 0 and not cfg.base:
         sizes = KLConfig(C=cfg.C, widths=cfg.widths, blocks=cfg.blocks, groups=cfg.groups)
         return PlainVAE(AutoencoderKL(sizes))
-    make_if_missing(cfg.base, cfg)
-    base = load_davae(cfg.base).base
+    make_if_missing("base", cfg)
+    base = load_measured(cfg.base).base
     if cfg.D == 0:
         return PlainVAE(base)
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale))
 
 
-def make_if_missing(run, cfg):
-    """Train (or finish) `run`, and say so, if it is the folder of a preset here; all else must be there."""
-    for name, values in PRESETS.items():
-        if values["out"] == run and runs.step_of(run) < values["steps"]:
-            print(f"\n{cfg.out} needs {run}, which is not there yet: running  python train_vae.py {name}")
-            main(Config(**{"preset": name, **values, "device": cfg.device, "data_dir": cfg.data_dir}))
+def make_if_missing(flag, cfg):
+    """Train the run that cfg.<flag> names if it is the folder of a preset here, and not yet there."""
+    runs.make_if_missing(flag, cfg, "train_vae.py", PRESETS, Config, main)
 
 
 def check_sizes(cfg, vae):
@@ -425,15 +424,13 @@ def compile_levels(vae):
 # ---------------------------------------------------------------- saving, validation, the end
 
 
-def save(run, done, vae, nets, opt, opt_d, train_set):
-    """Measure the latent statistics, which belong to the weights, and write a checkpoint; by rank 0."""
-    if run.rank > 0:
-        return
-    vae.measure(statistics_images(run.cfg, train_set, next(vae.parameters()).device))
+def save(run, done, vae, nets, opt, opt_d, measured=False):
+    """Write a checkpoint; by rank 0.   measured: are the latent statistics those of its weights?"""
     state = {"opt": opt.state_dict(), **nets.state_dict()}
     if opt_d:
         state["opt_d"] = opt_d.state_dict()
-    about = {"script": "train_vae.py", "config": dataclasses.asdict(run.cfg), "model": vae.config()}
+    about = {"script": "train_vae.py", "config": dataclasses.asdict(run.cfg), "model": vae.config(),
+             "measured": measured}
     run.save(done, {"model": vae.state_dict()}, state, about)
 
 
@@ -445,11 +442,11 @@ def restore(run, nets, opt, opt_d):
         opt_d.load_state_dict(state["opt_d"])
 
 
-def statistics_images(cfg, train_set, device):
-    """Batches of the first cfg.stats training images."""
-    count = min(cfg.stats, len(train_set))
-    for k in range(0, count, 64):
-        x, _ = data.stack(train_set, range(k, min(k + 64, count)))
+def statistics_images(cfg, train_set, device, rank, world):
+    """Batches of this rank's share of the first cfg.stats training images."""
+    mine = range(min(cfg.stats, len(train_set)))[rank::world]
+    for k in range(0, len(mine), cfg.micro_batch):
+        x, _ = data.stack(train_set, mine[k:k + cfg.micro_batch])
         yield data.to_tensor(x).to(device)
 
 
@@ -477,17 +474,26 @@ def reconstruct(vae, x):
 
 
 def validate(run, done, vae, val):
-    """PSNR of base only and of the whole on `val` (N, 3, H, W); a strip of its first 8 images; by rank 0."""
-    if run.rank > 0:
-        return
+    """PSNR of base only and of the whole on `val` (N, 3, H, W), and a strip of its first images.
+
+    Ranks share the images.
+    """
     vae.eval()
+    mine = torch.arange(len(val)).tensor_split(ranks.world_size())[run.rank]
+    images = val[mine]
+    scores = []
     with runs.picture_may_fail(f"{run.cfg.out}: reconstructions"):
-        pairs = [reconstruct(vae, x) for x in val.split(min(32, run.cfg.micro_batch))]
+        pairs = [reconstruct(vae, x) for x in images.split(min(32, run.cfg.micro_batch))]
         base = torch.cat([pair[0] for pair in pairs])
         full = torch.cat([pair[1] for pair in pairs])
-        run.results |= {"psnr_base": psnr(base, val).mean().item(), "psnr": psnr(full, val).mean().item()}
-        draw(run.cfg, done, vae, val, base, full)
+        scores.append(torch.stack([psnr(base, images), psnr(full, images)], dim=1))
+        if run.rank == 0:
+            draw(run.cfg, done, vae, images, base, full)
     vae.train()
+
+    scores = ranks.gather(scores, mine.tolist() if scores else [])
+    if len(scores) == len(val):
+        run.results["psnr_base"], run.results["psnr"] = scores.mean(0).tolist()
 
 
 def draw(cfg, done, vae, val, base, full):

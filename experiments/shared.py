@@ -53,8 +53,10 @@ def open_run(cfg):
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
     dataset, index = evaluate.held_out(run, cfg.data_dir, cfg.images)
     batches = list(data.read(dataset, index))
-    x = torch.cat([images for images, _ in batches])
-    y = torch.cat([labels for _, labels in batches])
+    if not batches:
+        raise SystemExit(f"{cfg.data_dir}: none of {len(index)} images can be read; wanted held-out images")
+    x = torch.cat([images for images, _, _ in batches])
+    y = torch.cat([labels for _, labels, _ in batches])
 
     z_all = encode(run.vae, x, run.device)
     groups = {"base": z_all[:, :run.vae.C], "detail": z_all[:, run.vae.C:]}

@@ -40,6 +40,7 @@ def cli(Config, presets=None, argv=None):
     """Fill the dataclass `Config` from the command line.
 
     presets: name -> {field: value}; the first field names one, whose values are applied before the flags
+    returns it with one attribute more: `given`, the names of the fields that the command line had
     raises: SystemExit with one sentence, and the nearest names, for what is no field, no preset or no value,
     and for a value that the field does not take
     """
@@ -59,6 +60,7 @@ def cli(Config, presets=None, argv=None):
             raise SystemExit(f"--{name} is not a field{nearest(name, fields)}; --help lists them all")
         values[name] = parse(fields[name], text)
 
+    given = set(values)
     if presets is not None:
         preset = values.get(first, fields[first].default)
         if preset not in presets:
@@ -67,7 +69,9 @@ def cli(Config, presets=None, argv=None):
         values = {first: preset, **presets[preset], **values}
     for name, value in values.items():
         check(fields[name], value)
-    return Config(**values)
+    cfg = Config(**values)
+    cfg.given = given
+    return cfg
 
 
 def print_help(Config, presets):

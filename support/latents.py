@@ -7,19 +7,20 @@
 `write_cache` has written before. What a step gets depends on the seed and its number only, and is the same
 either way, but for the half precision of the cache.
 """
+import functools
 import hashlib
 import itertools
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import data, ranks, runs
+from support import data, identity, ranks, runs
 
 SHARD = 1024                                       # images per file of cached latents
 AT_ONCE = 64                                       # images encoded at once for it
@@ -34,12 +35,23 @@ def latent_source(vae, train_set, cfg, device, rank, world):
     train_set: images, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are encoded here and now.
     """
     if isinstance(train_set, Latents):
-        return partial(cached_steps, train_set, cfg, device, rank, world)
+        return functools.partial(cached_steps, train_set, cfg, device, rank, world)
     if not cfg.cache:
-        return partial(encoded_steps, vae, train_set, cfg, device, rank, world)
+        return functools.partial(encoded_steps, vae, train_set, cfg, device, rank, world)
     folder = write_cache(vae, train_set, cfg, device, rank, world)
     ranks.wait_for_all()
-    return partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
+    return functools.partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
+
+
+def open_training_set(cfg, vae):
+    """Images, or the latents that LightningDiT's own code extracted from them."""
+    if any(Path(cfg.data_dir).glob("*.safetensors")):
+        return Latents(cfg.data_dir, vae, cfg.D)
+    train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+    if cfg.text:                                                   # the label is where to find the caption
+        train_set.labels = np.arange(len(train_set))
+        train_set.classes = []
+    return train_set
 
 
 def check_sizes(vae, train_set, cfg):
@@ -57,6 +69,19 @@ def check_sizes(vae, train_set, cfg):
                          f"give --image_size={fits}")
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
+
+
+def check_statistics(z_all, C, out):
+    """Print mean and standard deviation of latents, base and detail apart; warn where not near 0 and 1."""
+    groups = {"base": z_all[:, :C]}
+    if z_all.shape[1] > C:
+        groups["detail"] = z_all[:, C:]
+    for name, z in groups.items():
+        mean = z.mean().item()
+        std = z.std().item()
+        tqdm.write(f"{out}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
+        if not (abs(mean) < 0.5 and 0.5 < std < 2):
+            tqdm.write("WARNING: wanted about 0 and 1, by the VAE's statistics: other images, another VAE?")
 
 
 def encoded_steps(vae, train_set, cfg, device, rank, world, start):
@@ -113,6 +138,11 @@ class Latents(data.Dataset):
         if "vae" not in header_of(paths[0]):
             self.mean, self.std = statistics(vae, self.channels)
 
+    @functools.cached_property
+    def fingerprint(self):
+        """Of the shards."""
+        return identity.of_files(sorted(Path(self.folder).glob("*.safetensors")), self.folder)
+
     def check(self, side, flip):
         """raises: SystemExit if the latents are not `side` wide and high, or lack mirrored ones"""
         h, w = self.shards[0]["latents"].shape[2:]
@@ -154,16 +184,18 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     """Encode what is missing of <vae or out>/latents-<hash>, as `Latents` reads it; returns the folder.
 
     Each rank writes its own: shard n is rank (n mod world)'s. Latents are kept in half precision, those of
-    mirrored images beside them where cfg.flip. The hash covers the VAE's weights and all that fixes images
-    and labels, which each file's header names; so a cache of another VAE or of other images is never read.
+    mirrored images beside them where cfg.flip. The hash covers the VAE's weights, the images and labels and
+    all else that the latents depend on, and each file's header names it; so a cache of another VAE or of
+    other images is never read, wherever these lie.
     raises: SystemExit if the disk is too small
     """
-    header = describe(vae, train_set, cfg)
+    header = describe(vae, train_set, cfg, device)
     folder = cache_folder(cfg, header)
     runs.make_folder(folder, "--cache=False")
     files = [folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))]
-    missing = [n for n, file in enumerate(files) if not file.exists()]
+    missing = [n for n, file in enumerate(files) if not is_whole(file, header)]
     check_space(vae, min(SHARD * len(missing), len(train_set)), cfg, folder, rank)
+    ranks.wait_for_all()                                           # all have seen what is missing
 
     mine = [n for n in missing if n % world == rank]
     for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
@@ -173,9 +205,19 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     return folder
 
 
+def is_whole(file, header):
+    """Is a file there that holds a whole shard of this very cache?"""
+    try:
+        with safe_open(file, "pt") as f:
+            return f.metadata() == header
+    except (OSError, SafetensorError):
+        return False
+
+
 def encode_shard(vae, train_set, n, cfg, device):
     """Shard n: labels (n,), latents and, with cfg.flip, latents_flip (n, C+D, h, w) in float16."""
     labels, latents, mirrored = [], [], []
+    ranks.seed_step(cfg.seed, n, 0)                # of z_d's samples, where they are wanted
     end = min((n + 1) * SHARD, len(train_set))
     for k in range(n * SHARD, end, AT_ONCE):
         images, y = data.stack(train_set, range(k, min(k + AT_ONCE, end)))     # uint8 (b, H, W, 3)
@@ -190,27 +232,24 @@ def encode_shard(vae, train_set, n, cfg, device):
     return shard
 
 
-def describe(vae, train_set, cfg):
-    """The header of the cache's files: the hash of the VAE's weights, and what fixes images and labels.
+def describe(vae, train_set, cfg, device):
+    """The header of the cache's files: all that the latents in them depend on.
 
     Its text, to the letter, names the folder: a name or an order that is changed here orphans every cache.
     """
     about = {
-        "data_dir": cfg.data_dir,
+        "images": train_set.fingerprint,
+        "count": len(train_set),
         "image_size": cfg.image_size,
-        "images": len(train_set),
         "crop": "centre",
         "flip": cfg.flip,
-        "seed": cfg.seed if cfg.data_dir == "procedural" else None,
-        "detail": "sample" if cfg.detail_sample else "mode",
+        "detail": f"sample, seed {cfg.seed}" if cfg.detail_sample else "mode",
         "labels": "image numbers" if cfg.text else "classes",
         "dtype": "float16",
         "normalised": True,
+        "device": device.type,
     }
-    digest = hashlib.sha256()
-    for name, tensor in vae.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return {"vae": digest.hexdigest(), "about": json.dumps(about)}
+    return {"vae": runs.hash_of(vae), "about": json.dumps(about)}
 
 
 def cache_folder(cfg, header):
@@ -232,3 +271,6 @@ def check_space(vae, images, cfg, folder, rank):
     if images and rank == 0:
         print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; "
               f"{free / 1e9:.0f} GB free")
+        others = [path.name for path in folder.parent.glob("latents-*") if path != folder]
+        if others:
+            print(f"beside it, of other images, VAEs or settings, and yours to remove: {', '.join(others)}")

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +96,17 @@ def setup(device="auto"):
         torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if dist.is_initialized() and not PATIENT:
+        PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return int(os.environ.get("RANK", 0)), world, device
 
 
 def this_rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # ---------------------------------------------------------------- signals
@@ -136,6 +143,12 @@ def sum_over_ranks(x):
     return x
 
 
+def sum_patiently(x):
+    """`sum_over_ranks` of what may have taken them unequally long."""
+    wait_for_all()
+    return sum_over_ranks(x)
+
+
 def average_gradients(parameters):
     """Average over ranks the gradients that DDP does not see; all ranks must call this."""
     if dist.is_initialized():
@@ -144,23 +157,56 @@ def average_gradients(parameters):
                 p.grad = sum_over_ranks(p.grad) / dist.get_world_size()
 
 
+# One group of all ranks, in which they wait for each other as long as it takes. The default one gives up
+# after minutes, which is right for a step, and wrong while one rank still draws, encodes or writes.
+PATIENT = []
+
+
 def wait_for_all():
-    """Hold every rank here until all have come, so that none reads what rank 0 still writes."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Hold every rank here until all have come: after what took them unequally long, or what rank 0 did."""
+    for group in PATIENT:
+        dist.barrier(group)
 
 
-def gather(parts):
-    """All ranks' rows as one CPU tensor (n, ...), on all ranks; parts: batches of this rank's, r::world."""
-    mine = torch.cat(parts).cpu()
-    per_rank = [mine]
-    if dist.is_initialized():
-        per_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(per_rank, mine)
-    rows = torch.empty(sum(map(len, per_rank)), *mine.shape[1:], dtype=mine.dtype)
-    for r, part in enumerate(per_rank):
-        rows[r::len(per_rank)] = part
-    return rows
+def my_share(count):
+    """This rank's numbers of 0 to count - 1, and above, so that every rank has equally many.
+
+    For what all ranks must do equally often, as passes through a sharded model are.
+    """
+    world = world_size()
+    return list(range(this_rank(), world * math.ceil(count / world), world))
+
+
+def from_all(x):
+    """[x of rank 0, of rank 1, ...], on all ranks, which must all call this.
+
+    x: anything that can be pickled, its tensors on the CPU
+    """
+    if not dist.is_initialized():
+        return [x]
+    per_rank = [None] * world_size()
+    dist.all_gather_object(per_rank, x, PATIENT[0])
+    return per_rank
+
+
+def gather(parts, numbers):
+    """All ranks' rows as one CPU tensor (n, ...), on all ranks, which must all call this.
+
+    The rows are in the order of their numbers, whichever rank had them, and however many it had.
+    parts: batches of this rank's rows, [] if it has none.   numbers: one number for each of its rows.
+    Where no rank has any row, the result is a tensor (0,).
+    """
+    mine = torch.cat(parts).cpu() if parts else torch.empty(0)
+    if len(mine) != len(numbers):
+        raise ValueError(f"{len(mine)} rows and {len(numbers)} numbers, wanted one for each row")
+    rows, order = [], []
+    for theirs, their_numbers in from_all((mine, list(numbers))):
+        order += their_numbers
+        if len(theirs):                                        # else it has another shape than the others'
+            rows.append(theirs)
+    if not rows:
+        return torch.empty(0)
+    return torch.cat(rows)[np.argsort(order, kind="stable")]
 
 
 # ---------------------------------------------------------------- micro-batches

@@ -6,7 +6,6 @@ Texts are encoded once (`cache_text`), into a folder of safetensors shards; trai
 shards (`TextCache`), so that T5 and the transformer never share a GPU. `Conditioner` gives a training step
 what its model takes beside the latent and the time: labels, or texts where the run's config has `text`.
 """
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import data, ranks, runs
+from support import data, identity, ranks, runs
 from support.config import field
 from support.metrics import import_torchvision
 
@@ -49,6 +48,11 @@ class Conditioner:
                                  "metadata.jsonl")
             self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
 
+    @property
+    def made_by(self):
+        """Which encoders made the texts; None for a model of classes."""
+        return self.text.made_by if self.text else None
+
     def __call__(self, y, p):
         if self.text is None:
             return (drop_labels(y, self.dit.cfg.num_classes, p),)
@@ -63,26 +67,38 @@ class Conditioner:
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
     """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first."""
     if not (Path(folder) / "text_encoder").is_dir():
-        return TextCache(folder, device)
+        return TextCache(folder, device, t5_tokens)
     shards = Path(out) / "text"
     if rank == 0:
         cache_text(folder, prompts, shards, device, t5_tokens)
     ranks.wait_for_all()
-    return TextCache(shards, device)
+    return TextCache(shards, device, t5_tokens)
 
 
 class TextCache:
     """The shards of a folder: cache(prompts) -> (tokens (B, T, W), pooled (B, P)), float32, on `device`.
 
-    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts
+    t5_tokens: how many the texts must have been made with; None: any
+    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts; also
+    for shards of different encoders, or of another number of T5 tokens
     """
 
-    def __init__(self, folder, device="cpu"):
+    def __init__(self, folder, device="cpu", t5_tokens=None):
         self.folder = folder
         self.device = device
+        self.made_by = None                                        # the encoders, in words
         self.rows = {}                                             # prompt: (its shard, its row there)
         for path in shards_of(folder):
             shard = safe_open(path, "pt")
+            header = shard.metadata()
+            made_by = f"encoders {header['encoders']}, {header['t5_tokens']} T5 tokens"
+            if self.made_by not in (None, made_by):
+                raise SystemExit(f"{path}: made by {made_by}; the shards before it by {self.made_by}: give a "
+                                 "folder with those of one kind")
+            if t5_tokens is not None and header["t5_tokens"] != str(t5_tokens):
+                raise SystemExit(f"{path}: made with {header['t5_tokens']} T5 tokens, now --t5_tokens="
+                                 f"{t5_tokens}: give the former, or encode the texts again")
+            self.made_by = made_by
             for row, prompt in enumerate(json.loads(shard.metadata()["prompts"])):
                 self.rows[prompt] = (shard, row)
         if not self.rows:
@@ -179,16 +195,11 @@ def check_space(out, texts, bytes_of_first):
 
 
 def fingerprint(folder):
-    """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
+    """A digest of everything that turns text into embeddings."""
     files = []
     for part in ("text_encoder*", "tokenizer*"):
         files += [path for path in Path(folder).glob(f"{part}/*") if path.is_file()]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
-        with open(path, "rb") as f:
-            digest.update(f.read(1 << 20))
-    return digest.hexdigest()[:16]
+    return identity.of_files(sorted(files), folder)
 
 
 # ---------------------------------------------------------------- the encoders

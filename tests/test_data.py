@@ -176,7 +176,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
         save(tmp_path / name, format="PNG")
     dataset = data.ImageFolder(str(tmp_path), 8)
     assert dataset.classes == [] and dataset.labels.tolist() == [0, 0, 0]
-    assert dataset.summary() == "3 images without classes"
+    assert dataset.summary() == "3 images without classes; left out: 1 .bin, 1 .md"
     assert dataset.image(1)[1] == 0
 
 
@@ -336,7 +336,7 @@ def test_labels_and_images_are_all_that_a_data_set_of_ones_own_needs():
     assert (dataset.classes, dataset.captions, dataset.bad) == ([], None, {})
     x, y = take(data.batches(dataset, 6, seed=0), 1)[0]
     assert x[:, 0, 0, 0].tolist() == data.batch_plan(30, 6, 0, 0)[0].tolist() and y.tolist() == [0] * 6
-    read = torch.cat([x for x, _ in data.read(dataset, range(30))])
+    read = torch.cat([x for x, _, _ in data.read(dataset, range(30))])
     assert np.array_equal(data.to_uint8(read)[:, 0, 0, 0], np.arange(30))
     with pytest.raises(ValueError, match="read from files, which Greys has not"):
         next(data.read(dataset, [0], whole=8))
@@ -422,10 +422,43 @@ def test_batches_raise_what_reading_raises(tmp_path):
 def test_whole_images_keep_their_size_but_for_a_multiple(tmp_path):
     for name, size in (("a", (21, 17)), ("b", (16, 40))):
         noise(*reversed(size)).save(tmp_path / f"{name}.png")
-    (a, y), (b, _) = data.read(data.ImageFolder(tmp_path, 8), [0, 1], whole=8)
+    (a, y, _), (b, _, _) = data.read(data.ImageFolder(tmp_path, 8), [0, 1], whole=8)
     assert a.shape == (1, 3, 16, 16) and b.shape == (1, 3, 40, 16) and y.tolist() == [0]
     assert torch.equal(a, data.to_tensor(np.array(noise(17, 21))[None, :16, 2:18]))        # 1 and 5 too many
     assert torch.equal(b, data.to_tensor(np.array(noise(40, 16))[None]))
+
+
+def numbered(folder, count, bad):
+    """`count` images, each of its own grey, with those in `bad` undecodable."""
+    for i in range(count):
+        save(folder / f"{i:02d}.png", (i, i, i), (16, 16))
+    for i in bad:
+        (folder / f"{i:02d}.png").write_bytes(b"gone")
+
+
+@pytest.mark.parametrize("whole", [0, 8])
+@pytest.mark.parametrize("bad", [[0], [4, 5], [13], [*range(10), 13]])
+def test_what_is_measured_leaves_unreadable_images_out_and_counts_none_twice(tmp_path, capsys, bad, whole):
+    numbered(tmp_path, 14, bad)
+    batches = list(data.read(data.ImageFolder(tmp_path, 16), range(14), whole))
+    greys = [grey for x, _, _ in batches for grey in data.to_uint8(x)[:, 0, 0, 0].tolist()]
+    numbers = [i for _, _, numbers in batches for i in numbers]
+    assert greys == numbers == [i for i in range(14) if i not in bad]
+    assert all(len(x) == len(y) == len(numbers) > 0 for x, y, numbers in batches)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"{len(bad)} of 14 images are left out"
+    assert sorted(line.split(".png")[0][-2:] for line in lines[:-1]) == [f"{i:02d}" for i in bad]
+
+
+@pytest.mark.parametrize("size", [(96, 8), (5, 5), (10, 300), (15, 15)])
+def test_whole_images_smaller_than_their_cut_or_than_the_window_of_ssim_are_left_out(tmp_path, capsys, size):
+    noise(32, 32).save(tmp_path / "a.png"), noise(*size).save(tmp_path / "b.png")
+    noise(40, 16).save(tmp_path / "c.png")
+    batches = list(data.read(data.ImageFolder(tmp_path, 8), [0, 1, 2], whole=8))
+    assert [numbers for _, _, numbers in batches] == [[0], [2]]
+    named, counted = capsys.readouterr().err.splitlines()
+    said = f"b.png: {size[1]}x{size[0]} pixels are too small, the least that is measured is 16x16"
+    assert said in named and counted == "1 of 3 images are left out"
 
 
 # ---- pixels ----

@@ -149,7 +149,7 @@ def test_whole_images_are_measured_at_their_own_size(tiny_vae, tmp_path):
     for name, size in (("a", (33, 50)), ("b", (64, 16))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
     dataset = data.open_dataset(tmp_path, 0)
-    shapes = [tuple(x.shape[2:]) for x, _ in data.read(dataset, [0, 1], whole=8)]
+    shapes = [tuple(x.shape[2:]) for x, _, _ in data.read(dataset, [0, 1], whole=8)]
     assert shapes == [(32, 48), (64, 16)]
     cfg = evaluate.Config(run=tiny_vae, out=str(tmp_path / "m.json"), data_dir=str(tmp_path), whole=True)
     entry = evaluate.main(cfg)

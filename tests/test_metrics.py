@@ -97,7 +97,7 @@ def test_ssim_falls_with_noise_but_not_with_its_sign():
 def test_the_probe_sees_lost_detail():
     with torch.no_grad():
         probe, again = metrics.make_probe(64), metrics.make_probe(64)
-        x, y = next(data.read(data.open_dataset("procedural", 64, 100, seed=77), range(100)))
+        x, y, _ = next(data.read(data.open_dataset("procedural", 64, 100, seed=77), range(100)))
         for blurred in metrics.upsampled(half(x), 2).values():                 # bilinear, bicubic
             assert (probe(x)[:, 10] > 0).float().mean() > 0.9
             assert (probe(blurred)[:, 10] > 0).float().mean() < 0.1

@@ -230,12 +230,12 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
     disk = small_disk(4000)
     save = train_vae.save
 
-    def filling(run, done, *rest):                          # full when step 2 is saved, empty again at step 3
+    def filling(run, done, *rest, **options):      # full when step 2 is saved, empty again at step 3
         (disk / "filler").unlink(missing_ok=True)
         if done == 2:
             with pytest.raises(OSError, match="No space left"):
                 fill(disk / "filler")
-        save(run, done, *rest)
+        save(run, done, *rest, **options)
 
     monkeypatch.setattr(train_vae, "save", filling)
     train_vae.main(davae_config(disk / "run", save_every=1, image_size=16, steps=3, gan=0.0))
