@@ -379,6 +379,7 @@ def better(metric, x, y):
 
 def latest_entry(run):
     """The last measurement in a run's metrics.json."""
+    config.check_name("compare ", run)
     path = Path(run) / "metrics.json"
     if not path.exists():
         raise SystemExit(f"{path}: not there; make it with: python evaluate.py {path.parent}")
@@ -411,7 +412,9 @@ def command_line(argv):
         raise SystemExit("the paper's analyses are scripts of their own, in experiments/: for example "
                          "python experiments/tsne.py RUN")
     try:
-        if argv[:1] == ["compare"] and len(argv) == 3:
+        if argv[:1] == ["compare"]:
+            if len(argv) != 3:
+                raise SystemExit("compare: wanted two runs, as in  python evaluate.py compare out/a out/b")
             compare(*argv[1:])
         else:
             ranks.launch(main, config.cli(Config, argv=argv))

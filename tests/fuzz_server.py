@@ -1,5 +1,6 @@
-"""Runs command lines of the scripts in forked children, for test_fuzz.py: importing torch takes seconds, a fork
-milliseconds.
+"""Runs command lines of the scripts in forked children, for test_fuzz.py.
+
+Importing torch takes seconds, a fork milliseconds.
 
     python tests/fuzz_server.py ROOT          a line of JSON in, a line of JSON out, until the end of stdin
 

@@ -1,7 +1,7 @@
 """No command line ends in a traceback or leaves half a file: the four scripts on random ones.
 
-A line is a valid one, small enough to train or draw in less than a second, of which a few fields are changed. It
-runs in a process of its own (tests/fuzz_server.py), in a copy of a folder with runs, photos and odd files.
+A line is a valid one, small enough to train or draw in less than a second, of which a few fields are changed.
+It runs in a process of its own (tests/fuzz_server.py), in a copy of a folder with runs, photos and odd files.
 """
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,6 +22,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
+from support.config import field
 from support.text import TextConfig
 from support.weights import ExportConfig
 
@@ -34,11 +35,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and limi
 TRAIN = {"image_size": 32, "images": 8, "steps": 1, "batch_size": 2, "micro_batch": 2}
 VAE = TRAIN | {"stats": 8, "perceptual": "none", "disc_width": 2, "disc_start": 0, "gan": 0.1}
 DIT = TRAIN | {"sample_steps": 1}
-BASE_VAE = VAE | {"preset": "tiny-base", "C": 4, "widths": "8,16", "blocks": 1, "groups": 4}
+BASE_VAE = VAE | {"preset": "tiny-base", "C": 4, "widths": "8,16", "blocks": 1, "groups": 4, "gan": 0}
 DAVAE = VAE | {"preset": "tiny", "base": "base", "D": 12}
 BASE_DIT = DIT | {"preset": "tiny-base", "vae": "vae", "E": 16, "A": 2, "depth": 1, "p": 2}
 DAVAE_DIT = DIT | {"preset": "tiny", "vae": "vae", "base": "dit0", "D": 12}
+SMALL = {"E": 16, "A": 2, "depth": 1}
 MEASURED = {"n": 2, "images": 4, "steps": 1, "features": "none"}
+
+
+@dataclasses.dataclass
+class Two:
+    """What `evaluate.py compare` takes, without the names of flags."""
+    a: str = field("", "a run")
+    b: str = field("", "another")
+
 
 # (script and command, its Config, the flags of a valid line)
 LINES = [
@@ -50,7 +60,7 @@ LINES = [
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "new"}),
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "dit", "steps": 2}),                  # resumes
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "new", "data_dir": "photos", "cache": False}),
-    ("finetune.py", finetune.Config, DAVAE_DIT | {"dry_run": True, "E": 16, "A": 2, "depth": 1}),
+    ("finetune.py", finetune.Config, DAVAE_DIT | {"dry_run": True} | SMALL),
     ("sample.py", sample.Config, {"run": "dit", "n": 2, "steps": 1}),
     ("sample.py", sample.Config, {"run": "dit", "n": 3, "steps": 2, "out": "new", "classes": "2,10"}),
     ("sample.py text", TextConfig, {"encoders": "empty", "out": "new", "prompts": "a fox|a hen"}),
@@ -59,6 +69,7 @@ LINES = [
     ("evaluate.py", evaluate.Config, {"run": "dit", "out": "new.json"} | MEASURED),
     ("evaluate.py", evaluate.Config, {"run": "dit", "data_dir": "photos", "keep_reference": "kept.npz"} | MEASURED),
     ("evaluate.py", evaluate.Config, {"run": "dit", "data_dir": "photos", "whole": True}),
+    ("evaluate.py compare", Two, {"a": "dit", "b": "vae"}),
 ]
 
 # What the folder holds, made by the scripts themselves.
@@ -73,61 +84,63 @@ FIRST = [
 ]
 
 
+def as_argv(command, flags):
+    """(script, arguments) of a command and its flags."""
+    script, *words = command.split()
+    if words == ["compare"]:
+        return script, [*words, *map(str, flags.values())]
+    return script, words + [f"--{name}={value}" for name, value in flags.items()]
+
+
 # ---------------------------------------------------------------- values that fields are changed to
 
-NUMBERS = ["0", "-1", "1", "2", "3", "4", "7", "16", "30", "64", "100", "1000", "4096", "16384", "99999", "1000000",
-           "1000000000", "2147483648", "9223372036854775807", "18446744073709551616", f"1{'0' * 30}",
-           "-9223372036854775809", "9" * 5000, "1e3", "1_0", "0x10", "٣", "²", " 4 ", "+2", "-0", "NaN", "inf",
-           "-inf", "1e400", "1e300", "1e-300", "0.5", "1.0", "0.999", "1e-9", "-0.1", "", "None", "two"]
-TUPLES = ["", "()", "0", "-1", "8", "8,16", "(8, 16)", "16,8,4", "8," * 13, "1,1", "9,9,9", "1000000000", ",", "a,b",
-          "8;16", "1.5,2", f"1{'0' * 30}", "0," * 5000]
-BOOLS = ["True", "False", "true", "1", "", "no"]
-NAMES = ["", "new", "base", "vae", "vae/step_000001", "dit0", "dit", "dit/vae", "dit/step_000001", "photos", "mixed",
-         "text.txt", "broken.pt", "broken.safetensors", "image.png", "kept.npz", "empty", "sealed", "nowhere",
-         "text.txt/below", "new/below/that", "dit/", "./dit", ".", "..", "../beside", "~", " ", "-", "two words",
-         "n\new", "фото/é", "\u202e", "a" * 300, "é" * 200, "x/" * 3000, "\0", "a\0b", "\udcff", "/dev/null/below",
-         "/proc/nothing", "link", "loop", "procedural", "a|b|c", "|", "%s{}", "a" * 3000]
-SHARDS = ["--nonsense=1", "--", "-", "-n=2", "--=1", "words", "--lr", "--seed", "n=2", "--step=1", "=", "\udcff",
-          "--ünïcode=1", "--help"]
+LARGE = ["64", "100", "1000", "4096", "16384", "99999", "1000000", "1000000000", "2147483648",
+         "9223372036854775807", "18446744073709551616", f"1{'0' * 30}", "-9223372036854775809", "9" * 5000]
+ODD_NUMBERS = ["1e3", "1_0", "0x10", "\u0663", "\u00b2", " 4 ", "+2", "-0", "NaN", "inf", "-inf", "1e400", "1e300",
+               "1e-300", "0.5", "1.0", "0.999", "1e-9", "-0.1", "", "None", "two"]
+TUPLES = ["", "()", "0", "-1", "8", "8,16", "(8, 16)", "16,8,4", "8," * 13, "1,1", "9,9,9", "1000000000", ",",
+          "a,b", "8;16", "1.5,2", f"1{'0' * 30}", "0," * 5000]
+BOOLS = ["True", "False"] * 3 + ["true", "1", "", "no"]
+PLACES = ["", "new", "base", "vae", "vae/step_000001", "dit0", "dit", "dit/vae", "dit/step_000001", "photos",
+          "mixed", "text.txt", "broken.pt", "broken.safetensors", "image.png", "empty", "nowhere", "link", "loop",
+          "text.txt/below", "new/below/that", "dit/", "./dit", ".", "..", "../beside", "procedural"]
+ODD_NAMES = ["~", " ", "-", "two words", "n\new", "\u0444\u043e\u0442\u043e/\u00e9", "\u202e", "a" * 300,
+             "\u00e9" * 200, "x/" * 3000, "\0", "a\0b", "\udcff", "/dev/null/below", "/proc/nothing", "a|b|c", "|",
+             "%s{}", "a" * 3000]
+WORDS = ["--nonsense=1", "--", "-", "-n=2", "--=1", "words", "--lr", "--seed", "n=2", "--step=1", "=", "\udcff",
+         "--\u00fcnicode=1", "--help", "9" * 400]
 
 
-def values_of(field):
-    """A strategy of texts for a field: of its own type most often."""
-    numbers = st.sampled_from(NUMBERS)
-    own = {int: numbers | st.integers(-3, 70).map(str) | st.integers().map(str),
-           float: numbers | st.floats().map(str) | st.floats(0, 1).map(str),
-           bool: st.sampled_from(BOOLS),
-           tuple: st.sampled_from(TUPLES) | st.lists(st.integers(-1, 33), max_size=4).map(str)}
-    texts = st.sampled_from(NAMES) | st.text(max_size=20)
+def values_of(name, field):
+    """A strategy of texts for a field, most often of its own type."""
     choices = field.metadata["choices"]
+    names = st.sampled_from(PLACES) | st.sampled_from(PLACES + ODD_NAMES) | st.text(max_size=20)
+    numbers = st.sampled_from(LARGE) | st.sampled_from(ODD_NUMBERS) | st.integers(-2, 40).map(str)
     if choices:
-        return st.sampled_from(choices) | st.sampled_from(choices) | texts
-    return own.get(type(field.default), texts)
+        return st.sampled_from(choices) | st.sampled_from(choices) | names
+    if name == "compile":                                          # which would take minutes
+        return st.sampled_from(["False", "yes"])
+    return {
+        int: numbers | st.integers(0, 9).map(str) | st.integers().map(str),
+        float: numbers | st.floats().map(str) | st.floats(0, 1).map(str),
+        bool: st.sampled_from(BOOLS),
+        tuple: st.sampled_from(TUPLES) | st.lists(st.integers(-1, 33), max_size=4).map(str),
+    }.get(type(field.default), names)
 
 
 @st.composite
 def command_lines(draw):
-    """(script, argv, how many steps, images, ... the line may ask for): a valid line with some changes."""
+    """(script, arguments): a valid line with some changes."""
     command, Config, flags = draw(st.sampled_from(LINES))
     flags = dict(flags)
     fields = {f.name: f for f in dataclasses.fields(Config)}
     few = min(len(fields), draw(st.sampled_from([1, 1, 1, 2, 2, 3, 8])))
-    for name in draw(st.lists(st.sampled_from(sorted(fields)), min_size=few, max_size=few, unique=True)):
-        flags[name] = draw(values_of(fields[name]))
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    if draw(st.integers(0, 9)) == 0:
-        argv.insert(draw(st.integers(0, len(argv))), draw(st.sampled_from(SHARDS)))
-    script, *words = command.split()
-    return script, words + argv
-
-
-@st.composite
-def comparisons(draw):
-    names = draw(st.lists(st.sampled_from(NAMES + ["dit", "vae"]), min_size=1, max_size=3))
-    return "evaluate.py", ["compare", *names]
-
-
-lines = st.one_of(*[command_lines()] * 15, comparisons())
+    for name in draw(st.lists(st.sampled_from(list(fields)), min_size=few, max_size=few, unique=True)):
+        flags[name] = draw(values_of(name, fields[name]))
+    script, argv = as_argv(command, flags)
+    if draw(st.integers(0, 19)) == 7:
+        argv.insert(draw(st.integers(0, len(argv))), draw(st.sampled_from(WORDS)))
+    return script, argv
 
 
 # ---------------------------------------------------------------- running them
@@ -164,8 +177,8 @@ class Machine:
         (here / "empty").mkdir()
         (here / "link").symlink_to("dit")
         (here / "loop").symlink_to("loop")
-        for script, flags in FIRST:
-            result = self.ask(script, [f"--{name}={value}" for name, value in flags.items()], here, cpu=60)
+        for command, flags in FIRST:
+            result = self.ask(*as_argv(command, flags), here, cpu=60)
             assert (result["end"], result["code"]) == ("exit", 0), result
         assert (here / "dit" / "step_000001").exists()
 
@@ -191,8 +204,6 @@ class Machine:
                 assert asks_for_much(argv), f"{line}\ntakes more than 10 s"
             elif result["code"] != 0:
                 assert is_a_sentence(result["code"]), f"{line}\n{result['code']!r}"
-            else:
-                pass
             changed = {path for path, state in files_of(above).items() if before.get(path) != state}
             if result["end"] != "cut":
                 half = [path for path in changed if re.search(r"\.(tmp|part)\d*(/|$)", path)]
@@ -264,13 +275,12 @@ OPTIONS = dict(deadline=None, database=None, derandomize=True, phases=[Phase.gen
 
 @pytest.mark.parametrize("command,Config,flags", LINES)
 def test_the_lines_that_are_changed_are_valid(machine, command, Config, flags):
-    script, *words = command.split()
-    result = machine.check(script, words + [f"--{name}={value}" for name, value in flags.items()])
+    result = machine.check(*as_argv(command, flags))
     if command != "sample.py text":                        # there are no encoders here
         assert (result["end"], result["code"]) == ("exit", 0), result
 
 
 @settings(max_examples=40, **OPTIONS)
-@given(line=lines)
+@given(line=command_lines())
 def test_forty_random_command_lines_end_in_success_or_in_one_sentence(machine, line):
     machine.check(*line)
