@@ -131,17 +131,36 @@ def wait_for_all():
         dist.barrier()
 
 
-def gather(parts):
-    """All ranks' rows as one CPU tensor (n, ...), on all ranks; parts: batches of this rank's, r::world."""
-    mine = torch.cat(parts).cpu()
-    per_rank = [mine]
-    if dist.is_initialized():
-        per_rank = [None] * dist.get_world_size()
-        dist.all_gather_object(per_rank, mine)
-    rows = torch.empty(sum(map(len, per_rank)), *mine.shape[1:], dtype=mine.dtype)
-    for r, part in enumerate(per_rank):
-        rows[r::len(per_rank)] = part
-    return rows
+def from_all(x):
+    """[x of rank 0, of rank 1, ...], on all ranks, which must all call this.
+
+    x: anything that can be pickled, its tensors on the CPU
+    """
+    if not dist.is_initialized():
+        return [x]
+    per_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(per_rank, x)
+    return per_rank
+
+
+def gather(parts, numbers):
+    """All ranks' rows as one CPU tensor (n, ...), on all ranks, which must all call this.
+
+    The rows are in the order of their numbers, whichever rank had them, and however many it had.
+    parts: batches of this rank's rows, [] if it has none.   numbers: one number for each of its rows.
+    Where no rank has any row, the result is a tensor (0,).
+    """
+    mine = torch.cat(parts).cpu() if parts else torch.empty(0)
+    if len(mine) != len(numbers):
+        raise ValueError(f"{len(mine)} rows and {len(numbers)} numbers, wanted one for each row")
+    rows, order = [], []
+    for theirs, their_numbers in from_all((mine, list(numbers))):
+        order += their_numbers
+        if len(theirs):                                        # else it has another shape than the others'
+            rows.append(theirs)
+    if not rows:
+        return torch.empty(0)
+    return torch.cat(rows)[np.argsort(order, kind="stable")]
 
 
 # ---------------------------------------------------------------- micro-batches
