@@ -525,13 +525,6 @@ def make_folder(folder, instead="another --out"):
                          f"{instead}") from None
 
 
-def make_room_for(path):
-    """Make the folder of a file that is to be written.   raises: SystemExit if it cannot be written there"""
-    make_folder(Path(path).parent)
-    if Path(path).exists() and not Path(path).is_file():
-        raise SystemExit(f"{path}: is no file; wanted the name of one to write")
-
-
 def write_json(path, obj):
     replace(path, json.dumps(obj, indent=1) + "\n")
 
