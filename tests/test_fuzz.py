@@ -67,7 +67,7 @@ LINES = [
     ("sample.py export", ExportConfig, {"run": "dit", "out": "new"}),
     ("evaluate.py", evaluate.Config, {"run": "vae", "images": 4, "features": "none"}),
     ("evaluate.py", evaluate.Config, {"run": "dit", "out": "new.json"} | MEASURED),
-    ("evaluate.py", evaluate.Config, {"run": "dit", "data_dir": "photos", "keep_reference": "kept.npz"} | MEASURED),
+    ("evaluate.py", evaluate.Config, {"run": "dit", "keep_reference": "kept.npz"} | MEASURED | {"features": "auto"}),
     ("evaluate.py", evaluate.Config, {"run": "dit", "data_dir": "photos", "whole": True}),
     ("evaluate.py compare", Two, {"a": "dit", "b": "vae"}),
 ]
