@@ -288,3 +288,10 @@ def test_the_lines_that_are_changed_are_valid(machine, command, Config, flags):
 @given(line=command_lines())
 def test_forty_random_command_lines_end_in_success_or_in_one_sentence(machine, line):
     machine.check(*line)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **OPTIONS)
+@given(line=command_lines())
+def test_three_hundred_random_command_lines_do(machine, line):
+    machine.check(*line)
