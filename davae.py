@@ -423,8 +423,6 @@ class KLConfig:
     def __post_init__(self):
         self.widths = tuple(self.widths)        # JSON knows lists only
         self.attn = tuple(self.attn)
-        if not self.widths:
-            raise ValueError("widths is empty: wanted a number of channels for each level")
         unequal = [width for width in self.widths if width % self.groups]
         if unequal:
             raise ValueError(f"a level of {unequal[0]} channels does not divide into {self.groups} groups")

@@ -80,7 +80,7 @@ def test_what_does_not_fit_into_the_machines_memory_is_a_sentence_too(kind, vae_
 
 
 def test_other_errors_of_the_same_types_keep_their_traceback():
-    for error in (RuntimeError("shapes differ"), OSError("no such device"), OverflowError("math range error")):
+    for error in (RuntimeError("shapes differ"), OSError("no device"), OverflowError("math range error")):
         def main(cfg, error=error):
             raise error
         with pytest.raises(type(error)):
