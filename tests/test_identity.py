@@ -249,7 +249,7 @@ def test_a_finished_stage_is_used_again_only_if_it_is_what_the_preset_makes(
 
 
 def test_an_unfinished_vae_is_not_what_latents_are_made_of(davae_config, finetune_config, tmp_path):
-    cfg = davae_config(tmp_path / "v", steps=2, save_every=1, gan=0.0)
+    cfg = davae_config(tmp_path / "v", steps=2, save_every=1, image_size=16, gan=0.0)
     train_vae.main(cfg)
     shutil.rmtree(tmp_path / "v" / "step_000002")                  # as if killed before its last save
     with pytest.raises(SystemExit, match="statistics of its latents .* --steps=1"):
