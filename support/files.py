@@ -17,6 +17,7 @@ import os
 import pathlib
 import pickle
 import re
+import struct
 import zipfile
 
 import numpy as np
@@ -67,7 +68,7 @@ def weight_file(path):
     chosen = variants[0][1]
     if len(names) > 1:
         print(f"{path}: of {', '.join(names)} takes {chosen.name}; name another to have that")
-    return chosen
+    return weight_file(chosen)                                     # it may be a link to nothing
 
 
 def variant(name):
@@ -167,6 +168,11 @@ for number in (np.float64(0), np.zeros(0)):
         HARMLESS.append((make, f"numpy.{core}.multiarray.{make.__name__}"))
 
 
+# What torch, zipfile and safetensors raise for files with bytes that are missing or changed
+DAMAGED = (EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+           AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, SafetensorError)
+
+
 def read(path):
     """What a weight file holds, on the CPU.   raises: SystemExit saying what is wrong with it"""
     if is_index(path):
@@ -175,6 +181,8 @@ def read(path):
         kind = kind_of(path)
         if kind == "safetensors":
             return load_file(path)
+        if kind == "torch" and path.suffix == ".safetensors":      # torch.load goes by the name
+            kind = "written by torch.save, not safetensors; rename it to end in .pt"
         if kind != "torch":
             raise SystemExit(f"{path}: {kind}")
         with torch.serialization.safe_globals(HARMLESS):
@@ -182,7 +190,7 @@ def read(path):
     except pickle.UnpicklingError:
         raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and "
                          "is not opened; save its state dict as safetensors where it is trusted") from None
-    except (EOFError, OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
+    except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SystemExit(f"{path}: not a whole {path.suffix} file ({reason}); copy it again") from None
 
