@@ -31,10 +31,10 @@ from torch.utils._pytree import tree_flatten_with_path
 
 ENDINGS = ("safetensors", "pt", "pth", "ckpt", "bin")
 
-SHARD = re.compile(r"-\d+-of-(\d+)")                     # model-00001-of-00003.safetensors
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")                # model-00001-of-00003.safetensors
 
 # What training leaves beside the weights; and VA-VAE's statistics of latents, which another function reads
-BESIDE = re.compile(r"(optimizer|optim|scheduler|lr_scheduler|scaler|sampler|random_states|rng_state"
+BESIDE = re.compile(r"(optimizer|optim|opt|scheduler|lr_scheduler|scaler|sampler|random_states|rng_state"
                     r"|training_args|train_state|trainer_state|latents_stats)(?![a-z])|.*_optim_states\.")
 
 # Words in the names of variants of one model (diffusion_pytorch_model.fp16.safetensors), the preferred first;
@@ -61,7 +61,7 @@ def weight_file(path):
             found.setdefault(model, []).append((rank, file))
     if not found:
         raise SystemExit(f"{path}: {without_weights(path)}")
-    variants = sorted(min(found.values(), key=len))
+    variants = sorted(next(iter(found.values())))
     names = [file.name for files in found.values() for _, file in files]
     if len(found) > 1 or len(variants) > 1 and variants[0][0] == variants[1][0]:
         raise SystemExit(f"{path}: holds {len(names)} weight files {names}; name the one you mean")
@@ -130,7 +130,7 @@ def absent(path):
         return f"a link to {os.readlink(path)}, which is not there; copy the file itself"
     if re.match(r"(https?|hf|s3|gs):/", str(path)):
         return "an address, wanted a local file or folder: download it first"
-    hub = re.match(r"[\w-][\w.-]*/[\w.-]+", str(path))             # organisation/model, as on Hugging Face
+    hub = re.match(r"[\w-][\w.-]*/[\w.-]+", str(path))             # organisation/model
     if hub and not path.is_absolute() and not os.path.exists(path.parts[0]):
         return ("no such file or folder here; if it is a model on Hugging Face, wanted a local folder: run  "
                 f"huggingface-cli download {hub[0]} --local-dir={path.parts[1]}  and give that")
