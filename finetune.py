@@ -424,7 +424,7 @@ def make_if_missing(run, cfg):
 
 def open_training_set(cfg, vae):
     """Images, or the latents that LightningDiT's own code extracted from them."""
-    if any(Path(cfg.data_dir).glob("*.safetensors")):
+    if Latents.are_in(cfg.data_dir):
         return Latents(cfg.data_dir, vae, cfg.D)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
     if cfg.text:                                                   # the label is where to find the caption
