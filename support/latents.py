@@ -125,7 +125,7 @@ class Latents(data.Dataset):
 
     @staticmethod
     def are_in(folder):
-        """Is it a folder of shards?  Yes, if one of them holds `latents`, or is broken and no image is there."""
+        """Is it a folder of shards?  If one holds `latents`, or if one is broken and no image is there."""
         if folder in ("", "procedural") or not Path(folder).is_dir():
             return False
         found = [names_in(path) for path in Path(folder).glob("*.safetensors")]

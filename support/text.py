@@ -125,13 +125,13 @@ def open_shard(path):
         shard = safe_open(path, "pt")
         header = shard.metadata() or {}
         prompts = json.loads(header.get("prompts", "null"))
-        rows = [shard.get_slice(name).get_shape()[0] for name in ("context", "pooled")]
+        rows = [shard.get_slice(name).get_shape()[:1] for name in ("context", "pooled")]
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"{path}: cannot be read as a shard of texts ({error}); remove it and run "
                          "sample.py text again") from None
-    if prompts is None or rows != [len(prompts)] * 2:
-        raise SystemExit(f"{path}: has embeddings of {rows} texts, and {len(prompts or [])} prompts; wanted "
-                         "a shard that sample.py text wrote, remove this one")
+    if prompts is None or rows != [[len(prompts)]] * 2:
+        raise SystemExit(f"{path}: has {rows[0]} and {rows[1]} embeddings of {len(prompts or [])} prompts; "
+                         "wanted a shard that sample.py text wrote, remove this one")
     return shard, header, prompts
 
 
@@ -382,6 +382,8 @@ def read_prompts(prompts):
     elif os.path.isdir(prompts) and "/" in prompts:
         raise SystemExit(f"--prompts={shown(prompts)}: is a folder; {wanted}")
     else:
+        if os.path.isdir(prompts):
+            print(f"--prompts={prompts}: is drawn as a text, the folder of that name is not read")
         texts = prompts.split("|")
         for text in texts:
             if text.strip().lower().endswith(ENDINGS) and (is_path or len(text.split()) == 1):
@@ -401,6 +403,9 @@ def main_text(cfg):
         images = data.open_dataset(cfg.data_dir, 64, 0, 0)
         print(f"{cfg.data_dir}: {images.summary()}")
         captions = images.captions or []
+        if not captions:
+            raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
+                             "metadata.jsonl or metadata.csv with them")
     if not cfg.out or not (captions or cfg.prompts):
         raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or "
                          "--prompts=")
