@@ -9,16 +9,18 @@
 
 Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on the full-size image, with r^2
 times the tokens (r = 2: four times). Generation: samples, and the same latents through the base decoder
-alone, enlarged (bilinear: Tab. S2's row). Both go to <run>/metrics.json, with all settings and hashes of
-weights and images. The metrics are in support/metrics.py; the paper's analyses are scripts of their own,
-in experiments/.
+alone, enlarged (bilinear: Tab. S2's row). Both go to <run>/metrics.json, each as soon as it is known, with
+all settings and hashes of weights and images. What cannot be measured is refused before the measuring, which
+may take hours; images that cannot be read are left out, named and counted. The metrics are in
+support/metrics.py, metrics.json and `compare` in support/measurements.py; the paper's analyses are scripts of
+their own, in experiments/.
 """
 import dataclasses
-import json
+import itertools
 import platform
-import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +34,9 @@ from davae import LAYOUT
 from support import config, data, metrics, ranks, runs, weights
 from support.config import field
 from support.figures import print_table
+from support.measurements import add_entry, check_writable, compare, read_entries, run_folder, state_of
 from support.metrics import FeatureNetwork, distances, moments, upsampled
-from support.ranks import gather
+from support.ranks import from_all, gather
 from support.runs import hash_of
 
 
@@ -77,6 +80,10 @@ class Rulers:
     features: FeatureNetwork
     lpips: nn.Module | None        # None: LPIPS is not measured
 
+    def least(self):
+        """The least side, in pixels, of images that they can measure: SSIM's window, or the networks'."""
+        return 17 if self.lpips is not None or self.features.name == "SqueezeNet" else data.SMALLEST
+
     def settings(self):
         """Which they are, with hashes of their weights."""
         lpips_hash = hash_of(self.lpips) if self.lpips is not None else None
@@ -87,11 +94,15 @@ def load(folder, which="ema", device="auto"):
     """The Run in a folder.
 
     which: "ema" or "model", of the transformer's weights.   device: auto, cpu or cuda.
+    raises: SystemExit if it is no run of either script
     """
     rank, world, device = ranks.setup(device)
     checkpoint = runs.latest_checkpoint(folder)
     saved = runs.read_config(checkpoint)
-    if saved["script"] == "finetune.py":
+    script = saved.get("script")
+    if script not in ("finetune.py", "train_vae.py"):
+        raise SystemExit(f"{folder}: weights of {script}; wanted a run of finetune.py or of train_vae.py")
+    if script == "finetune.py":
         dit, vae, _ = weights.load_run(folder, which, device)
     else:
         dit = None
@@ -106,6 +117,7 @@ def provenance(run):
         machine = torch.cuda.get_device_name()
     return {
         "checkpoint": str(run.checkpoint),
+        "weights_sha256": state_of(run.checkpoint),
         "image_size": run.config["config"]["image_size"],
         "vae_hash": hash_of(run.vae),
         "dit_hash": hash_of(run.dit) if run.dit is not None else None,
@@ -131,12 +143,15 @@ def held_out(run, data_dir, images, whole=False):
     """(data set, indices) of `images` images that the run has not seen, spread evenly; if `whole`, of all.
 
     They have the size that the run was trained at.   data_dir: a folder; empty: drawings of another seed.
-    raises: SystemExit where it is empty and the run was trained on something else than drawings.
+    raises: SystemExit where it is empty and the run was trained on something else than drawings, or where no
+    image is wanted.
     """
     own = run.config["config"]
     if not data_dir and (whole or own["data_dir"] != "procedural"):
         raise SystemExit(f"{run.folder} was trained on {own['data_dir']}: give held-out images with "
                          "--data_dir=")
+    if images < 1:
+        raise SystemExit(f"--images={images}: wanted at least 1")
     dataset = data.open_dataset(data_dir or "procedural", own["image_size"], images, own["seed"] + 1)
     n = len(dataset) if whole else min(images, len(dataset))
     return dataset, np.linspace(0, len(dataset) - 1, n).astype(int).tolist()
@@ -147,23 +162,24 @@ def held_out(run, data_dir, images, whole=False):
 
 def reconstruction(vae, batches, rulers, device):
     """`image_table` of what the VAE gives back, each row with its number of latent positions."""
-    positions = {}
+    pixels = []
 
     def decodings(x):
+        pixels.extend([x[0, 0].numel()] * len(x))
         rows = {}
         if vae.D:
             z_all = vae.encode(x)                                                  # (B, C+D, H/f, W/f)
             rows |= upsampled(vae.decode_base(z_all[:, :vae.C]), vae.r)
             rows["DA-VAE"] = vae.decode(z_all).clamp(-1, 1)
-            positions.update(dict.fromkeys(rows, z_all[0, 0].numel()))
         z_full = vae.base.encode(x)                                                # (B, C, r*H/f, r*W/f)
         rows["base VAE, full size"] = vae.base.decode(z_full).clamp(-1, 1)
-        positions["base VAE, full size"] = z_full[0, 0].numel()
         return rows
 
     table, real, description = image_table(decodings, batches, rulers, device)
-    for row in table:
-        table[row]["positions"] = positions[row]
+    mean = np.mean(list(itertools.chain(*from_all(pixels))))           # over images, which may differ in size
+    for name, row in table.items():
+        f = vae.base.f if name == "base VAE, full size" else vae.f
+        row["positions"] = float(mean / f**2)
     return table, real, description
 
 
@@ -172,23 +188,30 @@ def image_table(decodings, batches, rulers, device):
     """Score what becomes of images: ({row: averages}, the images' features (N, d), which images they are).
 
     decodings: function of x (B, 3, H, W) -> {row: what became of x}, each (B, 3, H, W) in [-1, 1].
-    batches: this rank's share of the images, in [-1, 1].
+    batches: this rank's share of the images, which may be none: (x in [-1, 1], the numbers of its images).
+    raises: SystemExit if all ranks together have too few images
     """
-    digests, real, measured = [], [], {}
-    for x in batches:
+    numbers, digests, real, measured = [], [], [], {}
+    for x, some in batches:
         x = x.to(device)
+        numbers += some
         digests.append(torch.tensor([int(hash_of(image)[:15], 16) for image in data.to_uint8(x)]))
         real.append(rulers.features(x)[0])
         for row, y in decodings(x).items():
             measured.setdefault(row, []).append((pair_scores(x, y, rulers.lpips), rulers.features(y)[0]))
 
     # all ranks' images, in their order
-    digests = gather(digests)
-    real = gather(real)
+    digests = gather(digests, numbers)
+    real = gather(real, numbers)
+    least = 2 if rulers.features.name else 1
+    if len(real) < least:
+        raise SystemExit(f"{len(real)} images can be measured, wanted at least {least}")
+    names = dict.fromkeys(itertools.chain(*from_all(list(measured))))
     table = {}
-    for row, parts in measured.items():
-        scores = gather([scores for scores, _ in parts])                           # (N, 2 or 3)
-        f = gather([f for _, f in parts])                                          # (N, d)
+    for row in names:
+        parts = measured.get(row, [])
+        scores = gather([scores for scores, _ in parts], numbers)                  # (N, 2 or 3)
+        f = gather([f for _, f in parts], numbers)                                 # (N, d)
         table[row] = dict(zip(("psnr", "ssim", "lpips"), scores.mean(0).tolist()))
         table[row]["images"] = len(f)
         if rulers.features.name:
@@ -207,69 +230,115 @@ def pair_scores(x, y, lpips=None):
 # ---------------------------------------------------------------- generation
 
 
-@torch.no_grad()
-def generation(cfg, run, rulers, real, described):
-    """Draw cfg.n samples and measure them: ({row: metrics}, the settings that they depend on).
+@dataclass
+class Plan:
+    """How samples are drawn and what they are measured against, known before anything is measured."""
+    settings: dict                 # see sample.settings_of, and which reference and CLIP model
+    text: Callable | None          # see sample.text_of
+    clip: Callable | None          # see metrics.clip_scorer
+    reference: tuple | None        # moments of --reference=; None: the held-out images take its place
+    real: torch.Tensor | None      # features (N, d) of its images, where it has any
 
-    real: features (N, d) of the held-out images; described: which these are. cfg.reference takes their place.
-    A run with D = 0 on a DA-VAE has the enlarged rows only: Tab. S2's model of half the size with upsampling.
-    """
+
+def plan_generation(cfg, run, rulers):
+    """The Plan that cfg's flags ask for.   raises: SystemExit where they ask for what there is not"""
     settings = sample.settings_of(cfg, run.config, run.checkpoint)
-    reference = moments(real)
-    if cfg.reference:
-        reference, real, described = metrics.read_reference(cfg.reference, rulers.features, run.device)
-    settings["reference"] = described
-    text = sample.text_of(cfg, run.config, settings, Path(cfg.run), run.rank, run.device)
-    clip = None
+    if cfg.graph and run.device.type != "cuda":
+        raise SystemExit("--graph=True: wanted a GPU; leave it out")
+    text = sample.text_of(cfg, run.config, settings, run_folder(cfg.run), run.rank, run.device)
+    if text is not None:
+        missing = [prompt for prompt in settings["prompts"] if prompt not in text.rows]
+        if missing:
+            text(missing)                                      # says which, and what to do
+    plan = Plan(settings, text, clip=None, reference=None, real=None)
     if cfg.clip:
         if text is None:
             raise SystemExit(f"--clip={cfg.clip}: {cfg.run} draws classes, not texts")
-        clip, settings["clip"] = metrics.clip_scorer(cfg.clip, run.device)
+        plan.clip, settings["clip"] = metrics.clip_scorer(cfg.clip, run.device)
+    if cfg.reference:
+        size = (settings["height"], settings["width"])
+        found = metrics.read_reference(cfg.reference, rulers.features, run.device, size)
+        plan.reference, plan.real, settings["reference"] = found
+    return plan
 
-    measured, speed = draw_and_measure(cfg, run, rulers, settings, text, clip)
+
+@torch.no_grad()
+def rehearse(cfg, run, rulers, plan):
+    """Draw one batch in one step and measure it, so that what cannot work (memory, sizes) fails now."""
+    one_step = dataclasses.replace(plan, settings=plan.settings | {"steps": 1, "cfg_start": 0.0})
+    draw(run, rulers, one_step, range(min(cfg.batch_size, cfg.n)), sample.sample_flow)
+
+
+@torch.no_grad()
+def generation(cfg, run, rulers, plan, real):
+    """Draw cfg.n samples and measure them: {row: metrics}.
+
+    real: features (N, d) of the held-out images.
+    A run with D = 0 on a DA-VAE has the enlarged rows only: Tab. S2's model of half the size with upsampling.
+    """
+    reference = plan.reference
+    if reference is None and rulers.features.name:
+        reference = moments(real)
+    elif reference is not None:
+        real = plan.real
+    mine = range(run.rank, cfg.n, run.world)
+    measured, speed = draw_and_measure(cfg, run, rulers, plan, mine)
     table = {}
     for row, parts in measured.items():
-        f = gather([f for f, _, _ in parts])                                       # (n, d)
-        logits = gather([logits for _, logits, _ in parts])                        # (n, classes)
-        scores = gather([scores for _, _, scores in parts])                        # (n,)
+        f = gather([f for f, _, _ in parts], mine)                                 # (n, d)
+        logits = gather([logits for _, logits, _ in parts], mine)                  # (n, classes)
+        scores = gather([scores for _, _, scores in parts], mine)                  # (n,)
         table[row] = {}
         if rulers.features.name:
             table[row] |= distances(rulers.features.name, f, reference, logits, real)
         if rulers.features.name == "Probe":
-            labels = sample.sample_labels(range(cfg.n), settings["classes"])
+            labels = sample.sample_labels(range(cfg.n), plan.settings["classes"])
             table[row]["judged sharp"] = (logits[:, 10] > 0).float().mean().item()
             table[row]["class recognised"] = (logits[:, :10].argmax(1) == labels).float().mean().item()
-        if clip is not None:
+        if plan.clip is not None:
             table[row]["CLIP"] = scores.mean().item()
         if speed is not None:
             table[row]["img/s"] = speed
-    return table, settings
+    return table
 
 
-def draw_and_measure(cfg, run, rulers, settings, text, clip):
-    """Draw this rank's samples: ({row: [(features, logits, CLIP scores) of each batch]}, img/s of all ranks).
+def draw_and_measure(cfg, run, rulers, plan, mine):
+    """Draw samples `mine`: ({row: [what `draw` found in each batch]}, img/s of all ranks).
 
     img/s: sampling and both decoders, after a batch of warm-up; None if there was no second batch.
     """
-    mine = range(run.rank, cfg.n, run.world)
-    prompts = settings["prompts"] if text else [""]
     flow = sample.prepare(run.dit, run.vae, cfg, run.device)
     measured, seconds = {}, []
     for k in tqdm(range(0, len(mine), cfg.batch_size), desc="sampling", disable=run.rank > 0, mininterval=1):
-        indices = mine[k:k + cfg.batch_size]
-        start = time.perf_counter()
-        full, base = sample.generate(run.dit, run.vae, indices, settings, text, flow)
-        full, base = full.cpu(), base.cpu()                    # waits for the GPU, before the clock is read
-        seconds.append(time.perf_counter() - start)
-
-        texts = [prompts[i % len(prompts)] for i in indices]
-        for row, x in sample_rows(run.dit, run.vae, full, base).items():
-            x = x.to(run.device)
-            scores = x.new_empty(len(x)) if clip is None else clip(x, texts)
-            measured.setdefault(row, []).append((*rulers.features(x), scores))
+        found, duration = draw(run, rulers, plan, mine[k:k + cfg.batch_size], flow)
+        seconds.append(duration)
+        for row, values in found.items():
+            measured.setdefault(row, []).append(values)
     if len(seconds) == 1:
         return measured, None
     return measured, (len(mine) - cfg.batch_size) * run.world / sum(seconds[1:])
+
+
+def draw(run, rulers, plan, indices, flow):
+    """({row: (features, logits, CLIP scores)} of samples `indices`, seconds of sampling and decoding).
+
+    raises: SystemExit if the model gives NaN or infinity
+    """
+    start = time.perf_counter()
+    full, base = sample.generate(run.dit, run.vae, indices, plan.settings, plan.text, flow)
+    full, base = full.cpu(), base.cpu()                        # waits for the GPU, before the clock is read
+    seconds = time.perf_counter() - start
+    if not full.isfinite().all():
+        raise SystemExit(f"{run.checkpoint}: draws NaN; it diverged, measure an earlier checkpoint")
+
+    prompts = plan.settings["prompts"] if plan.text else [""]
+    texts = [prompts[i % len(prompts)] for i in indices]
+    found = {}
+    for row, x in sample_rows(run.dit, run.vae, full, base).items():
+        x = x.to(run.device)
+        scores = x.new_empty(len(x)) if plan.clip is None else plan.clip(x, texts)
+        found[row] = (*rulers.features(x), scores)
+    return found, seconds
 
 
 def sample_rows(dit, vae, full, base):
@@ -287,119 +356,84 @@ def sample_rows(dit, vae, full, base):
 
 def main(cfg):
     """Measure, print two tables, add them to metrics.json; ranks share the images.  Returns the new entry."""
+    out = Path(cfg.out or run_folder(cfg.run) / "metrics.json")
+    read_entries(out)
     run = load(cfg.run, cfg.weights, cfg.device)
     dataset, index = held_out(run, cfg.data_dir, cfg.images, cfg.whole)
-    if run.world > min(len(index), cfg.n):
-        raise SystemExit(f"{run.world} processes, {len(index)} images, {cfg.n} samples: wanted at least "
-                         "one for each process")
     rulers = load_rulers(cfg, "none" if cfg.whole else cfg.features, run)
+    draws = run.dit is not None and not cfg.whole
+    check(cfg, run, rulers, len(index), draws, out)
 
     # everything that the numbers depend on
     settings = dataclasses.asdict(cfg) | provenance(run) | rulers.settings()
     if cfg.whole:
         settings["image_size"] = "whole"
+    if draws:
+        plan = plan_generation(cfg, run, rulers)
+        settings |= plan.settings
+        rehearse(cfg, run, rulers, plan)
 
     # reconstruction: every process takes each world-th image
     mine = index[run.rank::run.world]
-    batches = (x for x, _, _ in data.read(dataset, mine, run.vae.f if cfg.whole else 0))
+    batches = data.read(dataset, mine, run.vae.f if cfg.whole else 0)
     batches = tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1)
+    batches = large_enough(batches, dataset, rulers.least())
     table, real, settings["held_out"] = reconstruction(run.vae, batches, rulers, run.device)
+    settings["left_out"] = len(index) - len(real)
     entry = {"settings": settings, "reconstruction": table}
+    if draws and not cfg.reference:
+        settings["reference"] = settings["held_out"]
+    if run.rank == 0:
+        print_table(f"held-out images ({cfg.data_dir or 'procedural'})", table)
+        add_entry(out, entry)
+        if cfg.keep_reference:
+            size = run.config["config"]["image_size"]
+            metrics.keep_reference(cfg.keep_reference, real, rulers.features, settings["held_out"], size)
 
-    # generation
-    if run.dit is not None and not cfg.whole:
-        entry["generation"], more = generation(cfg, run, rulers, real, settings["held_out"])
-        settings |= more
-
-    # the files, and two tables
-    if run.rank:
-        return entry
-    if cfg.keep_reference:
-        mu, sigma = moments(real)
-        np.savez(cfg.keep_reference, mu=mu, sigma=sigma, features=rulers.features.described, count=len(real))
-    print_table(f"held-out images ({cfg.data_dir or 'procedural'})", entry["reconstruction"])
-    print_table(f"{cfg.n} samples", entry.get("generation", {}))
-    add_entry(Path(cfg.out or Path(cfg.run) / "metrics.json"), entry)
+    # generation: what is measured by now is kept, whatever happens here
+    if draws:
+        entry["generation"] = generation(cfg, run, rulers, plan, real)
+        if run.rank == 0:
+            print_table(f"{cfg.n} samples", entry["generation"])
+            add_entry(out, entry)
     return entry
 
 
-def add_entry(path, entry):
-    """Add a measurement to the JSON list in `path`; it replaces the one with the same settings."""
-    entries = json.loads(path.read_text()) if path.exists() else []
-    others = [e for e in entries if e["settings"] != entry["settings"]]
-    runs.write_json(path, [*others, entry])
-    print(f"\nadded to {path}")
+def check(cfg, run, rulers, images, draws, out):
+    """raises: SystemExit if flags, of `images` held-out images, ask for what will fail or have no effect"""
+    counts = {"images": images, "n": cfg.n} if draws else {"images": images}
+    least = 2 if rulers.features.name else 1
+    for name, count in counts.items():
+        if count < least:
+            raise SystemExit(f"--{name}: {count}, wanted at least {least}; distances are between sets, "
+                             "--features=none measures without")
+        if count < run.world:
+            raise SystemExit(f"{run.world} processes, {count} {name}: wanted at least one for each process")
+    if (cfg.reference or cfg.keep_reference) and not rulers.features.name:
+        raise SystemExit("--reference and --keep_reference: wanted a network to measure distances with, by "
+                         "--inception_weights= or --features=, and not --whole=True")
+    if (cfg.reference or cfg.clip) and not draws:
+        raise SystemExit(f"--reference and --clip are for samples, and none are drawn of {cfg.run} here")
+    size = run.config["config"]["image_size"]
+    if not cfg.whole and size < rulers.least():
+        raise SystemExit(f"{cfg.run}: images of {size}x{size} pixels; these metrics want {rulers.least()}x"
+                         f"{rulers.least()}: try without --perceptual and --lpips_trunk")
+    if cfg.keep_reference:
+        metrics.check_kept(cfg.keep_reference, rulers.features, images, size)
+    if run.rank == 0:
+        for path in filter(None, (out, cfg.keep_reference)):
+            check_writable(Path(path))
 
 
-# ---------------------------------------------------------------- compare two runs
-
-
-HIGHER_IS_BETTER = ("psnr", "ssim", "IS", "precision", "recall", "judged sharp", "class recognised", "CLIP")
-LOWER_IS_BETTER = ("lpips", "FD", "FID", "KID")                # img/s, images and positions are not ranked
-
-# The settings that a number depends on: two numbers are ranked where these are known and equal.
-OF_SECTION = {"reconstruction": ("image_size", "held_out"), "generation": ("image_size", "n", "reference")}
-OF_METRIC = {"psnr": (), "ssim": (), "lpips": ("perceptual", "lpips_hash"), "CLIP": ("clip", "prompts")}
-OF_FEATURES = ("features",)                                    # of all other metrics
-
-
-def compare(a, b):
-    """Print the latest entries of two runs side by side.  Returns the lines.
-
-    * marks the better value, where all that it depends on is known and equal. The last line has every setting
-    in which the two differ.
-    """
-    one, two = latest_entry(a), latest_entry(b)
-    lines = [f"{'':<52}{a[-14:]:>14}  {b[-14:]:>14}"]
-    for section, of_section in OF_SECTION.items():
-        values, others = metrics_of(one, section), metrics_of(two, section)
-        for (row, metric), x in values.items():
-            if (row, metric) not in others or not metric.endswith(HIGHER_IS_BETTER + LOWER_IS_BETTER):
-                continue
-            y = others[row, metric]
-            differ = differing(one, two, of_section + OF_METRIC.get(metric, OF_FEATURES))
-            stars = "  " if differ else better(metric, x, y)
-            line = f"{row:<34}{metric:>18}{x:>14.4g}{stars[0]} {y:>14.4g}{stars[1]}"
-            lines.append(line + (f"  not ranked: {', '.join(differ)}" if differ else ""))
-    everything = sorted({*one["settings"], *two["settings"]})
-    lines.append(f"they differ in: {'; '.join(differing(one, two, everything))}")
-    print(*lines, sep="\n")
-    return lines
-
-
-def better(metric, x, y):
-    """"* " if x is the better value of a metric, " *" if y is, two spaces if they are equal."""
-    if x == y:
-        return "  "
-    return "* " if (x > y) == metric.endswith(HIGHER_IS_BETTER) else " *"
-
-
-def latest_entry(run):
-    """The last measurement in a run's metrics.json."""
-    path = Path(run) / "metrics.json"
-    if not path.exists():
-        raise SystemExit(f"{path}: not there; make it with: python evaluate.py {path.parent}")
-    return json.loads(path.read_text())[-1]
-
-
-def metrics_of(entry, section):
-    """{(row, metric): value} of a section of an entry. FID@n and FID-50k are both FID: n is a setting."""
-    values = {}
-    for row, found in entry.get(section, {}).items():
-        for metric, value in found.items():
-            values[row, re.sub(r"FID(@\d+|-50k)", "FID", metric)] = value
-    return values
-
-
-def differing(one, two, names):
-    """["name x / y"] of the settings in which two entries differ, or that one of them lacks."""
-    found = []
-    for name in names:
-        x = one["settings"].get(name, "unknown")
-        y = two["settings"].get(name, "unknown")
-        if x != y or x == "unknown":
-            found.append(f"{name} {x} / {y}")
-    return found
+def large_enough(batches, dataset, least):
+    """(x, numbers) of the batches of data.read, but for images with sides below `least`, which are named."""
+    for x, _, numbers in batches:
+        H, W = x.shape[2:]
+        if min(H, W) >= least:
+            yield x, numbers
+        else:                                                  # a whole image, a batch by itself
+            reason = f"{W}x{H} pixels are too small, LPIPS wants {least}"
+            dataset.report(dataset.paths[numbers[0]], reason, "it is left out")
 
 
 def command_line(argv):
@@ -407,8 +441,10 @@ def command_line(argv):
     if argv[:1] == ["analyse"]:
         raise SystemExit("the paper's analyses are scripts of their own, in experiments/: for example "
                          "python experiments/tsne.py RUN")
+    if argv[:1] == ["compare"] and len(argv) != 3:
+        raise SystemExit(f"compare {' '.join(argv[1:])}: wanted two runs: python evaluate.py compare RUN RUN")
     try:
-        if argv[:1] == ["compare"] and len(argv) == 3:
+        if argv[:1] == ["compare"]:
             compare(*argv[1:])
         else:
             ranks.launch(main, config.cli(Config, argv=argv))

@@ -49,7 +49,9 @@ def main(cfg):
     held = shared.open_run(cfg)
     vae, device = held.run.vae, held.run.device
     rulers = load_rulers(cfg, cfg.features, held.run)
-    table, _, described = image_table(lambda x: sensitivity(vae, x), held.x.split(10), rulers, device)
+    numbers = range(len(held.x))
+    batches = [(held.x[k:k + 10], numbers[k:k + 10]) for k in numbers[::10]]
+    table, _, described = image_table(lambda x: sensitivity(vae, x), batches, rulers, device)
 
     first = held.x[:6]
     pictures = {"input": first, **sensitivity(vae, first.to(device))}

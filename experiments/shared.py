@@ -45,7 +45,10 @@ class HeldOut:
 
 @torch.no_grad()
 def open_run(cfg):
-    """The HeldOut of a run.   raises: SystemExit if it has no detail channels."""
+    """The HeldOut of a run; images that cannot be read are left out and counted.
+
+    raises: SystemExit if it, or the second DA-VAE, has no detail channels, or no image can be read.
+    """
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
     if not run.vae.D:
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
@@ -60,6 +63,8 @@ def open_run(cfg):
     groups = {"base": z_all[:, :run.vae.C], "detail": z_all[:, run.vae.C:]}
     if cfg.other:
         vae = weights.load_davae(cfg.other).to(run.device)
+        if not vae.D:
+            raise SystemExit(f"--other={cfg.other}: has no detail channels to look at; wanted a DA-VAE")
         groups[f"detail of {Path(cfg.other).name}"] = encode(vae, x, run.device)[:, vae.C:]
     return HeldOut(run, x, y, dataset.classes, z_all, groups)
 

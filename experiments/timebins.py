@@ -55,6 +55,8 @@ def main(cfg):
     if run.dit is None or run.config["config"].get("text") or held.classes != run.config["classes"]:
         raise SystemExit(f"{cfg.run}: wanted a class-conditional run of finetune.py, and held-out images of "
                          "its classes")
+    if not run.dit.cfg.D:
+        raise SystemExit(f"{cfg.run}: its transformer makes no details; wanted one that was widened by them")
     curves = timebins(run.dit, held.z_all, held.y, run.vae.C, cfg.bins, run.device)
     xlabel = f"time t, bins of {1 / cfg.bins:.3g} (0: noise, 1: data)"
     return shared.write("timebins", cfg, run, panels=[(xlabel, "mean (v - v*)^2", "o-", curves)])

@@ -30,6 +30,8 @@ def tsne(z, y):
 
 def main(cfg):
     held = shared.open_run(cfg)
+    if len(held.x) < 2:
+        raise SystemExit(f"--images={cfg.images}: {len(held.x)} can be read, neighbours are at least 2")
     table, panels = {}, []
     for name, z in held.groups.items():
         points, same = tsne(z, held.y)

@@ -146,7 +146,10 @@ def final_table(folders):
 
 
 def print_table(title, table):
-    """Print {row: {column: number}} aligned, columns in alphabetical order, blank where a row has none."""
+    """Print {row: {column: number}} aligned, columns in alphabetical order, blank where a row has none.
+
+    A number that is None is "-".
+    """
     if not table:
         print()
         return
@@ -157,6 +160,6 @@ def print_table(title, table):
     for name, row in table.items():
         cells = []
         for column in columns:
-            cell = f"{row[column]:.4g}" if column in row else ""
+            cell = number(row, column, ".4g") if column in row else ""
             cells.append(f"{cell:>{widths[column]}}")
         print(f"{name:<34}{''.join(cells)}")

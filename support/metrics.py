@@ -8,9 +8,12 @@ Images are (B, 3, H, W), RGB, in [-1, 1]. What is hand-written is what is worth 
 distance, the probe. Inception, KID, IS, precision and recall are torch-fidelity's, LPIPS is the lpips
 package's, CLIP is transformers'. With the published weights of Inception and of CLIP: not run.
 """
+import math
+import os
 import sys
 import urllib.error
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +22,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
-from support import data, files, runs
+from support import data, files, ranks, runs
 from support.fit import ridge
 from support.runs import hash_of
 
@@ -138,7 +142,13 @@ def upsampled(base, r):
 
 
 def moments(features):
-    """Mean (d,) and unbiased covariance (d, d) of features (n, d), float64."""
+    """Mean (d,) and unbiased covariance (d, d) of features (n, d), float64.
+
+    raises: ValueError if n < 2; n < d is allowed, the covariance is then singular
+    """
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} images have no covariance, wanted at least 2: give more, or "
+                         "measure without --features")
     features = features.double()
     return features.mean(0), torch.cov(features.T)
 
@@ -147,10 +157,13 @@ def frechet_distance(a, b):
     """Squared Frechet distance of two Gaussians given by their `moments`, in float64.
 
     |mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), the last trace from the eigenvalues of a
-    symmetric matrix, so that rank-deficient covariances (n < d) stay finite.
+    symmetric matrix, so that rank-deficient covariances (n < d) stay finite. Of moments that are not finite
+    (images of NaN, by a model that diverged) it is NaN.
     """
     mu_a, A = a
     mu_b, B = b
+    if not torch.isfinite(A.sum() + B.sum()):
+        return math.nan
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T                         # A^1/2, (d, d)
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
@@ -164,6 +177,8 @@ def distances(name, f, reference, logits=None, real=None):
           images on, FID@n below.
     reference: the set's `moments`.   logits (n, classes): for the Inception score.
     real: the set's features (N, d) where they are known; KID, precision and recall need them.
+    Precision and recall look for an image's three nearest neighbours: below 4 images there are none.
+    raises: ValueError if n or N is below 2.
     """
     values = {f"{name}-{_frechet_name(name, len(f))}": frechet_distance(moments(f), reference)}
     if real is not None:
@@ -177,7 +192,7 @@ def distances(name, f, reference, logits=None, real=None):
         from torch_fidelity.metric_prc import calculate_precision_recall_part
         score = isc_features_to_metric(logits, splits=max(1, len(logits) // 5000))
         values["IS"] = score["inception_score_mean"]
-        if real is not None:
+        if real is not None and min(len(f), len(real)) > 3:
             values["precision"], values["recall"] = calculate_precision_recall_part(f, real)
     return values
 
@@ -322,33 +337,143 @@ def make_probe(image_size):
 
 
 @torch.no_grad()
-def read_reference(path, network, device="cpu"):
+def read_reference(path, network, device="cpu", size=None):
     """(moments, features or None, what it is) of an npz as guided-diffusion publishes them.
 
-    It holds images `arr_0` (N, H, W, 3), which go through the FeatureNetwork, or `mu` and `sigma`. Statistics
-    must be of the same network; they are taken for Inception's if they do not say, as ours do in `features`.
+    It holds images `arr_0`, which go through the FeatureNetwork; or `mu` and `sigma`; or all three: mu and
+    sigma are then the moments, as in guided-diffusion's evaluator, and the images for what needs features.
+    Statistics must be of the same network; they are taken for Inception's if they do not say, as ours do in
+    `features`. Beside images, those of another network are passed over.
+    size: (H, W) of what will be measured. Where the reference's images have another, a line says so: it is a
+    part of the distances, even of Inception's, which resizes.
     raises: SystemExit saying what was found.
     """
-    try:
-        with np.load(path) as file:
-            known = {"arr_0", "mu", "sigma", "features", "count"}
-            arrays = {k: file[k] for k in file.files if k in known}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"--reference={path}: not an npz file of arrays ({error})") from None
-    images = arrays.get("arr_0", ())
-    count = len(images) or arrays.get("count", "?")
-    named = f"{count} images, sha256 {hash_of(Path(path).read_bytes())}"
-    if len(images):
-        parts = torch.as_tensor(images).split(50)
-        real = torch.cat([network(data.to_tensor(part).to(device))[0].cpu() for part in parts])
-        return moments(real), real, named
+    arrays = read_npz(path)
+    images = arrays.get("arr_0")
     made_with = str(arrays.get("features", "Inception"))
-    if not {"mu", "sigma"} <= set(arrays) or not network.described.startswith(made_with):
+    statistics = {"mu", "sigma"} <= set(arrays) and made_with in (network.name, network.described)
+    if not statistics and images is None:
         raise SystemExit(f"--reference={path}: wanted arr_0 (images), or mu and sigma, of "
                          f"{network.described} features; found {sorted(arrays)}, {made_with}")
-    mu = torch.as_tensor(arrays["mu"]).double()
-    sigma = torch.as_tensor(arrays["sigma"]).double()
-    return (mu, sigma), None, named
+    if images is not None:
+        check_images(images, path)
+    if statistics:
+        check_statistics(arrays["mu"], arrays["sigma"], network, path, device)
+
+    real, reference = None, None
+    if images is not None:
+        named = f"{len(images)} images, sha256 {runs.sha256(path)[:16]}"
+        parts = torch.as_tensor(images).split(50)
+        real = torch.cat([network(data.to_tensor(part).to(device))[0].cpu() for part in parts])
+        reference = moments(real)
+    if statistics:
+        count = arrays.get("count", "?") if images is None else f"mu and sigma beside {len(images)}"
+        named = str(arrays.get("images", f"{count} images, sha256 {runs.sha256(path)[:16]}"))
+        reference = (torch.as_tensor(arrays["mu"]).double(), torch.as_tensor(arrays["sigma"]).double())
+    say_other_size(path, images, arrays.get("image_size"), size)
+    return reference, real, named
+
+
+# What NumPy, zipfile and zlib raise for files that are cut off, damaged, locked, or hold Python objects.
+NOT_ARRAYS = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path, flag="reference"):
+    """The arrays of a reference that are known here, {name: array}.
+
+    flag: which gave the path.   raises: SystemExit if it is no npz file
+    """
+    known = {"arr_0", "mu", "sigma", "features", "count", "images", "image_size"}
+    if not Path(path).is_file():
+        what = "a folder, wanted an npz file" if Path(path).is_dir() else "no such file"
+        raise SystemExit(f"--{flag}={path}: {what}")
+    try:
+        file = np.load(path)
+        if isinstance(file, np.ndarray):
+            raise ValueError(f"one array of shape {file.shape}: save it with np.savez(FILE, arr_0=images)")
+        with file:
+            arrays = {name: file[name] for name in file.files if name in known}
+    except NOT_ARRAYS as error:
+        raise SystemExit(f"--{flag}={path}: not an npz file of arrays ({error})") from None
+    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+
+
+def check_images(images, path):
+    """raises: SystemExit unless a reference's images are uint8 (N, H, W, 3), with what makes them so."""
+    shape = images.shape
+    if images.dtype == np.uint8 and images.ndim == 4 and shape[3] == 3 and len(images) > 1 and images.size:
+        return
+    advice = []
+    if images.dtype.kind == "f":
+        advice.append("(255 * x).round() of values in [0, 1] or (127.5 * x + 127.5).round() of [-1, 1]")
+    if images.ndim == 4 and shape[3] not in (3, 4) and shape[1] in (1, 3, 4):
+        advice.append("x.transpose(0, 2, 3, 1)")
+    if images.ndim == 4 and (shape[3] == 4 or shape[1] == 4 and shape[3] != 3):
+        advice.append("x[..., :3]")
+    if images.ndim == 3 or images.ndim == 4 and 1 in (shape[1], shape[3]):
+        advice.append("np.stack of three times a grey x, axis -1")
+    if images.dtype != np.uint8:
+        advice.append("x.astype(np.uint8) of values from 0 to 255")
+    convert = f"; to convert: {', '.join(advice)}" if advice else ""
+    raise SystemExit(f"--reference={path}: arr_0 is {images.dtype} {shape}, wanted at least two images, "
+                     f"uint8 (N, H, W, 3){convert}")
+
+
+def check_statistics(mu, sigma, network, path, device):
+    """raises: SystemExit unless mu and sigma are a mean and a covariance of the network's features."""
+    d = network(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1]
+    found = f"--reference={path}: mu is {mu.dtype} {mu.shape}, sigma {sigma.dtype} {sigma.shape}"
+    numbers = mu.dtype.kind in "fiu" and sigma.dtype.kind in "fiu"
+    if not numbers or mu.shape != (d,) or sigma.shape != (d, d):
+        raise SystemExit(f"{found}; wanted mean ({d},) and covariance ({d}, {d}) of {network.described}")
+    wrong = ""
+    sigma = sigma.astype(np.float64)
+    if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        wrong = "not finite everywhere"
+    elif not sigma.any():
+        wrong = "sigma is zero everywhere"
+    elif abs(sigma - sigma.T).max() > 1e-3 * abs(sigma).max() or sigma.diagonal().min() < 0:
+        wrong = "sigma is not symmetric, or has negative variances"
+    if wrong:
+        raise SystemExit(f"{found}; {wrong}: this is no mean and covariance, make the file again")
+
+
+def say_other_size(path, images, stored, size):
+    """Say in a line, by rank 0, that a reference's images have not the size (H, W) of what is measured."""
+    found = None
+    if images is not None:
+        found = images.shape[1:3]
+    elif stored is not None:
+        found = (int(stored), int(stored))
+    if size is not None and found not in (None, tuple(size)) and ranks.this_rank() == 0:
+        print(f"--reference={path}: of {found[0]}x{found[1]} pixels, the samples have {size[0]}x{size[1]}; "
+              "distances measure that, too", file=sys.stderr)
+
+
+def keep_reference(path, real, network, images, image_size):
+    """Write the moments of features (N, d) for `read_reference`; the file is whole or absent.
+
+    images: which these are, as read_reference will say;  image_size: their side, in pixels
+    """
+    mu, sigma = moments(real)
+    with open(f"{path}.tmp", "wb") as f:
+        np.savez(f, mu=mu, sigma=sigma, features=network.described, count=len(real), images=images,
+                 image_size=image_size)
+    os.replace(f"{path}.tmp", path)
+
+
+def check_kept(path, network, count, image_size):
+    """raises: SystemExit if `keep_reference` would overwrite anything that its `count` images do not replace.
+
+    They replace statistics of at most as many images, by the same network and of the same size.
+    """
+    if not Path(path).exists():
+        return
+    old = read_npz(path, "keep_reference")
+    same = str(old.get("features")) == network.described and str(old.get("image_size")) == str(image_size)
+    if not same or "arr_0" in old or int(old["count"]) > count:
+        raise SystemExit(f"--keep_reference={path}: is there, with {old.get('count', 'other')} images of "
+                         f"{old.get('features', 'unknown')} features; give another name, or remove it")
 
 
 def clip_scorer(folder, device):
@@ -363,8 +488,16 @@ def clip_scorer(folder, device):
                          "tokenizer, processor")
     import_torchvision()
     from transformers import CLIPModel, CLIPProcessor
-    processor = CLIPProcessor.from_pretrained(folder)
-    model = CLIPModel.from_pretrained(folder).to(device).eval()
+    try:
+        processor = CLIPProcessor.from_pretrained(folder)
+        model, loaded = CLIPModel.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SystemExit(f"--clip={folder}: not a whole CLIP model and processor ({reason})") from None
+    if loaded["missing_keys"]:                       # transformers would fill them with random numbers
+        some = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise SystemExit(f"--clip={folder}: lacks weights ({some}, ...); wanted a CLIPModel, of both sides")
+    model = model.to(device).eval()
 
     def score(x, texts):
         images = list(data.to_uint8(x))

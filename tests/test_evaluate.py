@@ -36,7 +36,8 @@ NOTHING = evaluate.Rulers(FeatureNetwork("", "", metrics.no_features), lpips=Non
 
 def test_reconstruction_rows_are_what_their_names_say(tiny_vae):
     vae, x = load_davae(tiny_vae), torch.rand(5, 3, 64, 64) * 2 - 1
-    table, real, described = evaluate.reconstruction(vae, x.split(2), POOL, torch.device("cpu"))
+    batches = [(x[:2], [0, 4]), (x[2:4], [7, 11]), (x[4:], [12])]
+    table, real, described = evaluate.reconstruction(vae, batches, POOL, torch.device("cpu"))
     assert list(table) == ["base only, bilinear", "base only, bicubic", "DA-VAE", "base VAE, full size"]
     assert [row["positions"] for row in table.values()] == [64, 64, 64, 256]
     with torch.no_grad():
@@ -56,7 +57,7 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
     run = stand_in(vae=vae, dit=SimpleNamespace(cfg=SimpleNamespace(D=1)))
     cfg, seen = evaluate.Config(n=5, batch_size=2, clip="folder"), []
     monkeypatch.setattr(evaluate.sample, "settings_of", lambda *args: {"prompts": ["a", "b", "c"]})
-    monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: "a cache of texts")
+    monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: SimpleNamespace(rows=["a", "b", "c"]))
     monkeypatch.setattr(evaluate.sample, "prepare", lambda *args: None)
 
     def generate(dit, vae, indices, *args):                    # sample i has the colour i
@@ -70,9 +71,10 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
         return x[:, 0, 0, 0]
 
     monkeypatch.setattr(metrics, "clip_scorer", lambda *args: (clip, "hash"))
-    table, settings = evaluate.generation(cfg, run, NOTHING, torch.zeros(2, 1), "2 images")
+    plan = evaluate.plan_generation(cfg, run, NOTHING)
+    table = evaluate.generation(cfg, run, NOTHING, plan, torch.zeros(2, 0))
     assert seen == [(1, "b"), (2, "c"), (3, "a"), (4, "b")] and table["samples"]["CLIP"] == 2.0
-    assert settings["clip"] == "hash" and settings["reference"] == "2 images"
+    assert plan.settings["clip"] == "hash"
 
 
 # ---------------------------------------------------------------- the script

@@ -1,0 +1,190 @@
+"""metrics.json: the list of a run's measurements, each added whole; and two runs side by side.
+
+An entry is {"settings": all that the numbers depend on, "reconstruction": {row: {metric: number}},
+"generation": the same, where samples were drawn}.
+"""
+import json
+import math
+import re
+from pathlib import Path
+
+from support import runs
+
+# ---------------------------------------------------------------- where they are, and of which checkpoint
+
+
+def run_folder(path):
+    """The run that one of its step folders is in; a run itself."""
+    path = Path(path)
+    return path.parent if re.fullmatch(r"step_\d+", path.name) else path
+
+
+def state_of(checkpoint):
+    """SHA-256 of a checkpoint's SHA256SUMS, which changes when that step is trained again; None without."""
+    sums = checkpoint / "SHA256SUMS"
+    return runs.sha256(sums) if sums.exists() else None
+
+
+# ---------------------------------------------------------------- the file
+
+# What does not tell one measurement from another: where things lie. Hashes say what they were.
+PLACES = ("run", "out", "checkpoint", "weights_sha256", "data_dir", "keep_reference", "lpips_trunk",
+          "inception_weights")
+
+
+def read_entries(path):
+    """The measurements in a JSON file, [] if there is none.   raises: SystemExit if it holds anything else"""
+    try:
+        entries = json.loads(path.read_text()) if path.exists() else []
+        good = isinstance(entries, list) and all(isinstance(entry["settings"], dict) for entry in entries)
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error})") from None
+    except (ValueError, TypeError, KeyError):
+        good = False
+    if not good:
+        raise SystemExit(f"{path}: not a list of measurements, maybe damaged, and not overwritten: repair "
+                         "it, move it away, or give another --out=")
+    return entries
+
+
+def identity(entry):
+    """The settings by which a measurement is the same as another."""
+    return {name: value for name, value in entry["settings"].items() if name not in PLACES}
+
+
+def add_entry(path, entry):
+    """Add a measurement to the list in `path`, in place of the same one from before.
+
+    Of that, what the new one has not (yet) measured is kept. Where the disk refuses, the entry is printed.
+    """
+    others = []
+    for old in read_entries(path):
+        if identity(old) == identity(entry):
+            entry = old | entry
+        else:
+            others.append(old)
+    try:
+        runs.write_json(path, [*others, entry])
+    except OSError as error:
+        print(json.dumps(entry))
+        raise SystemExit(f"{path}: not written ({error}); the measurement is printed above") from None
+    print(f"\nadded to {path}")
+
+
+def check_writable(path):
+    """raises: SystemExit if no file can be written there; its folder is made"""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("this is a folder, wanted the name of a file")
+        runs.replace(Path(f"{path}.try"), "")
+        Path(f"{path}.try").unlink()
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written ({error})") from None
+
+
+# ---------------------------------------------------------------- compare two runs
+
+HIGHER_IS_BETTER = ("psnr", "ssim", "IS", "precision", "recall", "judged sharp", "class recognised", "CLIP")
+LOWER_IS_BETTER = ("lpips", "FD", "FID", "KID")                # img/s, images and positions are not ranked
+
+# The settings that a number depends on: two numbers are ranked where these are known and equal.
+OF_SECTION = {"reconstruction": ("image_size", "held_out"), "generation": ("image_size", "n", "reference")}
+OF_METRIC = {"psnr": (), "ssim": (), "lpips": ("perceptual", "lpips_hash"), "CLIP": ("clip", "prompts")}
+OF_FEATURES = ("features",)                                    # of all other metrics
+
+
+def compare(a, b):
+    """Print the latest entries of two runs side by side.  Returns the lines.
+
+    a, b: runs, or step folders, of which the latest entry of that step counts.
+    * marks the better value, where all that it depends on is known and equal. The last line has every setting
+    in which the two differ; lines before it say which run was trained on since it was measured.
+    raises: SystemExit if they are the same, or one was not measured
+    """
+    if Path(a).resolve() == Path(b).resolve():
+        raise SystemExit(f"{a} twice: wanted two runs, or two step folders of one")
+    one, two = latest_entry(a), latest_entry(b)
+    lines = [f"{'':<52}{a[-14:]:>14}  {b[-14:]:>14}"]
+    for section, of_section in OF_SECTION.items():
+        values, others = metrics_of(one, section), metrics_of(two, section)
+        for (row, metric), x in values.items():
+            if (row, metric) not in others or not metric.endswith(HIGHER_IS_BETTER + LOWER_IS_BETTER):
+                continue
+            y = others[row, metric]
+            differ = differing(one, two, of_section + OF_METRIC.get(metric, OF_FEATURES))
+            stars = "  " if differ else better(metric, x, y)
+            line = f"{row:<34}{metric:>18}{x:>14.4g}{stars[0]} {y:>14.4g}{stars[1]}"
+            lines.append(line + (f"  not ranked: {', '.join(differ)}" if differ else ""))
+    lines += filter(None, (out_of_date(a, one), out_of_date(b, two)))
+    everything = sorted({*one["settings"], *two["settings"]})
+    lines.append(f"they differ in: {'; '.join(differing(one, two, everything))}")
+    print(*lines, sep="\n")
+    return lines
+
+
+def better(metric, x, y):
+    """"* " if x is the better value of a metric, " *" if y is, two spaces if they are equal or one is NaN."""
+    if x == y or math.isnan(x + y):
+        return "  "
+    return "* " if (x > y) == metric.endswith(HIGHER_IS_BETTER) else " *"
+
+
+def latest_entry(run):
+    """The last measurement in a run's metrics.json; of a step folder, the last one of that step."""
+    path = run_folder(run) / "metrics.json"
+    entries = read_entries(path)
+    if run_folder(run) != Path(run):
+        entries = [entry for entry in entries if step_measured(entry) == Path(run).name]
+    if not entries:
+        raise SystemExit(f"{path}: no measurement of {run}; make it with: python evaluate.py {run}")
+    return entries[-1]
+
+
+def step_measured(entry):
+    """The name of the step folder that an entry is about."""
+    return Path(entry["settings"].get("checkpoint", "")).name
+
+
+def out_of_date(run, entry):
+    """A line if the newest checkpoint of a run (or the step folder given) is not what was measured, or ""."""
+    steps = runs.checkpoints(run_folder(run))
+    if run_folder(run) != Path(run):
+        steps = [Path(run)]
+    measured = step_measured(entry)
+    if not steps or not measured:
+        return ""
+    newest = steps[-1]
+    if measured != newest.name:
+        return f"{run}: measured at {in_words(measured)}; its newest checkpoint is {in_words(newest.name)}"
+    known = entry["settings"].get("weights_sha256")
+    if known and state_of(newest) not in (None, known):
+        return f"{run}: {in_words(measured)} was trained again since it was measured"
+    return ""
+
+
+def in_words(step):
+    """"step 300" for the folder step_000300."""
+    return re.sub(r"^step_0*(?=\d)", "step ", step)
+
+
+def metrics_of(entry, section):
+    """{(row, metric): number} of a section of an entry. FID@n and FID-50k are both FID: n is a setting."""
+    values = {}
+    for row, found in entry.get(section, {}).items():
+        for metric, value in found.items():
+            if value is None:                      # as others write NaN
+                value = math.nan
+            values[row, re.sub(r"FID(@\d+|-50k)", "FID", metric)] = value
+    return values
+
+
+def differing(one, two, names):
+    """["name x / y"] of the settings in which two entries differ, or that one of them lacks."""
+    found = []
+    for name in names:
+        x = one["settings"].get(name, "unknown")
+        y = two["settings"].get(name, "unknown")
+        if x != y or x == "unknown":
+            found.append(f"{name} {x} / {y}")
+    return found
