@@ -421,8 +421,8 @@ def open_folder(out, settings, rank):
         raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
                          "another --out")
     ranks.wait_for_all()                                           # all have looked
+    runs.make_folder(out)
     with runs.disk_may_fail(must=True):
-        out.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             runs.write_json(path, settings)
 

@@ -170,6 +170,10 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
+# The side of the smallest images of which the layers of these networks leave anything.
+SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
+
+
 class PatchGAN(nn.Sequential):
     """The discriminator of pix2pix and taming: a real/fake logit per patch, (B, 3, H, W) -> (B, 1, h, w)."""
 
@@ -372,8 +376,15 @@ def check_sizes(cfg, vae):
         if pixels % side:
             fits = max(1, round(pixels / side)) * side
             raise SystemExit(f"--{name}={pixels}: this VAE takes multiples of {side}; give --{name}={fits}")
-    if cfg.crop > cfg.image_size:
-        raise SystemExit(f"--crop={cfg.crop} is larger than --image_size={cfg.image_size}; give less, or 0")
+    seen = cfg.image_size if cfg.D else cfg.image_size // cfg.r
+    if cfg.crop > seen:
+        raise SystemExit(f"--crop={cfg.crop}: --image_size={cfg.image_size} gives images of {seen} pixels; "
+                         "give less, or 0")
+    seen = cfg.crop or seen
+    smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if cfg.gan else 1)
+    if seen < smallest:
+        raise SystemExit(f"--image_size={cfg.image_size}, --crop={cfg.crop}: images of {seen} pixels; wanted "
+                         f"{smallest} or more, or --gan=0 and --perceptual=none")
 
 
 def freeze(vae, train):

@@ -49,6 +49,8 @@ def open_run(cfg):
 
     raises: SystemExit if it, or the second DA-VAE, has no detail channels, or no image can be read.
     """
+    if cfg.out:
+        runs.make_folder(cfg.out)
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
     if not run.vae.D:
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")

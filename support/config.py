@@ -14,6 +14,7 @@ takes is said where it is declared, and checked where they come in, from the com
 """
 import dataclasses
 import difflib
+import re
 import sys
 
 # Where a field does not say otherwise, a number may be as large as this.
@@ -57,7 +58,7 @@ def cli(Config, presets=None, argv=None):
     while argv:
         name, text = next_flag(argv)
         if name not in fields:
-            raise SystemExit(f"--{name} is not a field{nearest(name, fields)}; --help lists them all")
+            raise SystemExit(f"--{name[:80]} is not a field{nearest(name, fields)}; --help lists them all")
         values[name] = parse(fields[name], text)
 
     given = set(values)
@@ -92,11 +93,11 @@ def next_flag(argv):
     flag = argv.pop(0)
     name, equals, text = flag.removeprefix("--").partition("=")
     if not flag.startswith("--"):
-        raise SystemExit(f"{flag!r} is not of the form --field=value; --help lists the fields")
+        raise SystemExit(f"{shortened(flag)} is not of the form --field=value; --help lists the fields")
     if equals:
         return name, text
     if not argv or argv[0].startswith("--"):
-        raise SystemExit(f"{flag!r} has no value: wanted {flag}=value; --help lists the fields")
+        raise SystemExit(f"{shortened(flag)} has no value: wanted {flag[:80]}=value; --help lists the fields")
     return name, argv.pop(0)
 
 
@@ -124,7 +125,8 @@ def parse(field, text):
 def check(field, value):
     """raises: SystemExit if a field does not take a value of its type: a number, a tuple, a str"""
     if isinstance(value, str):
-        check_str(field, value)
+        check_str = check_text if field.metadata["text"] else check_name
+        check_str(f"--{field.name}=", value)
         return
     low, high = field.metadata["range"]
     numbers = value
@@ -138,16 +140,20 @@ def check(field, value):
         refuse(field, value)
 
 
-def check_str(field, value):
-    """raises: SystemExit if a str is no text in UTF-8, or too long for the name of a file"""
+def check_name(given, value):
+    """raises: SystemExit, saying that it was given as `given`, if a str cannot be the name of a file"""
     written = value.encode(errors="replace")
-    if "\0" in value or written.decode() != value:
-        raise SystemExit(f"--{field.name}={shortened(value)}: wanted text in UTF-8, without zero bytes")
-    if field.metadata["text"]:
-        return
+    if written.decode() != value or re.search("[\x00-\x1f\x7f]", value):
+        raise SystemExit(f"{given}{shortened(value)}: wanted a name in UTF-8, without control characters")
     if len(written) > LONGEST_PATH or max(map(len, written.split(b"/"))) > LONGEST_NAME:
-        raise SystemExit(f"--{field.name}={shortened(value)}: wanted a path of at most {LONGEST_PATH} bytes, "
+        raise SystemExit(f"{given}{shortened(value)}: wanted a path of at most {LONGEST_PATH} bytes, "
                          f"each name in it of at most {LONGEST_NAME}")
+
+
+def check_text(given, value):
+    """raises: SystemExit, saying that it was given as `given`, if a str is no text that can be kept"""
+    if "\0" in value or value.encode(errors="replace").decode() != value:
+        raise SystemExit(f"{given}{shortened(value)}: wanted text in UTF-8, without zero bytes")
 
 
 def refuse(field, given):

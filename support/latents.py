@@ -255,7 +255,7 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     """
     header = describe(vae, train_set, cfg, device)
     folder = cache_folder(cfg, header)
-    folder.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(folder, "--cache=False")
     files = [folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))]
     missing = [n for n, file in enumerate(files) if not is_whole(file, header)]
     check_space(vae, min(SHARD * len(missing), len(train_set)), cfg, folder, rank)

@@ -32,7 +32,7 @@ def launch(main, cfg):
             main(cfg)
         except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
             if out_of_memory(error):
-                reason = str(error).partition("\n")[0] or "out of memory"
+                reason = str(error).partition("\n")[0].rpartition("CPUAllocator: ")[2] or "out of memory"
                 raise SystemExit(f"{reason}\nTry, in this order: {smaller(cfg)}") from None
             if isinstance(error, ValueError) and raised_here(error):
                 raise SystemExit(str(error)) from None
@@ -46,7 +46,7 @@ def launch(main, cfg):
 # How torch, NumPy and Linux say that something does not fit into memory, or into the numbers that count it.
 TOO_LARGE = ("can't allocate memory|cannot allocate memory|not enough memory|can't start new thread|"
              "size calculation overflowed|multiplication overflow|array is too big|"
-             "maximum allowed dimension|too large to convert|too large to fit")
+             "maximum allowed|too large to convert|too large to fit")
 
 
 def out_of_memory(error):

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -216,11 +217,16 @@ def read_summary(run):
 
 
 def hold(run, rank):
-    """Take a run's folder for this job, while the returned lock lives.   raises: SystemExit if it is taken"""
+    """Take a run's folder for this job, while the returned lock lives.
+
+    raises: SystemExit if it is taken, or none to write to
+    """
+    if not run:
+        raise SystemExit("--out= is empty: wanted the run's folder")
+    make_folder(run)
     lock = FileLock(Path(run) / ".lock", blocking=False)
     try:
         with disk_may_fail(must=True):
-            Path(run).mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 lock.acquire()
                 mend(run)
@@ -520,6 +526,21 @@ def read_state_dict(source):
     path = files.weight_file(Path(source))
     check_whole(path)
     return files.read(path)
+
+
+def make_folder(folder, instead="another --out"):
+    """Make the folder that is to be written to, where it is not there.
+
+    instead: what else to give
+    raises: SystemExit if it cannot be made or written to
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(f"{folder}: not written: {error.strerror}; wanted a folder to write to, give "
+                         f"{instead}") from None
 
 
 def write_json(path, obj):

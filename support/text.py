@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import data, identity, ranks
+from support import data, identity, ranks, runs
 from support.captions import read_text, shown
 from support.config import field
 from support.metrics import import_torchvision
@@ -162,7 +162,7 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
     raises:   SystemExit if `out` was made by other encoders or with another t5_tokens, or the disk is small
     """
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
-    Path(out).mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     known = cached_prompts(out, made_by)
     wanted = dict.fromkeys(["", *prompts])                         # each text once, in order
     todo = [prompt for prompt in wanted if prompt not in known]

@@ -444,7 +444,8 @@ def main_export(cfg):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
     if not isinstance(dit, (LightningDiT, MMDiT)):
         raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")
-    temporary = Path(f"{cfg.out}.tmp")
+    temporary = Path(f"{Path(cfg.out)}.tmp")
+    runs.make_folder(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
     source = {"source": cfg.run}
     runs.save_folder(temporary / "vae", {"model": vae.state_dict()}, source | {"model": vae.config()})
