@@ -175,7 +175,7 @@ def read_csv(path, text):
     try:
         return [name_and_caption(row) for row in reader]
     except (ValueError, csv.Error) as error:
-        raise refused(path, reader.line_num, error) from None
+        raise refused(path, reader.reader.line_num, error) from None
 
 
 def refused(path, line, error):
@@ -186,11 +186,10 @@ def refused(path, line, error):
 
 def name_and_caption(row):
     """Both of a list's row.   raises: ValueError if one of them is missing or no text"""
-    if not isinstance(row, dict):
-        raise ValueError(f"found {row!r:.80}")
-    name = row.get("file_name")
-    caption = row["text"] if "text" in row else row.get("caption")
+    columns = row if isinstance(row, dict) else {}
+    name = columns.get("file_name")
+    caption = columns["text"] if "text" in columns else columns.get("caption")
     if not isinstance(name, str) or not isinstance(caption, str):
-        raise ValueError(f"found file_name {name!r}, text {caption!r}")
+        raise ValueError(f"found {repr(row)[:100]}")
     caption.encode()                                    # half a character, such as \\ud83d alone, is no text
     return name, caption.strip()

@@ -17,6 +17,7 @@ import os
 import pathlib
 import pickle
 import re
+import struct
 import zipfile
 
 import numpy as np
@@ -30,10 +31,10 @@ from torch.utils._pytree import tree_flatten_with_path
 
 ENDINGS = ("safetensors", "pt", "pth", "ckpt", "bin")
 
-SHARD = re.compile(r"-\d+-of-(\d+)")                     # model-00001-of-00003.safetensors
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")                # model-00001-of-00003.safetensors
 
 # What training leaves beside the weights; and VA-VAE's statistics of latents, which another function reads
-BESIDE = re.compile(r"(optimizer|optim|scheduler|lr_scheduler|scaler|sampler|random_states|rng_state"
+BESIDE = re.compile(r"(optimizer|optim|opt|scheduler|lr_scheduler|scaler|sampler|random_states|rng_state"
                     r"|training_args|train_state|trainer_state|latents_stats)(?![a-z])|.*_optim_states\.")
 
 # Words in the names of variants of one model (diffusion_pytorch_model.fp16.safetensors), the preferred first;
@@ -60,14 +61,14 @@ def weight_file(path):
             found.setdefault(model, []).append((rank, file))
     if not found:
         raise SystemExit(f"{path}: {without_weights(path)}")
-    variants = sorted(min(found.values(), key=len))
+    variants = sorted(next(iter(found.values())))
     names = [file.name for files in found.values() for _, file in files]
     if len(found) > 1 or len(variants) > 1 and variants[0][0] == variants[1][0]:
         raise SystemExit(f"{path}: holds {len(names)} weight files {names}; name the one you mean")
     chosen = variants[0][1]
     if len(names) > 1:
         print(f"{path}: of {', '.join(names)} takes {chosen.name}; name another to have that")
-    return chosen
+    return weight_file(chosen)                                     # it may be a link to nothing
 
 
 def variant(name):
@@ -129,7 +130,7 @@ def absent(path):
         return f"a link to {os.readlink(path)}, which is not there; copy the file itself"
     if re.match(r"(https?|hf|s3|gs):/", str(path)):
         return "an address, wanted a local file or folder: download it first"
-    hub = re.match(r"[\w-][\w.-]*/[\w.-]+", str(path))             # organisation/model, as on Hugging Face
+    hub = re.match(r"[\w-][\w.-]*/[\w.-]+", str(path))             # organisation/model
     if hub and not path.is_absolute() and not os.path.exists(path.parts[0]):
         return ("no such file or folder here; if it is a model on Hugging Face, wanted a local folder: run  "
                 f"huggingface-cli download {hub[0]} --local-dir={path.parts[1]}  and give that")
@@ -167,6 +168,11 @@ for number in (np.float64(0), np.zeros(0)):
         HARMLESS.append((make, f"numpy.{core}.multiarray.{make.__name__}"))
 
 
+# What torch, zipfile and safetensors raise for files with bytes that are missing or changed
+DAMAGED = (EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+           AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, SafetensorError)
+
+
 def read(path):
     """What a weight file holds, on the CPU.   raises: SystemExit saying what is wrong with it"""
     if is_index(path):
@@ -175,6 +181,8 @@ def read(path):
         kind = kind_of(path)
         if kind == "safetensors":
             return load_file(path)
+        if kind == "torch" and path.suffix == ".safetensors":      # torch.load goes by the name
+            kind = "written by torch.save, not safetensors; rename it to end in .pt"
         if kind != "torch":
             raise SystemExit(f"{path}: {kind}")
         with torch.serialization.safe_globals(HARMLESS):
@@ -182,7 +190,7 @@ def read(path):
     except pickle.UnpicklingError:
         raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and "
                          "is not opened; save its state dict as safetensors where it is trusted") from None
-    except (EOFError, OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
+    except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SystemExit(f"{path}: not a whole {path.suffix} file ({reason}); copy it again") from None
 

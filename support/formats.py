@@ -48,7 +48,7 @@ def import_layers(sd, layers):
                 continue
             need(sd, *names)
             known.update(names)
-            weight = sd[names[0]] if len(names) == 1 else torch.cat([sd[name] for name in names])
+            weight = sd[names[0]] if len(names) == 1 else stacked(sd, names)
             ours[f"{layer.ours}.{part}"] = swap_halves(weight) if layer.swapped else weight
     refuse_unknown(key for key in sd if key not in known)
     return ours
@@ -69,6 +69,16 @@ def export_layers(sd, layers):
             theirs |= {f"{their}.{part}": piece.contiguous() for their, piece in zip(layer.theirs, pieces)}
     refuse_unknown(key for key in sd if key not in known)
     return theirs
+
+
+def stacked(sd, names):
+    """Weights one below the other.   raises: ValueError if they are not of one shape"""
+    shapes = {tuple(sd[name].shape) for name in names}
+    if len(shapes) > 1 or () in shapes:
+        raise ValueError(f"{some(names)} have the shapes {some(sorted(shapes))}; wanted one")
+    if len({sd[name].dtype for name in names}) > 1:                # which floats of one byte cannot be
+        return torch.cat([sd[name].float() for name in names])
+    return torch.cat([sd[name] for name in names])
 
 
 def refuse_unknown(keys):
@@ -96,10 +106,10 @@ def count(sd, prefix):
 
 
 def shape(sd, name, axes):
-    """Of one weight.   raises: ValueError if it is not there, or has not so many axes"""
+    """Of one weight.   raises: ValueError if it is not there, is empty, or has not so many axes"""
     need(sd, name)
-    if sd[name].ndim != axes:
-        raise ValueError(f"{name} is {tuple(sd[name].shape)}; wanted {axes} axes")
+    if sd[name].ndim != axes or 0 in sd[name].shape:
+        raise ValueError(f"{name} is {tuple(sd[name].shape)}; wanted {axes} axes, none of them 0 long")
     return sd[name].shape
 
 
@@ -363,10 +373,10 @@ def lightningdit_sizes(sd):
         raise ValueError(f"this looks like {looks_like(sd)}; "
                          "wanted a LightningDiT, SD3.5's transformer, or a run of ours")
     E, C, p, _ = shape(sd, "x_embedder.proj.weight", 4)
-    if sd["blocks.0.adaLN_modulation.1.weight"].shape[0] != 6 * E:
+    if shape(sd, "blocks.0.adaLN_modulation.1.weight", 2)[0] != 6 * E:
         raise ValueError("this LightningDiT was trained with wo_shift (no shift in its adaLN), "
                          "which is left out here")
-    if sd["final_layer.linear.weight"].shape[0] != p * p * C:
+    if shape(sd, "final_layer.linear.weight", 2)[0] != p * p * C:
         raise ValueError("its head does not predict as many channels as come in (learn_sigma?), wanted a "
                          "velocity only")
     swiglu = "blocks.0.mlp.w3.weight" in sd
@@ -379,7 +389,7 @@ def lightningdit_sizes(sd):
         "depth": count(sd, "blocks."),
         "A": lightningdit_heads(sd, E),
         "hidden": shape(sd, last, 2)[1],
-        "num_classes": sd["y_embedder.embedding_table.weight"].shape[0] - 1,      # the last row is "no class"
+        "num_classes": shape(sd, "y_embedder.embedding_table.weight", 2)[0] - 1,  # the last row is "no class"
         "swiglu": swiglu,
         "qk_norm": "blocks.0.attn.q_norm.weight" in sd,
         "rms_norm": "blocks.0.norm1.weight" in sd,

@@ -45,7 +45,7 @@ def latent_source(vae, train_set, cfg, device, rank, world):
 
 def open_training_set(cfg, vae):
     """Images, or the latents that LightningDiT's own code extracted from them."""
-    if any(Path(cfg.data_dir).glob("*.safetensors")):
+    if Latents.are_in(cfg.data_dir):
         return Latents(cfg.data_dir, vae, cfg.D)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
     if cfg.text:                                                   # the label is where to find the caption
@@ -116,51 +116,115 @@ class Latents(data.Dataset):
     <folder>/*.safetensors, each with latents, latents_flip (n, C+D, h, w) and labels (n,). LightningDiT's are
     raw, and are normalised here by the VAE's statistics; ours are normalised already, and say so.
     D: how many detail channels to read; 0 for a base model
-    raises: SystemExit if there are fewer channels
+    raises: SystemExit, naming the file, if a shard is not whole, unlike the first, or has fewer channels
     """
 
     def __init__(self, folder, vae, D):
         self.folder = folder
-        paths = sorted(Path(folder).glob("*.safetensors"))
-        self.shards = [load_file(path) for path in paths]          # mapped: read as they are used
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise SystemExit(f"{folder}: has no shards of latents (*.safetensors)")
+        others = data.find_files(folder)[""]
+        self.left_out = data.endings(path for path in others if Path(path) not in self.files)
+        kinds = [check_shard(path) for path in self.files]
+        for path, kind in zip(self.files, kinds):
+            if kind != kinds[0]:
+                raise SystemExit(f"{path}: latents of (C+D, h, w), VAE = {kind}; wanted {kinds[0]}, as in "
+                                 f"{self.files[0].name}")
+        self.shards = [load_file(path) for path in self.files]     # mapped: read as they are used
         self.place = []                                            # of image i: its shard, its row there
         for n, shard in enumerate(self.shards):
             self.place += [(n, row) for row in range(len(shard["labels"]))]
-        self.labels = torch.cat([shard["labels"] for shard in self.shards]).numpy()
+        self.labels = torch.cat([shard["labels"].long() for shard in self.shards]).numpy()
         self.classes = [str(label) for label in range(self.labels.max() + 1)]
 
         self.channels = vae.C + D
-        found = self.shards[0]["latents"].shape[1]
-        if found < self.channels:
-            raise SystemExit(f"{folder}: latents of {found} channels; wanted {self.channels}, base first")
+        self.size, made_by = kinds[0]                              # (C+D, h, w)
+        if self.size[0] < self.channels:
+            raise SystemExit(f"{self.files[0]}: latents of {self.size[0]} channels; wanted {self.channels}, "
+                             f"{vae.C} of the base first and {D} of details")
         self.mean = torch.zeros(self.channels)
         self.std = torch.ones(self.channels)
-        if "vae" not in header_of(paths[0]):
+        if made_by == "raw":
             self.mean, self.std = statistics(vae, self.channels)
 
     @functools.cached_property
     def fingerprint(self):
         """Of the shards."""
-        return identity.of_files(sorted(Path(self.folder).glob("*.safetensors")), self.folder)
+        return identity.of_files(self.files, self.folder)
+
+    @staticmethod
+    def are_in(folder):
+        """Is it a folder of shards?  If one holds `latents`, or if one is broken and no image is there."""
+        if folder in ("", "procedural") or not Path(folder).is_dir():
+            return False
+        found = [names_in(path) for path in Path(folder).glob("*.safetensors")]
+        if any("latents" in names for names in found if names is not None):
+            return True
+        below = itertools.chain.from_iterable(data.find_files(folder).values())
+        return None in found and not any(map(data.is_image, below))
 
     def check(self, side, flip):
         """raises: SystemExit if the latents are not `side` wide and high, or lack mirrored ones"""
-        h, w = self.shards[0]["latents"].shape[2:]
+        h, w = self.size[1:]
         if (h, w) != (side, side):
-            raise SystemExit(f"{self.folder}: latents of {h}x{w}; wanted {side}x{side}, by --image_size and "
-                             "the VAE")
-        if flip and any("latents_flip" not in shard for shard in self.shards):
-            raise SystemExit(f"{self.folder}: has no mirrored latents (latents_flip); give --flip=False")
+            raise SystemExit(f"{self.files[0]}: latents of {h}x{w}; wanted {side}x{side}, by --image_size "
+                             "and the VAE")
+        for path, shard in zip(self.files, self.shards):
+            if flip and "latents_flip" not in shard:
+                raise SystemExit(f"{path}: has no mirrored latents (latents_flip); give --flip=False")
 
     def batch(self, indices, flipped):
-        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`."""
+        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`.
+
+        raises: SystemExit naming the file if a latent is not finite
+        """
         rows = []
         for i, flip in zip(indices, flipped):
             n, row = self.place[i]
             latents = self.shards[n]["latents_flip" if flip else "latents"]
-            rows.append(latents[row, :self.channels])
-        z_all = (torch.stack(rows).float() - self.mean[:, None, None]) / self.std[:, None, None]
+            rows.append(latents[row, :self.channels].float())
+            if not rows[-1].isfinite().all():
+                raise SystemExit(f"{self.files[n]}: latents of row {row} are not finite; remove this file "
+                                 "and encode its images again")
+        z_all = (torch.stack(rows) - self.mean[:, None, None]) / self.std[:, None, None]
         return z_all, torch.from_numpy(self.labels[indices])
+
+
+def names_in(path):
+    """The names of a safetensors file's tensors; None if it is broken."""
+    try:
+        with safe_open(path, "pt") as f:
+            return set(f.keys())
+    except (OSError, SafetensorError):
+        return None
+
+
+def check_shard(path):
+    """((C+D, h, w), hash of the VAE or "raw") of a shard, of which only header and labels are read.
+
+    raises: SystemExit saying how it differs from what `Latents` wants
+    """
+    wanted = "wanted latents (n, C+D, h, w) of floating point and labels (n,), n > 0"
+    names = names_in(path)
+    if names is None:
+        raise SystemExit(f"{path}: is cut off, or no safetensors file; remove it and make it again")
+    if not {"latents", "labels"} <= names:
+        raise SystemExit(f"{path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}; {wanted}")
+    with safe_open(path, "pt") as f:
+        shapes = {name: tuple(f.get_slice(name).get_shape()) for name in names}
+        dtype = f.get_slice("latents").get_dtype()
+        labels = f.get_tensor("labels")
+    size = shapes["latents"]
+    mirrored = shapes.get("latents_flip", size)
+    fits = len(size) == 4 and size[0] > 0 and shapes["labels"] == size[:1] and mirrored == size
+    if not fits or dtype not in ("F16", "BF16", "F32", "F64"):
+        raise SystemExit(f"{path}: latents {size} of {dtype}, latents_flip {mirrored}, labels "
+                         f"{shapes['labels']}; {wanted}")
+    if labels.min() < 0 or not torch.equal(labels, labels.long().to(labels.dtype)):
+        raise SystemExit(f"{path}: labels from {labels.min()} to {labels.max()}; wanted whole numbers, 0 and "
+                         "above")
+    return size[1:], header_of(path).get("vae", "raw")
 
 
 def header_of(path):

@@ -39,6 +39,17 @@ NO_EFFECT = {"preset", "out", "device", "cache", "micro_batch", "checkpointing",
 SOURCES = {"data_dir", "val_dir", "vae", "base", "text", "lpips_trunk"}
 
 
+# What a run is made of, and the field that says where it is.
+PARTS = {
+    "images": "data_dir",
+    "captions": "data_dir",
+    "classes": "data_dir",
+    "vae": "vae",
+    "base": "base",
+    "texts": "text",
+}
+
+
 class Differs(SystemExit):
     """A run in a folder is not the one that is asked for."""
 
@@ -59,7 +70,7 @@ class Run:
         self.checkpoint = resume(cfg, () if self.done else free)   # the step folder to go on from, or None
         self.start = 0                                 # the first step that this job makes
         self.results = {}                              # numbers for the summary; saved with each checkpoint
-        self.parts = {}                                # see `made_of`
+        self.parts = parts_of(self.checkpoint)         # see `made_of`
         self.seconds = 0.0                             # of training, before this job
         self.since = time.time()
         self.stopping = False                          # see `save_due`
@@ -88,20 +99,19 @@ class Run:
         classes: the list of their names
         raises: Differs for a part that is not the one that the run was started with
         """
-        saved = read_config(self.checkpoint) if self.checkpoint else {}
-        self.parts = {"classes": saved.get("classes")} | saved.get("made_of", {})
         for name, new in parts.items():
             old = self.parts.get(name)
             if None in (old, new) or old == new:
                 continue
-            sentence = f"{self.cfg.out} was started with other {name} than there are now"
+            place = f"--{PARTS[name]}={getattr(self.cfg, PARTS[name])}"
+            sentence = f"{self.cfg.out} was started with other {name} than {place} has now"
             if name == "classes":
-                sentence += f": {listed(old)}; now {listed(new)}"
+                sentence += f" ({listed(old)}; now {listed(new)})"
             if name in ("images", "captions") and not self.done:
                 if self.rank == 0:
                     tqdm.write(f"{sentence}; training goes on with these")
                 continue
-            raise Differs(f"{sentence}: give those, or another --out to start afresh")
+            raise Differs(f"{sentence}: give the former, or another --out to start afresh")
         self.parts |= {name: new for name, new in parts.items() if new is not None}
 
     def describe(self, train_set, parameters, sizes, accumulate, world, device):
@@ -182,6 +192,14 @@ class Run:
 def is_due(done, every):
     """Is it time, after `done` steps, for what comes every so many steps?  0: never."""
     return every > 0 and done % every == 0
+
+
+def parts_of(checkpoint):
+    """What a checkpoint says of `Run.made_of`; {} for None. One from before 2026-12 names classes at most."""
+    if checkpoint is None:
+        return {}
+    saved = read_config(checkpoint)
+    return saved.get("made_of") or {"classes": saved.get("classes")}
 
 
 def is_finished(cfg):

@@ -406,11 +406,16 @@ def one_sentence(name):
 
 
 def settings_from(values, Config, kind):
-    """Config(**values).   raises: ValueError naming what is no field of it"""
+    """Config(**values).   raises: ValueError naming what is no field of it, or no number where one belongs"""
     unknown = sorted(set(values) - {f.name for f in fields(Config)})
     if unknown:
         raise ValueError(f"config.json describes another model (it has {some(unknown)}), "
                          f"wanted a {kind}")
+    for f in fields(Config):
+        value = values.get(f.name, f.default)
+        wanted = (int, float) if type(f.default) is float else (type(f.default),)
+        if type(f.default) in (bool, int, float) and not (type(value) in wanted and math.isfinite(value)):
+            raise ValueError(f"config.json has {f.name}={value!r}; wanted a {wanted[-1].__name__}")
     return Config(**values)
 
 

@@ -122,6 +122,15 @@ def test_truncated_weight_files_are_named(tmp_path):
             runs.read_state_dict(file)
 
 
+def test_moments_of_an_optimizer_that_are_not_finite_are_named(tmp_path):
+    state = {"step": 3, "opt": {"state": {0: {"exp_avg_sq": torch.tensor([1.0, float("nan")])}}}}
+    torch.save(state, tmp_path / "train_state.pt")
+    run = object.__new__(runs.Run)
+    run.checkpoint = tmp_path
+    with pytest.raises(SystemExit, match="train_state.pt: opt.state.0.exp_avg_sq is not finite"):
+        run.train_state()
+
+
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):
