@@ -346,7 +346,7 @@ class Procedural(Dataset):
 
     def image(self, i):
         """Picture i as uint8 (size, size, 3) with its label."""
-        scene = SCENES[self.classes[i % len(self.classes)]]
+        scene = list(SCENES.values())[i % len(SCENES)]
         rng = np.random.default_rng((self.seed, i))
         return draw(scene, self.size, self.textures, rng), int(self.labels[i])
 

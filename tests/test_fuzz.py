@@ -261,10 +261,10 @@ def may_write(path, argv, above):
     """Is a path one that a line may write to?
 
     That is: --out and below, also with an ending; below the run, where that is the default of --out;
-    --keep_reference; the cache of latents, in the folder of the VAE.
+    --keep_reference; the cache of latents, in the folder of the VAE; and out/, the presets' own folders.
     """
     given = dict(text.removeprefix("--").partition("=")[::2] for text in argv)
-    if "latents-" in path:
+    if "latents-" in path or path.startswith("work/out/"):
         return True
     places = [given.get("out") or given.get("run", "dit"), given.get("keep_reference", "")]
     real = os.path.realpath(above / path)
