@@ -243,12 +243,7 @@ def main(cfg):
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     run = runs.Run(cfg, MAY_CHANGE, rank)
-    if not run.checkpoint:
-        make_if_missing("vae", cfg)
-        make_if_missing("base", cfg)
-    own = Path(cfg.out) / "vae"
-    vae = load_measured(own if run.checkpoint and not Path(cfg.vae).exists() else cfg.vae)
-    vae = vae.to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
+    vae = load_vae(cfg, run).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
     train_set = open_training_set(cfg, vae)
     run.made_of(**sources(cfg, vae, train_set))
     if run.done:
@@ -407,6 +402,16 @@ def make_if_missing(flag, cfg):
     import train_vae
     train_vae.make_if_missing(flag, cfg)
     runs.make_if_missing(flag, cfg, "finetune.py", PRESETS, Config, main)
+
+
+def load_vae(cfg, run):
+    """The VAE at cfg.vae, trained first if a preset makes it; of a run that goes on, if need be its copy."""
+    if run.checkpoint and not Path(cfg.vae).exists():
+        return load_measured(Path(cfg.out) / "vae")
+    if not run.checkpoint:
+        make_if_missing("vae", cfg)
+        make_if_missing("base", cfg)
+    return load_measured(cfg.vae)
 
 
 def sources(cfg, vae, train_set):
