@@ -272,10 +272,9 @@ class DAVAE(nn.Module):
         return self.base.decode(z)
 
     @torch.no_grad()
-    def measure(self, images):
+    def measure(self, images, add=torch.clone):    # add: sums over the processes that share the images
         """Set the statistics of the details from batches of training images: per channel, of modes."""
-        raw = torch.cat([self.detail_posterior(x).mean for x in images])      # (N, D, h, w)
-        measure_channels(self, raw)
+        measure_channels(self, (self.detail_posterior(x).mean for x in images), add)
 
     def config(self):
         """What `load_davae` needs to build this module again, as JSON."""
@@ -315,10 +314,9 @@ class PlainVAE(nn.Module):
         return self.base.decode(z)
 
     @torch.no_grad()
-    def measure(self, images):
-        """Set the statistics of the base from batches of training images: per channel, of modes."""
-        raw = torch.cat([self.base.posterior(x).mean for x in images])        # (N, C, h, w)
-        measure_channels(self.base, raw)
+    def measure(self, images, add=torch.clone):
+        """Set the statistics of the base; else as a DAVAE does."""
+        measure_channels(self.base, (self.base.posterior(x).mean for x in images), add)
 
     def config(self):
         return {"base": base_config(self.base), "D": 0}
@@ -340,10 +338,16 @@ def unnormalise(z, mean, std):
     return z * per_channel(std) + per_channel(mean)
 
 
-def measure_channels(module, raw):
-    """Set a module's mean and (unbiased) std to those of each channel of raw latents (N, channels, h, w)."""
-    module.mean.copy_(raw.mean((0, 2, 3)))
-    module.std.copy_(raw.transpose(0, 1).flatten(1).std(dim=1))
+def measure_channels(module, batches, add):
+    """Set a module's mean and (unbiased) std to those of each channel of raw latents (B, channels, h, w)."""
+    total = module.mean.new_zeros(3, len(module.mean), dtype=torch.float64)  # number, sum, sum of squares
+    for raw in batches:
+        x = raw.double().movedim(1, 0).flatten(1)                             # (channels, B*h*w)
+        total += torch.stack([torch.ones_like(x).sum(1), x.sum(1), x.square().sum(1)])
+    count, first, second = add(total)
+    variance = (second - first.square() / count) / (count - 1).clamp_min(1)
+    module.mean.copy_(first / count)
+    module.std.copy_(variance.clamp_min(1e-12).sqrt())                        # grey images have none
 
 
 def check_sides(x, f):
@@ -419,6 +423,8 @@ class KLConfig:
     def __post_init__(self):
         self.widths = tuple(self.widths)        # JSON knows lists only
         self.attn = tuple(self.attn)
+        if not self.widths:
+            raise ValueError("widths is empty: wanted a number of channels for each level")
         unequal = [width for width in self.widths if width % self.groups]
         if unequal:
             raise ValueError(f"a level of {unequal[0]} channels does not divide into {self.groups} groups")

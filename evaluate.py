@@ -43,9 +43,9 @@ from support.runs import hash_of
 @dataclass
 class Config(sample.Config):       # run, steps, cfg, device and the rest of how samples are drawn
     out: str = field("", "the JSON file; empty: <run>/metrics.json")
-    n: int = field(1000, "samples to draw, for a run of finetune.py")
+    n: int = field(1000, "samples to draw, for a run of finetune.py", within=(1, 10_000_000))
     data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on such")
-    images: int = field(1000, "held-out images to use, spread evenly over the folder")
+    images: int = field(1000, "held-out images to use, spread over the folder", within=(1, 10_000_000))
     whole: bool = field(False, "reconstruct the images of data_dir at their own sizes, and nothing else")
     perceptual: str = field("none", "LPIPS network as a metric", choices=("none", "vgg", "squeeze"))
     lpips_trunk: str = field("", "local weight file of that network; also the trunk of --features=squeeze")

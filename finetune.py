@@ -15,12 +15,12 @@ summary.json. The same command again resumes.
 Time, here and everywhere: t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, v = data - noise.
 """
 import dataclasses
+import json
 import math
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -33,11 +33,11 @@ from dit import MODELS, DiTConfig, LightningDiT, MMDiT, MMDiTConfig
 from dit import add_lora, kind_of, warm_start_difference
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
-from support import config, data, figures, plan, ranks, runs
+from support import config, figures, identity, plan, ranks, runs
 from support.config import field
-from support.latents import Latents, check_sizes, latent_source
+from support.latents import check_sizes, check_statistics, latent_source, open_training_set
 from support.text import Conditioner
-from support.weights import load_davae, load_dit
+from support.weights import load_dit, load_measured
 
 
 @dataclass
@@ -45,55 +45,55 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    seed: int = field(0, "of the weights, the data order and every random draw")
+    seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents
     data_dir: str = field("procedural", "a folder of images or latent shards; 'procedural': built-in images")
-    image_size: int = field(512, "pixels; images are resized and centre-cropped to this square")
-    images: int = field(4096, "how many built-in images")
+    image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
+    images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
     flip: bool = field(True, "mirror half of the images")
     vae: str = field("", "a run of train_vae.py (or, with D = 0, any base VAE)")
     cache: bool = field(True, "encode all images once and keep the latents on disk; False: encode as we go")
     detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")
     # model
-    D: int = field(96, "detail channels, the VAE's; 0 trains a base DiT on the base channels alone")
+    D: int = field(96, "detail channels, the VAE's; 0: a base DiT, on the base channels", within=(0, 4096))
     base: str = field("", "the pretrained DiT to widen: a run or released weights; empty: from scratch")
     base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
                               choices=("", "ema", "model"))
     model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS")
-    p: int = field(1, "no base given: patch side in latent pixels")
-    E: int = field(1152, "no base given: width")
-    depth: int = field(28, "no base given: blocks")
-    A: int = field(16, "no base given: heads")
+    p: int = field(1, "no base given: patch side in latent pixels", within=(1, 64))
+    E: int = field(1152, "no base given: width", within=(1, 65_536))
+    depth: int = field(28, "no base given: blocks", within=(1, 1000))
+    A: int = field(16, "no base given: heads", within=(1, 1024))
     qk_norm: bool = field(False, "no base given: RMSNorm on q and k")
     # SD3.5 (the base is an MMDiT, the images have captions)
     text: str = field("", "shards of the captions (`python sample.py text`), or a folder of encoders")
-    t5_tokens: int = field(256, "tokens given to T5")
-    lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight")
+    t5_tokens: int = field(256, "tokens given to T5", within=(1, 4096))
+    lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight", within=(0, 8192))
     checkpointing: bool = field(False, "recompute blocks in the backward pass: less memory, more time")
     shard: bool = field(False, "under torchrun: split weights and optimizer over the ranks (FSDP2)")
     compile: bool = field(False, "torch.compile the blocks: a minute at the start; on a GPU not run")
     # loss (Sec. 3.3, Tab. S1)
-    N: int = field(10_000, "steps over which the weight w(n) of the detail channels rises from 0 to 1")
-    cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)")
-    label_dropout: float = field(0.1, "probability of training without the label or caption, for guidance")
+    N: int = field(10_000, "steps over which the weight w(n) of the details rises from 0 to 1", at_least=0)
+    cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)", at_least=0)
+    label_dropout: float = field(0.1, "probability of training without a label or caption", within=(0, 1))
     weighting: str = field("paper", "of times, see `draw_time`; sigma: as the authors' SD3 code",
                            choices=("paper", "sigma"))
     # optimisation
-    steps: int = field(140_000, "optimizer steps")
-    batch_size: int = field(640, "images per optimizer step, over all ranks")
-    micro_batch: int = field(80, "images per rank and forward pass")
-    lr: float = field(2e-4, "learning rate")
-    cooldown: float = field(0.0, "last part of the steps over which lr falls to 0, as a fraction")
-    beta2: float = field(0.95, "of AdamW; beta1 is 0.9")
-    clip: float = field(1.0, "gradient norm limit; 0: none, as the authors")
-    ema: float = field(0.999, "decay of the weight average that is sampled from")
-    log_every: int = field(100, "steps")
-    save_every: int = field(5000, "steps between checkpoints, each with a picture of samples")
+    steps: int = field(140_000, "optimizer steps", at_least=1)
+    batch_size: int = field(640, "images per optimizer step, over all ranks", within=(1, 1_000_000))
+    micro_batch: int = field(80, "images per rank and forward pass", at_least=1)
+    lr: float = field(2e-4, "learning rate", at_least=0)
+    cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
+    beta2: float = field(0.95, "of AdamW; beta1 is 0.9", within=(0, 0.999_999))
+    clip: float = field(1.0, "gradient norm limit; 0: none, as the authors", at_least=0)
+    ema: float = field(0.999, "decay of the weight average that is sampled from", within=(0, 1))
+    log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
+    save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
     # sampling defaults, kept with the model
-    cfg: float = field(4.0, "guidance scale of the pictures and sample.py's default")
-    shift: float = field(0.3, "time shift of the pictures and sample.py's default")
+    cfg: float = field(4.0, "guidance scale of the pictures and sample.py's default", within=(0, 1000))
+    shift: float = field(0.3, "time shift of the pictures and sample.py's default", within=(0.001, 1000))
     grid: str = field("plain", "time grid of the pictures and sample.py's default", choices=("plain", "sd3"))
-    sample_steps: int = field(50, "Euler steps of the pictures")
+    sample_steps: int = field(50, "Euler steps of the pictures", within=(1, 1_000_000))
     dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
 
 
@@ -137,10 +137,8 @@ PRESETS = {
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 
-# On resume; anything else would be another run.
-MAY_CHANGE = {"preset", "device", "data_dir", "vae", "base", "text", "cache", "micro_batch", "lr", "steps",
-              "cooldown", "clip", "checkpointing", "shard", "compile", "log_every", "save_every", "cfg",
-              "shift", "grid", "sample_steps", "dry_run"}
+# On resume, beside what changes no result and where things lie; anything else would be another run.
+MAY_CHANGE = {"steps", "lr", "cooldown", "clip", "cfg", "shift", "grid", "sample_steps"}
 
 
 # ---------------------------------------------------------------- the method
@@ -238,9 +236,6 @@ def main(cfg):
     """Train, draw and save as `cfg` says.  Returns the summary of the finished run, also in summary.json."""
     if cfg.dry_run:
         return dry_run(cfg)
-    summary = runs.finished(cfg)
-    if summary:
-        return summary
 
     # where this runs, on which images, in which latent
     rank, world, device = ranks.setup(cfg.device)
@@ -248,9 +243,16 @@ def main(cfg):
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     run = runs.Run(cfg, MAY_CHANGE, rank)
-    make_if_missing(cfg.vae, cfg)
-    vae = load_davae(cfg.vae).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
+    if not run.checkpoint:
+        make_if_missing("vae", cfg)
+        make_if_missing("base", cfg)
+    own = Path(cfg.out) / "vae"
+    vae = load_measured(own if run.checkpoint and not Path(cfg.vae).exists() else cfg.vae)
+    vae = vae.to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
     train_set = open_training_set(cfg, vae)
+    run.made_of(**sources(cfg, vae, train_set))
+    if run.done:
+        return run.summary()
     check_sizes(vae, train_set, cfg)
 
     # the transformer and its average: from the newest checkpoint, if there is one, else widened from the base
@@ -262,6 +264,7 @@ def main(cfg):
         base, dit = initial_dit(cfg, vae, train_set)
         ema = deepcopy(dit)
     condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU for itself
+    run.made_of(texts=condition.made_by)
     if cfg.shard:
         dit = ranks.shard(dit, device)
         ema = ranks.shard(ema, device)
@@ -342,19 +345,6 @@ def learning_rate(step, cfg):
 # ---------------------------------------------------------------- before the first step
 
 
-def check_statistics(z_all, C, out):
-    """Print mean and standard deviation of latents, base and detail apart; warn where not near 0 and 1."""
-    groups = {"base": z_all[:, :C]}
-    if z_all.shape[1] > C:
-        groups["detail"] = z_all[:, C:]
-    for name, z in groups.items():
-        mean = z.mean().item()
-        std = z.std().item()
-        tqdm.write(f"{out}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
-        if not (abs(mean) < 0.5 and 0.5 < std < 2):
-            tqdm.write("WARNING: wanted about 0 and 1, by the VAE's statistics: other images, another VAE?")
-
-
 def prove_warm_start(base, model, vae, z_all, y, condition, run):
     """Print how far the widened model is from the base (0.0), and draw what both make of the same noise.
 
@@ -412,25 +402,23 @@ def share_frozen(dit, ema):
 # ---------------------------------------------------------------- set-up
 
 
-def make_if_missing(run, cfg):
-    """Train (or finish) the base DiT or VAE `run` if it is the folder of a preset here or in train_vae.py."""
+def make_if_missing(flag, cfg):
+    """Train the base DiT or VAE that cfg.<flag> names if it is a preset's folder, here or in train_vae.py."""
     import train_vae
-    train_vae.make_if_missing(run, cfg)
-    for name, values in PRESETS.items():
-        if values["out"] == run and runs.step_of(run) < values["steps"]:
-            print(f"\n{cfg.out} needs {run}, which is not there yet: running  python finetune.py {name}")
-            main(Config(**{"preset": name, **values, "device": cfg.device, "data_dir": cfg.data_dir}))
+    train_vae.make_if_missing(flag, cfg)
+    runs.make_if_missing(flag, cfg, "finetune.py", PRESETS, Config, main)
 
 
-def open_training_set(cfg, vae):
-    """Images, or the latents that LightningDiT's own code extracted from them."""
-    if any(Path(cfg.data_dir).glob("*.safetensors")):
-        return Latents(cfg.data_dir, vae, cfg.D)
-    train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
-    if cfg.text:                                                   # the label is where to find the caption
-        train_set.labels = np.arange(len(train_set))
-        train_set.classes = []
-    return train_set
+def sources(cfg, vae, train_set):
+    """What the run is made of, for `Run.made_of`; of texts, see support/text.py."""
+    captions = identity.of_text(json.dumps(train_set.captions)) if cfg.text else None
+    return {
+        "images": train_set.fingerprint,
+        "captions": captions,
+        "classes": None if cfg.text else train_set.classes,
+        "vae": runs.hash_of(vae),
+        "base": identity.of_source(cfg.base, "transformer"),
+    }
 
 
 def initial_dit(cfg, vae, train_set):
@@ -438,7 +426,6 @@ def initial_dit(cfg, vae, train_set):
     torch.manual_seed(cfg.seed)
     if not cfg.base:
         return None, new_dit(cfg, vae, num_classes=max(1, len(train_set.classes)))
-    make_if_missing(cfg.base, cfg)
     source = cfg.base
     if Path(source).is_dir() and runs.checkpoints(source):
         source = runs.latest_checkpoint(source)
@@ -563,27 +550,33 @@ def save_what_stays(run, vae, dit):
 def draw_samples(run, done, ema, vae, about, text):
     """samples_<done>.png: four images of each of the first ten classes (or prompts), one class a column.
 
-    From the same noise at every save.
-    By all ranks, because a sharded model needs them; in parts of at most micro_batch rows, guidance included.
+    From the same noise at every save. Ranks share the images, in parts of at most micro_batch rows, guidance
+    included; all equally many, because a sharded model needs all ranks for each.
     """
     cfg = run.cfg
     n = min(10, len(about["classes"]) if cfg.text else ema.cfg.num_classes)
     wanted = SampleConfig(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)))
     settings = settings_of(wanted, about, "")
+    images, previews, numbers = [], [], []
     with runs.picture_may_fail(f"{cfg.out}: samples"):
-        images, previews = [], []
-        for part in torch.arange(4 * n).split(max(1, cfg.micro_batch // 2)):
+        for part in torch.tensor(ranks.my_share(4 * n)).split(max(1, cfg.micro_batch // 2)):
             full, base = generate(ema, vae, part.tolist(), settings, text)
             images.append(full)
             previews.append(base)
-        grids = {"samples": torch.cat(images)}
-        if cfg.D:
-            grids["samples_base_only"] = torch.cat(previews)
-        names = [about["classes"][k][:24] if k < len(about["classes"]) else str(k) for k in range(n)]
+            numbers += part.tolist()
+
+    grids = {"samples": ranks.gather(images, numbers)}
+    if cfg.D:
+        grids["samples_base_only"] = ranks.gather(previews, numbers)
+    names = [about["classes"][k][:24] if k < len(about["classes"]) else str(k) for k in range(n)]
+    with runs.picture_may_fail(f"{cfg.out}: samples"):
         for name, x in grids.items():
+            if run.rank > 0 or len(x) < 4 * n:                     # a rank has failed, and said so
+                continue
             for file in (f"{name}_{done:06d}.png", f"{name}.png"):
-                if run.rank == 0:
-                    figures.save_grid(x, Path(cfg.out) / file, n, max(1, 128 // x.shape[-1]), names * 4)
+                scale = max(1, 128 // x.shape[-1])
+                figures.save_grid(x[:4 * n], Path(cfg.out) / file, n, scale, names * 4)
+    ranks.wait_for_all()
 
 
 def report(cfg):

@@ -13,9 +13,11 @@ base decoder alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evalu
 settings.json. A folder that is half full is continued. Image i depends on (seed, i) only, not on the batch
 size or the number of processes. Texts are encoded beforehand, see support/text.py.
 """
+import itertools
 import json
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from dit import merge_lora
-from support import config, data, figures, ranks, runs
+from support import config, data, figures, identity, ranks, runs
 from support import text as texts
 from support.config import field
 from support.weights import ExportConfig, main_export, load_run
@@ -36,24 +38,27 @@ from support.weights import ExportConfig, main_export, load_run
 class Config:
     run: str = field("out/tiny", "a run of finetune.py, or one of its step folders")
     out: str = field("", "folder for the images; empty: <run>/samples")
-    n: int = field(50, "images")
-    batch_size: int = field(50, "images per forward pass and process")
-    seed: int = field(0, "of the noise")
-    classes: tuple = field((), "class ids to draw, in turn; empty: all of them")
-    prompts: str = field("", "SD3.5: texts separated by |, or a file with one a line; empty: captions")
-    negative: str = field("", "SD3.5: the text that guidance leads away from")
+    n: int = field(50, "images", within=(1, 10_000_000))
+    batch_size: int = field(50, "images per forward pass and process", at_least=1)
+    seed: int = field(0, "of the noise", within=(0, 2**64 - 1))
+    classes: tuple = field((), "class ids to draw, in turn; empty: all of them", at_least=0)
+    prompts: str = field("", "SD3.5: texts separated by |, or a file of lines; empty: captions", text=True)
+    negative: str = field("", "SD3.5: the text that guidance leads away from", text=True)
     text: str = field("", "SD3.5: text shards, or a folder of encoders to make them; empty: the run's")
-    height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size")
-    width: int = field(0, "see height")
-    steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)")
-    shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: what the run was set up with")
+    height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size", within=(0, 16_384))
+    width: int = field(0, "see height", within=(0, 16_384))
+    steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)",
+                       within=(1, 1_000_000))
+    shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: the run's own", within=(-1, 1000))
     grid: str = field("", "sd3: shifted twice at the end, as diffusers; empty: the run's own",
                       choices=("", "plain", "sd3"))
-    cfg: float = field(-1.0, "guidance scale, 1: none; negative: what the run was set up with")
-    cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end")
-    cfg_end: float = field(1.0, "see cfg_start")
-    cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's figures")
-    slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5")
+    cfg: float = field(-1.0, "guidance scale, 1: none; negative: the run's own", within=(-1, 1000))
+    cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end", within=(0, 1))
+    cfg_end: float = field(1.0, "see cfg_start", within=(0, 1))
+    cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's figures",
+                              at_least=0)
+    slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5",
+                       at_least=0)
     compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU; not run")
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
@@ -262,7 +267,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     """
     device = dit.P.weight.device
     side = vae.f * dit.cfg.p
-    if s["height"] % side or s["width"] % side:
+    if min(s["height"], s["width"]) < side or s["height"] % side or s["width"] % side:
         raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
     noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, s["height"] // vae.f, s["width"] // vae.f))
     ts = time_grid(s["steps"], s["shift"], s["grid"] == "sd3")
@@ -303,7 +308,7 @@ def settings_of(cfg, about, checkpoint):
     raises: SystemExit on impossible values
     """
     own = about["config"]
-    s = {"checkpoint": str(checkpoint)}
+    s = {}
     for name in ("steps", "seed", "weights", "cfg_start", "cfg_end", "cfg_channels"):
         s[name] = getattr(cfg, name)
     s["shift"] = own["shift"] if cfg.shift < 0 else cfg.shift
@@ -312,6 +317,13 @@ def settings_of(cfg, about, checkpoint):
     if cfg.n < 1 or cfg.steps < 1 or s["shift"] == 0 or not s["cfg"] < float("inf"):
         raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and "
                          "steps of at least 1, shift above 0 and a finite cfg")
+    if cfg.cfg_start > cfg.cfg_end:
+        raise SystemExit(f"--cfg_start={cfg.cfg_start} is after --cfg_end={cfg.cfg_end}: guidance would "
+                         "never be on; give --cfg=1 to do without")
+    channels = about["model"]["C"] + about["model"]["D"]
+    if not 0 <= cfg.cfg_channels <= channels:
+        raise SystemExit(f"--cfg_channels={cfg.cfg_channels}: the model has {channels} channels; wanted as "
+                         "many of them as are guided, or 0 for all")
     if own.get("text"):
         return s | text_settings(cfg, about, checkpoint)
     return s | class_settings(cfg, about)
@@ -362,6 +374,8 @@ def main(cfg):
 
     # texts before the transformer: T5 is the larger of the two
     text = text_of(cfg, about, settings, out, rank, device)
+    settings["model"] = identity.of_run(checkpoint)
+    settings["texts"] = text.made_by if text else None
     dit, vae, _ = load_run(cfg.run, cfg.weights, device)
     flow = prepare(dit, vae, cfg, device)
     open_folder(out, settings, rank)
@@ -379,26 +393,38 @@ def main(cfg):
     if rank == 0:
         speed = len(todo) / max(1e-9, time.time() - start)
         print(f"{out}: {len(todo)} new images, {cfg.n} in all; {speed:.2g} img/s here")
-        write_npz(out, cfg.n)
-        draw_overview(dit, vae, about, settings, out, cfg.n, text)
+        with runs.disk_may_fail(must=True):
+            write_npz(out, cfg.n)
+        with runs.picture_may_fail(f"{out}/grid.png"):
+            draw_overview(dit, vae, about, settings, out, cfg, text)
     return out
 
 
 def open_folder(out, settings, rank):
-    """Make the folder of images, or go on in one with the same settings.   raises: SystemExit if others"""
-    out.mkdir(parents=True, exist_ok=True)
+    """Make the folder of images, or go on in one of the same settings and weights.
+
+    raises: SystemExit for a folder of other images
+    """
     path = out / "settings.json"
     if path.exists():
-        old = json.loads(path.read_text())
-        changed = []
-        for name, value in settings.items():
-            if old.get(name) != value:
-                changed.append(f"{name} {old.get(name)} -> {value}")
-        if old != settings:
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
+        changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
+                   if old.get(name) != settings.get(name)]
+        if changed:
             raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
                              "another --out, or remove it")
-    elif rank == 0:
-        runs.write_json(path, settings)
+        return
+    if list(out.glob("*.png")):
+        raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
+                         "another --out")
+    ranks.wait_for_all()                                           # all have looked
+    runs.make_folder(out)
+    with runs.disk_may_fail(must=True):
+        if rank == 0:
+            runs.write_json(path, settings)
 
 
 def save_png(image, path):
@@ -409,14 +435,19 @@ def save_png(image, path):
 
 
 def write_npz(out, n):
-    """samples.npz of all images."""
-    arrays = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(n)])
-    with open(out / "samples.npz.tmp", "wb") as f:
-        np.savez(f, arr_0=arrays)
+    """samples.npz of all images, one after the other: 50,000 of them would not fit into memory."""
+    images = (np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(n))
+    first = next(images)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
+    archive = zipfile.ZipFile(out / "samples.npz.tmp", "w")
+    with archive, archive.open("arr_0.npy", "w", force_zip64=True) as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        for image in itertools.chain([first], images):
+            f.write(image.tobytes())
     (out / "samples.npz.tmp").replace(out / "samples.npz")
 
 
-def draw_overview(dit, vae, about, settings, out, n, text=None):
+def draw_overview(dit, vae, about, settings, out, cfg, text=None):
     """grid.png and base_preview.png: up to ten classes (or prompts) x eight images."""
     if "prompts" in settings:
         names = [prompt[:24] for prompt in settings["prompts"]]
@@ -425,13 +456,18 @@ def draw_overview(dit, vae, about, settings, out, n, text=None):
         names = [classes[k] for k in settings["classes"]]
 
     # sample i is of name i % len(names): row by row, the samples of one name
-    columns = max(1, min(8, n // len(names)))
+    columns = max(1, min(8, cfg.n // len(names)))
     indices = []
     for row in range(min(10, len(names))):
-        indices += [i for i in range(row, columns * len(names), len(names)) if i < n]
-    images, base = generate(dit, vae, indices, settings, text)
+        indices += [i for i in range(row, columns * len(names), len(names)) if i < cfg.n]
+    images, previews = [], []
+    for k in range(0, len(indices), cfg.batch_size):
+        full, base = generate(dit, vae, indices[k:k + cfg.batch_size], settings, text)
+        images.append(full)
+        previews.append(base)
     labels = [names[i % len(names)] for i in indices]
-    for file, x in (("grid.png", images), ("base_preview.png", base)):
+    for file, parts in (("grid.png", images), ("base_preview.png", previews)):
+        x = torch.cat(parts)
         figures.save_grid(x, out / file, columns, max(1, 128 // x.shape[-1]), labels)
 
 

@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from davae import LAYOUT, DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image
-from support import config, data, figures, ranks, runs
+from support import config, data, figures, identity, ranks, runs
 from support.bases import TinyBlock, WideBlock
 from support.config import field
 from support.fit import fit_new_blocks
 from support.metrics import make_lpips, psnr
-from support.weights import load_davae
+from support.weights import load_davae, load_measured
 
 
 @dataclass
@@ -33,49 +33,50 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    seed: int = field(0, "of the weights, the data order and every random draw")
+    seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data
     data_dir: str = field("procedural", "a folder of images, or 'procedural' for the built-in ones")
     val_dir: str = field("", "held-out images; empty: built-in ones, or training images")
-    image_size: int = field(512, "pixels; images are resized and centre-cropped to this square")
-    images: int = field(4096, "how many built-in images")
-    crop: int = field(0, "train on random squares of this many pixels; 0: whole images")
+    image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
+    images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
+    crop: int = field(0, "train on random squares of this many pixels; 0: whole images", within=(0, 16_384))
     flip: bool = field(True, "mirror half of the images")
     # model
     base: str = field("", "the frozen base VAE: a file, a folder or a run; D = 0: where to start, or empty")
-    D: int = field(96, "detail channels; 0 trains the base VAE itself")
-    r: int = field(2, "side of the full image / side of the base image: 2 in the paper, 4 for a quarter")
+    D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
+    r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
     train: str = field("all", "all; or not the detail encoder (the authors' SD3 script); or the new blocks",
                        choices=("all", "decoder", "blocks"))
-    detail_dropout: float = field(0.1, "probability per image of decoding without details, in training")
+    detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
     fit: bool = field(False, "start the new blocks by least squares (D = 3C), not at random as the paper")
-    C: int = field(16, "D = 0, no base given: latent channels")
-    widths: tuple = field((128, 256, 512, 512), "D = 0, no base given: of the levels, from full size down")
-    blocks: int = field(2, "D = 0, no base given: residual blocks per level")
-    groups: int = field(32, "D = 0, no base given: groups of each GroupNorm")
+    C: int = field(16, "D = 0, no base given: latent channels", within=(1, 4096))
+    widths: tuple = field((128, 256, 512, 512), "D = 0, no base given: of the levels, from full size down",
+                          within=(1, 8192), count=(1, 12))
+    blocks: int = field(2, "D = 0, no base given: residual blocks per level", within=(1, 100))
+    groups: int = field(32, "D = 0, no base given: groups of each GroupNorm", within=(1, 8192))
     # losses (Tab. S1)
     perceptual: str = field("vgg", "network of LPIPS", choices=("vgg", "squeeze", "none"))
     lpips_trunk: str = field("", "local weight file of that network, instead of torchvision's download")
-    kl: float = field(1e-6, "weight of the KL term, a mean over elements")
-    align: float = field(0.5, "lambda_align, times the adaptive ratio")
+    kl: float = field(1e-6, "weight of the KL term, a mean over elements", at_least=0)
+    align: float = field(0.5, "lambda_align, times the adaptive ratio", at_least=0)
     adaptive_align: bool = field(True, "scale the alignment by a ratio of gradient norms, as on ImageNet")
-    gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator")
-    disc_start: int = field(5001, "step at which the discriminator starts, for both players")
-    disc_width: int = field(64, "channels of the discriminator's first layer")
+    gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator", at_least=0)
+    disc_start: int = field(5001, "step at which the discriminator starts, for both players", at_least=0)
+    disc_width: int = field(64, "channels of the discriminator's first layer", within=(1, 4096))
     # optimisation
-    steps: int = field(100_000, "optimizer steps")
-    batch_size: int = field(128, "images per optimizer step, over all ranks")
-    micro_batch: int = field(16, "images per rank and forward pass")
-    lr: float = field(1e-4, "learning rate of both players")
-    beta1: float = field(0.5, "of AdamW; Tab. S1: 0.5 on ImageNet, 0.9 for SD3")
-    beta2: float = field(0.9, "of AdamW; Tab. S1: 0.9 on ImageNet, 0.999 for SD3")
-    cooldown: float = field(0.0, "last part of the steps over which lr falls to 0, as a fraction")
-    clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as the authors")
+    steps: int = field(100_000, "optimizer steps", at_least=1)
+    batch_size: int = field(128, "images per optimizer step, over all ranks", within=(1, 1_000_000))
+    micro_batch: int = field(16, "images per rank and forward pass", at_least=1)
+    lr: float = field(1e-4, "learning rate of both players", at_least=0)
+    beta1: float = field(0.5, "of AdamW; Tab. S1: 0.5 on ImageNet, 0.9 for SD3", within=(0, 0.999_999))
+    beta2: float = field(0.9, "of AdamW; Tab. S1: 0.9 on ImageNet, 0.999 for SD3", within=(0, 0.999_999))
+    cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
+    clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as the authors", at_least=0)
     compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; on a GPU not run")
-    stats: int = field(10_000, "training images for the latent statistics")
-    log_every: int = field(100, "steps")
-    save_every: int = field(5000, "steps between checkpoints, each with a reconstruction strip")
+    stats: int = field(10_000, "training images for the latent statistics", at_least=1)
+    log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
+    save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
 
 
 PRESETS = {
@@ -110,9 +111,8 @@ PRESETS = {
         beta2=0.999, detail_dropout=0.0),
 }
 
-# On resume; anything else would be another run.
-MAY_CHANGE = {"preset", "device", "data_dir", "val_dir", "base", "lpips_trunk", "micro_batch", "lr", "steps",
-              "cooldown", "clip", "compile", "log_every", "save_every"}
+# On resume, beside what changes no result and where things lie; anything else would be another run.
+MAY_CHANGE = {"steps", "lr", "cooldown", "clip"}
 
 
 # ---------------------------------------------------------------- losses
@@ -168,6 +168,10 @@ def last_conv(vae):
 def hinge_loss(real, fake):
     """Discriminator's hinge loss of two logit maps: zero where real >= 1 and fake <= -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+# The side of the smallest images of which the layers of these networks leave anything.
+SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
 
 
 class PatchGAN(nn.Sequential):
@@ -228,9 +232,6 @@ class LossNetworks:
 
 def main(cfg):
     """Train, validate and save as `cfg` says.  Returns the summary of the run, as in summary.json."""
-    summary = runs.finished(cfg)
-    if summary:
-        return summary
 
     # where this runs, and on which images
     rank, world, device = ranks.setup(cfg.device)
@@ -240,6 +241,9 @@ def main(cfg):
 
     # the VAE, the networks of its losses, an optimizer for each player: new, or from the newest checkpoint
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
+    run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"))
+    if run.done:
+        return run.summary()
     check_sizes(cfg, vae)
     vae = vae.to(device, memory_format=LAYOUT[device.type]).train()
     freeze(vae, cfg.train)
@@ -262,7 +266,7 @@ def main(cfg):
     val = validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
     if not run.checkpoint:
-        save(run, 0, vae, nets, opt, opt_d, train_set)
+        save(run, 0, vae, nets, opt, opt_d)
         validate(run, 0, vae, val)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -300,11 +304,14 @@ def main(cfg):
         # log; save first, then draw
         run.log.row(step + 1, gnorm=norm, lr=lr)
         if run.save_due(step + 1):
-            save(run, step + 1, vae, nets, opt, opt_d, train_set)
+            save(run, step + 1, vae, nets, opt, opt_d)
             validate(run, step + 1, vae, val)
 
+    # the statistics of the latents, which belong to the weights: they are final now, and saved
     if run.start == cfg.steps:                     # a job that was cut off between its last save and here
         validate(run, cfg.steps, vae, val)
+    vae.measure(statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
+    save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
         report(cfg, summary, vae, len(val))
@@ -350,19 +357,16 @@ def initial_vae(cfg):
     if cfg.D == 0 and not cfg.base:
         sizes = KLConfig(C=cfg.C, widths=cfg.widths, blocks=cfg.blocks, groups=cfg.groups)
         return PlainVAE(AutoencoderKL(sizes))
-    make_if_missing(cfg.base, cfg)
-    base = load_davae(cfg.base).base
+    make_if_missing("base", cfg)
+    base = load_measured(cfg.base).base
     if cfg.D == 0:
         return PlainVAE(base)
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale))
 
 
-def make_if_missing(run, cfg):
-    """Train (or finish) `run`, and say so, if it is the folder of a preset here; all else must be there."""
-    for name, values in PRESETS.items():
-        if values["out"] == run and runs.step_of(run) < values["steps"]:
-            print(f"\n{cfg.out} needs {run}, which is not there yet: running  python train_vae.py {name}")
-            main(Config(**{"preset": name, **values, "device": cfg.device, "data_dir": cfg.data_dir}))
+def make_if_missing(flag, cfg):
+    """Train the run that cfg.<flag> names if it is the folder of a preset here, and not yet there."""
+    runs.make_if_missing(flag, cfg, "train_vae.py", PRESETS, Config, main)
 
 
 def check_sizes(cfg, vae):
@@ -372,8 +376,15 @@ def check_sizes(cfg, vae):
         if pixels % side:
             fits = max(1, round(pixels / side)) * side
             raise SystemExit(f"--{name}={pixels}: this VAE takes multiples of {side}; give --{name}={fits}")
-    if cfg.crop > cfg.image_size:
-        raise SystemExit(f"--crop={cfg.crop} is larger than --image_size={cfg.image_size}; give less, or 0")
+    seen = cfg.image_size if cfg.D else cfg.image_size // cfg.r
+    if cfg.crop > seen:
+        raise SystemExit(f"--crop={cfg.crop}: --image_size={cfg.image_size} gives images of {seen} pixels; "
+                         "give less, or 0")
+    seen = cfg.crop or seen
+    smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if cfg.gan else 1)
+    if seen < smallest:
+        raise SystemExit(f"--image_size={cfg.image_size}, --crop={cfg.crop}: images of {seen} pixels; wanted "
+                         f"{smallest} or more, or --gan=0 and --perceptual=none")
 
 
 def freeze(vae, train):
@@ -424,15 +435,13 @@ def compile_levels(vae):
 # ---------------------------------------------------------------- saving, validation, the end
 
 
-def save(run, done, vae, nets, opt, opt_d, train_set):
-    """Measure the latent statistics, which belong to the weights, and write a checkpoint; by rank 0."""
-    if run.rank > 0:
-        return
-    vae.measure(statistics_images(run.cfg, train_set, next(vae.parameters()).device))
+def save(run, done, vae, nets, opt, opt_d, measured=False):
+    """Write a checkpoint; by rank 0.   measured: are the latent statistics those of its weights?"""
     state = {"opt": opt.state_dict(), **nets.state_dict()}
     if opt_d:
         state["opt_d"] = opt_d.state_dict()
-    about = {"script": "train_vae.py", "config": dataclasses.asdict(run.cfg), "model": vae.config()}
+    about = {"script": "train_vae.py", "config": dataclasses.asdict(run.cfg), "model": vae.config(),
+             "measured": measured}
     run.save(done, {"model": vae.state_dict()}, state, about)
 
 
@@ -444,11 +453,11 @@ def restore(run, nets, opt, opt_d):
         opt_d.load_state_dict(state["opt_d"])
 
 
-def statistics_images(cfg, train_set, device):
-    """Batches of the first cfg.stats training images."""
-    count = min(cfg.stats, len(train_set))
-    for k in range(0, count, 64):
-        x, _ = data.stack(train_set, range(k, min(k + 64, count)))
+def statistics_images(cfg, train_set, device, rank, world):
+    """Batches of this rank's share of the first cfg.stats training images."""
+    mine = range(min(cfg.stats, len(train_set)))[rank::world]
+    for k in range(0, len(mine), cfg.micro_batch):
+        x, _ = data.stack(train_set, mine[k:k + cfg.micro_batch])
         yield data.to_tensor(x).to(device)
 
 
@@ -476,17 +485,26 @@ def reconstruct(vae, x):
 
 
 def validate(run, done, vae, val):
-    """PSNR of base only and of the whole on `val` (N, 3, H, W); a strip of its first 8 images; by rank 0."""
-    if run.rank > 0:
-        return
+    """PSNR of base only and of the whole on `val` (N, 3, H, W), and a strip of its first images.
+
+    Ranks share the images.
+    """
     vae.eval()
+    mine = torch.arange(len(val)).tensor_split(ranks.world_size())[run.rank]
+    images = val[mine]
+    scores = []
     with runs.picture_may_fail(f"{run.cfg.out}: reconstructions"):
-        pairs = [reconstruct(vae, x) for x in val.split(min(32, run.cfg.micro_batch))]
+        pairs = [reconstruct(vae, x) for x in images.split(min(32, run.cfg.micro_batch))]
         base = torch.cat([pair[0] for pair in pairs])
         full = torch.cat([pair[1] for pair in pairs])
-        run.results |= {"psnr_base": psnr(base, val).mean().item(), "psnr": psnr(full, val).mean().item()}
-        draw(run.cfg, done, vae, val, base, full)
+        scores.append(torch.stack([psnr(base, images), psnr(full, images)], dim=1))
+        if run.rank == 0:
+            draw(run.cfg, done, vae, images, base, full)
     vae.train()
+
+    scores = ranks.gather(scores, mine.tolist() if scores else [])
+    if len(scores) == len(val):
+        run.results["psnr_base"], run.results["psnr"] = scores.mean(0).tolist()
 
 
 def draw(cfg, done, vae, val, base, full):

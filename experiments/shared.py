@@ -26,7 +26,7 @@ class Config:
     run: str = field("out/tiny-vae", "a run of train_vae.py or finetune.py, or one of its step folders")
     out: str = field("", "folder for what comes out; empty: the run's")
     data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on such")
-    images: int = field(1000, "held-out images to use, spread evenly over the folder")
+    images: int = field(1000, "held-out images to use, spread over the folder", within=(1, 10_000_000))
     other: str = field("", "a second DA-VAE to look at, for example one trained with --align=0")
     weights: str = field("ema", "of a transformer", choices=("ema", "model"))
     device: str = field("auto", "auto, cpu or cuda")
@@ -49,6 +49,8 @@ def open_run(cfg):
 
     raises: SystemExit if it, or the second DA-VAE, has no detail channels, or no image can be read.
     """
+    if cfg.out:
+        runs.make_folder(cfg.out)
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
     if not run.vae.D:
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")

@@ -21,7 +21,7 @@ from support.config import field
 
 @dataclass
 class Config(shared.Config):
-    bins: int = field(10, "bins of t between 0 and 1")
+    bins: int = field(10, "bins of t between 0 and 1", within=(1, 10_000))
 
 
 @torch.no_grad()

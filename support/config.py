@@ -3,29 +3,47 @@
     @dataclass
     class Config:
         preset: str = field("tiny", "a name in PRESETS")
-        lr: float = field(2e-4, "learning rate")
+        lr: float = field(2e-4, "learning rate", at_least=0)
         distance: str = field("mse", "of the alignment", choices=("mse", "vf"))
 
     cfg = cli(Config, PRESETS)
 
 The first field may be given without its name. A preset's values come first, so that flags change them.
-A field's type is that of its default: str, int, float, bool or a tuple of whole numbers.
+A field's type is that of its default: str, int, float, bool or a tuple of whole numbers. Which values it
+takes is said where it is declared, and checked where they come in, from the command line or a preset.
 """
 import dataclasses
 import difflib
+import re
 import sys
 
+# Where a field does not say otherwise, a number may be as large as this.
+LARGEST = 1_000_000_000
 
-def field(default, help, choices=()):
-    """A dataclass field with the line that --help prints, and the `choices` that the command line takes."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+# Of a path, in bytes: what file systems take, less the names that are put behind it (step_000100.tmp/...).
+LONGEST_NAME = 240
+LONGEST_PATH = 3800
+
+
+def field(default, help, choices=(), at_least=-LARGEST, within=None, count=None, text=False):
+    """A dataclass field with the line that --help prints, and what the command line takes for it.
+
+    choices: the only values of a str
+    at_least, within: the smallest number, or (smallest, largest); of each number of a tuple
+    count: (fewest, most) numbers of a tuple; None: any
+    text: whether a str is a text; else it is a name, most often of a file or a folder, and not as long
+    """
+    limits = {"range": within or (at_least, LARGEST), "count": count, "text": text}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
 
 
 def cli(Config, presets=None, argv=None):
     """Fill the dataclass `Config` from the command line.
 
     presets: name -> {field: value}; the first field names one, whose values are applied before the flags
-    raises: SystemExit with one sentence, and the nearest names, for what is no field, no preset or no value
+    returns it with one attribute more: `given`, the names of the fields that the command line had
+    raises: SystemExit with one sentence, and the nearest names, for what is no field, no preset or no value,
+    and for a value that the field does not take
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -40,25 +58,32 @@ def cli(Config, presets=None, argv=None):
     while argv:
         name, text = next_flag(argv)
         if name not in fields:
-            raise SystemExit(f"--{name} is not a field{nearest(name, fields)}; --help lists them all")
+            raise SystemExit(f"--{name[:80]} is not a field{nearest(name, fields)}; --help lists them all")
         values[name] = parse(fields[name], text)
 
-    if presets is None:
-        return Config(**values)
-    preset = values.get(first, fields[first].default)
-    if preset not in presets:
-        raise SystemExit(f"no preset {preset!r}{nearest(preset, presets)}; there are {', '.join(presets)}")
-    return Config(**{first: preset, **presets[preset], **values})
+    given = set(values)
+    if presets is not None:
+        preset = values.get(first, fields[first].default)
+        if preset not in presets:
+            raise SystemExit(f"no preset {shortened(preset)}{nearest(preset, presets)}; "
+                             f"there are {', '.join(presets)}")
+        values = {first: preset, **presets[preset], **values}
+    for name, value in values.items():
+        check(fields[name], value)
+    cfg = Config(**values)
+    cfg.given = given
+    return cfg
 
 
 def print_help(Config, presets):
-    """The script's docstring, every field with its default, the presets."""
+    """The script's docstring, every field with its default and what else it takes, the presets."""
     fields = dataclasses.fields(Config)
     print(sys.modules[Config.__module__].__doc__)
     print(f"usage: [{fields[0].name}] --field=value ...\n")
     for f in fields:
-        choices = f" [{', '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-        print(f"  --{f.name}={show(f.default)}".ljust(34) + f.metadata["help"] + choices)
+        taken = ", ".join(f.metadata["choices"]) or range_of(f)
+        taken = f" [{taken}]" if taken else ""
+        print(f"  --{f.name}={show(f.default)}".ljust(34) + f.metadata["help"] + taken)
     if presets:
         print(f"\npresets: {', '.join(presets)}")
 
@@ -68,11 +93,11 @@ def next_flag(argv):
     flag = argv.pop(0)
     name, equals, text = flag.removeprefix("--").partition("=")
     if not flag.startswith("--"):
-        raise SystemExit(f"{flag!r} is not of the form --field=value; --help lists the fields")
+        raise SystemExit(f"{shortened(flag)} is not of the form --field=value; --help lists the fields")
     if equals:
         return name, text
     if not argv or argv[0].startswith("--"):
-        raise SystemExit(f"{flag!r} has no value: wanted {flag}=value; --help lists the fields")
+        raise SystemExit(f"{shortened(flag)} has no value: wanted {flag[:80]}=value; --help lists the fields")
     return name, argv.pop(0)
 
 
@@ -84,10 +109,8 @@ def nearest(name, names):
 def parse(field, text):
     """The value that `text` means for a field.   raises: SystemExit saying what was wanted"""
     kind = type(field.default)
-    choices = field.metadata["choices"]
-    wanted = {bool: "True or False", int: "a whole number", float: "a number", tuple: "numbers such as 1,2,4"}
-    if choices and text not in choices:
-        raise SystemExit(f"--{field.name}={text!r}: wanted {' or '.join(choices)}{nearest(text, choices)}")
+    if field.metadata["choices"] and text not in field.metadata["choices"]:
+        refuse(field, text)
     try:
         if kind is bool:
             return {"True": True, "False": False}[text]
@@ -96,7 +119,74 @@ def parse(field, text):
             return tuple(int(n) for n in numbers if n.strip())
         return kind(text)
     except (KeyError, ValueError):
-        raise SystemExit(f"--{field.name}={text!r}: wanted {wanted[kind]}") from None
+        refuse(field, text)
+
+
+def check(field, value):
+    """raises: SystemExit if a field does not take a value of its type: a number, a tuple, a str"""
+    if isinstance(value, str):
+        check_str = check_text if field.metadata["text"] else check_name
+        check_str(f"--{field.name}=", value)
+        return
+    low, high = field.metadata["range"]
+    numbers = value
+    if isinstance(value, tuple):
+        fewest, most = field.metadata["count"] or (0, len(value))
+        if not fewest <= len(value) <= most:
+            refuse(field, value)
+    else:
+        numbers = (value,)
+    if not all(low <= number <= high for number in numbers):       # nan is in no range
+        refuse(field, value)
+
+
+def check_name(given, value):
+    """raises: SystemExit, saying that it was given as `given`, if a str cannot be the name of a file"""
+    written = value.encode(errors="replace")
+    if written.decode() != value or re.search("[\x00-\x1f\x7f]", value):
+        raise SystemExit(f"{given}{shortened(value)}: wanted a name in UTF-8, without control characters")
+    if len(written) > LONGEST_PATH or max(map(len, written.split(b"/"))) > LONGEST_NAME:
+        raise SystemExit(f"{given}{shortened(value)}: wanted a path of at most {LONGEST_PATH} bytes, "
+                         f"each name in it of at most {LONGEST_NAME}")
+
+
+def check_text(given, value):
+    """raises: SystemExit, saying that it was given as `given`, if a str is no text that can be kept"""
+    if "\0" in value or value.encode(errors="replace").decode() != value:
+        raise SystemExit(f"{given}{shortened(value)}: wanted text in UTF-8, without zero bytes")
+
+
+def refuse(field, given):
+    """raises: SystemExit saying what was given for a field, text or value, and what was wanted"""
+    given = given if isinstance(given, str) else show(given)
+    choices = field.metadata["choices"]
+    if choices:
+        wanted = " or ".join(choice or "nothing" for choice in choices) + nearest(given, choices)
+    else:
+        kinds = {bool: "True or False", int: "a whole number", float: "a number", tuple: "whole numbers"}
+        wanted = kinds[type(field.default)]
+        if range_of(field):
+            wanted += f", {range_of(field)}"
+        if isinstance(field.default, tuple):
+            wanted += ", such as 1,2,4"
+    raise SystemExit(f"--{field.name}={shortened(given)}: wanted {wanted}")
+
+
+def range_of(field):
+    """The range of a field's number, or numbers, as the command line takes them; "" of other types."""
+    if type(field.default) not in (int, float, tuple):
+        return ""
+    low, high = field.metadata["range"]
+    text = f"{low:_} to {high:_}"
+    if field.metadata["count"]:
+        fewest, most = field.metadata["count"]
+        text = f"{fewest} to {most} of them, each {text}"
+    return text
+
+
+def shortened(text, most=80):
+    """A text in quotes, of which a sentence shows no more than the beginning."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
 
 
 def show(value):

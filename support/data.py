@@ -5,25 +5,36 @@ Pixels are uint8 (S, S, 3) while they are read and put into batches; `to_tensor`
 [-1, 1] for the models.
 """
 import functools
+import hashlib
 import itertools
-import json
 import math
 import os
 import struct
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from support import identity
+from support.captions import read_captions, shown
 from support.drawings import SCENES, draw, make_textures
 
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp",
+    ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi",
+)
+if features.check("avif"):                  # some builds of Pillow are without
+    EXTENSIONS += (".avif",)
 
+# What systems put into folders beside the user's files; so do they with names that begin with a dot.
+OF_SYSTEMS = (
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "lost+found", "$recycle.bin",
+    "system volume information",
+)
 
 SMALLEST = 11                               # pixels, the side of SSIM's window: of images that are measured
 
@@ -54,12 +65,15 @@ class Dataset:
         captions     list of N strings, "" where an image has none; None if no image has one
         paths        list of N image files, for those who `read` whole images; None if there are none
         bad          {path: reason} of the files that were found to be unreadable so far
+        fingerprint  a digest of images and labels
+        left_out     {ending: count} of the files in its folder that it does not use
         summary()    one line about it all, which a run prints when it starts
     """
 
     classes = []
     captions = None
     paths = None
+    left_out = {}
 
     @functools.cached_property
     def bad(self):
@@ -71,6 +85,18 @@ class Dataset:
     def image(self, i):
         raise NotImplementedError(f"{type(self).__name__} has no image(i); wanted: uint8 (S, S, 3), label")
 
+    @functools.cached_property
+    def fingerprint(self):
+        """A digest of images and labels: data sets that have the same one have the same images.
+
+        Here of the labels and sixteen images. The cache of latents is found by it.
+        """
+        digest = hashlib.sha256(np.asarray(self.labels, dtype=np.int64).tobytes())
+        for i in np.linspace(0, len(self) - 1, 16).astype(int).tolist():
+            pixels, _ = self.image(i)
+            digest.update(pixels.tobytes())
+        return digest.hexdigest()[:16]
+
     def exact(self, i):
         return self.image(i)
 
@@ -79,23 +105,27 @@ class Dataset:
 
         then: what becomes of it, a sentence
         """
-        if path not in reason:
-            reason = f"cannot use the image {path}: {reason}"
+        if shown(path) not in reason:
+            reason = f"cannot use the image {shown(path)}: {reason}"
         if self.bad.setdefault(path, reason) is reason:
             print(f"{reason}; {then}", file=sys.stderr)
 
     def summary(self):
-        """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable'."""
+        """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable; left
+        out: 20 .heic, 3 .safetensors'.
+        """
         line = f"{len(self)} images without classes"
         if self.classes:
             counts = np.bincount(self.labels, minlength=len(self.classes))
-            names = [f"{name} {counts[k]}" for k, name in enumerate(self.classes)]
+            names = [f"{shown(name)} {counts[k]}" for k, name in enumerate(self.classes)]
             more = ", ..." if len(names) > 10 else ""
             line = f"{len(self)} images in {len(names)} classes ({', '.join(names[:10])}{more})"
         if self.captions:
             line += f", {len(list(filter(None, self.captions)))} captions"
         if self.bad:
             line += f", {len(self.bad)} unreadable"
+        if self.left_out:
+            line += f"; left out: {listed(self.left_out)}"
         return line
 
 
@@ -142,7 +172,7 @@ def load_image(path):
         reason = "its bytes are no image" if os.path.getsize(path) else "the file is empty"
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
-    raise ValueError(f"cannot read the image {path}: {reason}")
+    raise ValueError(f"cannot read the image {shown(path)}: {reason}")
 
 
 def center_crop(image, size):
@@ -170,13 +200,13 @@ def center_crop(image, size):
 def find_files(folder, above=frozenset()):
     """The files below a folder, {"": those in itself, sub-folder: all those below it}, sorted by name.
 
-    Hidden files and folders are left out. Links are followed, but not to a folder that they are in (`above`:
-    the real paths of those), where they would go round for ever.
+    Hidden files and folders, and those OF_SYSTEMS, are left out. Links are followed, but not to a folder that
+    they are in (`above`: the real paths of those), where they would go round for ever.
     """
     above = above | {os.path.realpath(folder)}
     found = {"": []}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith((".", "__MACOSX")):
+        if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:
             continue
         if not entry.is_dir():
             found[""].append(entry.path)
@@ -186,42 +216,20 @@ def find_files(folder, above=frozenset()):
     return found
 
 
-def read_metadata(root):
-    """The captions in <root>/metadata.jsonl, {path: caption}; its lines are {"file_name": ..., "text": ...}.
-
-    Instead of "text" they may say "caption".
-    """
-    captions = {}
-    text = (Path(root) / "metadata.jsonl").read_text("utf-8-sig")
-    for line in filter(str.strip, text.split("\n")):                # splitlines would also split at U+2028
-        row = json.loads(line)
-        path = os.path.join(root, os.path.normpath(row["file_name"]))
-        caption = row["text"] if "text" in row else row["caption"]
-        captions[path] = caption.strip()
-    return captions
+def is_image(path):
+    return path.lower().endswith(EXTENSIONS)
 
 
-def read_captions(root, paths, files):
-    """One caption for each image of `paths` ("" = none), or None if no image has one.
+def endings(paths):
+    """{ending: count} of files, in small letters, the most frequent first."""
+    found = Counter(os.path.splitext(path)[1].lower() for path in paths)
+    return {ending or "without an ending": count for ending, count in found.most_common()}
 
-    They come from metadata.jsonl in `root` and from `name.txt` beside an image `name.png`; if there are both,
-    the latter counts. files: the set of all files below `root`.
-    raises: ValueError naming the file that holds something else
-    """
-    captions = {}
-    source = os.path.join(root, "metadata.jsonl")
-    try:
-        if source in files:
-            captions = read_metadata(root)
-        for path in paths:
-            source = os.path.splitext(path)[0] + ".txt"
-            if source in files:
-                captions[path] = Path(source).read_text("utf-8-sig").strip()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"captions in {source}: {error!r}; "
-                         "wanted text, or lines of {file_name, text}") from None
-    found = [captions.get(path, "") for path in paths]
-    return found if any(found) else None
+
+def listed(counts):
+    """'20 .heic, 3 .safetensors, 2 without an ending', of at most ten {ending: count}."""
+    parts = [f"{count} {shown(ending)}" for ending, count in counts.items()]
+    return ", ".join(parts[:10]) + (", ..." if len(parts) > 10 else "")
 
 
 class ImageFolder(Dataset):
@@ -229,7 +237,7 @@ class ImageFolder(Dataset):
 
     Sub-folders are classes, numbered in the order of their names as torchvision does; a folder without
     sub-folders has no classes. An unreadable file is named once on stderr, kept in `bad`, and replaced by the
-    next readable image.
+    next readable image. Files that are no images, captions or lists of captions are counted in `left_out`.
     raises: ValueError if there are no images or a class is empty; also when 10 files and 1 % of all prove
     unreadable
     """
@@ -238,32 +246,56 @@ class ImageFolder(Dataset):
         self.root = os.fspath(root)
         self.size = size
         self.bad = {}
+        if os.path.isfile(root):
+            raise ValueError(f"{shown(root)} is not a folder but a file; give the folder of the images, and "
+                             "unpack an archive first")
         if not os.path.isdir(root):
-            raise ValueError(f"{root} is not a folder; "
+            raise ValueError(f"{shown(root)} is not a folder; "
                              "give a folder of images, or 'procedural' for the built-in set")
-        files = find_files(self.root)
+        try:
+            files = find_files(self.root)
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {shown(error.filename)}: {error.strerror}") from None
         groups = self.group(files)
         self.classes = [name for name in groups if name]
         self.paths = list(itertools.chain.from_iterable(groups.values()))
         self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
-        everything = set(itertools.chain.from_iterable(files.values()))
-        self.captions = read_captions(self.root, self.paths, everything)
+        self.point_deeper()
+
+        others = [path for path in itertools.chain.from_iterable(files.values()) if not is_image(path)]
+        captions, used = read_captions(self.root, self.paths, others)
+        self.captions = captions if any(captions) else None
+        self.left_out = endings(path for path in others if path not in used)
+        if ".txt" in self.left_out:
+            self.left_out[".txt without an image"] = self.left_out.pop(".txt")
 
     def group(self, files):
         """Files as from `find_files` -> {class: its images}, or {"": images} if there are no classes."""
-        groups = {}
-        for name, paths in files.items():
-            groups[name] = [path for path in paths if path.lower().endswith(EXTENSIONS)]
+        groups = {name: list(filter(is_image, paths)) for name, paths in files.items()}
         loose = groups.pop("")
         if not any(groups.values()):
             groups = {"": loose}
+            files = {"": list(itertools.chain.from_iterable(files.values()))}
         elif loose:
-            print(f"{self.root}: {len(loose)} images beside its class folders are left out", file=sys.stderr)
-        empty = [name or self.root for name in groups if not groups[name]]
+            print(f"{shown(self.root)}: {len(loose)} images beside its class folders are left out",
+                  file=sys.stderr)
+        empty = []
+        for name in groups:
+            if not groups[name]:
+                found = listed(endings(files[name])) or "nothing"
+                empty.append(f"{(name or self.root)!r} ({found})")
         if empty:                           # skipping them would shift the numbers of the classes after them
-            raise ValueError(f"{self.root}: no images ({' '.join(EXTENSIONS)}) in {empty}; "
-                             "add some or remove these folders")
+            more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+            raise ValueError(f"{shown(self.root)}: no images ({' '.join(EXTENSIONS)}) in "
+                             f"{', '.join(empty[:10])}{more}; add some or remove these folders")
         return groups
+
+    def point_deeper(self):
+        """Say so if all classes are folders of folders: perhaps the lower ones were meant as the classes."""
+        root = self.root.rstrip("/")
+        if self.classes and not any(os.path.dirname(os.path.dirname(path)) == root for path in self.paths):
+            print(f"{shown(root)}: all images of its classes lie in folders of their own; if those are the "
+                  f"classes, give {shown(os.path.join(root, self.classes[0]))}", file=sys.stderr)
 
     def image(self, i):
         """Image i as uint8 (size, size, 3) with its label; if it is unreadable, the next one that is not."""
@@ -277,6 +309,11 @@ class ImageFolder(Dataset):
                 first = "; ".join(list(self.bad.values())[:3])
                 raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, "
                                  f"repair or remove them; the first: {first}")
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Of the files themselves; a class is the folder in a file's name."""
+        return identity.of_files(self.paths, self.root)
 
     def exact(self, i, then="it is left out"):
         """Image i as uint8 (size, size, 3) with its label; None if it is unreadable.

@@ -1,5 +1,4 @@
 """What a run shows: grids of images, curves, and aligned tables."""
-import json
 import os
 from pathlib import Path
 
@@ -70,10 +69,8 @@ def read_log(run):
     A run that was cut off and resumed may have rows of one step twice: of each number, the later counts.
     """
     at_step = {}
-    with open(Path(run) / "log.jsonl") as f:
-        for line in f:
-            row = json.loads(line)
-            at_step.setdefault(row["step"], {}).update(row)
+    for row in runs.read_rows(Path(run) / "log.jsonl"):
+        at_step.setdefault(row["step"], {}).update(row)
     curves = {}
     for step in sorted(at_step):
         for name, value in at_step[step].items():
@@ -141,9 +138,8 @@ def final_table(folders):
     """
     print(f"\n{'stage':<12}{'folder':<22}{'steps':>8}{'seconds':>9}  result")
     for run in stages_of(folders):
-        file = Path(run) / "summary.json"
-        if file.exists():
-            summary = json.loads(file.read_text())
+        summary = runs.read_summary(run)
+        if summary:
             steps = number(summary, "steps", "d")
             seconds = number(summary, "seconds", ".0f")
             print(f"{summary['stage']:<12}{run:<22}{steps:>8}{seconds:>9}  {result_of(summary)}")

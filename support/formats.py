@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from support.files import check_types, some, unwrapped
+
 # ---------------------------------------------------------------- tables of layers
 
 
@@ -46,7 +48,7 @@ def import_layers(sd, layers):
                 continue
             need(sd, *names)
             known.update(names)
-            weight = sd[names[0]] if len(names) == 1 else torch.cat([sd[name] for name in names])
+            weight = sd[names[0]] if len(names) == 1 else stacked(sd, names)
             ours[f"{layer.ours}.{part}"] = swap_halves(weight) if layer.swapped else weight
     refuse_unknown(key for key in sd if key not in known)
     return ours
@@ -69,6 +71,16 @@ def export_layers(sd, layers):
     return theirs
 
 
+def stacked(sd, names):
+    """Weights one below the other.   raises: ValueError if they are not of one shape"""
+    shapes = {tuple(sd[name].shape) for name in names}
+    if len(shapes) > 1 or () in shapes:
+        raise ValueError(f"{some(names)} have the shapes {some(sorted(shapes))}; wanted one")
+    if len({sd[name].dtype for name in names}) > 1:                # which floats of one byte cannot be
+        return torch.cat([sd[name].float() for name in names])
+    return torch.cat([sd[name] for name in names])
+
+
 def refuse_unknown(keys):
     keys = list(keys)
     if keys:
@@ -82,12 +94,6 @@ def need(sd, *names):
         raise ValueError(f"not a whole checkpoint (it lacks {some(missing)})")
 
 
-def some(names):
-    """The first three of many names, for a sentence."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def swap_halves(weight):
     """[scale, shift] rows -> [shift, scale] rows, and back."""
     first, second = weight.chunk(2)
@@ -99,27 +105,66 @@ def count(sd, prefix):
     return len({key.removeprefix(prefix).split(".")[0] for key in sd if key.startswith(prefix)})
 
 
-def below(sd, prefix):
-    """The part of a larger checkpoint whose names begin with `prefix`, without it; all of `sd` if none do."""
-    part = {key.removeprefix(prefix): value for key, value in sd.items() if key.startswith(prefix)}
-    return part or sd
+def shape(sd, name, axes):
+    """Of one weight.   raises: ValueError if it is not there, is empty, or has not so many axes"""
+    need(sd, name)
+    if sd[name].ndim != axes or 0 in sd[name].shape:
+        raise ValueError(f"{name} is {tuple(sd[name].shape)}; wanted {axes} axes, none of them 0 long")
+    return sd[name].shape
 
 
-# ---------------------------------------------------------------- base VAEs
+# ---------------------------------------------------------------- the model in a checkpoint
 
 
-DROPPED = {                  # first components of names that a VAE's file may hold beside the autoencoder
+FRONTS = {                   # components that may stand before all names of a model: who holds it
+    "first_stage_model": "latent diffusion, SD3's single file: the autoencoder",
+    "model": "Lightning modules; SD3's single file",
+    "diffusion_model": "below `model` in SD3's single file: the transformer",
+    "net": "Lightning modules",
+    "vae": "pipelines that are saved as one file: the autoencoder",
+    "transformer": "pipelines that are saved as one file",
+}
+
+DROPPED = {                  # first components of names that may stand beside the model's
     "loss": "perceptual loss and discriminator of VA-VAE's training",
     "foundation_model": "the DINOv2 that VA-VAE was aligned to",
     "linear_proj": "its projection, used in training only",
     "logvar": "a training-only scalar",
     "model": "the transformer in an SD3 single-file checkpoint",
     "text_encoders": "the text encoders in an SD3 single-file checkpoint",
+    "model_ema": "latent diffusion's average of the same weights, whose names have lost their dots",
 }
+
+
+def bare(sd, marks):
+    """The one model in a checkpoint of which `marks` are names, without what stands in front, and DROPPED.
+
+    What is not below the model's own front belongs to other models.
+    raises: ValueError if there are two such models, or if a weight is not of floating point
+    """
+    sd = unwrapped(sd)
+    fronts = set()
+    for key in sd:
+        for mark in marks:
+            if f".{key}".endswith(f".{mark}"):
+                fronts.add(key.removesuffix(mark))
+    if len(fronts) > 1:
+        raise ValueError(f"it holds {len(fronts)} models, whose names begin with "
+                         f"{some(repr(front) for front in sorted(fronts))}; wanted one: save it by itself")
+    for front in fronts:
+        if set(front.split(".")[:-1]) <= set(FRONTS):
+            sd = {key.removeprefix(front): weight for key, weight in sd.items() if key.startswith(front)}
+        sd = {key: weight for key, weight in sd.items() if key.split(".")[0] not in DROPPED}
+    check_types(sd)
+    return sd
+
+
+# ---------------------------------------------------------------- base VAEs
 
 
 def import_vae(sd):
     """A public autoencoder -> (kind, state dict in our names but for the statistics, sizes)."""
+    sd = bare(sd, ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.11.pool.0.weight"))
     if "encoder.11.pool.0.weight" in sd:                       # the wide blocks are what only TAEF2 has
         return "TAEF2", import_taef2(sd), {}
     ours = import_kl(sd)
@@ -188,9 +233,7 @@ def kl_layers(levels, blocks, quant, diffusers):
 
 
 def import_kl(sd):
-    """LDM's or diffusers' names of an AutoencoderKL -> ours; only DROPPED is left out"""
-    sd = below(sd, "first_stage_model.")
-    sd = {key: weight for key, weight in sd.items() if key.split(".")[0] not in DROPPED}
+    """LDM's or diffusers' names of an AutoencoderKL -> ours."""
     check_kl(sd)
     diffusers = any(".mid_block." in key for key in sd)
     if diffusers:
@@ -224,7 +267,7 @@ def check_kl(sd):
         raise ValueError("an autoencoder with one of quant_conv and post_quant_conv; wanted both, or neither")
     if not any(".mid.attn_1." in key or ".mid_block.attentions.0." in key for key in sd):
         raise ValueError("an autoencoder without attention in its middle; wanted one with it")
-    channels = sd["encoder.conv_in.weight"].shape[1]
+    channels = shape(sd, "encoder.conv_in.weight", 4)[1]
     if channels != 3:
         raise ValueError(f"an autoencoder for images of {channels} channels; wanted 3, RGB")
 
@@ -232,10 +275,9 @@ def check_kl(sd):
 def kl_sizes(ours):
     """The fields of KLConfig, but for `groups`, from an AutoencoderKL's state dict in our names."""
     levels = range(count(ours, "encoder.down."))
-    need(ours, "from_latent.0.weight", *(f"encoder.down.{i}.block.0.conv1.weight" for i in levels))
     return {
-        "C": ours["from_latent.0.weight"].shape[1],
-        "widths": [ours[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels],
+        "C": shape(ours, "from_latent.0.weight", 4)[1],
+        "widths": [shape(ours, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels],
         "blocks": count(ours, "encoder.down.0.block."),
         "attn": [i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in ours],
         "quant": "to_moments.1.weight" in ours,
@@ -330,25 +372,24 @@ def lightningdit_sizes(sd):
     if any(key not in sd for key in needed):
         raise ValueError(f"this looks like {looks_like(sd)}; "
                          "wanted a LightningDiT, SD3.5's transformer, or a run of ours")
-    E, C, p, _ = sd["x_embedder.proj.weight"].shape
-    if sd["blocks.0.adaLN_modulation.1.weight"].shape[0] != 6 * E:
+    E, C, p, _ = shape(sd, "x_embedder.proj.weight", 4)
+    if shape(sd, "blocks.0.adaLN_modulation.1.weight", 2)[0] != 6 * E:
         raise ValueError("this LightningDiT was trained with wo_shift (no shift in its adaLN), "
                          "which is left out here")
-    if sd["final_layer.linear.weight"].shape[0] != p * p * C:
+    if shape(sd, "final_layer.linear.weight", 2)[0] != p * p * C:
         raise ValueError("its head does not predict as many channels as come in (learn_sigma?), wanted a "
                          "velocity only")
     swiglu = "blocks.0.mlp.w3.weight" in sd
     last = "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"
-    need(sd, last)
     return {
         "C": C,
         "p": p,
-        "grid": math.isqrt(sd["pos_embed"].shape[1]),
+        "grid": math.isqrt(shape(sd, "pos_embed", 3)[1]),
         "E": E,
         "depth": count(sd, "blocks."),
         "A": lightningdit_heads(sd, E),
-        "hidden": sd[last].shape[1],
-        "num_classes": sd["y_embedder.embedding_table.weight"].shape[0] - 1,      # the last row is "no class"
+        "hidden": shape(sd, last, 2)[1],
+        "num_classes": shape(sd, "y_embedder.embedding_table.weight", 2)[0] - 1,  # the last row is "no class"
         "swiglu": swiglu,
         "qk_norm": "blocks.0.attn.q_norm.weight" in sd,
         "rms_norm": "blocks.0.norm1.weight" in sd,
@@ -358,9 +399,9 @@ def lightningdit_sizes(sd):
 
 def lightningdit_heads(sd, E):
     """How many heads E has: q_norm and the RoPE table are as wide as one; else E must be a released width."""
-    for name in ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos"):
+    for name, axes in (("blocks.0.attn.q_norm.weight", 1), ("feat_rope.freqs_cos", 2)):
         if name in sd:
-            return E // sd[name].shape[-1]
+            return E // shape(sd, name, axes)[-1]
     if E not in RELEASED_HEADS:
         raise ValueError("neither a RoPE table, nor q_norm, nor a released width tells the number of heads "
                          f"(E={E})")
@@ -461,17 +502,17 @@ def mmdit_sizes(ours):
     if "blocks.0.x.attn.q_norm.weight" not in ours:
         raise ValueError("this looks like SD3-medium (its attention has no QK-norm); wanted SD3.5-Medium or "
                          "-Large")
-    E, C, p, _ = ours["P.weight"].shape
+    E, C, p, _ = shape(ours, "P.weight", 4)
     return {
         "C": C,
         "p": p,
         "E": E,
         "depth": count(ours, "blocks."),
-        "A": E // len(ours["blocks.0.x.attn.q_norm.weight"]),
+        "A": E // shape(ours, "blocks.0.x.attn.q_norm.weight", 1)[0],
         "dual": sum(key.endswith(".x.attn2.qkv.weight") for key in ours),
-        "context": ours["context_embedder.weight"].shape[1],
-        "pooled": ours["y_embedder.0.weight"].shape[1],
-        "pos_size": math.isqrt(ours["pos_embed"].shape[1]),
+        "context": shape(ours, "context_embedder.weight", 2)[1],
+        "pooled": shape(ours, "y_embedder.0.weight", 2)[1],
+        "pos_size": math.isqrt(shape(ours, "pos_embed", 3)[1]),
     }
 
 
@@ -516,7 +557,7 @@ def import_dit(sd):
     tables: {name in TABLES: tensor} that a LightningDiT's file holds and ours computes; for an MMDiT, none
     raises: ValueError saying what `sd` looks like instead
     """
-    sd = below(sd, "model.diffusion_model.")       # SD3's single file may also hold the VAE and text encoders
+    sd = bare(sd, ("x_embedder.proj.weight", "pos_embed.proj.weight"))
     if "transformer_blocks.0.attn.to_q.weight" in sd:
         ours = import_diffusers(sd)
         return "MMDiT", ours, mmdit_sizes(ours), {}

@@ -7,19 +7,20 @@
 `write_cache` has written before. What a step gets depends on the seed and its number only, and is the same
 either way, but for the half precision of the cache.
 """
+import functools
 import hashlib
 import itertools
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import data, ranks, runs
+from support import data, identity, ranks, runs
 
 SHARD = 1024                                       # images per file of cached latents
 AT_ONCE = 64                                       # images encoded at once for it
@@ -34,12 +35,23 @@ def latent_source(vae, train_set, cfg, device, rank, world):
     train_set: images, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are encoded here and now.
     """
     if isinstance(train_set, Latents):
-        return partial(cached_steps, train_set, cfg, device, rank, world)
+        return functools.partial(cached_steps, train_set, cfg, device, rank, world)
     if not cfg.cache:
-        return partial(encoded_steps, vae, train_set, cfg, device, rank, world)
+        return functools.partial(encoded_steps, vae, train_set, cfg, device, rank, world)
     folder = write_cache(vae, train_set, cfg, device, rank, world)
     ranks.wait_for_all()
-    return partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
+    return functools.partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
+
+
+def open_training_set(cfg, vae):
+    """Images, or the latents that LightningDiT's own code extracted from them."""
+    if Latents.are_in(cfg.data_dir):
+        return Latents(cfg.data_dir, vae, cfg.D)
+    train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+    if cfg.text:                                                   # the label is where to find the caption
+        train_set.labels = np.arange(len(train_set))
+        train_set.classes = []
+    return train_set
 
 
 def check_sizes(vae, train_set, cfg):
@@ -57,6 +69,19 @@ def check_sizes(vae, train_set, cfg):
                          f"give --image_size={fits}")
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
+
+
+def check_statistics(z_all, C, out):
+    """Print mean and standard deviation of latents, base and detail apart; warn where not near 0 and 1."""
+    groups = {"base": z_all[:, :C]}
+    if z_all.shape[1] > C:
+        groups["detail"] = z_all[:, C:]
+    for name, z in groups.items():
+        mean = z.mean().item()
+        std = z.std().item()
+        tqdm.write(f"{out}: latents of the first batch: {name} mean {mean:.2f} std {std:.2f}")
+        if not (abs(mean) < 0.5 and 0.5 < std < 2):
+            tqdm.write("WARNING: wanted about 0 and 1, by the VAE's statistics: other images, another VAE?")
 
 
 def encoded_steps(vae, train_set, cfg, device, rank, world, start):
@@ -91,46 +116,115 @@ class Latents(data.Dataset):
     <folder>/*.safetensors, each with latents, latents_flip (n, C+D, h, w) and labels (n,). LightningDiT's are
     raw, and are normalised here by the VAE's statistics; ours are normalised already, and say so.
     D: how many detail channels to read; 0 for a base model
-    raises: SystemExit if there are fewer channels
+    raises: SystemExit, naming the file, if a shard is not whole, unlike the first, or has fewer channels
     """
 
     def __init__(self, folder, vae, D):
         self.folder = folder
-        paths = sorted(Path(folder).glob("*.safetensors"))
-        self.shards = [load_file(path) for path in paths]          # mapped: read as they are used
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise SystemExit(f"{folder}: has no shards of latents (*.safetensors)")
+        others = data.find_files(folder)[""]
+        self.left_out = data.endings(path for path in others if Path(path) not in self.files)
+        kinds = [check_shard(path) for path in self.files]
+        for path, kind in zip(self.files, kinds):
+            if kind != kinds[0]:
+                raise SystemExit(f"{path}: latents of (C+D, h, w), VAE = {kind}; wanted {kinds[0]}, as in "
+                                 f"{self.files[0].name}")
+        self.shards = [load_file(path) for path in self.files]     # mapped: read as they are used
         self.place = []                                            # of image i: its shard, its row there
         for n, shard in enumerate(self.shards):
             self.place += [(n, row) for row in range(len(shard["labels"]))]
-        self.labels = torch.cat([shard["labels"] for shard in self.shards]).numpy()
+        self.labels = torch.cat([shard["labels"].long() for shard in self.shards]).numpy()
         self.classes = [str(label) for label in range(self.labels.max() + 1)]
 
         self.channels = vae.C + D
-        found = self.shards[0]["latents"].shape[1]
-        if found < self.channels:
-            raise SystemExit(f"{folder}: latents of {found} channels; wanted {self.channels}, base first")
+        self.size, made_by = kinds[0]                              # (C+D, h, w)
+        if self.size[0] < self.channels:
+            raise SystemExit(f"{self.files[0]}: latents of {self.size[0]} channels; wanted {self.channels}, "
+                             f"{vae.C} of the base first and {D} of details")
         self.mean = torch.zeros(self.channels)
         self.std = torch.ones(self.channels)
-        if "vae" not in header_of(paths[0]):
+        if made_by == "raw":
             self.mean, self.std = statistics(vae, self.channels)
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Of the shards."""
+        return identity.of_files(self.files, self.folder)
+
+    @staticmethod
+    def are_in(folder):
+        """Is it a folder of shards?  If one holds `latents`, or if one is broken and no image is there."""
+        if folder in ("", "procedural") or not Path(folder).is_dir():
+            return False
+        found = [names_in(path) for path in Path(folder).glob("*.safetensors")]
+        if any("latents" in names for names in found if names is not None):
+            return True
+        below = itertools.chain.from_iterable(data.find_files(folder).values())
+        return None in found and not any(map(data.is_image, below))
 
     def check(self, side, flip):
         """raises: SystemExit if the latents are not `side` wide and high, or lack mirrored ones"""
-        h, w = self.shards[0]["latents"].shape[2:]
+        h, w = self.size[1:]
         if (h, w) != (side, side):
-            raise SystemExit(f"{self.folder}: latents of {h}x{w}; wanted {side}x{side}, by --image_size and "
-                             "the VAE")
-        if flip and any("latents_flip" not in shard for shard in self.shards):
-            raise SystemExit(f"{self.folder}: has no mirrored latents (latents_flip); give --flip=False")
+            raise SystemExit(f"{self.files[0]}: latents of {h}x{w}; wanted {side}x{side}, by --image_size "
+                             "and the VAE")
+        for path, shard in zip(self.files, self.shards):
+            if flip and "latents_flip" not in shard:
+                raise SystemExit(f"{path}: has no mirrored latents (latents_flip); give --flip=False")
 
     def batch(self, indices, flipped):
-        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`."""
+        """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`.
+
+        raises: SystemExit naming the file if a latent is not finite
+        """
         rows = []
         for i, flip in zip(indices, flipped):
             n, row = self.place[i]
             latents = self.shards[n]["latents_flip" if flip else "latents"]
-            rows.append(latents[row, :self.channels])
-        z_all = (torch.stack(rows).float() - self.mean[:, None, None]) / self.std[:, None, None]
+            rows.append(latents[row, :self.channels].float())
+            if not rows[-1].isfinite().all():
+                raise SystemExit(f"{self.files[n]}: latents of row {row} are not finite; remove this file "
+                                 "and encode its images again")
+        z_all = (torch.stack(rows) - self.mean[:, None, None]) / self.std[:, None, None]
         return z_all, torch.from_numpy(self.labels[indices])
+
+
+def names_in(path):
+    """The names of a safetensors file's tensors; None if it is broken."""
+    try:
+        with safe_open(path, "pt") as f:
+            return set(f.keys())
+    except (OSError, SafetensorError):
+        return None
+
+
+def check_shard(path):
+    """((C+D, h, w), hash of the VAE or "raw") of a shard, of which only header and labels are read.
+
+    raises: SystemExit saying how it differs from what `Latents` wants
+    """
+    wanted = "wanted latents (n, C+D, h, w) of floating point and labels (n,), n > 0"
+    names = names_in(path)
+    if names is None:
+        raise SystemExit(f"{path}: is cut off, or no safetensors file; remove it and make it again")
+    if not {"latents", "labels"} <= names:
+        raise SystemExit(f"{path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}; {wanted}")
+    with safe_open(path, "pt") as f:
+        shapes = {name: tuple(f.get_slice(name).get_shape()) for name in names}
+        dtype = f.get_slice("latents").get_dtype()
+        labels = f.get_tensor("labels")
+    size = shapes["latents"]
+    mirrored = shapes.get("latents_flip", size)
+    fits = len(size) == 4 and size[0] > 0 and shapes["labels"] == size[:1] and mirrored == size
+    if not fits or dtype not in ("F16", "BF16", "F32", "F64"):
+        raise SystemExit(f"{path}: latents {size} of {dtype}, latents_flip {mirrored}, labels "
+                         f"{shapes['labels']}; {wanted}")
+    if labels.min() < 0 or not torch.equal(labels, labels.long().to(labels.dtype)):
+        raise SystemExit(f"{path}: labels from {labels.min()} to {labels.max()}; wanted whole numbers, 0 and "
+                         "above")
+    return size[1:], header_of(path).get("vae", "raw")
 
 
 def header_of(path):
@@ -154,16 +248,18 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     """Encode what is missing of <vae or out>/latents-<hash>, as `Latents` reads it; returns the folder.
 
     Each rank writes its own: shard n is rank (n mod world)'s. Latents are kept in half precision, those of
-    mirrored images beside them where cfg.flip. The hash covers the VAE's weights and all that fixes images
-    and labels, which each file's header names; so a cache of another VAE or of other images is never read.
+    mirrored images beside them where cfg.flip. The hash covers the VAE's weights, the images and labels and
+    all else that the latents depend on, and each file's header names it; so a cache of another VAE or of
+    other images is never read, wherever these lie.
     raises: SystemExit if the disk is too small
     """
-    header = describe(vae, train_set, cfg)
+    header = describe(vae, train_set, cfg, device)
     folder = cache_folder(cfg, header)
-    folder.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(folder, "--cache=False")
     files = [folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))]
-    missing = [n for n, file in enumerate(files) if not file.exists()]
+    missing = [n for n, file in enumerate(files) if not is_whole(file, header)]
     check_space(vae, min(SHARD * len(missing), len(train_set)), cfg, folder, rank)
+    ranks.wait_for_all()                                           # all have seen what is missing
 
     mine = [n for n in missing if n % world == rank]
     for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
@@ -173,9 +269,19 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     return folder
 
 
+def is_whole(file, header):
+    """Is a file there that holds a whole shard of this very cache?"""
+    try:
+        with safe_open(file, "pt") as f:
+            return f.metadata() == header
+    except (OSError, SafetensorError):
+        return False
+
+
 def encode_shard(vae, train_set, n, cfg, device):
     """Shard n: labels (n,), latents and, with cfg.flip, latents_flip (n, C+D, h, w) in float16."""
     labels, latents, mirrored = [], [], []
+    ranks.seed_step(cfg.seed, n, 0)                # of z_d's samples, where they are wanted
     end = min((n + 1) * SHARD, len(train_set))
     for k in range(n * SHARD, end, AT_ONCE):
         images, y = data.stack(train_set, range(k, min(k + AT_ONCE, end)))     # uint8 (b, H, W, 3)
@@ -190,27 +296,24 @@ def encode_shard(vae, train_set, n, cfg, device):
     return shard
 
 
-def describe(vae, train_set, cfg):
-    """The header of the cache's files: the hash of the VAE's weights, and what fixes images and labels.
+def describe(vae, train_set, cfg, device):
+    """The header of the cache's files: all that the latents in them depend on.
 
     Its text, to the letter, names the folder: a name or an order that is changed here orphans every cache.
     """
     about = {
-        "data_dir": cfg.data_dir,
+        "images": train_set.fingerprint,
+        "count": len(train_set),
         "image_size": cfg.image_size,
-        "images": len(train_set),
         "crop": "centre",
         "flip": cfg.flip,
-        "seed": cfg.seed if cfg.data_dir == "procedural" else None,
-        "detail": "sample" if cfg.detail_sample else "mode",
+        "detail": f"sample, seed {cfg.seed}" if cfg.detail_sample else "mode",
         "labels": "image numbers" if cfg.text else "classes",
         "dtype": "float16",
         "normalised": True,
+        "device": device.type,
     }
-    digest = hashlib.sha256()
-    for name, tensor in vae.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return {"vae": digest.hexdigest(), "about": json.dumps(about)}
+    return {"vae": runs.hash_of(vae), "about": json.dumps(about)}
 
 
 def cache_folder(cfg, header):
@@ -232,3 +335,6 @@ def check_space(vae, images, cfg, folder, rank):
     if images and rank == 0:
         print(f"{folder}: {images} images to encode, {size / 1e9:.2f} GB of latents; "
               f"{free / 1e9:.0f} GB free")
+        others = [path.name for path in folder.parent.glob("latents-*") if path != folder]
+        if others:
+            print(f"beside it, of other images, VAEs or settings, and yours to remove: {', '.join(others)}")

@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 
-from support import runs
+from support import config, runs
 
 # ---------------------------------------------------------------- where they are, and of which checkpoint
 
@@ -76,8 +76,8 @@ def check_writable(path):
     """raises: SystemExit if no file can be written there; its folder is made"""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("this is a folder, wanted the name of a file")
+        if path.exists() and not path.is_file():
+            raise OSError("this is no file, wanted the name of one")
         runs.replace(Path(f"{path}.try"), "")
         Path(f"{path}.try").unlink()
     except OSError as error:
@@ -133,6 +133,7 @@ def better(metric, x, y):
 
 def latest_entry(run):
     """The last measurement in a run's metrics.json; of a step folder, the last one of that step."""
+    config.check_name("compare ", str(run))
     path = run_folder(run) / "metrics.json"
     entries = read_entries(path)
     if run_folder(run) != Path(run):

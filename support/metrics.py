@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from support import data, ranks, runs
+from support import data, files, ranks, runs
 from support.fit import ridge
 from support.runs import hash_of
 
@@ -105,12 +105,25 @@ def make_lpips(net, trunk=""):
         raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): "
                          "give the file with --lpips_trunk=, or --perceptual=none") from None
     if trunk:
-        state = runs.read_state_dict(trunk)
-        layers = {k.removeprefix("features."): v for k, v in state.items() if "classifier" not in k}
-        for _, part in model.net.named_children():       # slice1, slice2, ...: layers by their old numbers
-            own = dict(part.named_children())
-            part.load_state_dict({k: v for k, v in layers.items() if k.split(".")[0] in own})
+        load_trunk(model.net, trunk)
     return model.eval().requires_grad_(False)
+
+
+def load_trunk(net, path):
+    """The weights of an LPIPS network from torchvision's file, whose classifier is left out.
+
+    raises: SystemExit naming the file and what it lacks, what it has too much, or what is not finite
+    """
+    state = runs.read_state_dict(path)
+    features = nn.ModuleDict()
+    for part in net.children():                          # slice1, slice2, ...: layers by their old numbers
+        features.update(part.named_children())
+    try:
+        sd = files.unwrapped(files.pick_weights(state))
+        layers = {k.removeprefix("features."): v for k, v in sd.items() if not k.startswith("classifier.")}
+        files.fill(nn.ModuleDict({"features": features}), {f"features.{k}": v for k, v in layers.items()})
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
 
 
 def upsampled(base, r):
@@ -272,7 +285,8 @@ def inception_features(weights, device):
 
     It sees the images rounded to uint8.   weights: its file pt_inception-2015-12-05-6726825d.pth.
     """
-    runs.read_state_dict(weights)              # refuses a file that holds code; torch-fidelity would run it
+    state = runs.read_state_dict(weights)      # refuses a file that holds code; torch-fidelity would run it
+    files.refuse_not_finite(state, weights)
     import_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     outputs = ["2048", "logits_unbiased"]

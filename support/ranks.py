@@ -4,8 +4,10 @@ Everything here works without torchrun as well: then there is one rank, number 0
 """
 import math
 import os
+import re
 import signal
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +23,37 @@ from torch.utils._pytree import tree_map
 def launch(main, cfg):
     """Run a script's `main(cfg)` as a program, under torchrun or not.
 
-    Too little memory, and every ValueError of this project, end it with a sentence instead of a traceback.
+    Too little memory, of a GPU or the machine, and every ValueError of this project, end it with a sentence
+    instead of a traceback.
     """
 
     def program(cfg):
         try:
             main(cfg)
-        except torch.OutOfMemoryError as error:
-            raise SystemExit(f"{str(error).splitlines()[0]}\nTry, in this order: {smaller(cfg)}") from None
-        except ValueError as error:
-            if not raised_here(error):
-                raise
-            raise SystemExit(str(error)) from None
+        except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                reason = str(error).partition("\n")[0].rpartition("CPUAllocator: ")[2] or "out of memory"
+                raise SystemExit(f"{reason}\nTry, in this order: {smaller(cfg)}") from None
+            if isinstance(error, ValueError) and raised_here(error):
+                raise SystemExit(str(error)) from None
+            raise
 
     record(program)(cfg)                   # torchrun then reports the rank that failed first
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# How torch, NumPy and Linux say that something does not fit into memory, or into the numbers that count it.
+TOO_LARGE = ("can't allocate memory|cannot allocate memory|not enough memory|can't start new thread|"
+             "size calculation overflowed|multiplication overflow|array is too big|"
+             "maximum allowed|too large to convert|too large to fit")
+
+
+def out_of_memory(error):
+    """Does an error say that memory has run out, or that a size is beyond all memory?"""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):            # the machine's, a GPU's
+        return True
+    return re.search(TOO_LARGE, str(error), re.IGNORECASE) is not None
 
 
 def smaller(cfg):
@@ -50,7 +67,7 @@ def smaller(cfg):
     for name in ("checkpointing", "shard"):
         if not getattr(cfg, name, True):
             advice.append(f"--{name}=True")
-    return ", ".join([*advice, "a smaller model"])
+    return ", ".join([*advice, "smaller images", "a smaller model"])
 
 
 def raised_here(error):
@@ -71,16 +88,25 @@ def setup(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda", local) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"--device=cuda: {torch.cuda.device_count()} GPUs that torch can use, wanted at "
+                             f"least {local + 1}; give --device=cpu, or install torch for CUDA")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if dist.is_initialized() and not PATIENT:
+        PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return int(os.environ.get("RANK", 0)), world, device
 
 
 def this_rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # ---------------------------------------------------------------- signals
@@ -117,6 +143,12 @@ def sum_over_ranks(x):
     return x
 
 
+def sum_patiently(x):
+    """`sum_over_ranks` of what may have taken them unequally long."""
+    wait_for_all()
+    return sum_over_ranks(x)
+
+
 def average_gradients(parameters):
     """Average over ranks the gradients that DDP does not see; all ranks must call this."""
     if dist.is_initialized():
@@ -125,10 +157,24 @@ def average_gradients(parameters):
                 p.grad = sum_over_ranks(p.grad) / dist.get_world_size()
 
 
+# One group of all ranks, in which they wait for each other as long as it takes. The default one gives up
+# after minutes, which is right for a step, and wrong while one rank still draws, encodes or writes.
+PATIENT = []
+
+
 def wait_for_all():
-    """Hold every rank here until all have come, so that none reads what rank 0 still writes."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Hold every rank here until all have come: after what took them unequally long, or what rank 0 did."""
+    for group in PATIENT:
+        dist.barrier(group)
+
+
+def my_share(count):
+    """This rank's numbers of 0 to count - 1, and above, so that every rank has equally many.
+
+    For what all ranks must do equally often, as passes through a sharded model are.
+    """
+    world = world_size()
+    return list(range(this_rank(), world * math.ceil(count / world), world))
 
 
 def from_all(x):
@@ -138,8 +184,8 @@ def from_all(x):
     """
     if not dist.is_initialized():
         return [x]
-    per_rank = [None] * dist.get_world_size()
-    dist.all_gather_object(per_rank, x)
+    per_rank = [None] * world_size()
+    dist.all_gather_object(per_rank, x, PATIENT[0])
     return per_rank
 
 

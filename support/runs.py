@@ -12,45 +12,71 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import ranks
+from support import files, ranks
 
 # ---------------------------------------------------------------- a run, as a training script holds it
+
+
+# Fields of a Config that change no trained model, but for rounding: never compared.
+NO_EFFECT = {"preset", "out", "device", "cache", "micro_batch", "checkpointing", "shard", "compile",
+             "log_every", "save_every", "dry_run"}
+
+# Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
+SOURCES = {"data_dir", "val_dir", "vae", "base", "text", "lpips_trunk"}
+
+
+# What a run is made of, and the field that says where it is.
+PARTS = {
+    "images": "data_dir",
+    "captions": "data_dir",
+    "classes": "data_dir",
+    "vae": "vae",
+    "base": "base",
+    "texts": "text",
+}
+
+
+class Differs(SystemExit):
+    """A run in a folder is not the one that is asked for."""
 
 
 class Run:
     """A run's folder in the hands of this job: what it goes on from, which steps are left, when it saves.
 
     cfg:  the script's Config; out, steps, save_every, log_every and batch_size are read here
-    free: names of fields that may change when a run goes on
-    raises: SystemExit if another job trains here, or another field was changed
+    free: names of fields that may change when a run goes on; of a finished run, none may
+    raises: SystemExit if another job trains here; Differs if another field was changed
     """
 
     def __init__(self, cfg, free, rank):
         self.cfg = cfg
         self.rank = rank
-        self.lock = hold(cfg.out, rank)                # until this object goes
-        self.checkpoint = resume(cfg, free)            # the step folder to go on from, or None
+        self.done = is_finished(cfg)                   # all steps are made, and nothing is written any more
+        self.lock = None if self.done else hold(cfg.out, rank)     # until this object goes
+        self.checkpoint = resume(cfg, () if self.done else free)   # the step folder to go on from, or None
         self.start = 0                                 # the first step that this job makes
         self.results = {}                              # numbers for the summary; saved with each checkpoint
+        self.parts = parts_of(self.checkpoint)         # see `made_of`
         self.seconds = 0.0                             # of training, before this job
         self.since = time.time()
         self.stopping = False                          # see `save_due`
         self.must_save = False
+        if self.done:
+            return
         if self.checkpoint:
             state = self.train_state()
             self.start = state["step"]
@@ -61,7 +87,32 @@ class Run:
 
     def train_state(self):
         """What the checkpoint holds beside the weights: optimizers, step, seconds."""
-        return read_state_dict(self.checkpoint / "train_state.pt")
+        path = self.checkpoint / "train_state.pt"
+        state = read_state_dict(path)
+        files.refuse_not_finite(state, path)
+        return state
+
+    def made_of(self, **parts):
+        """Keep with each checkpoint what the run is made of: {images, vae, base ...: digest}.
+
+        A part that is not there any more is None, and goes uncompared. Other images are only said aloud.
+        classes: the list of their names
+        raises: Differs for a part that is not the one that the run was started with
+        """
+        for name, new in parts.items():
+            old = self.parts.get(name)
+            if None in (old, new) or old == new:
+                continue
+            place = f"--{PARTS[name]}={getattr(self.cfg, PARTS[name])}"
+            sentence = f"{self.cfg.out} was started with other {name} than {place} has now"
+            if name == "classes":
+                sentence += f" ({listed(old)}; now {listed(new)})"
+            if name in ("images", "captions") and not self.done:
+                if self.rank == 0:
+                    tqdm.write(f"{sentence}; training goes on with these")
+                continue
+            raise Differs(f"{sentence}: give the former, or another --out to start afresh")
+        self.parts |= {name: new for name, new in parts.items() if new is not None}
 
     def describe(self, train_set, parameters, sizes, accumulate, world, device):
         """Print what is trained on what; by rank 0."""
@@ -97,13 +148,13 @@ class Run:
         ranks.heed_signals(False)
 
     def save_due(self, done):
-        """Is a checkpoint due after `done` steps: by save_every, at the last, or by a signal to stop?
+        """Is a checkpoint due after `done` steps: by save_every (0: never), the last, or a signal to stop?
 
         All ranks must ask after each step, because any of them may be told to stop.
         """
         self.stopping = ranks.asked_to_stop()
         self.must_save = self.stopping or done == self.cfg.steps
-        return self.must_save or done % self.cfg.save_every == 0
+        return self.must_save or is_due(done, self.cfg.save_every)
 
     def save(self, done, weights, state, config):
         """Write step_<done>/, by rank 0.
@@ -114,7 +165,8 @@ class Run:
         state = {"step": done, "seconds": self.elapsed(), "results": self.results} | state
         if self.rank == 0:
             with disk_may_fail(must=done == 0 or self.must_save):
-                save_checkpoint(self.cfg.out, done, weights, state, config)
+                save_checkpoint(self.cfg.out, done, weights, state, config | {"made_of": self.parts})
+        ranks.wait_for_all()
 
     def elapsed(self):
         """Seconds of training, all jobs together."""
@@ -125,57 +177,130 @@ class Run:
         ranks.wait_for_all()
         summary = {"stage": stage, "steps": self.cfg.steps, "seconds": self.elapsed(), **self.results}
         if self.rank == 0:
-            write_json(Path(self.cfg.out) / "summary.json", summary)
+            with disk_may_fail(must=True):
+                write_json(Path(self.cfg.out) / "summary.json", summary)
         return summary
 
+    def summary(self):
+        """The summary of a run that is finished, said aloud."""
+        if self.rank == 0:
+            print(f"{self.cfg.out}: finished at step {self.cfg.steps}; give more --steps or another --out to "
+                  "go on")
+        return read_summary(self.cfg.out)
 
-def finished(cfg):
-    """The summary of a run that has made all of its steps, said aloud; else None."""
-    path = Path(cfg.out) / "summary.json"
-    if step_of(cfg.out) < cfg.steps or not path.exists():
-        return None
-    print(f"{cfg.out}: finished at step {step_of(cfg.out)}; give more --steps or another --out to go on")
-    return json.loads(path.read_text())
+
+def is_due(done, every):
+    """Is it time, after `done` steps, for what comes every so many steps?  0: never."""
+    return every > 0 and done % every == 0
+
+
+def parts_of(checkpoint):
+    """What a checkpoint says of `Run.made_of`; {} for None. One from before 2026-12 names classes at most."""
+    if checkpoint is None:
+        return {}
+    saved = read_config(checkpoint)
+    return saved.get("made_of") or {"classes": saved.get("classes")}
+
+
+def is_finished(cfg):
+    """Has the run in cfg.out made its last step, cfg.steps at least, and written its summary?"""
+    step = step_of(cfg.out)
+    return step >= cfg.steps and read_summary(cfg.out).get("steps") == step
+
+
+def read_summary(run):
+    """The summary.json of a run; {} where there is none, or one that a power cut has spoilt."""
+    try:
+        return dict(json.loads((Path(run) / "summary.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return {}
 
 
 def hold(run, rank):
-    """Take a run's folder for this job, while the returned lock lives.   raises: SystemExit if it is taken"""
+    """Take a run's folder for this job, while the returned lock lives.
+
+    raises: SystemExit if it is taken, or none to write to
+    """
+    if not run:
+        raise SystemExit("--out= is empty: wanted the run's folder")
+    make_folder(run)
     lock = FileLock(Path(run) / ".lock", blocking=False)
     try:
         with disk_may_fail(must=True):
-            Path(run).mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 lock.acquire()
+                mend(run)
     except Timeout:
         raise SystemExit(f"{run}: another process is training here; wait, or give another --out") from None
     return lock
 
 
+def mend(run):
+    """Finish what a job that was killed while it wrote a checkpoint anew has left; see `save_folder`."""
+    for aside in Path(run).glob("step_*.old"):
+        if aside.with_suffix("").exists():
+            shutil.rmtree(aside)
+        else:
+            aside.replace(aside.with_suffix(""))
+
+
 def resume(cfg, free):
     """The checkpoint that cfg.out goes on from; None before step 1.
 
-    raises: SystemExit for a setting that is not the run's own; one in `free` is only said aloud
+    raises: Differs for a setting that is not the run's own; one in `free` is only said aloud
     """
     if step_of(cfg.out) < 1:
         return None
+    if step_of(cfg.out) > cfg.steps:
+        raise Differs(f"{cfg.out} is at step {step_of(cfg.out)} already, now steps={cfg.steps} is asked for: "
+                      f"give --steps={step_of(cfg.out)} or more, or another --out to start afresh")
     latest = checkpoints(cfg.out)[-1]
     saved = read_config(latest)["config"]
     for name, new in dataclasses.asdict(cfg).items():
         old = saved.get(name, new)                     # a field that is younger than the run
-        if json.dumps(old) == json.dumps(new):
+        if name in NO_EFFECT | SOURCES or json.dumps(old) == json.dumps(new):
             continue
         if name not in free:
-            raise SystemExit(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
-                             f"give --{name}={old} to go on, or another --out to start afresh")
+            raise Differs(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
+                          f"give --{name}={old} to go on, or another --out to start afresh")
         tqdm.write(f"resuming with {name}={new} (was {old})")
     return latest
+
+
+def listed(names):
+    """Names of classes, for a sentence."""
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
+def make_if_missing(flag, cfg, script, PRESETS, Config, main):
+    """Train (or finish) the run that cfg.<flag> names, and say so, if it is the folder of one of the PRESETS.
+
+    One that is finished must be what the preset makes of cfg.data_dir today; but where the user named it,
+    it is used as it is.
+    script, PRESETS, Config, main: the name of the training script, and what stands in it
+    raises: SystemExit saying what differs
+    """
+    run = getattr(cfg, flag)
+    for name, values in PRESETS.items():
+        if not run or os.path.realpath(values["out"]) != os.path.realpath(run):
+            continue
+        if flag in getattr(cfg, "given", ()) and read_summary(run).get("steps") == step_of(run):
+            continue
+        stage = Config(**{"preset": name, **values, "device": cfg.device, "data_dir": cfg.data_dir})
+        if not is_finished(stage):
+            print(f"\n{cfg.out} needs {run}, which is not there yet: running  python {script} {name}")
+        try:
+            main(stage)
+        except Differs as difference:
+            raise SystemExit(f"{difference}. Or give --{flag}={run} to use it as it is") from None
 
 
 # ---------------------------------------------------------------- the log
 
 
 class Log:
-    """One aligned line to the terminal and to <run>/log.jsonl every few steps, and at the last.
+    """One aligned line to the terminal and to <run>/log.jsonl every few steps (0: never), and at the last.
 
         log.add({"loss": loss, "base": base})      # once or more in a step: () tensors of this rank
         log.row(step, lr=lr)                       # after each step; writes a line if one is due
@@ -199,9 +324,9 @@ class Log:
         self.latest = {}            # the numbers of the last line
         self.sinks = [self.to_terminal, self.to_file]
         if rank == 0 and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            replace(self.path, "".join(kept))
+            kept = [json.dumps(row) + "\n" for row in read_rows(self.path) if row["step"] <= start]
+            with disk_may_fail():
+                replace(self.path, "".join(kept))
 
     def add(self, numbers):
         """Count in {name: () tensor of this rank}."""
@@ -213,7 +338,7 @@ class Log:
         for name, values in self.added.items():
             self.means[name] = sum(values) / len(values)
         self.added = {}
-        if step % self.every and step != self.total:
+        if step != self.total and not is_due(step, self.every):
             return
         line = self.averaged()
         line |= {name: float(value) for name, value in numbers.items() if value is not None}
@@ -245,6 +370,22 @@ class Log:
     def to_file(self, step, line):
         with disk_may_fail(), open(self.path, "a") as f:
             f.write(json.dumps({"step": step, **line}) + "\n")
+
+
+def read_rows(path):
+    """The rows of a log.jsonl, as far as they can be read: a power cut leaves half a line, or NULs."""
+    rows = []
+    lines = Path(path).read_text(errors="replace").splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    if len(rows) < len(lines):
+        tqdm.write(f"{path}: {len(lines) - len(rows)} damaged lines left out", file=sys.stderr)
+    return rows
 
 
 # ---------------------------------------------------------------- what may fail without ending a run
@@ -310,8 +451,12 @@ def save_folder(final, weights, config, train_state=None):
         for path in temporary.iterdir():
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        aside = Path(f"{final}.old")
+        if final.exists():                                     # whatever happens, one of the two is there
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(final, aside)
         os.replace(temporary, final)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)           # on a full disk, its bytes are wanted
 
@@ -344,7 +489,7 @@ def read_config(checkpoint):
     """The config.json of a checkpoint directory, as a dict."""
     path = Path(checkpoint) / "config.json"
     check_whole(path)
-    return json.loads(path.read_text())
+    return files.read_json(path)
 
 
 def check_whole(path):
@@ -353,9 +498,11 @@ def check_whole(path):
     if not sums.exists():
         return
     wanted = {}
-    for line in sums.read_text().splitlines():
-        digest, name = line.split("  ", 1)
+    for line in sums.read_text(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
         wanted[name] = digest
+    if not wanted:
+        wanted[path.name] = "nothing: SHA256SUMS itself is damaged"
     if path.name not in wanted or (path.exists() and sha256(path) == wanted[path.name]):
         return
     steps = checkpoints(path.parent.parent)
@@ -368,39 +515,32 @@ def check_whole(path):
 
 
 def read_state_dict(source):
-    """Read a weight file as it is: a .safetensors or torch file, a folder holding one such file, or a dict.
+    """What a weight file holds: a .safetensors or torch file, a folder with one, shards and their index; a
+    dict as it is.
 
     Pickles are memory-mapped, and nothing in them runs.
     raises: SystemExit saying what is wrong with the file
     """
     if isinstance(source, dict):
         return source
-    path = weight_file(Path(source))
+    path = files.weight_file(Path(source))
     check_whole(path)
-    if not path.exists():
-        raise SystemExit(f"{path}: no such file or folder")
+    return files.read(path)
+
+
+def make_folder(folder, instead="another --out"):
+    """Make the folder that is to be written to, where it is not there.
+
+    instead: what else to give
+    raises: SystemExit if it cannot be made or written to
+    """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and "
-                         "is not opened; save its state dict as safetensors where it is trusted") from None
-    except (EOFError, OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"{path}: not a whole {path.suffix} file ({reason}); copy it again") from None
-
-
-def weight_file(path):
-    """The path itself, or the one weight file of a folder."""
-    if not path.is_dir():
-        return path
-    endings = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-    files = [file for file in sorted(path.iterdir()) if file.suffix in endings]
-    if len(files) != 1:
-        names = [file.name for file in files]
-        raise SystemExit(f"{path}: holds {len(files)} weight files {names}; name the one you mean")
-    return files[0]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(f"{folder}: not written: {error.strerror}; wanted a folder to write to, give "
+                         f"{instead}") from None
 
 
 def write_json(path, obj):
@@ -408,8 +548,11 @@ def write_json(path, obj):
 
 
 def replace(path, text):
-    """Write a text beside `path` and rename it into place, so that a reader never sees half a file."""
-    Path(f"{path}.tmp").write_text(text)
+    """Write a text beside `path` and rename it into place: it is whole or absent, also after a power cut."""
+    with open(f"{path}.tmp", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
 
 

@@ -6,19 +6,20 @@ Texts are encoded once (`cache_text`), into a folder of safetensors shards; trai
 shards (`TextCache`), so that T5 and the transformer never share a GPU. `Conditioner` gives a training step
 what its model takes beside the latent and the time: labels, or texts where the run's config has `text`.
 """
-import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import data, ranks
+from support import data, identity, ranks, runs
+from support.captions import read_text, shown
 from support.config import field
 from support.metrics import import_torchvision
 
@@ -49,6 +50,11 @@ class Conditioner:
                                  "metadata.jsonl")
             self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
 
+    @property
+    def made_by(self):
+        """Which encoders made the texts; None for a model of classes."""
+        return self.text.made_by if self.text else None
+
     def __call__(self, y, p):
         if self.text is None:
             return (drop_labels(y, self.dit.cfg.num_classes, p),)
@@ -63,27 +69,44 @@ class Conditioner:
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
     """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first."""
     if not (Path(folder) / "text_encoder").is_dir():
-        return TextCache(folder, device)
+        return TextCache(folder, device, t5_tokens)
     shards = Path(out) / "text"
     if rank == 0:
         cache_text(folder, prompts, shards, device, t5_tokens)
     ranks.wait_for_all()
-    return TextCache(shards, device)
+    return TextCache(shards, device, t5_tokens)
 
 
 class TextCache:
     """The shards of a folder: cache(prompts) -> (tokens (B, T, W), pooled (B, P)), float32, on `device`.
 
-    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts
+    t5_tokens: how many the texts must have been made with; None: any
+    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts; also if
+    a shard is not whole, or not of the same encoders and size as the first, or of other t5_tokens
     """
 
-    def __init__(self, folder, device="cpu"):
+    def __init__(self, folder, device="cpu", t5_tokens=None):
         self.folder = folder
         self.device = device
+        self.made_by = None                                        # the encoders, in words
         self.rows = {}                                             # prompt: (its shard, its row there)
+        sizes = {}
         for path in shards_of(folder):
-            shard = safe_open(path, "pt")
-            for row, prompt in enumerate(json.loads(shard.metadata()["prompts"])):
+            shard, header, prompts = open_shard(path)
+            made_by = f"encoders {header.get('encoders')}, {header.get('t5_tokens')} T5 tokens"
+            if self.made_by not in (None, made_by):
+                raise SystemExit(f"{path}: made by {made_by}; the shards before it by {self.made_by}: give a "
+                                 "folder with those of one kind")
+            if t5_tokens is not None and header.get("t5_tokens") != str(t5_tokens):
+                raise SystemExit(f"{path}: made with {header.get('t5_tokens')} T5 tokens, now --t5_tokens="
+                                 f"{t5_tokens}: give the former, or encode the texts again")
+            self.made_by = made_by
+            sizes[path.name] = [shard.get_slice(name).get_shape()[1:] for name in ("context", "pooled")]
+            first = next(iter(sizes))
+            if sizes[path.name] != sizes[first]:
+                raise SystemExit(f"{path}: context and pooled of {sizes[path.name]}, those of {first} of "
+                                 f"{sizes[first]}; wanted shards of the same encoders, make them again")
+            for row, prompt in enumerate(prompts):
                 self.rows[prompt] = (shard, row)
         if not self.rows:
             raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here; make "
@@ -110,6 +133,22 @@ def shards_of(folder):
     return sorted(Path(folder).glob("text_*.safetensors"))
 
 
+def open_shard(path):
+    """(the open file, its metadata, its prompts) of a shard.   raises: SystemExit naming what is none"""
+    try:
+        shard = safe_open(path, "pt")
+        header = shard.metadata() or {}
+        prompts = json.loads(header.get("prompts", "null"))
+        rows = [shard.get_slice(name).get_shape()[:1] for name in ("context", "pooled")]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SystemExit(f"{path}: cannot be read as a shard of texts ({error}); remove it and run "
+                         "sample.py text again") from None
+    if prompts is None or rows != [[len(prompts)]] * 2:
+        raise SystemExit(f"{path}: has {rows[0]} and {rows[1]} embeddings of {len(prompts or [])} prompts; "
+                         "wanted a shard that sample.py text wrote, remove this one")
+    return shard, header, prompts
+
+
 # ---------------------------------------------------------------- writing the cache
 
 
@@ -123,7 +162,7 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
     raises:   SystemExit if `out` was made by other encoders or with another t5_tokens, or the disk is small
     """
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
-    Path(out).mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     known = cached_prompts(out, made_by)
     wanted = dict.fromkeys(["", *prompts])                         # each text once, in order
     todo = [prompt for prompt in wanted if prompt not in known]
@@ -132,6 +171,7 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
         return
 
     parts = load_text_encoders(encoders, device)
+    say_what_is_cut(parts, todo, t5_tokens)
     first = next_number(out)
     starts = range(0, len(todo), shard)
     for n, start in enumerate(tqdm(starts, desc=f"encoding text to {out}", mininterval=1), first):
@@ -152,20 +192,20 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
 
 def next_number(out):
     """The number of the next shard: no file that is there is written again."""
-    shards = shards_of(out)
-    return int(shards[-1].stem.removeprefix("text_")) + 1 if shards else 0
+    names = [path.stem.removeprefix("text_") for path in shards_of(out)]
+    return max([int(name) + 1 for name in names if name.isdecimal()], default=0)
 
 
 def cached_prompts(out, made_by):
     """The prompts in the shards of a folder.   raises: SystemExit if other encoders made them"""
     known = set()
     for path in shards_of(out):
-        with safe_open(path, "pt") as f:
-            header = f.metadata()
-        if any(header[name] != value for name, value in made_by.items()):
-            raise SystemExit(f"{path}: was made with {header['encoders']}, {header['t5_tokens']} T5 tokens; "
+        _, header, prompts = open_shard(path)
+        found = {name: header.get(name, "unknown") for name in made_by}
+        if found != made_by:
+            raise SystemExit(f"{path}: was made with {found['encoders']}, {found['t5_tokens']} T5 tokens; "
                              f"now {made_by['encoders']}, {made_by['t5_tokens']}: give another --out")
-        known |= set(json.loads(header["prompts"]))
+        known |= set(prompts)
     return known
 
 
@@ -179,46 +219,92 @@ def check_space(out, texts, bytes_of_first):
 
 
 def fingerprint(folder):
-    """Hash of the names, sizes and first megabytes of everything that turns text into embeddings."""
+    """A digest of everything that turns text into embeddings."""
     files = []
     for part in ("text_encoder*", "tokenizer*"):
         files += [path for path in Path(folder).glob(f"{part}/*") if path.is_file()]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
-        with open(path, "rb") as f:
-            digest.update(f.read(1 << 20))
-    return digest.hexdigest()[:16]
+    return identity.of_files(sorted(files), folder)
 
 
 # ---------------------------------------------------------------- the encoders
 
 
+# What transformers and safetensors were seen to raise on broken installations and folders.
+LOADING_ERRORS = (
+    ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
+)
+
+
 def load_text_encoders(folder, device):
     """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5.
 
-    raises: SystemExit if a CLIP or the package transformers is missing
+    raises: SystemExit saying what is missing or broken: transformers, or a part of the folder
     """
-    try:
-        import_torchvision()                       # because transformers will
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
-    except ImportError as error:
-        raise SystemExit(f"encoding text needs transformers ({error}): pip install transformers") from None
+    AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel = import_transformers()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     kinds = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection, "_3": T5EncoderModel}
     parts = []
     for suffix, kind in kinds.items():
         path = Path(folder) / f"text_encoder{suffix}"
         if path.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(Path(folder) / f"tokenizer{suffix}")
-            encoder = kind.from_pretrained(path, dtype=dtype).to(device).eval()
-            parts.append((tokenizer, encoder))
+            tokenizer = load_tokenizer(Path(folder) / f"tokenizer{suffix}", AutoTokenizer)
+            parts.append((tokenizer, load_encoder(path, kind, dtype).to(device).eval()))
         elif suffix == "_3":
             parts.append(None)
         else:
             raise SystemExit(f"{folder}: has no {path.name}; wanted a diffusers SD3.5 folder with its text "
                              "encoders")
     return parts
+
+
+def import_transformers():
+    """AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel.   raises: SystemExit with the cause"""
+    try:
+        import_torchvision()                       # because transformers will
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+        return AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+    except LOADING_ERRORS as error:
+        cause = error
+    while cause.__cause__:                         # transformers wraps what went wrong in errors of its own
+        cause = cause.__cause__
+    if isinstance(cause, ModuleNotFoundError) and cause.name in ("torchvision", "transformers"):
+        raise SystemExit(f"encoding text needs {cause.name}: pip install {cause.name}")
+    raise SystemExit(f"transformers cannot be imported ({first_line(cause)}); install the versions that "
+                     "requirements.txt names")
+
+
+def load_encoder(path, kind, dtype):
+    """A text encoder of a folder.   raises: SystemExit if it is not whole"""
+    try:
+        encoder, found = kind.from_pretrained(path, dtype=dtype, local_files_only=True,
+                                              output_loading_info=True)
+    except LOADING_ERRORS as error:
+        raise SystemExit(f"{path}: this text encoder cannot be loaded ({first_line(error)})") from None
+    missing = sorted(found["missing_keys"])
+    if missing:                                    # transformers would only warn, and take random numbers
+        raise SystemExit(f"{path}: this text encoder lacks {len(missing)} tensors, the first {missing[0]}")
+    return encoder
+
+
+def load_tokenizer(path, AutoTokenizer):
+    """The tokenizer of a folder.   raises: SystemExit if it is not whole"""
+    found = [name for name in ("tokenizer.json", "vocab.json", "spiece.model") if (path / name).is_file()]
+    if not found or not (path / "tokenizer_config.json").is_file():        # transformers would do without
+        raise SystemExit(f"{path}: has no tokenizer; wanted tokenizer_config.json there, and tokenizer.json, "
+                         "vocab.json or spiece.model")
+    for file in sorted(path.glob("*.json")):
+        try:
+            json.loads(read_text(file))            # transformers would not say which file is broken
+        except ValueError as error:
+            raise SystemExit(f"{file}: is no JSON ({error}); wanted the whole file") from None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise SystemExit(f"{path}: this tokenizer cannot be loaded ({first_line(error)})") from None
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 @torch.no_grad()
@@ -255,6 +341,22 @@ def token_ids(tokenizer, prompts, length, device):
     return batch.input_ids.to(device)
 
 
+def say_what_is_cut(parts, prompts, t5_tokens):
+    """Count and name the prompts that are longer than CLIP or T5 reads."""
+    clip, _, t5 = parts
+    limits = {"CLIP": (clip, clip[0].model_max_length), "T5": (t5, t5_tokens)}
+    for name, (part, most) in limits.items():
+        cut = []
+        for prompt in prompts if part else []:
+            length = len(part[0](prompt, verbose=False).input_ids)
+            if length > most:
+                cut.append(f"{prompt[:40]!r}... ({length})")
+        if cut:
+            more = ", ..." if len(cut) > 3 else ""
+            tqdm.write(f"{len(cut)} of {len(prompts)} texts are cut, for {name} reads {most} tokens: "
+                       f"{', '.join(cut[:3])}{more}")
+
+
 # ---------------------------------------------------------------- sample.py text
 
 
@@ -263,27 +365,56 @@ class TextConfig:
     encoders: str = field("", "a diffusers SD3.5 folder: text_encoder, _2 (CLIP), _3 (T5; may be missing)")
     out: str = field("", "folder for the shards; one that is there is added to")
     data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
-    prompts: str = field("", "texts separated by |, or a file with one a line")
-    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512")
-    batch_size: int = field(32, "texts per forward pass")
-    shard: int = field(1024, "texts per file")
+    prompts: str = field("", "texts separated by |, or a file with one a line", text=True)
+    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512", within=(1, 4096))
+    batch_size: int = field(32, "texts per forward pass", at_least=1)
+    shard: int = field(1024, "texts per file", at_least=1)
     device: str = field("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
 
 
+# A word that ends so, or a path, is the name of a file and not a text to draw.
+ENDINGS = (".txt", ".text", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml")
+
+
 def read_prompts(prompts):
-    """The texts of `a|b|c`, or the lines of a file of that name."""
-    if prompts and Path(prompts).is_file():
-        lines = Path(prompts).read_text("utf-8").splitlines()
+    """The texts of `a|b|c`, or the lines of a UTF-8 file of that name; [] of "".
+
+    raises: SystemExit if there are none in it, or if a file is meant that is not there or cannot be read
+    """
+    wanted = "wanted texts separated by |, or a file with one a line"
+    is_path = prompts.strip().startswith(("/", "./", "../", "~/"))
+    if os.path.isfile(prompts):                                    # False, too, of what can be no file's name
+        try:
+            texts = read_text(prompts).split("\n")
+        except ValueError as error:
+            raise SystemExit(f"--prompts: {error}") from None
+    elif os.path.isdir(prompts) and "/" in prompts:
+        raise SystemExit(f"--prompts={shown(prompts)}: is a folder; {wanted}")
     else:
-        lines = prompts.split("|")
-    return [line.strip() for line in lines if line.strip()]
+        if os.path.isdir(prompts):
+            print(f"--prompts={prompts}: is drawn as a text, the folder of that name is not read")
+        texts = prompts.split("|")
+        for text in texts:
+            if text.strip().lower().endswith(ENDINGS) and (is_path or len(text.split()) == 1):
+                raise SystemExit(f"--prompts={shown(prompts)}: there is no file {text.strip()!r}; {wanted}")
+            if text.encode(errors="ignore").decode() != text:
+                raise SystemExit(f"--prompts={shown(prompts)}: is not UTF-8, the encoding that is wanted")
+    texts = [text.strip() for text in texts if text.strip()]
+    if prompts and not texts:
+        raise SystemExit(f"--prompts={shown(prompts)}: holds no text; {wanted}")
+    return texts
 
 
 def main_text(cfg):
     """`sample.py text`: encode the captions of a folder and the given prompts."""
     captions = []
     if cfg.data_dir:
-        captions = data.open_dataset(cfg.data_dir, 64, 0, 0).captions or []
+        images = data.open_dataset(cfg.data_dir, 64, 0, 0)
+        print(f"{cfg.data_dir}: {images.summary()}")
+        captions = images.captions or []
+        if not captions:
+            raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
+                             "metadata.jsonl or metadata.csv with them")
     if not cfg.out or not (captions or cfg.prompts):
         raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or "
                          "--prompts=")

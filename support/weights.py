@@ -13,7 +13,7 @@ numbers, and fills it, strictly. What is wrong with a source is one sentence tha
 (SystemExit).
 """
 import contextlib
-import json
+import math
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +25,7 @@ from dit import MODELS, LightningDiT, MMDiT, merge_lora, rope_table, sincos_tabl
 from support import formats, runs
 from support.bases import BASES
 from support.config import field
+from support.files import fill, pick_weights, read_json, some
 from support.runs import latest_checkpoint, read_config, read_state_dict
 
 # ---------------------------------------------------------------- base VAEs
@@ -37,15 +38,22 @@ def load_base_vae(source):
     TAEF2's two files; a run of train_vae.py), or a state dict.
     raises: SystemExit saying what the source looks like and what was wanted
     """
-    if is_vae_run(source):
+    source = find_vae(source)
+    if is_ours(source):
         return load_davae(source).base
 
     name = name_of(source)
-    files, folder = find_base_vae(source)
-    config = read_diffusers_config(folder)
     with one_sentence(name):
-        kind, sd, settings = formats.import_vae(read_parts(files))
+        sd, folder = read_vae(source)
+        config = read_diffusers_config(folder, "AutoencoderKL")
+        kind, sd, settings = formats.import_vae(sd)
         if kind == "AutoencoderKL":
+            check_diffusers_config(config, {
+                "act_fn": "silu",                                  # which no key or shape would show
+                "latent_channels": settings["C"],
+                "block_out_channels": settings["widths"],
+                "layers_per_block": settings["blocks"],
+            })
             settings["groups"] = groups_of(settings["widths"], config)
             sd |= latent_statistics(settings, config, folder, name)
         else:
@@ -53,45 +61,55 @@ def load_base_vae(source):
         with torch.device("meta"):
             vae = BASES[kind].build(settings)
         fill(vae, sd)
-    return vae.float().eval()
+    return vae.eval()
 
 
-def find_base_vae(source):
-    """({prefix of the names: file, folder or dict}, the folder that describes them; None for a dict)."""
+def find_vae(source):
+    """The VAE's own folder in a diffusers pipeline or an export of ours; any other source is itself."""
+    if isinstance(source, dict) or runs.checkpoints(source):
+        return source
+    inside = Path(source) / "vae"
+    return inside if inside.is_dir() else Path(source)
+
+
+def read_vae(source):
+    """(state dict of a public VAE, the folder that describes it; None for a dict)."""
     if isinstance(source, dict):
-        return {"": source}, None
-    path = Path(source)
-    if (path / "vae").is_dir():                                    # a whole diffusers pipeline
-        return {"": path / "vae"}, path / "vae"
-    if (path / "taef2_encoder.pth").exists():
-        return {"encoder.": path / "taef2_encoder.pth", "decoder.": path / "taef2_decoder.pth"}, path
-    return {"": path}, path if path.is_dir() else path.parent
-
-
-def read_parts(files):
-    """One state dict of the files of `find_base_vae`."""
+        return pick_weights(source), None
+    if not (source / "taef2_encoder.pth").exists():
+        return pick_weights(read_state_dict(source)), source if source.is_dir() else source.parent
     sd = {}
-    for prefix, source in files.items():
-        part = pick_weights(read_state_dict(source))
-        sd |= {prefix + key: weight for key, weight in part.items()}
-    return sd
+    for half in ("encoder", "decoder"):
+        part = pick_weights(read_state_dict(source / f"taef2_{half}.pth"))
+        sd |= {f"{half}.{key}": weight for key, weight in part.items()}
+    return sd, source
 
 
-def read_diffusers_config(folder):
-    """The config.json of diffusers' AutoencoderKL in this folder; {} if there is none, or another one."""
+def read_diffusers_config(folder, wanted):
+    """The config.json of diffusers in this folder; {} if there is none, or that of another program.
+
+    raises: ValueError if it describes another class than `wanted`
+    """
     if folder is None or not (folder / "config.json").exists():
         return {}
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("_class_name") != "AutoencoderKL":
-        return {}
-    if config.get("act_fn", "silu") != "silu":                     # which no key or shape would show
-        raise SystemExit(f"{folder}: an autoencoder with act_fn={config['act_fn']!r}; wanted silu")
-    return config
+    config = read_json(folder / "config.json")
+    if config.get("_class_name", wanted) != wanted:
+        raise ValueError(f"its config.json describes diffusers' {config['_class_name']}; wanted {wanted}")
+    return config if "_class_name" in config else {}
+
+
+def check_diffusers_config(config, found):
+    """raises: ValueError if a config.json contradicts what the weights show: {name in it: value}"""
+    for name, value in found.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"its config.json has {name}={config[name]!r}; wanted {value}, by its weights")
 
 
 def groups_of(widths, config):
     """Groups of every GroupNorm, which no key or shape shows: config.json's; else 32, as public VAEs have."""
     groups = config.get("norm_num_groups", 32)
+    if type(groups) is not int or groups < 1:
+        raise ValueError(f"its config.json has norm_num_groups={groups!r}; wanted a whole number above 0")
     if any(width % groups for width in widths):
         raise ValueError(f"its levels of {widths} channels do not divide into {groups} groups; "
                          "wanted diffusers' config.json beside it, with the right norm_num_groups")
@@ -123,7 +141,7 @@ def saved_statistics(path, C):
     saved = read_state_dict(path)
     if not isinstance(saved, dict) or "mean" not in saved or "std" not in saved:
         raise ValueError(f"{path.name} beside it has no mean and std")
-    return statistics(saved["mean"].flatten(), saved["std"].flatten(), C)
+    return statistics(numbers(saved, "mean", path.name), numbers(saved, "std", path.name), C)
 
 
 def stated_statistics(config, C):
@@ -136,26 +154,40 @@ def stated_statistics(config, C):
     shift = stated(config, "shift_factor", 0.0)
     scale = stated(config, "scaling_factor", 1.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if scale <= 0:
+    if not scale > 0:
         raise ValueError(f"its config.json has scaling_factor={scale}; wanted a number above 0")
     if mean is None and std is None:
         return statistics(shift, 1 / scale, C)
     if mean is None or std is None or shift:
         raise ValueError("its config.json has latents_mean or latents_std without the other, or beside a "
                          "shift_factor; wanted both, and no shift")
-    return statistics(torch.tensor(mean), torch.tensor(std) / scale, C)
+    mean = numbers(config, "latents_mean", "config.json")
+    return statistics(mean, numbers(config, "latents_std", "config.json") / scale, C)
 
 
 def stated(config, name, null):
+    """A finite number of config.json; `null` where it has none."""
     value = config.get(name)
-    return null if value is None else float(value)
+    if value is None:
+        return null
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"its config.json has {name}={value!r}; wanted a number")
+    return float(value)
+
+
+def numbers(values, name, file):
+    """values[name], a list or a tensor of whatever shape, in a row."""
+    try:
+        return torch.as_tensor(values[name], dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{file} beside it has a {name} that is no list of numbers") from None
 
 
 def statistics(mean, std, channels):
     """{"mean", "std"}: (channels,) float32 each.
 
     mean, std: one number for all channels, or a tensor of one per channel
-    raises:    ValueError if there are more or fewer, or a std is not above 0
+    raises:    ValueError if there are more or fewer, one is not finite, or a std is not above 0
     """
     found = {}
     for name, values in (("mean", mean), ("std", std)):
@@ -164,6 +196,8 @@ def statistics(mean, std, channels):
         if len(values) != channels:
             raise ValueError(f"the {name} of its latents has {len(values)} numbers; wanted {channels}, "
                              "one per channel")
+        if not torch.isfinite(values).all():
+            raise ValueError(f"the {name} of its latents is not finite in every channel")
         found[name] = values.float()
     if not (found["std"] > 0).all():
         raise ValueError("the std of its latents is not above 0 in every channel")
@@ -179,7 +213,8 @@ def load_davae(source):
     Any other source that `load_base_vae` takes comes as a PlainVAE.
     raises: SystemExit saying what the source holds
     """
-    if not is_vae_run(source):
+    source = find_vae(source)
+    if not is_ours(source):
         return PlainVAE(load_base_vae(source)).eval()
     checkpoint = latest_checkpoint(source)
     config = read_config(checkpoint).get("model", {})
@@ -192,20 +227,37 @@ def load_davae(source):
     return vae.eval()
 
 
+def load_measured(source):
+    """`load_davae` of an autoencoder whose latents a transformer, or a DAVAE, will be trained on.
+
+    raises: SystemExit for a run that is not finished: its statistics are measured at the end
+    """
+    vae = load_davae(source)
+    source = find_vae(source)
+    if is_ours(source):
+        checkpoint = latest_checkpoint(source)
+        config = read_config(checkpoint)
+        if not config.get("measured", True):
+            raise SystemExit(f"{checkpoint}: the statistics of its latents are measured at the end of the "
+                             "run, which is not finished; run its command again, or, to end it here, with "
+                             f"--steps={int(checkpoint.name[5:])}")
+    return vae
+
+
 def save_base_vae(base, folder):
     """Write a base VAE, of a class in BASES, as a folder that `load_base_vae` and `load_davae` take."""
     vae = PlainVAE(base)
     runs.save_folder(folder, {"model": vae.state_dict()}, {"model": vae.config()})
 
 
-def is_vae_run(source):
-    """Is it a folder of checkpoints, or one checkpoint with the config of a VAE of ours?"""
+def is_ours(source):
+    """Is it a run of ours, or a folder of weights with a config.json as we write it?"""
     if isinstance(source, dict) or not Path(source).is_dir():
         return False
-    if list(Path(source).glob("step_*")):
+    if runs.checkpoints(source):
         return True
     path = Path(source) / "config.json"
-    return path.exists() and "base" in json.loads(path.read_text()).get("model", {})
+    return path.exists() and isinstance(read_json(path).get("model"), dict)
 
 
 def build_vae(config):
@@ -251,14 +303,13 @@ def load_dit(source, weights=None):
     name = name_of(source)
     where = find_dit(source)
     with one_sentence(name):
-        if is_our_dit(where):
+        if is_ours(where):
             kind, settings, sd = read_our_dit(where, weights)
         else:
             kind, settings, sd = read_public_dit(where, weights)
         Config, Model = MODELS[kind]
         with torch.device("meta"):
             model = Model(settings_from(settings, Config, kind))
-        sd = own_float32(sd)
         fill(model, sd)
     if hasattr(model, "build_tables"):             # position tables are made, not loaded
         model.build_tables("cpu")
@@ -266,17 +317,13 @@ def load_dit(source, weights=None):
 
 
 def find_dit(source):
-    """The transformer's own folder in a diffusers pipeline; any other source is itself."""
+    """The transformer's own folder in a diffusers pipeline, a run's newest checkpoint; else the source."""
     if isinstance(source, dict):
         return source
+    if runs.checkpoints(source):
+        return latest_checkpoint(source)
     inside = Path(source) / "transformer"
     return inside if inside.is_dir() else Path(source)
-
-
-def is_our_dit(where):
-    if isinstance(where, dict) or not (where / "config.json").exists():
-        return False
-    return "model" in read_config(where)
 
 
 def read_our_dit(folder, weights):
@@ -300,7 +347,11 @@ def read_our_dit(folder, weights):
 def read_public_dit(where, weights):
     """(kind, fields of its config, state dict in our names) of released weights."""
     sd = pick_weights(read_state_dict(where), weights)
+    folder = None if isinstance(where, dict) or not where.is_dir() else where
+    config = read_diffusers_config(folder, "SD3Transformer2DModel")
     kind, ours, sizes, tables = formats.import_dit(sd)
+    shown = {"in_channels": sizes["C"], "patch_size": sizes["p"], "num_layers": sizes["depth"]}
+    check_diffusers_config(config, shown)
     if kind == "LightningDiT":
         check_tables(tables, MODELS[kind][0](**sizes))
     return kind, sizes, ours
@@ -319,7 +370,8 @@ def check_tables(tables, cfg):
             raise ValueError(f"not a whole checkpoint (it lacks {name})")
         theirs = tables[name]
         tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)
-        if theirs.shape != table.shape or (theirs.float().cpu() - table).abs().max() > tolerance:
+        close = theirs.shape == table.shape and (theirs.float().cpu() - table).abs().max() <= tolerance
+        if not close:                                              # NaN is not
             raise ValueError(f"the table {name} {tuple(theirs.shape)} is not the one LightningDiT computes "
                              f"for a {cfg.grid}x{cfg.grid} grid; only tokens at whole positions 0, 1, 2 ... "
                              "can be loaded")
@@ -353,56 +405,18 @@ def one_sentence(name):
         raise SystemExit(f"{name}: {error}") from None
 
 
-def pick_weights(state, weights=None):
-    """The state dict in a checkpoint: its `ema`, `model`, `state_dict` or itself, in this order.
-
-    weights: insist on one of them
-    """
-    if not isinstance(state, dict):
-        raise ValueError(f"holds one {type(state).__name__}, wanted a state dict")
-    names = [weights] if weights else ["ema", "model", "state_dict"]
-    found = [state[name] for name in names if isinstance(state.get(name), dict)]
-    if weights and not found:
-        raise ValueError(f"no {weights!r} weights in here, the file holds {formats.some(state)}")
-    sd = found[0] if found else state
-    while any(key.startswith(("module.", "_orig_mod.")) for key in sd):        # of DDP and torch.compile
-        sd = {key.removeprefix("module.").removeprefix("_orig_mod."): weight for key, weight in sd.items()}
-    return sd
-
-
 def settings_from(values, Config, kind):
-    """Config(**values).   raises: ValueError naming what is no field of it"""
+    """Config(**values).   raises: ValueError naming what is no field of it, or no number where one belongs"""
     unknown = sorted(set(values) - {f.name for f in fields(Config)})
     if unknown:
-        raise ValueError(f"config.json describes another model (it has {formats.some(unknown)}), "
+        raise ValueError(f"config.json describes another model (it has {some(unknown)}), "
                          f"wanted a {kind}")
+    for f in fields(Config):
+        value = values.get(f.name, f.default)
+        wanted = (int, float) if type(f.default) is float else (type(f.default),)
+        if type(f.default) in (bool, int, float) and not (type(value) in wanted and math.isfinite(value)):
+            raise ValueError(f"config.json has {f.name}={value!r}; wanted a {wanted[-1].__name__}")
     return Config(**values)
-
-
-def own_float32(sd):
-    """Copies in float32 on the CPU, one by one: `sd` is emptied, so that a file is never in memory twice."""
-    return {name: sd.pop(name).to("cpu", torch.float32, copy=True) for name in list(sd)}
-
-
-def fill(module, sd):
-    """Give a module made on "meta" its weights.
-
-    raises: ValueError naming weights that are missing, left over, of another shape, or not finite
-    """
-    wanted = module.state_dict()
-    missing = [name for name in wanted if name not in sd]
-    unknown = [name for name in sd if name not in wanted]
-    if missing:
-        raise ValueError(f"not a whole checkpoint (it lacks {formats.some(missing)})")
-    if unknown:
-        raise ValueError(f"it has layers that are not known here: {formats.some(unknown)}")
-    for name, weight in sd.items():
-        if weight.shape != wanted[name].shape:
-            raise ValueError(f"{name} is {tuple(weight.shape)}; wanted {tuple(wanted[name].shape)}, "
-                             "by the shapes of other layers")
-        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
-            raise ValueError(f"{name} is not finite: a damaged file, or of a training that diverged")
-    module.load_state_dict(sd, strict=True, assign=True)
 
 
 # ---------------------------------------------------------------- export
@@ -430,7 +444,8 @@ def main_export(cfg):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
     if not isinstance(dit, (LightningDiT, MMDiT)):
         raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")
-    temporary = Path(f"{cfg.out}.tmp")
+    temporary = Path(f"{Path(cfg.out)}.tmp")
+    runs.make_folder(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
     source = {"source": cfg.run}
     runs.save_folder(temporary / "vae", {"model": vae.state_dict()}, source | {"model": vae.config()})

@@ -176,7 +176,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
         save(tmp_path / name, format="PNG")
     dataset = data.ImageFolder(str(tmp_path), 8)
     assert dataset.classes == [] and dataset.labels.tolist() == [0, 0, 0]
-    assert dataset.summary() == "3 images without classes"
+    assert dataset.summary() == "3 images without classes; left out: 1 .bin, 1 .md"
     assert dataset.image(1)[1] == 0
 
 
@@ -316,6 +316,90 @@ def test_a_one_pixel_image_is_enlarged(tmp_path):
     save(tmp_path / "a.png", size=(1, 1))
     image = data.ImageFolder(tmp_path, 16).image(0)[0]
     assert image.shape == (16, 16, 3) and (image == RED).all()
+
+
+FORMATS = {"jpe": "JPEG", "JFIF": "JPEG", "pjpeg": "JPEG", "mpo": "JPEG", "AVIF": "AVIF", "apng": "PNG",
+           "jp2": "JPEG2000", "tga": "TGA", "ppm": "PPM", "pgm": "PPM", "qoi": "QOI", "Tif": "TIFF"}
+
+
+def test_every_ending_that_pillow_reads_photos_of_is_an_image_in_any_case(tmp_path):
+    for ending, kind in FORMATS.items():
+        save(tmp_path / f"a.{ending}", format=kind, mode="L" if ending == "pgm" else "RGB")
+    dataset = data.ImageFolder(tmp_path, 8)
+    found = [dataset.exact(i) for i in range(len(dataset))]
+    assert len(found) == len(FORMATS) and dataset.bad == dataset.left_out == {}
+    for path, (image, _) in zip(dataset.paths, found, strict=True):
+        wanted = RED if not path.endswith("pgm") else (82, 82, 82)      # its luma
+        assert np.abs(image.astype(int) - wanted).max() <= 6
+
+
+def test_what_is_no_image_by_its_ending_is_counted_in_the_summary(tmp_path):
+    save(tmp_path / "a.png"), save(tmp_path / "deep" / "b.HEIC", format="PNG")
+    for k in range(20):
+        (tmp_path / f"{k}.heic").write_bytes(b"")
+    for name in ("lora.safetensors", "photo.img", "scan", "deep/other"):
+        save(tmp_path / name, format="PNG")                             # images with a wrong ending, or none
+    summary = data.ImageFolder(tmp_path, 8).summary()
+    assert summary.startswith("1 images without classes; left out: 21 .heic, 2 without an ending, 1 ")
+    assert "1 .safetensors" in summary and "1 .img" in summary
+
+
+def test_what_systems_leave_in_folders_is_neither_a_class_nor_counted(tmp_path):
+    for name in ("cat/a.png", "cat/Thumbs.db", "cat/.DS_Store", "cat/desktop.ini", "@eaDir/a.png/thumb.jpg",
+                 "lost+found/x.png", "cat/@eaDir/b.png"):
+        save(tmp_path / name, format="PNG")
+    dataset = data.ImageFolder(tmp_path, 8)
+    assert dataset.classes == ["cat"] and len(dataset) == 1 and dataset.left_out == {}
+
+
+def test_a_class_without_images_is_named_with_what_it_holds(tmp_path):
+    save(tmp_path / "cat" / "a.png")
+    for k in range(3):
+        save(tmp_path / "dog" / f"{k}.HEIC", format="PNG")
+    save(tmp_path / "dog" / "deep" / "raw", format="PNG")
+    with pytest.raises(ValueError, match=r"in 'dog' \(3 .heic, 1 without an ending\); add some"):
+        data.ImageFolder(tmp_path, 8)
+    with pytest.raises(ValueError, match=r"in '.*dog' \(3 .heic, 1 without an ending\); add some"):
+        data.ImageFolder(tmp_path / "dog", 8)
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar", "photo.png", "list.txt"])
+def test_a_file_in_place_of_a_folder_is_refused_and_archives_are_to_be_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"{name} is not a folder but a file; .*unpack an archive"):
+        data.open_dataset(str(tmp_path / name), 8)
+
+
+def test_classes_that_hold_folders_only_are_read_with_a_hint_at_the_folders_below(tmp_path, capsys):
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"):
+        save(tmp_path / name)
+    assert data.ImageFolder(tmp_path, 8).classes == ["train", "val"]
+    assert f"if those are the classes, give {tmp_path}/train" in capsys.readouterr().err
+    save(tmp_path / "val" / "d.png")
+    data.ImageFolder(f"{tmp_path}/", 8)
+    assert not capsys.readouterr().err
+
+
+def test_names_with_newlines_and_broken_bytes_are_printed_in_a_line(tmp_path, capsys):
+    names = [b"new\nline.png", b"\xff.png", b"a.\xfe"]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"no image")
+    save(tmp_path / "z.png")
+    dataset = data.ImageFolder(tmp_path, 8)
+    assert all(dataset.image(i)[0][0, 0].tolist() == list(RED) for i in range(3))
+    print(dataset.summary())
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 2 and r"\n" in said.err and r"\udcff" in said.err
+    assert said.out == "3 images without classes, 2 unreadable; left out: 1 '.\\udcfe'\n"
+
+
+def test_a_folder_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=f"cannot read the folder {tmp_path}: Permission denied"):
+        data.ImageFolder(tmp_path, 8)
 
 
 # ---- data sets of one's own, and the one that is meant ----

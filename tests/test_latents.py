@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -175,6 +176,90 @@ def test_what_does_not_fit_is_refused_in_one_sentence(change, said):
     train_set = data.open_dataset("procedural", 64, 5, 3)
     with pytest.raises(SystemExit, match=said):
         latents.check_sizes(known_vae(), train_set, known_config(**change))
+
+
+ZEROS = torch.zeros(3, 16, 8, 8)
+GOOD = {"latents": ZEROS, "latents_flip": ZEROS.clone(), "labels": torch.arange(3)}
+NAN = ZEROS.clone()
+NAN[1, 3, 0, 0] = float("nan")
+
+
+def shards(folder, header=None, **changes):
+    """A good shard a, and b, which differs from it in `changes`; None: b is without."""
+    save_file(GOOD, folder / "a.safetensors")
+    tensors = {name: x.contiguous() for name, x in {**GOOD, **changes}.items() if x is not None}
+    save_file(tensors, folder / "b.safetensors", header)
+    return folder
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(latents=ZEROS[..., :4], latents_flip=None), r"\(16, 8, 4\), 'raw'.*wanted \(\(16, 8, 8\), 'raw'\)"),
+    (dict(latents=ZEROS[:, :9], latents_flip=None), r"\(9, 8, 8\), 'raw'\); wanted \(\(16, 8, 8\), 'raw'\)"),
+    (dict(header={"vae": "0f3"}), r"\(16, 8, 8\), '0f3'\); wanted \(\(16, 8, 8\), 'raw'\), as in a.safe"),
+    (dict(labels=torch.arange(4)), r"latents \(3, 16, 8, 8\) .*labels \(4,\); wan"),
+    (dict(labels=torch.zeros(3, 10)), r"labels \(3, 10\); wanted .*labels \(n,\)"),
+    (dict(labels=None), "holds latents, latents_flip; wanted .*labels"),
+    (dict(latents=None, latents_flip=None, labels=None, weight=torch.zeros(2)), "holds weight; wanted lat"),
+    (dict(latents=ZEROS.byte()), "of U8, .*wanted .* of floating point"),
+    (dict(latents_flip=torch.zeros(3, 16, 4, 4)), r"latents_flip \(3, 16, 4, 4\)"),
+    (dict(latents=torch.zeros(0, 16, 8, 8), latents_flip=None, labels=torch.arange(0)), "n > 0"),
+    (dict(labels=torch.tensor([0, -1, 2])), "labels from -1 to 2; wanted whole numbers"),
+    (dict(labels=torch.tensor([0, 0.5, 2])), "labels from 0.0 to 2.0; wanted whole numbers"),
+])
+def test_a_shard_unlike_the_others_or_that_is_none_is_named(tmp_path, changes, said):
+    with pytest.raises(SystemExit, match=f"b.safetensors: .*{said}"):
+        latents.Latents(shards(tmp_path, **changes), known_vae(), 12)
+
+
+def test_shards_may_differ_in_precision_and_in_what_is_not_asked_for(tmp_path):
+    kept = latents.Latents(shards(tmp_path, latents=ZEROS.half(), latents_flip=None), known_vae(), 12)
+    latents.check_sizes(known_vae(), kept, known_config(image_size=32, flip=False))
+    with pytest.raises(SystemExit, match="b.safetensors: has no mirrored latents .*--flip=False"):
+        latents.check_sizes(known_vae(), kept, known_config(image_size=32, flip=True))
+
+
+@pytest.mark.parametrize("length", [0, 60, 4000, -1])
+def test_a_shard_that_was_cut_off_is_named_and_makes_no_photos_of_the_folder(tmp_path, length):
+    path = shards(tmp_path) / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    for _ in range(2):
+        assert latents.Latents.are_in(str(tmp_path))
+        with pytest.raises(SystemExit, match="b.safetensors: is cut off"):
+            latents.Latents(tmp_path, known_vae(), 12)
+        (tmp_path / "a.safetensors").unlink(missing_ok=True)       # then it is the only one
+
+
+def test_latents_that_are_not_finite_stop_the_batch_that_holds_them(tmp_path):
+    kept = latents.Latents(shards(tmp_path, latents=NAN), known_vae(), 12)
+    assert kept.batch([0, 4, 5], [False, True, False])[1].tolist() == [0, 1, 2]       # the mirrored one is
+    with pytest.raises(SystemExit, match="b.safetensors: latents of row 1 are not finite"):
+        kept.batch([0, 4], [False, False])
+
+
+@pytest.mark.parametrize("foreign", [{"latents_1x8x8_float32": ZEROS}, {"lora.up": torch.zeros(2)}, None])
+def test_photos_beside_a_foreign_file_are_photos_and_the_file_is_counted(tmp_path, foreign):
+    for k in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+    path = tmp_path / "cache.safetensors"
+    save_file(foreign, path) if foreign else path.write_bytes(b"broken")
+    cfg = known_config(data_dir=str(tmp_path), images=5)
+    found = finetune.open_training_set(cfg, known_vae())
+    assert found.summary() == "2 images without classes; left out: 1 .safetensors"
+
+
+def test_a_folder_of_shards_is_one_of_latents_and_counts_what_else_is_there(tmp_path):
+    Image.new("RGB", (8, 8)).save(shards(tmp_path) / "preview.png")
+    found = finetune.open_training_set(known_config(data_dir=str(tmp_path)), known_vae())
+    assert found.summary() == "6 images in 3 classes (0 2, 1 2, 2 2); left out: 1 .png"
+
+
+def test_shards_where_a_run_is_started_do_not_take_the_place_of_the_drawings(tmp_path, monkeypatch):
+    monkeypatch.chdir(shards(tmp_path))
+    for name in ("", "procedural"):
+        assert len(finetune.open_training_set(known_config(data_dir=name, images=7), known_vae())) == 7
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty: has no shards of latents"):
+        latents.Latents(tmp_path / "empty", known_vae(), 12)
 
 
 def test_latents_of_another_size_or_without_mirrored_ones_are_refused(tmp_path):

@@ -131,6 +131,28 @@ def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_posit
     assert torch.allclose(f, torch.ones(2, 512))                               # mean square over channels: 1
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"features.3.squeeze.bias": None}, "it lacks features.3.squeeze.bias"),
+    ({"features.12.expand3x3.weight": torch.ones(3)}, "features.12.expand3x3.weight is .3,.; wanted"),
+    ({"features.0.bias": torch.full((64,), float("nan"))}, "features.0.bias is not finite"),
+    ({"features.13.bias": torch.ones(1)}, "not known here: features.13.bias"),
+])
+def test_a_trunk_of_lpips_that_is_not_whole_is_told_by_file_and_tensor(tmp_path, change, said):
+    metrics.import_torchvision()
+    import torchvision
+
+    sd = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    torch.save({f"module.{name}": weight for name, weight in sd.items()}, tmp_path / "whole.pth")
+    lpips = metrics.make_lpips("squeeze", tmp_path / "whole.pth")
+    trunk = dict(lpips.net.named_modules())
+    assert torch.equal(trunk["slice1.0"].weight, sd["features.0.weight"])
+    assert torch.equal(trunk["slice7.12"].expand3x3.bias, sd["features.12.expand3x3.bias"])
+    torch.save({k: v for k, v in (sd | change).items() if v is not None}, tmp_path / "trunk.pth")
+    with pytest.raises(SystemExit, match=f"trunk.pth: .*{said}") as caught:
+        metrics.make_lpips("squeeze", tmp_path / "trunk.pth")
+    assert "\n" not in str(caught.value)
+
+
 def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
     metrics.import_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -122,6 +122,15 @@ def test_truncated_weight_files_are_named(tmp_path):
             runs.read_state_dict(file)
 
 
+def test_moments_of_an_optimizer_that_are_not_finite_are_named(tmp_path):
+    state = {"step": 3, "opt": {"state": {0: {"exp_avg_sq": torch.tensor([1.0, float("nan")])}}}}
+    torch.save(state, tmp_path / "train_state.pt")
+    run = object.__new__(runs.Run)
+    run.checkpoint = tmp_path
+    with pytest.raises(SystemExit, match="train_state.pt: opt.state.0.exp_avg_sq is not finite"):
+        run.train_state()
+
+
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -230,12 +239,12 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
     disk = small_disk(4000)
     save = train_vae.save
 
-    def filling(run, done, *rest):                          # full when step 2 is saved, empty again at step 3
+    def filling(run, done, *rest, **options):      # full when step 2 is saved, empty again at step 3
         (disk / "filler").unlink(missing_ok=True)
         if done == 2:
             with pytest.raises(OSError, match="No space left"):
                 fill(disk / "filler")
-        save(run, done, *rest)
+        save(run, done, *rest, **options)
 
     monkeypatch.setattr(train_vae, "save", filling)
     train_vae.main(davae_config(disk / "run", save_every=1, image_size=16, steps=3, gan=0.0))

@@ -1,11 +1,15 @@
 """support/text.py: SD3.5's text encoders against diffusers, the cache of what they give, dropped labels."""
 
+import builtins
+import json
+import os
 import shutil
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from support import text
 
@@ -102,6 +106,174 @@ def test_prompts_are_read_off_a_line_or_a_file(tmp_path):
     )
     with pytest.raises(SystemExit, match="wanted --out= and captions"):
         text.main_text(text.TextConfig(out=str(tmp_path)))
+
+
+REAL = ["a" * 350, "a lighthouse at dusk, " * 20, "x/" * 300, "v1.0 robot", "a.i.", "node.js", "and/or",
+        "a screenshot of notes.txt", "http://a.b/c", "a fox. a dog.", "a\0b", "two\nlines", "."]
+
+
+@pytest.mark.parametrize("prompt", REAL)
+def test_a_text_is_drawn_however_long_it_is_and_whatever_it_looks_like(prompt):
+    assert text.read_prompts(prompt) == [prompt.strip()]
+    assert text.read_prompts(f"|{prompt}|| b|") == [prompt.strip(), "b"]
+
+
+@pytest.mark.parametrize("prompt", ["prompt_list.txt", "prompts/list.txt", "LIST.TXT", "a.csv", "~/p.jsonl",
+                                    "/home/me/my prompts.txt", "fox|prompt_list.txt"])
+def test_a_file_that_is_missing_is_not_drawn(prompt):
+    with pytest.raises(SystemExit, match="there is no file '.*'; wanted texts separated by |, or a file"):
+        text.read_prompts(prompt)
+
+
+@pytest.mark.parametrize("raw", [b"\xef\xbb\xbfa fox\n\nsnow\n", b"a fox\r\nsnow\r\n", b"a fox\rsnow",
+                                 b"a fox\nsnow "])
+def test_a_file_of_prompts_may_have_a_mark_and_the_lines_of_any_system(tmp_path, raw):
+    (tmp_path / "p").write_bytes(raw)
+    assert text.read_prompts(str(tmp_path / "p")) == ["a fox", "snow"]
+
+
+@pytest.mark.parametrize("encoding, line", [("cp1252", 2), ("utf-16", 1), ("utf-16-le", 1)])
+def test_a_file_of_prompts_in_another_encoding_is_refused_with_its_line(tmp_path, encoding, line):
+    (tmp_path / "p.txt").write_text("a fox\nein Füchslein" if line == 2 else "a fox", encoding)
+    with pytest.raises(SystemExit, match=f"p.txt: line {line}: .*; wanted text, save it as UTF-8"):
+        text.read_prompts(str(tmp_path / "p.txt"))
+
+
+def test_nothing_to_draw_and_what_is_no_text_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text(" \n\n")
+    for nothing in ("|", " ", " | ", str(tmp_path / "p.txt")):
+        with pytest.raises(SystemExit, match="holds no text; wanted texts separated by"):
+            text.read_prompts(nothing)
+    assert text.read_prompts("") == []
+    with pytest.raises(SystemExit, match="is a folder; wanted texts"):
+        text.read_prompts(str(tmp_path))
+    with pytest.raises(SystemExit, match="is not UTF-8"):
+        text.read_prompts("\udcff fox")
+    (tmp_path / "dog").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert text.read_prompts("dog") == ["dog"] and "the folder of that name" in capsys.readouterr().out
+
+
+def test_texts_longer_than_the_encoders_read_are_counted_and_named(sd3_folder, tmp_path, capsys):
+    encoders = text.load_text_encoders(sd3_folder, torch.device("cpu"))
+    capsys.readouterr()
+    text.say_what_is_cut(encoders, ["snow", "owl " * 30, "b" * 75], t5_tokens=500)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("1 of 3 texts are cut, for CLIP reads 77 tokens: 'owl owl owl ") and "(92)" in line
+    text.say_what_is_cut([*encoders[:2], None], ["b" * 75], t5_tokens=5)         # and the marks at both ends
+    assert not capsys.readouterr().out
+    text.say_what_is_cut(encoders, ["snow"] * 5, t5_tokens=4)
+    assert "5 of 5 texts are cut, for T5 reads 4 tokens" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what is broken
+
+
+def without_transformers(monkeypatch, error):
+    """Let every import of transformers raise an error."""
+    found = builtins.__import__
+
+    def refuse(name, *rest, **more):
+        if name == "transformers":
+            raise error
+        return found(name, *rest, **more)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+CAUSE = RuntimeError("operator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize("error, said", [
+    (ModuleNotFoundError("No module named 'transformers'", name="transformers"), "needs transformers: "),
+    (ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers"), "cannot be .*'tokenizers'"),
+    (CAUSE, "cannot be imported .*nms does not exist.*requirements.txt"),
+    (OSError("libcudart.so.13: cannot open"), "cannot be imported .*libcudart"),
+])
+def test_a_broken_import_says_its_cause_a_missing_package_its_command(monkeypatch, tmp_path, error, said):
+    without_transformers(monkeypatch, error)
+    with pytest.raises(SystemExit, match=said):
+        text.load_text_encoders(tmp_path, torch.device("cpu"))
+
+
+def test_the_cause_below_an_error_of_transformers_itself_is_said(monkeypatch, tmp_path):
+    wrapped = ModuleNotFoundError("Could not import module 'CLIPTextModelWithProjection'")
+    wrapped.__cause__ = CAUSE
+    without_transformers(monkeypatch, wrapped)
+    with pytest.raises(SystemExit, match="nms does not exist"):
+        text.load_text_encoders(tmp_path, torch.device("cpu"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def lose_a_tensor(path):
+    from safetensors.torch import load_file
+    tensors = load_file(path)
+    tensors.pop("text_model.final_layer_norm.weight")
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("change, name, said", [
+    (shutil.rmtree, "tokenizer_2", "tokenizer_2: has no tokenizer"),
+    (os.remove, "tokenizer/tokenizer.json", "tokenizer: has no tokenizer"),
+    (os.remove, "tokenizer_3/tokenizer_config.json", "tokenizer_3: has no tokenizer"),
+    (cut, "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer.json: is no JSON"),
+    (os.remove, "text_encoder/model.safetensors", "text_encoder: this text encoder cannot be loaded"),
+    (cut, "text_encoder_2/model.safetensors", "text_encoder_2: this text encoder cannot be loaded"),
+    (cut, "text_encoder/config.json", "text_encoder: this text encoder cannot be loaded"),
+    (lose_a_tensor, "text_encoder/model.safetensors", "lacks 1 tensors, the first text_model.final"),
+    (shutil.rmtree, "text_encoder_2", "has no text_encoder_2; wanted a diffusers SD3.5 folder"),
+])
+def test_a_part_of_the_encoders_that_is_missing_or_broken_is_named(sd3_folder, tmp_path, change, name, said):
+    shutil.copytree(sd3_folder, tmp_path / "sd3", ignore=shutil.ignore_patterns("transformer", "vae"))
+    change(tmp_path / "sd3" / name)
+    with pytest.raises(SystemExit, match=said):
+        text.load_text_encoders(tmp_path / "sd3", torch.device("cpu"))
+
+
+def shard(folder, n, prompts=("a", "b"), **changes):
+    tensors = {"context": torch.zeros(2, 8, 6), "pooled": torch.zeros(2, 5), **changes}
+    header = {} if prompts is None else {"prompts": json.dumps(prompts)}
+    path = folder / f"text_{n:05d}.safetensors"
+    save_file({name: x for name, x in tensors.items() if x is not None}, path, {"encoders": "e", **header})
+    return path
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(prompts=None), "embeddings of 0 prompts"),
+    (dict(prompts=["a", "b", "c"]), "embeddings of 3 prompts"),
+    (dict(pooled=None), "cannot be read as a shard of texts"),
+    (dict(pooled=torch.zeros(1, 5)), "embeddings of 2 prompts"),
+    (dict(context=torch.zeros(())), "embeddings of 2 prompts"),
+    (dict(context=torch.zeros(2, 9, 6)), r"\[\[9, 6\], \[5\]\], those of text_00000.* \[\[8, 6\], \[5\]\]"),
+    (dict(pooled=torch.zeros(2, 7)), r"\[\[8, 6\], \[7\]\], those of text_00000"),
+])
+def test_a_shard_of_texts_that_is_no_whole_one_or_of_another_width_is_named(tmp_path, changes, said):
+    shard(tmp_path, 0)
+    assert set(text.TextCache(tmp_path).rows) == {"a", "b"}
+    shard(tmp_path, 1, **changes)
+    with pytest.raises(SystemExit, match=f"text_00001.safetensors: .*{said}"):
+        text.TextCache(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 50, -4])
+def test_a_shard_of_texts_that_was_cut_off_is_named_before_it_is_read_or_added_to(tmp_path, length):
+    shard(tmp_path, 0)
+    path = shard(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(SystemExit, match="text_00001.safetensors: cannot be read as a shard"):
+        text.TextCache(tmp_path)
+    with pytest.raises(SystemExit, match="text_00001.safetensors: cannot be read as a shard"):
+        text.cached_prompts(tmp_path, {"encoders": "e"})
+
+
+def test_a_renamed_shard_does_not_disturb_the_numbers_of_new_ones(tmp_path):
+    shard(tmp_path, 7).with_name("text_old.safetensors").write_bytes(shard(tmp_path, 3).read_bytes())
+    assert text.next_number(tmp_path) == 8
+
+
+# ---------------------------------------------------------------- labels
 
 
 def test_labels_are_dropped_to_the_null_class_at_the_given_rate():

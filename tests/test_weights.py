@@ -17,6 +17,8 @@ from support import formats, metrics, runs, weights
 from support.formats import export_kl, export_lightningdit
 from support.weights import load_base_vae, load_dit
 
+NAN = float("nan")
+
 
 # ---------------------------------------------------------------- autoencoders
 
@@ -139,6 +141,211 @@ def test_a_saved_davae_loads_to_the_same_function(make_davae, tmp_path):
     assert torch.equal(load_base_vae(tmp_path / "run").encode(x), vae.base.encode(x))
 
 
+# ---------------------------------------------------------------- names, containers and types of numbers
+
+
+@pytest.fixture
+def vae_folder(make_base, tmp_path):
+    """vae_folder(sd=None, name="vae", **config) -> a folder of diffusers' VAE, or one with other weights."""
+
+    def make(sd=None, name="vae", **config):
+        known = {"_class_name": "AutoencoderKL", "norm_num_groups": 4, "scaling_factor": 1.0}
+        sd = export_kl(make_base(), diffusers=True) if sd is None else sd
+        (tmp_path / name).mkdir()
+        torch.save(sd, tmp_path / name / "diffusion_pytorch_model.bin")
+        (tmp_path / name / "config.json").write_text(json.dumps(known | config))
+        return tmp_path / name
+
+    return make
+
+
+FRONTS = ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module.", "model.", "net.",
+          "model.net.", "_orig_mod.model.module."]
+
+
+@pytest.mark.parametrize("front", [*FRONTS, "vae.", "model.vae.", "first_stage_model.", "module.vae.module."])
+@pytest.mark.parametrize("diffusers", [False, True])
+def test_a_vae_loads_whatever_wraps_it(make_base, vae_folder, front, diffusers):
+    sd = export_kl(make_base(), diffusers)
+    vae = load_base_vae(vae_folder({front + name: weight for name, weight in sd.items()}))
+    back = export_kl(vae, diffusers)
+    assert back.keys() == sd.keys() and all(torch.equal(back[k], sd[k]) for k in sd)
+
+
+@pytest.mark.parametrize("front", [*FRONTS, "model.diffusion_model.", "transformer.", "module.transformer."])
+@pytest.mark.parametrize("kind", ["LightningDiT", "single file", "diffusers"])
+def test_a_transformer_loads_whatever_wraps_it(make_dit, stock, front, kind):
+    sd = export_lightningdit(make_dit())
+    if kind != "LightningDiT":
+        model = load_dit(stock.state_dict())
+        sd = formats.export_diffusers(model) if kind == "diffusers" else formats.export_sd3(model)
+        sd = {name.removeprefix("model.diffusion_model."): weight for name, weight in sd.items()}
+    plain = load_dit(sd).state_dict()
+    again = load_dit({front + name: weight for name, weight in sd.items()}).state_dict()
+    assert plain.keys() == again.keys() and all(torch.equal(plain[k], again[k]) for k in plain)
+
+
+@pytest.mark.parametrize("inside", ["_orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module."])
+def test_wrappers_inside_a_name_are_taken_out_for_both_kinds(make_base, make_dit, vae_folder, inside):
+    sd = {k.replace(".mid.", f".mid.{inside}"): v for k, v in export_kl(make_base()).items()}
+    assert load_base_vae(vae_folder(sd)).C == 4
+    sd = {k.replace("blocks.1.", f"blocks.1.{inside}"): v for k, v in export_lightningdit(make_dit()).items()}
+    assert load_dit({"module." + k: v for k, v in sd.items()}).cfg == make_dit().cfg
+
+
+def with_average(sd):
+    """`sd` with latent diffusion's LitEma beside it."""
+    names = {f"model_ema.{name.replace('.', '')}": weight + 1 for name, weight in sd.items()}
+    return sd | names | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(7)}
+
+
+def test_latent_diffusions_average_and_loss_beside_the_weights_are_left_out(make_base, make_dit, vae_folder):
+    assert "model_ema" in formats.DROPPED
+    sd = export_kl(make_base())
+    loss = {"loss.discriminator.main.3.num_batches_tracked": torch.tensor(3)}
+    for name, front in (("bare", ""), ("lightning", "model.")):
+        state = with_average({front + key: weight for key, weight in sd.items()}) | loss
+        back = export_kl(load_base_vae(vae_folder({"state_dict": state}, name)))
+        assert all(torch.equal(back[k], sd[k]) for k in sd)
+    sd = export_lightningdit(make_dit())
+    assert torch.equal(load_dit(with_average(sd)).P.weight, sd["x_embedder.proj.weight"])
+
+
+def test_two_models_under_two_fronts_are_refused_by_both_names(make_base, make_dit):
+    for load, sd in ((load_base_vae, export_kl(make_base())), (load_dit, export_lightningdit(make_dit()))):
+        both = {f"{front}.{name}": weight for front in ("model", "ema_model") for name, weight in sd.items()}
+        with pytest.raises(SystemExit, match="holds 2 models, whose names begin with 'ema_model.', 'model.'"):
+            load(both)
+
+
+@pytest.mark.parametrize("holder", ["state_dict", "ema", "params_ema", "generator", "module", "params"])
+def test_both_kinds_are_found_under_the_same_names_in_a_checkpoint(make_base, make_dit, vae_folder, holder):
+    assert load_base_vae(vae_folder({holder: export_kl(make_base()), "step": 3})).C == 4
+    assert load_dit({holder: export_lightningdit(make_dit()), "step": 3}).cfg == make_dit().cfg
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_other_floats_become_float32(make_base, stock, vae_folder, dtype):
+    sd = {name: weight.to(dtype) for name, weight in export_kl(make_base(), diffusers=True).items()}
+    vae = load_base_vae(vae_folder(sd))
+    assert torch.equal(vae.encoder.conv_in.weight, sd["encoder.conv_in.weight"].float())
+    assert all(weight.dtype == torch.float32 for weight in vae.state_dict().values())
+    sd = {name: weight.to(dtype) for name, weight in stock.state_dict().items()}
+    q, k = (f"transformer_blocks.0.attn.to_{part}.weight" for part in "qk")
+    sd[k] = sd[k].bfloat16()                                       # stacked with q, which is of another type
+    qkv = load_dit(sd).blocks[0].x.attn.qkv.weight
+    assert torch.equal(qkv[:48], sd[q].float()) and torch.equal(qkv[48:96], sd[k].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.complex64])
+def test_a_quantised_weight_is_refused_under_its_name_in_the_file(make_base, stock, vae_folder, dtype):
+    name = "decoder.mid_block.attentions.0.to_q.weight"
+    sd = export_kl(make_base(), diffusers=True)
+    sd[name] = torch.ones(3, 1).to(dtype)                          # packed, so of another shape, too
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(SystemExit, match=f"vae: {name} is {kind} "):
+        load_base_vae(vae_folder(sd))
+    name = "pos_embed.proj.weight"
+    with pytest.raises(SystemExit, match=f"{name} is {kind} "):
+        load_dit(stock.state_dict() | {name: torch.ones(3, 1).to(dtype)})
+
+
+@pytest.mark.parametrize("name", ["x_embedder.proj.weight", "pos_embed", "blocks.0.attn.q_norm.weight",
+                                  "blocks.0.mlp.w3.weight", "final_layer.linear.weight",
+                                  "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight"])
+@pytest.mark.parametrize("weight", [torch.tensor(1.0), torch.ones(0)])
+def test_a_weight_that_sizes_are_read_off_is_named_where_it_has_none(make_dit, name, weight):
+    with pytest.raises(SystemExit, match=f"{name} is .*; wanted . axes"):
+        load_dit(export_lightningdit(make_dit()) | {name: weight})
+
+
+def test_parts_of_a_stacked_layer_of_two_shapes_are_named(stock):
+    name = "transformer_blocks.1.attn.to_k.weight"
+    with pytest.raises(SystemExit, match=f"{name}.* have the shapes"):
+        load_dit(stock.state_dict() | {name: torch.ones(3, 3)})
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_position_table_that_is_not_finite_is_not_the_one_that_is_computed(make_dit, name, value):
+    sd = export_lightningdit(make_dit())
+    sd[name] = sd[name].clone()
+    sd[name].view(-1)[3] = value
+    with pytest.raises(SystemExit, match=f"the table {name} .* is not the one"):
+        load_dit(sd)
+
+
+# ---------------------------------------------------------------- shards, pipelines, folders
+
+
+def write_shards(sd, folder, name="diffusion_pytorch_model"):
+    """A state dict as three shards and an index."""
+    folder.mkdir(exist_ok=True)
+    keys = list(sd)
+    place = {}
+    for i in range(3):
+        shard = f"{name}-{i + 1:05}-of-00003.safetensors"
+        place |= dict.fromkeys(keys[i::3], shard)
+        save_file({key: sd[key].contiguous() for key in keys[i::3]}, folder / shard)
+    index = folder / f"{name}.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": place}))
+    return index
+
+
+@torch.no_grad()
+def test_a_pipeline_in_shards_loads_as_one_in_whole_files(make_base, stock, sd3_inputs, tmp_path):
+    sd = export_kl(make_base(), diffusers=True)
+    index = write_shards(sd, tmp_path / "vae")
+    config = {"_class_name": "AutoencoderKL", "norm_num_groups": 4, "scaling_factor": 1.0}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    for source in (tmp_path, tmp_path / "vae", index):
+        back = export_kl(load_base_vae(source), diffusers=True)
+        assert all(torch.equal(back[k], sd[k]) for k in sd)
+    stock.save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    index = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    v = load_dit(stock.state_dict())(*sd3_inputs())
+    for source in (tmp_path, tmp_path / "transformer", index):
+        assert torch.equal(load_dit(source)(*sd3_inputs()), v)
+    next((tmp_path / "transformer").glob("*00002-of*")).unlink()
+    with pytest.raises(SystemExit, match="index.json: names diffusion_pytorch_model-00002-of-.*, not there"):
+        load_dit(tmp_path)
+
+
+def test_the_statistics_beside_a_vaes_weights_are_no_weights(golden, tmp_path):
+    torch.save({"state_dict": golden("vavae_style")[0]}, tmp_path / "vavae.pt")
+    std = torch.full((1, 8, 1, 1), 2.0)
+    torch.save({"mean": 0 * std, "std": std}, tmp_path / "latents_stats.pt")
+    assert load_base_vae(tmp_path).std.tolist() == [2.0] * 8
+
+
+def test_a_run_stands_for_its_newest_checkpoint_and_a_folder_of_runs_for_nothing(make_dit, tmp_path):
+    for step in (1, 2):
+        model = make_dit(seed=step)
+        config = {"model": asdict(model.cfg)}
+        runs.save_checkpoint(tmp_path / "out" / "run", step, {"ema": model.state_dict()}, {}, config)
+    assert torch.equal(load_dit(tmp_path / "out" / "run").P.weight, model.P.weight)
+    for load in (load_dit, load_base_vae, weights.load_davae):
+        with pytest.raises(SystemExit, match="out: holds no weight file; its folders are run: give the one"):
+            load(tmp_path / "out")
+    for source in ("run", "run/step_000002"):
+        with pytest.raises(SystemExit, match="holds a transformer; wanted a run of train_vae.py"):
+            load_base_vae(tmp_path / "out" / source)
+
+
+def test_the_vae_of_an_export_is_found_in_it(make_davae, tmp_path):
+    vae = make_davae()
+    runs.save_folder(tmp_path / "vae", {"model": vae.state_dict()}, {"source": "x", "model": vae.config()})
+    assert weights.load_davae(tmp_path).config() == vae.config()
+    assert torch.equal(load_base_vae(tmp_path).mean, vae.base.mean)
+
+
+@pytest.mark.parametrize("load", [load_base_vae, load_dit, weights.load_davae])
+def test_every_door_says_how_a_name_on_hugging_face_becomes_a_folder(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="huggingface-cli download stabilityai/stable-diffusion-3.5-medium "):
+        load("stabilityai/stable-diffusion-3.5-medium")
+
+
 # ------------------------------------------------- diffusers' VAEs, of whatever sizes and statistics
 
 
@@ -228,6 +435,22 @@ def test_statistics_of_each_channel_are_read_as_sdxls_pipelines_do(error, their_
         (dict(latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "the std of its latents is not above 0"),
         (dict(scaling_factor=0), "scaling_factor=0.0; wanted a number above 0"),
         (dict(act_fn="relu"), "act_fn='relu'; wanted silu"),
+        (dict(scaling_factor=-1.5), "scaling_factor=-1.5; wanted a number above 0"),
+        (dict(scaling_factor=NAN), "scaling_factor=nan; wanted a number"),
+        (dict(scaling_factor="1.5"), "scaling_factor='1.5'; wanted a number"),
+        (dict(scaling_factor=True), "scaling_factor=True; wanted a number"),
+        (dict(scaling_factor=1e-320), "the std of its latents is not finite"),
+        (dict(shift_factor=float("inf")), "shift_factor=inf; wanted a number"),
+        (dict(latents_mean=[0.0, 0.0, 0.0, NAN], latents_std=[1.0] * 4), "the mean .* is not finite"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 1.0, NAN]), "the std .* is not finite"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 1.0, None]), "latents_std that is no list of"),
+        (dict(norm_num_groups=0), "norm_num_groups=0; wanted a whole number above 0"),
+        (dict(norm_num_groups="8"), "norm_num_groups='8'; wanted a whole number"),
+        (dict(latent_channels=16), "latent_channels=16; wanted 4, by its weights"),
+        (dict(block_out_channels=[128, 256]), r"=\[128, 256\]; wanted \[16, 32\], by its weights"),
+        (dict(layers_per_block=2), "layers_per_block=2; wanted 1, by its weights"),
+        (dict(_class_name="AutoencoderKLWan"), "describes diffusers' AutoencoderKLWan; wanted AutoencoderKL"),
+        (dict(_class_name="FluxTransformer2DModel"), "FluxTransformer2DModel; wanted AutoencoderKL"),
     ],
 )
 def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path, stated, said):
@@ -244,6 +467,11 @@ def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path
     [
         ({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 8, 1, 1)}, "has 3 numbers"),
         ({"mu": torch.zeros(8)}, "latents_stats.pt beside it has no mean and std"),
+        ([torch.zeros(8)], "latents_stats.pt beside it has no mean and std"),
+        ({"mean": torch.zeros(8), "std": torch.tensor([1.0] * 7 + [NAN])}, "the std .* is not finite"),
+        ({"mean": torch.tensor([0.0] * 7 + [NAN]), "std": torch.ones(8)}, "the mean .* is not finite"),
+        ({"mean": torch.zeros(8), "std": -torch.ones(8)}, "the std of its latents is not above 0"),
+        ({"mean": "0", "std": 1}, "latents_stats.pt beside it has a mean that is no list of numbers"),
     ],
 )
 def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, said):
@@ -276,6 +504,49 @@ def test_vaes_of_other_sizes_equal_diffusers_and_go_back(error, their_vae, tmp_p
     back = export_kl(vae, diffusers=True)
     assert back.keys() == theirs.state_dict().keys()
     assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("content", ["", '{"scaling_factor": 1.5', "scaling_factor: 1.5", "[]", "null"])
+def test_a_broken_config_json_beside_the_weights_is_named(make_base, make_dit, vae_folder, content):
+    folder = vae_folder()
+    (folder / "config.json").write_text(content)
+    for load in (load_base_vae, weights.load_davae, load_dit):
+        with pytest.raises(SystemExit, match="vae/config.json: (not a whole JSON file|holds a )") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_config_json_with_a_byte_order_mark_is_read(vae_folder):
+    folder = vae_folder(scaling_factor=0.5)
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+    assert load_base_vae(folder).std.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(_class_name="FluxTransformer2DModel"), "FluxTransformer2DModel; wanted SD3Transformer2DModel"),
+    (dict(_class_name="AutoencoderKL"), "diffusers' AutoencoderKL; wanted SD3Transformer2DModel"),
+    (dict(num_layers=24), "num_layers=24; wanted 4, by its weights"),
+    (dict(in_channels=16), "in_channels=16; wanted 4, by its weights"),
+])
+def test_a_config_json_of_another_transformer_is_refused(stock, tmp_path, changes, said):
+    stock.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(SystemExit, match=said):
+        load_dit(tmp_path)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(depth="2"), "config.json has depth='2'; wanted a int"),
+    (dict(depth=2.0), "config.json has depth=2.0; wanted a int"),
+    (dict(qk_norm=1), "config.json has qk_norm=1; wanted a bool"),
+])
+def test_a_config_json_of_ours_with_another_type_of_number_is_told(make_dit, tmp_path, changes, said):
+    model = make_dit()
+    config = {"model": asdict(model.cfg) | changes}
+    runs.save_folder(tmp_path / "own", {"ema": model.state_dict()}, config)
+    with pytest.raises(SystemExit, match=said):
+        load_dit(tmp_path / "own")
 
 
 def test_vaes_that_are_left_out_get_one_sentence(their_vae, tmp_path):
@@ -488,14 +759,17 @@ def test_half_precision_files_become_float32_models(make_dit):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "bfloat16.safetensors"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "bfloat16.safetensors", "shards"])
 def test_a_file_is_never_in_memory_twice(kind, tmp_path):
     with torch.device("meta"):
         model = dit.MMDiT(dit.MMDiTConfig(E=320, depth=10, A=5, dual=5, pos_size=48))
     model.load_state_dict({k: torch.randn(v.shape) for k, v in model.state_dict().items()}, assign=True)
     dtype, file = torch.bfloat16 if "b" in kind else torch.float32, tmp_path / f"model.{kind}"
     sd = {k: v.to(dtype).contiguous() for k, v in formats.export_sd3(model).items()}
-    torch.save(sd, file) if kind == "pt" else save_file(sd, file)
+    if kind == "shards":
+        file = write_shards(sd, tmp_path)
+    else:
+        torch.save(sd, file) if kind == "pt" else save_file(sd, file)
     code = f"""if True:
         import threading, torch; from support import weights
         def anonymous():

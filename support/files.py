@@ -1,0 +1,392 @@
+"""Weight files from anywhere, and what other programs put around the weights; no layer is known by name here.
+
+    weight_file(path)      the file that is meant: of a folder, the one set of weights in it
+    read(path)             what it holds; of an index, what all of its shards hold together
+    read_json(path)        a config.json or an index, a dict
+    pick_weights(state)    the state dict in a checkpoint that holds more
+    unwrapped(sd)          names without those of DDP, torch.compile and the like
+    fill(module, sd)       the weights into a module, strictly, each of them finite
+
+A file is what its first bytes say, whatever its name: either safetensors or torch.save's. Pickles are
+memory-mapped, and nothing in them runs. What is wrong with a file is one sentence that begins with its name
+(SystemExit); with a dict, one without a name (ValueError).
+"""
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import re
+import struct
+import zipfile
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten_with_path
+
+# ---------------------------------------------------------------- which file
+
+
+ENDINGS = ("safetensors", "pt", "pth", "ckpt", "bin")
+
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")                # model-00001-of-00003.safetensors
+
+# What training leaves beside the weights; and VA-VAE's statistics of latents, which another function reads
+BESIDE = re.compile(r"(optimizer|optim|opt|scheduler|lr_scheduler|scaler|sampler|random_states|rng_state"
+                    r"|training_args|train_state|trainer_state|latents_stats)(?![a-z])|.*_optim_states\.")
+
+# Words in the names of variants of one model (diffusion_pytorch_model.fp16.safetensors), the preferred first;
+# "" where the name says nothing
+AVERAGES = ("ema", "", "non_ema")
+PRECISIONS = ("fp32", "", "bf16", "fp16", "fp8")
+
+
+def weight_file(path):
+    """The file at `path`; the index of the shard at `path`; or the one set of weights in the folder `path`.
+
+    Of variants of one model, it takes the EMA, then the most precise, then safetensors, then the whole file
+    before shards, and says so.
+    raises: SystemExit if there is nothing, or more than one model
+    """
+    if not path.exists():
+        raise SystemExit(f"{path}: {absent(path)}")
+    if not path.is_dir():
+        return index_of(path) if is_shard(path) else path
+    found = {}                                                     # {model: [(rank, file)]}
+    for file in sorted(path.iterdir()):
+        if is_weights(file) or is_index(file):
+            model, rank = variant(file.name)
+            found.setdefault(model, []).append((rank, file))
+    if not found:
+        raise SystemExit(f"{path}: {without_weights(path)}")
+    variants = sorted(next(iter(found.values())))
+    names = [file.name for files in found.values() for _, file in files]
+    if len(found) > 1 or len(variants) > 1 and variants[0][0] == variants[1][0]:
+        raise SystemExit(f"{path}: holds {len(names)} weight files {names}; name the one you mean")
+    chosen = variants[0][1]
+    if len(names) > 1:
+        print(f"{path}: of {', '.join(names)} takes {chosen.name}; name another to have that")
+    return weight_file(chosen)                                     # it may be a link to nothing
+
+
+def variant(name):
+    """("diffusion_pytorch_model", rank) of diffusion_pytorch_model.fp16.safetensors: low ranks are taken."""
+    words = name.removeprefix("pytorch_").split(".")               # pytorch_model.bin is model.safetensors
+    average = [word for word in words if word in AVERAGES]
+    precision = [word for word in words if word in PRECISIONS]
+    rank = (
+        AVERAGES.index(average[0] if average else ""),
+        PRECISIONS.index(precision[0] if precision else ""),
+        "safetensors" not in words,
+        "index" in words,
+    )
+    known = (*AVERAGES, *PRECISIONS, *ENDINGS, "index", "json")
+    return ".".join(word for word in words if word not in known), rank
+
+
+def is_weights(file):
+    """Does its name say so?  A link may lead nowhere: that is told when it is read."""
+    named = file.name.rpartition(".")[2] in ENDINGS and not file.name.startswith(".")
+    return named and not file.is_dir() and not is_shard(file) and not BESIDE.match(file.name)
+
+
+def is_shard(file):
+    many = SHARD.search(file.name)
+    return bool(many) and int(many[1]) > 1 and not is_index(file)
+
+
+def is_index(file):
+    return file.name.endswith(".json") and ".index." in file.name and not file.name.startswith(".")
+
+
+def index_of(shard):
+    """The index beside a shard that names it."""
+    for index in sorted(shard.parent.glob("*.index.*json")):
+        if shard.name in weight_map(index).values():
+            return index
+    raise SystemExit(f"{shard}: one of several shards; wanted their *.index.json beside it, which says which "
+                     "weights each of them holds")
+
+
+def without_weights(folder):
+    """Half a sentence about a folder without weight files."""
+    inside = sorted(folder.iterdir())
+    if not inside:
+        return "an empty folder, wanted one with weights"
+    shards = [file.name for file in inside if is_shard(file)]
+    if shards:
+        return f"holds the shards {some(shards)} without their *.index.json; wanted that, too"
+    folders = [file.name for file in inside if file.is_dir()]
+    if folders:
+        return f"holds no weight file; its folders are {some(folders)}: give the one with the weights"
+    return f"holds no weight file ({some(file.name for file in inside)}); wanted {endings()}"
+
+
+def absent(path):
+    """Half a sentence about a path that leads nowhere."""
+    if path.is_symlink():
+        return f"a link to {os.readlink(path)}, which is not there; copy the file itself"
+    if re.match(r"(https?|hf|s3|gs):/", str(path)):
+        return "an address, wanted a local file or folder: download it first"
+    hub = re.match(r"[\w-][\w.-]*/[\w.-]+", str(path))             # organisation/model
+    if hub and not path.is_absolute() and not os.path.exists(path.parts[0]):
+        return ("no such file or folder here; if it is a model on Hugging Face, wanted a local folder: run  "
+                f"huggingface-cli download {hub[0]} --local-dir={path.parts[1]}  and give that")
+    return "no such file or folder"
+
+
+def endings():
+    return ", ".join(f".{ending}" for ending in ENDINGS[:-1]) + f" or .{ENDINGS[-1]}"
+
+
+def some(names):
+    """The first three of many names, for a sentence."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# ---------------------------------------------------------------- what it holds
+
+
+# First bytes of what else is found under a weight file's name
+STRANGE = {
+    b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run  git lfs pull  where it is",
+    b"<": "a web page, not weights (an error, or a request to log in?); download it again",
+    b"{": "JSON, not weights",
+    b"GGUF": "a GGUF file of quantised weights, which are not read here; wanted floating point",
+    b"\x89PNG": "a picture, not weights",
+}
+
+# What is known to be harmless in the settings and results that people save beside their weights
+HARMLESS = [argparse.Namespace, pathlib.PosixPath, np.ndarray, np.dtype]
+HARMLESS += [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "uint8", "float32", "float64")]
+for number in (np.float64(0), np.zeros(0)):
+    make = number.__reduce__()[0]                                  # the function that a pickle calls for it
+    for core in ("core", "_core"):                                 # in NumPy 1 and in NumPy 2
+        HARMLESS.append((make, f"numpy.{core}.multiarray.{make.__name__}"))
+
+
+# What torch, zipfile and safetensors raise for files with bytes that are missing or changed
+DAMAGED = (EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+           AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, SafetensorError)
+
+
+def read(path):
+    """What a weight file holds, on the CPU.   raises: SystemExit saying what is wrong with it"""
+    if is_index(path):
+        return read_shards(path)
+    try:
+        kind = kind_of(path)
+        if kind == "safetensors":
+            return load_file(path)
+        if kind == "torch" and path.suffix == ".safetensors":      # torch.load goes by the name
+            kind = "written by torch.save, not safetensors; rename it to end in .pt"
+        if kind != "torch":
+            raise SystemExit(f"{path}: {kind}")
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and "
+                         "is not opened; save its state dict as safetensors where it is trusted") from None
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SystemExit(f"{path}: not a whole {path.suffix} file ({reason}); copy it again") from None
+
+
+def kind_of(path):
+    """"safetensors", "torch", or half a sentence that says what else the file is."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        return "an empty file; copy it again"
+    if head[4:9] == b"\0\0\0\0{":                 # the header, after eight bytes for its length
+        return "safetensors"
+    if head.startswith(b"\x80"):
+        return "torch"
+    if head.startswith(b"PK\3\4"):
+        return kind_of_archive(path)
+    for first, what in STRANGE.items():
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(first):
+            return what
+    return f"neither safetensors nor a file of torch.save (it begins with {head[:8]}); wanted {endings()}"
+
+
+def kind_of_archive(path):
+    if not zipfile.is_zipfile(path):
+        return "torch"                                             # cut off: torch will say so
+    with zipfile.ZipFile(path) as archive:
+        inside = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "constants.pkl" in inside:
+        return "a TorchScript program, not weights; save its state_dict() where it is trusted"
+    if "data.pkl" not in inside:
+        return "a zip archive, not weights; unpack it, and give the file inside"
+    return "torch"
+
+
+def read_shards(index):
+    """One state dict of all the shards that an index names.
+
+    raises: SystemExit naming a shard or a weight that is missing, or that the index does not name
+    """
+    place = weight_map(index)
+    shards = sorted(set(place.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).exists()]
+    if missing:
+        raise SystemExit(f"{index}: names {some(missing)}, not there beside it; download all its shards")
+    family = {SHARD.sub("", shard) for shard in shards}
+    beside = [file.name for file in index.parent.iterdir() if is_shard(file)]
+    extra = [name for name in sorted(beside) if SHARD.sub("", name) in family and name not in shards]
+    if extra:
+        raise SystemExit(f"{index}: does not name {some(extra)} beside it; download shards and index again")
+    state = {}
+    for shard in shards:
+        part = read(index.parent / shard)
+        named = {name for name, file in place.items() if file == shard}
+        for name in sorted(named ^ set(part)):
+            verb = "lacks" if name in named else "holds"
+            there = "names there" if name in named else "does not name there"
+            raise SystemExit(f"{index.parent / shard}: {verb} {name}, which {index.name} {there}")
+        state |= part
+    return state
+
+
+def weight_map(index):
+    """{weight: shard} of an index.   raises: SystemExit if it is none"""
+    place = read_json(index).get("weight_map")
+    if not isinstance(place, dict) or not place:
+        raise SystemExit(f"{index}: has no weight_map of names and shards")
+    for shard in place.values():
+        if not isinstance(shard, str) or os.path.basename(shard) != shard:
+            raise SystemExit(f"{index}: names {shard!r}; wanted a file beside it")
+    return place
+
+
+def read_json(path):
+    """The dict in a JSON file, with or without a byte order mark.   raises: SystemExit if it has none"""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:                 # of its letters and its grammar: ValueErrors
+        raise SystemExit(f"{path}: not a whole JSON file ({error}); copy it again") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path}: holds a {type(found).__name__}, wanted names and their values: {{...}}")
+    return found
+
+
+def refuse_not_finite(state, path):
+    """raises: SystemExit naming the first tensor in a nested state that is not finite"""
+    for place, x in tree_flatten_with_path(state)[0]:
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+            name = ".".join(str(step).strip("[]'.") for step in place)
+            raise SystemExit(f"{path}: {name} is not finite: a damaged file, or of a training that diverged")
+
+
+# ---------------------------------------------------------------- the state dict in it
+
+
+# Under these names a checkpoint holds its weights: averaged ones, and those that were trained
+HOLDERS = {
+    "ema": ("ema", "params_ema", "ema_state_dict", "model_ema", "ema_model"),
+    "model": ("model", "state_dict", "model_state_dict", "module", "generator", "params", "net"),
+}
+
+
+def pick_weights(state, weights=None):
+    """The state dict in a checkpoint: what stands under a name of HOLDERS, or `state` itself.
+
+    weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
+    raises:  ValueError if there is none, or more than one of a kind
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"holds one {type(state).__name__}, wanted a state dict")
+    for kind in [weights] if weights else HOLDERS:
+        found = [name for name in HOLDERS[kind] if holds_tensors(state.get(name))]
+        if len(found) > 1:
+            raise ValueError(f"holds weights under {' and '.join(found)}; wanted one: save it by itself")
+        if found:
+            return pick_weights(state[found[0]])
+    if weights:
+        raise ValueError(f"no {weights!r} weights in here, the file holds {some(state)}")
+    strange = [name for name, weight in state.items()
+               if not isinstance(name, str) or not isinstance(weight, torch.Tensor)]
+    if strange:
+        raise ValueError(f"holds {some(strange)}, no names of tensors; wanted a state dict")
+    return state
+
+
+def holds_tensors(x):
+    """Is it a dict with a tensor in it, at whatever depth?"""
+    if not isinstance(x, dict):
+        return False
+    return any(isinstance(value, torch.Tensor) or holds_tensors(value) for value in x.values())
+
+
+WRAPPERS = {                 # components of names, wherever they stand: what wrapped the module below them
+    "module": "DistributedDataParallel, DataParallel, DeepSpeed",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning Fabric",
+}
+
+
+def unwrapped(sd):
+    """Names without WRAPPERS.   raises: ValueError if two of them become one"""
+    found = {}
+    for key, weight in sd.items():
+        name = ".".join(word for word in key.split(".") if word not in WRAPPERS)
+        if name in found:
+            raise ValueError(f"it holds {name} twice, with and without a wrapper's name in it")
+        found[name] = weight
+    return found
+
+
+# Floats of one byte are taken as they are. Integers, and two floats packed in a byte, would mean nothing
+# without scales and code of their own.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def check_types(sd):
+    """raises: ValueError naming a weight that is not of floating point"""
+    for name, weight in sd.items():
+        if weight.dtype not in FLOATS:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is {kind} (quantised?); wanted weights in floating point")
+
+
+# ---------------------------------------------------------------- into a module
+
+
+def fill(module, sd):
+    """Give a module made on "meta" copies of its weights, in float32 on the CPU.
+
+    Each takes its source's place in `sd`, one by one, so that a file is never in memory twice.
+    raises: ValueError naming weights that are missing, left over, of another shape, or not finite
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in sd]
+    unknown = [name for name in sd if name not in wanted]
+    if missing:
+        raise ValueError(f"not a whole checkpoint (it lacks {some(missing)})")
+    if unknown:
+        raise ValueError(f"it has layers that are not known here: {some(unknown)}")
+    for name, like in wanted.items():
+        sd[name] = own(name, sd[name], like)
+    module.load_state_dict(sd, strict=True, assign=True)
+
+
+def own(name, weight, like):
+    """A copy of a weight, of the shape that `like` has in the module, and float32 if that is a float."""
+    if weight.shape != like.shape:
+        raise ValueError(f"{name} is {tuple(weight.shape)}; wanted {tuple(like.shape)}, by the shapes of "
+                         "other layers")
+    if not like.is_floating_point():                               # a counter of BatchNorm
+        return weight.to("cpu", like.dtype, copy=True)
+    check_types({name: weight})
+    if weight.is_meta:
+        return weight
+    weight = weight.to("cpu", torch.float32, copy=True)
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} is not finite: a damaged file, or of a training that diverged")
+    return weight

@@ -1,0 +1,293 @@
+"""support/identity.py: what was kept is known by its contents, and runs, caches and samples go by that."""
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load, load_file, save_file
+
+import finetune
+import sample
+import train_vae
+from support import data, identity, latents, runs
+from support.weights import load_davae
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of four 16-pixel images in each of the classes ant, bee and cat, all different."""
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.bmp")
+    return tmp_path / "photos"
+
+
+def overwrite_in_place(photos):
+    """Other pixels in a file of the same size and time."""
+    file = photos / "bee" / "2.bmp"
+    times = file.stat()
+    Image.new("RGB", (16, 16), "gray").save(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def exchange_two_folders(photos):
+    (photos / "ant").rename(photos / "aside")
+    (photos / "cat").rename(photos / "ant")
+    (photos / "aside").rename(photos / "cat")
+
+
+def move_one_to_another_class(photos):
+    (photos / "ant" / "0.bmp").rename(photos / "cat" / "9.bmp")
+
+
+def rename_a_class(photos):
+    (photos / "cat").rename(photos / "aardvark")
+
+
+def mirror_one(photos):
+    image = Image.open(photos / "cat" / "1.bmp")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photos / "cat" / "1.bmp")
+
+
+CHANGES = [overwrite_in_place, exchange_two_folders, move_one_to_another_class, rename_a_class, mirror_one]
+
+
+# ---------------------------------------------------------------- digests
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_images_that_changed_are_other_images_and_copies_elsewhere_are_the_same(photos, tmp_path, change):
+    before = data.open_dataset(photos, 16).fingerprint
+    shutil.copytree(photos, tmp_path / "elsewhere", copy_function=shutil.copyfile)         # and other times
+    assert data.open_dataset(tmp_path / "elsewhere", 16).fingerprint == before
+    change(photos)
+    assert data.open_dataset(photos, 16).fingerprint != before
+
+
+def test_of_more_than_can_be_read_whole_names_sizes_times_and_samples_count(photos, monkeypatch):
+    monkeypatch.setattr(identity, "ALL_BYTES", 2000)
+    monkeypatch.setattr(identity, "PIECE", 100)
+    monkeypatch.setattr(identity, "AT_MOST", 3)                    # the first, one in the middle and the last
+    files = sorted(photos.rglob("*.bmp"))
+    before = identity.of_files(files, photos)
+    assert identity.of_files(files, photos) == before
+
+    content = bytearray(files[-1].read_bytes())
+    content[-1] ^= 1
+    files[-1].write_bytes(content)                                 # its last byte: it is read in pieces
+    after = identity.of_files(files, photos)
+    assert after != before
+    os.utime(files[1], ns=(0, 0))                                  # of one that is not read at all
+    assert identity.of_files(files, photos) != after
+
+
+def test_drawings_of_another_seed_size_or_number_are_other_images():
+    prints = {data.open_dataset("procedural", size, count, seed).fingerprint
+              for size, count, seed in ((16, 20, 0), (16, 20, 1), (32, 20, 0), (16, 21, 0))}
+    assert len(prints) == 4
+
+
+def test_a_source_is_known_by_its_weights(base_run, tmp_path):
+    before = identity.of_source(base_run)
+    shutil.copytree(base_run, tmp_path / "moved")
+    assert identity.of_source(tmp_path / "moved") == before
+    assert identity.of_source(runs.latest_checkpoint(base_run)) == before
+    assert identity.of_source(tmp_path / "nowhere") is None and identity.of_source("") is None
+
+    (tmp_path / "pipeline" / "vae").mkdir(parents=True)
+    file = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({"w": torch.zeros(1000)}, file)
+    one = identity.of_source(tmp_path / "pipeline", "vae")
+    (tmp_path / "pipeline" / "text_encoder").mkdir()               # what is beside it does not matter
+    assert identity.of_source(tmp_path / "pipeline", "vae") == one
+    weights = torch.zeros(1000)
+    weights[-1] = 1                                                # nor is one number among many overlooked
+    save_file({"w": weights}, file)
+    assert identity.of_source(tmp_path / "pipeline", "vae") != one
+
+
+# ---------------------------------------------------------------- the cache of latents
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_cache_of_latents_is_another_when_images_or_classes_change(
+        photos, tiny_vae, finetune_config, tmp_path, change):
+    vae = load_davae(tiny_vae)
+    cfg = finetune_config(tmp_path / "run", vae="", data_dir=str(photos))
+    cpu = torch.device("cpu")
+    before = latents.write_cache(vae, data.open_dataset(photos, 64), cfg, cpu, 0, 1)
+    assert latents.write_cache(vae, data.open_dataset(photos, 64), cfg, cpu, 0, 1) == before
+    moved = replace(cfg, data_dir="elsewhere")                     # the place does not matter
+    assert latents.write_cache(vae, data.open_dataset(photos, 64), moved, cpu, 0, 1) == before
+    change(photos)
+    after = latents.write_cache(vae, data.open_dataset(photos, 64), cfg, cpu, 0, 1)
+    assert after != before
+
+
+def test_a_damaged_or_foreign_file_of_the_cache_is_made_anew(photos, tiny_vae, finetune_config, tmp_path):
+    vae = load_davae(tiny_vae)
+    cfg = finetune_config(tmp_path / "run", vae="")
+    folder = latents.write_cache(vae, data.open_dataset(photos, 64), cfg, torch.device("cpu"), 0, 1)
+    whole = (folder / "00000.safetensors").read_bytes()
+    kept = load(whole)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"latents": torch.zeros(12, 16, 16, 16), "labels": torch.zeros(12)}, foreign)
+    for content in (whole[:-10], b"", foreign.read_bytes()):
+        (folder / "00000.safetensors").write_bytes(content)
+        latents.write_cache(vae, data.open_dataset(photos, 64), cfg, torch.device("cpu"), 0, 1)
+        again = load_file(folder / "00000.safetensors")
+        assert torch.equal(again["latents"], kept["latents"]) and torch.equal(again["labels"], kept["labels"])
+
+
+# ---------------------------------------------------------------- runs that go on, or are finished
+
+
+@pytest.fixture
+def class_run(photos, finetune_config, tmp_path):
+    """The Config of a base DiT of three classes, trained on `photos` for two steps."""
+    cfg = finetune_config(tmp_path / "run", data_dir=str(photos), D=0, p=2, E=32, depth=2, A=2, base="",
+                          steps=2, batch_size=4, micro_batch=4, save_every=2)
+    finetune.main(cfg)
+    return cfg
+
+
+def test_a_class_more_or_by_another_name_is_refused_on_resume_with_both_lists(class_run, photos):
+    shutil.copytree(photos / "cat", photos / "dog")
+    with pytest.raises(SystemExit, match=r"\(ant, bee, cat; now ant, bee, cat, dog\)"):
+        finetune.main(replace(class_run, steps=3))
+    shutil.rmtree(photos / "dog")
+    rename_a_class(photos)
+    with pytest.raises(SystemExit, match=r"\(ant, bee, cat; now aardvark, ant, bee\)"):
+        finetune.main(replace(class_run, steps=3))
+    (photos / "aardvark").rename(photos / "cat")
+    finetune.main(replace(class_run, steps=3))
+
+
+@pytest.mark.parametrize("change", [overwrite_in_place, exchange_two_folders])
+def test_other_images_of_the_same_classes_are_said_aloud_and_a_finished_run_is_not_of_them(
+        class_run, photos, capsys, change):
+    change(photos)
+    with pytest.raises(SystemExit, match="started with other images than --data_dir="):
+        finetune.main(class_run)
+    finetune.main(replace(class_run, steps=3))
+    assert "other images than --data_dir=" in capsys.readouterr().out
+    finetune.main(replace(class_run, steps=3))                     # of these it is now
+
+
+def test_a_run_goes_on_with_its_own_vae_alone(class_run, tiny_vae, tmp_path):
+    shutil.copytree(tiny_vae, tmp_path / "vae")
+    moved = replace(class_run, vae=str(tmp_path / "vae"), steps=3)
+    finetune.main(moved)                                           # the same one, elsewhere
+    last = runs.latest_checkpoint(tmp_path / "vae")
+    state = load_file(last / "model.safetensors")
+    state["up.conv.bias"] += 1e-3
+    config = runs.read_config(last)
+    shutil.rmtree(last)
+    runs.save_folder(last, {"model": state}, config)               # trained anew, to the same step
+    with pytest.raises(SystemExit, match="started with other vae than --vae="):
+        finetune.main(replace(moved, steps=4))
+    shutil.rmtree(tmp_path / "vae")
+    finetune.main(replace(moved, steps=4))                         # gone: the run has a copy
+
+
+def test_a_run_goes_on_from_its_own_base_alone(finetune_config, tiny_base, class_run, tmp_path):
+    cfg = finetune_config(tmp_path / "wide", steps=1, save_every=1)
+    finetune.main(cfg)
+    with pytest.raises(SystemExit, match="started with other base than --base="):
+        finetune.main(replace(cfg, steps=2, base=class_run.out))
+    finetune.main(replace(cfg, steps=2, base="out/not-there"))     # it is in the checkpoint
+
+
+def test_a_run_goes_on_wherever_it_was_moved_and_however_its_place_is_written(
+        davae_config, same_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = davae_config("here", steps=1, image_size=16, gan=0.0)
+    train_vae.main(cfg)
+    shutil.copytree("here", "there")
+    train_vae.main(replace(cfg, steps=2))
+    train_vae.main(replace(cfg, steps=2, out="there/"))
+    assert same_weights(replace(cfg, out="here"), replace(cfg, out="there"))
+    train_vae.main(replace(cfg, steps=3, out=str(tmp_path / "there")))
+    assert runs.step_of("there") == 3
+    with pytest.raises(SystemExit, match="at step 3 already, now steps=2"):
+        train_vae.main(replace(cfg, steps=2, out="there"))
+
+
+# ---------------------------------------------------------------- stages that are there already
+
+
+def test_a_finished_stage_is_used_again_only_if_it_is_what_the_preset_makes(
+        vae_config, davae_config, photos, tmp_path, monkeypatch):
+    """A base VAE that a preset makes: of other images, weights or settings it is refused, unless named."""
+    monkeypatch.chdir(tmp_path)
+    base = vae_config("out/base", steps=1)
+    values = {name: getattr(base, name) for name in (
+        "out", "D", "C", "widths", "blocks", "groups", "image_size", "images", "flip", "perceptual", "gan",
+        "stats", "steps", "batch_size", "lr", "log_every", "save_every")}
+    monkeypatch.setattr(train_vae, "PRESETS", {"tiny-base": values, "tiny": {"out": "out/v"}})
+
+    cfg = davae_config("out/v", base="out/base", steps=1, image_size=16, gan=0.0)
+    train_vae.main(cfg)                                            # makes the base first
+    train_vae.main(replace(cfg, out="out/w", seed=1))              # and uses it again
+    stamp = runs.latest_checkpoint("out/base").stat().st_mtime_ns
+
+    other = replace(cfg, out="out/x", data_dir=str(photos))
+    with pytest.raises(SystemExit, match="other images than .* Or give --base=out/base to use it as it is"):
+        train_vae.main(other)
+    other.given = {"base"}
+    train_vae.main(other)
+    monkeypatch.setitem(values, "lr", 0.5)
+    with pytest.raises(SystemExit, match="lr=0.001, now lr=0.5 .* Or give --base=out/base"):
+        train_vae.main(replace(cfg, out="out/y"))
+    assert runs.latest_checkpoint("out/base").stat().st_mtime_ns == stamp                  # nothing is lost
+
+
+def test_an_unfinished_vae_is_not_what_latents_are_made_of(davae_config, finetune_config, tmp_path):
+    cfg = davae_config(tmp_path / "v", steps=2, save_every=1, image_size=16, gan=0.0)
+    train_vae.main(cfg)
+    shutil.rmtree(tmp_path / "v" / "step_000002")                  # as if killed before its last save
+    with pytest.raises(SystemExit, match="statistics of its latents .* --steps=1"):
+        finetune.main(finetune_config(tmp_path / "run", vae=cfg.out))
+    train_vae.main(replace(cfg, steps=1))                          # as it said
+    vae = load_davae(cfg.out)
+    assert vae.std.min() > 0 and not torch.equal(vae.std, torch.ones(12))
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_samples_of_a_model_trained_anew_are_not_mixed_with_the_former_ones(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("samples"))
+    cfg = sample.Config(run=str(run), n=2, steps=1, classes=(1,), out=str(tmp_path / "images"), device="cpu")
+    sample.main(cfg)
+    shutil.copytree(run, tmp_path / "moved")
+    sample.main(replace(cfg, run=str(tmp_path / "moved"), n=3))    # the same weights, elsewhere
+
+    for folder, name in ((runs.latest_checkpoint(run), "ema"), (run / "vae", "model")):
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        state = load_file(folder / f"{name}.safetensors")
+        first = sorted(state)[0]
+        state[first] = state[first] + 1
+        runs.save_folder(folder, {name: state}, runs.read_config(folder))
+        with pytest.raises(SystemExit, match="made with other settings .model "):
+            sample.main(cfg)
+        for file, content in before.items():
+            (folder / file).write_bytes(content)
+    sample.main(cfg)
+
+
+def test_images_of_somebody_elses_are_not_taken_for_samples(tiny_run, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "000000.png")
+    cfg = sample.Config(run=tiny_run, n=1, steps=1, out=str(tmp_path), device="cpu")
+    with pytest.raises(SystemExit, match="no settings.json"):
+        sample.main(cfg)
+    (tmp_path / "settings.json").write_text("")                    # a power cut
+    with pytest.raises(SystemExit, match="settings.json: damaged"):
+        sample.main(cfg)
