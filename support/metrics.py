@@ -497,6 +497,9 @@ def clip_scorer(folder, device):
     if loaded["missing_keys"]:                       # transformers would fill them with random numbers
         some = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise SystemExit(f"--clip={folder}: lacks weights ({some}, ...); wanted a CLIPModel, of both sides")
+    if len(processor.tokenizer) < model.config.text_config.vocab_size:       # or make a tokenizer of nothing
+        raise SystemExit(f"--clip={folder}: its tokenizer knows {len(processor.tokenizer)} words, the model "
+                         f"{model.config.text_config.vocab_size}; wanted tokenizer.json, or vocab.json")
     model = model.to(device).eval()
 
     def score(x, texts):
