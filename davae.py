@@ -423,8 +423,9 @@ class KLConfig:
     def __post_init__(self):
         self.widths = tuple(self.widths)        # JSON knows lists only
         self.attn = tuple(self.attn)
-        if not self.widths or any(width % self.groups for width in self.widths):
-            raise ValueError(f"widths={self.widths}: wanted one or more multiples of groups={self.groups}")
+        unequal = [width for width in self.widths if width % self.groups]
+        if unequal:
+            raise ValueError(f"a level of {unequal[0]} channels does not divide into {self.groups} groups")
 
 
 class NormSiLU(nn.GroupNorm):

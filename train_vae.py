@@ -376,12 +376,13 @@ def check_sizes(cfg, vae):
         if pixels % side:
             fits = max(1, round(pixels / side)) * side
             raise SystemExit(f"--{name}={pixels}: this VAE takes multiples of {side}; give --{name}={fits}")
-    seen = cfg.image_size if cfg.D else cfg.image_size // cfg.r
-    if cfg.crop > seen:
-        raise SystemExit(f"--crop={cfg.crop}: --image_size={cfg.image_size} gives images of {seen} pixels; "
-                         "give less, or 0")
-    seen = cfg.crop or seen
-    smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if cfg.gan else 1)
+    shrunk = 1 if cfg.D else cfg.r
+    if cfg.crop > cfg.image_size // shrunk:
+        raise SystemExit(f"--crop={cfg.crop} is larger than --image_size={cfg.image_size}"
+                         f"{f' / {shrunk}' if shrunk > 1 else ''}; give less, or 0")
+    seen = cfg.crop or cfg.image_size // shrunk
+    judged = cfg.gan and cfg.disc_start < cfg.steps
+    smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if judged else 1)
     if seen < smallest:
         raise SystemExit(f"--image_size={cfg.image_size}, --crop={cfg.crop}: images of {seen} pixels; wanted "
                          f"{smallest} or more, or --gan=0 and --perceptual=none")

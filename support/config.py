@@ -55,11 +55,13 @@ def cli(Config, presets=None, argv=None):
     values = {}
     if argv and not argv[0].startswith("-"):
         values[first] = argv.pop(0)
+        check(fields[first], values[first], values[first])
     while argv:
         name, text = next_flag(argv)
         if name not in fields:
             raise SystemExit(f"--{name[:80]} is not a field{nearest(name, fields)}; --help lists them all")
         values[name] = parse(fields[name], text)
+        check(fields[name], values[name], text)
 
     given = set(values)
     if presets is not None:
@@ -67,9 +69,9 @@ def cli(Config, presets=None, argv=None):
         if preset not in presets:
             raise SystemExit(f"no preset {shortened(preset)}{nearest(preset, presets)}; "
                              f"there are {', '.join(presets)}")
+        for name, value in presets[preset].items():
+            check(fields[name], value, show(value))
         values = {first: preset, **presets[preset], **values}
-    for name, value in values.items():
-        check(fields[name], value)
     cfg = Config(**values)
     cfg.given = given
     return cfg
@@ -122,8 +124,8 @@ def parse(field, text):
         refuse(field, text)
 
 
-def check(field, value):
-    """raises: SystemExit if a field does not take a value of its type: a number, a tuple, a str"""
+def check(field, value, text):
+    """raises: SystemExit if a field does not take a value of its type, which was given as `text`"""
     if isinstance(value, str):
         check_str = check_text if field.metadata["text"] else check_name
         check_str(f"--{field.name}=", value)
@@ -133,11 +135,11 @@ def check(field, value):
     if isinstance(value, tuple):
         fewest, most = field.metadata["count"] or (0, len(value))
         if not fewest <= len(value) <= most:
-            refuse(field, value)
+            refuse(field, text)
     else:
         numbers = (value,)
     if not all(low <= number <= high for number in numbers):       # nan is in no range
-        refuse(field, value)
+        refuse(field, text)
 
 
 def check_name(given, value):
@@ -156,12 +158,11 @@ def check_text(given, value):
         raise SystemExit(f"{given}{shortened(value)}: wanted text in UTF-8, without zero bytes")
 
 
-def refuse(field, given):
-    """raises: SystemExit saying what was given for a field, text or value, and what was wanted"""
-    given = given if isinstance(given, str) else show(given)
+def refuse(field, text):
+    """raises: SystemExit saying what was given for a field, and what was wanted"""
     choices = field.metadata["choices"]
     if choices:
-        wanted = " or ".join(choice or "nothing" for choice in choices) + nearest(given, choices)
+        wanted = " or ".join(choice or "nothing" for choice in choices) + nearest(text, choices)
     else:
         kinds = {bool: "True or False", int: "a whole number", float: "a number", tuple: "whole numbers"}
         wanted = kinds[type(field.default)]
@@ -169,7 +170,7 @@ def refuse(field, given):
             wanted += f", {range_of(field)}"
         if isinstance(field.default, tuple):
             wanted += ", such as 1,2,4"
-    raise SystemExit(f"--{field.name}={shortened(given)}: wanted {wanted}")
+    raise SystemExit(f"--{field.name}={shortened(text)}: wanted {wanted}")
 
 
 def range_of(field):

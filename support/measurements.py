@@ -5,6 +5,7 @@ An entry is {"settings": all that the numbers depend on, "reconstruction": {row:
 """
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -103,7 +104,9 @@ def compare(a, b):
     in which the two differ; lines before it say which run was trained on since it was measured.
     raises: SystemExit if they are the same, or one was not measured
     """
-    if Path(a).resolve() == Path(b).resolve():
+    for run in (a, b):
+        config.check_name("compare ", run)
+    if os.path.realpath(a) == os.path.realpath(b):
         raise SystemExit(f"{a} twice: wanted two runs, or two step folders of one")
     one, two = latest_entry(a), latest_entry(b)
     lines = [f"{'':<52}{a[-14:]:>14}  {b[-14:]:>14}"]
@@ -133,7 +136,6 @@ def better(metric, x, y):
 
 def latest_entry(run):
     """The last measurement in a run's metrics.json; of a step folder, the last one of that step."""
-    config.check_name("compare ", str(run))
     path = run_folder(run) / "metrics.json"
     entries = read_entries(path)
     if run_folder(run) != Path(run):

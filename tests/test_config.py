@@ -1,10 +1,17 @@
-"""support/config.py: the command line's values and its sentences."""
+"""support/config.py: the command line's values, their ranges, and its sentences."""
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import pytest
 
+import evaluate
+import finetune
+import sample
+import train_vae
 from support import config
 from support.config import cli, field, flags
+from support.text import TextConfig
 
 
 @dataclass
@@ -80,3 +87,149 @@ def test_a_value_may_follow_its_flag():
 def test_a_field_with_choices_takes_nothing_else_and_names_the_nearest():
     with pytest.raises(SystemExit, match="--distance='mce': wanted mse or vf .did you mean mse"):
         cli(Options, argv=["--distance=mce"])
+
+
+# ---------------------------------------------------------------- ranges
+
+CONFIGS = (train_vae.Config, finetune.Config, sample.Config, evaluate.Config, TextConfig)
+
+
+def numbers_of(Config):
+    """(name, field, smallest, largest) of each field with numbers, and how one number is written for it."""
+    for f in dataclasses.fields(Config):
+        if type(f.default) in (int, float, tuple):
+            yield f, *f.metadata["range"]
+
+
+@pytest.mark.parametrize("Config", CONFIGS)
+def test_every_number_of_the_scripts_has_a_range_and_its_default_and_both_ends_are_in_it(Config):
+    for f, low, high in numbers_of(Config):
+        assert low > -config.LARGEST, f.name
+        config.check(f, f.default, "")
+        for number in (low, high):
+            value = getattr(cli(Config, argv=["a run", f"--{f.name}={number}"]), f.name)
+            assert value in (number, (number,)), f.name
+
+
+@pytest.mark.parametrize("Config", CONFIGS)
+def test_what_is_beyond_either_end_is_refused_with_the_range(Config):
+    for f, low, high in numbers_of(Config):
+        step = 1e-6 if isinstance(f.default, float) else 1
+        for number in (low - step, high + step, -10**30, 10**30):
+            with pytest.raises(SystemExit) as stop:
+                cli(Config, argv=["a run", f"--{f.name}={number}"])
+            assert str(stop.value).startswith(f"--{f.name}='{number}': wanted")
+            assert f"{low:_} to {high:_}" in str(stop.value), f.name
+
+
+@pytest.mark.parametrize("text", ["nan", "-nan", "inf", "-inf", "Infinity", "1e400"])
+def test_a_number_that_is_not_finite_is_refused_by_every_float(text):
+    for Config in CONFIGS:
+        for f, *_ in numbers_of(Config):
+            if isinstance(f.default, float):
+                with pytest.raises(SystemExit, match=f"--{f.name}='{text}': wanted a number, "):
+                    cli(Config, argv=["a run", f"--{f.name}={text}"])
+
+
+@pytest.mark.parametrize("Config,flag,wanted", [
+    (train_vae.Config, "--micro_batch=0", "a whole number, 1 to 1_000_000_000"),
+    (train_vae.Config, "--seed=-1", "a whole number, 0 to 18_446_744_073_709_551_615"),
+    (train_vae.Config, "--widths=", "whole numbers, 1 to 12 of them, each 1 to 8_192, such as 1,2,4"),
+    (train_vae.Config, "--widths=16,0", "whole numbers, 1 to 12 of them, each 1 to 8_192, such as 1,2,4"),
+    (train_vae.Config, f"--widths={'8,' * 13}",
+     "whole numbers, 1 to 12 of them, each 1 to 8_192, such as 1,2,4"),
+    (train_vae.Config, "--detail_dropout=1.01", "a number, 0 to 1"),
+    (finetune.Config, "--beta2=1", "a number, 0 to 0.999999"),
+    (finetune.Config, "--shift=0", "a number, 0.001 to 1_000"),
+    (finetune.Config, "--label_dropout=-0.1", "a number, 0 to 1"),
+    (finetune.Config, "--steps=1000000000000", "a whole number, 1 to 1_000_000_000"),
+    (sample.Config, "--classes=3,-1", "whole numbers, 0 to 1_000_000_000, such as 1,2,4"),
+    (sample.Config, "--batch_size=-1", "a whole number, 1 to 1_000_000_000"),
+    (sample.Config, "--height=-32", "a whole number, 0 to 16_384"),
+    (sample.Config, "--width=30000", "a whole number, 0 to 16_384"),
+    (sample.Config, "--cfg_channels=-1", "a whole number, 0 to 1_000_000_000"),
+    (sample.Config, "--weights=foo", "ema or model"),
+    (evaluate.Config, "--images=0", "a whole number, 1 to 10_000_000"),
+])
+def test_what_a_field_takes_is_said_where_something_else_is_given(Config, flag, wanted):
+    with pytest.raises(SystemExit) as stop:
+        cli(Config, argv=["a name", flag])
+    name, value = flag.split("=")
+    assert str(stop.value) == f"{name}={value!r}: wanted {wanted}"
+
+
+@pytest.mark.parametrize("text,value", [
+    ("1_000", 1000), (" 12 ", 12), ("+3", 3), ("-0", 0), ("\u0661\u0662", 12), ("007", 7)])
+def test_whole_numbers_are_read_as_python_reads_them(text, value):
+    assert cli(train_vae.Config, argv=["tiny", f"--gan={text}", f"--D={text}"]).D == value
+
+
+@pytest.mark.parametrize("text", ["", "1e5", "0x10", "1.0", "\u00b2", "1,2", "9" * 5000])
+def test_what_is_no_whole_number_is_refused_and_shown_in_short(text):
+    with pytest.raises(SystemExit, match="--steps=.*: wanted a whole number") as stop:
+        cli(train_vae.Config, argv=["tiny", f"--steps={text}"])
+    assert len(str(stop.value)) < 200
+
+
+@pytest.mark.parametrize("changed,sentence", [
+    (dict(steps=0), "--steps='0': wanted a whole number, 1 to"),
+    (dict(lr=math.nan), "--lr='nan': wanted a number, 0 to"),
+    (dict(ch=(4, 0)), "--ch='4,0': wanted whole numbers, 1 to 2 of them"),
+])
+def test_a_presets_values_are_checked_as_those_of_the_command_line(changed, sentence):
+    @dataclass
+    class Own:
+        preset: str = field("a", "")
+        steps: int = field(10, "", at_least=1)
+        lr: float = field(0.1, "", at_least=0)
+        ch: tuple = field((1,), "", at_least=1, count=(1, 2))
+
+    presets = {"a": {}, "b": changed}
+    assert cli(Own, presets, []) == Own()
+    with pytest.raises(SystemExit, match=sentence):
+        cli(Own, presets, ["b"])
+
+
+def test_every_preset_of_the_scripts_is_in_range():
+    for script in (train_vae, finetune):
+        for name in script.PRESETS:
+            assert cli(script.Config, script.PRESETS, [name]).preset == name
+
+
+# ---------------------------------------------------------------- names of files
+
+
+@pytest.mark.parametrize("name,wanted", [
+    ("a\0b", "without control characters"), ("a\nb", "without control characters"),
+    ("\udcff.png", "a name in UTF-8"), ("a" * 300, "each name in it of at most 240"),
+    ("photos/" + "\u00e9" * 130, "each name in it of at most 240"), ("ab/" * 2000, "at most 3800 bytes")])
+def test_a_name_that_no_file_can_have_is_one_sentence(name, wanted):
+    for Config in CONFIGS:
+        for f in dataclasses.fields(Config):
+            if f.name in ("out", "data_dir", "text", "vae", "base", "reference"):
+                with pytest.raises(SystemExit, match=f"--{f.name}=.*{wanted}") as stop:
+                    cli(Config, argv=["a name", f"--{f.name}={name}"])
+                assert len(str(stop.value)) < 400 and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("name", [
+    "a b", "\u5199\u771f/\u3000x", "~", "C:\\photos", "-", "a" * 240, "/a//b/", "%s|*?"])
+def test_unusual_names_are_names(name):
+    assert cli(finetune.Config, argv=["tiny", f"--out={name}"]).out == name
+
+
+def test_prompts_are_texts_of_any_length_and_many_lines():
+    prompts = "a lighthouse at dusk,\n" * 500
+    assert cli(sample.Config, argv=["run", f"--prompts={prompts}"]).prompts == prompts
+    with pytest.raises(SystemExit, match="--prompts='a.x00b': wanted text in UTF-8, without zero bytes"):
+        cli(sample.Config, argv=["run", "--prompts=a\0b"])
+
+
+def test_help_shows_the_range_of_numbers(capsys):
+    with pytest.raises(SystemExit):
+        cli(train_vae.Config, train_vae.PRESETS, ["--help"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if "--" in line]
+    lines = {line.split("=")[0].strip(): line for line in shown}
+    assert lines["--detail_dropout"].endswith("[0 to 1]")
+    assert lines["--widths"].endswith("[1 to 12 of them, each 1 to 8_192]")
+    assert lines["--out"].endswith("the run's folder")

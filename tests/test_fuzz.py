@@ -41,6 +41,7 @@ BASE_DIT = DIT | {"preset": "tiny-base", "vae": "vae", "E": 16, "A": 2, "depth":
 DAVAE_DIT = DIT | {"preset": "tiny", "vae": "vae", "base": "dit0", "D": 12}
 SMALL = {"E": 16, "A": 2, "depth": 1}
 MEASURED = {"n": 2, "images": 4, "steps": 1, "features": "none"}
+PHOTOS = {"data_dir": "photos"}
 
 
 @dataclasses.dataclass
@@ -55,11 +56,11 @@ LINES = [
     ("train_vae.py", train_vae.Config, BASE_VAE | {"out": "new"}),
     ("train_vae.py", train_vae.Config, DAVAE | {"out": "new"}),
     ("train_vae.py", train_vae.Config, DAVAE | {"out": "vae", "steps": 2}),                    # resumes
-    ("train_vae.py", train_vae.Config, DAVAE | {"out": "new", "data_dir": "photos", "crop": 24}),
+    ("train_vae.py", train_vae.Config, DAVAE | PHOTOS | {"out": "new", "crop": 24}),
     ("finetune.py", finetune.Config, BASE_DIT | {"out": "new"}),
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "new"}),
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "dit", "steps": 2}),                  # resumes
-    ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "new", "data_dir": "photos", "cache": False}),
+    ("finetune.py", finetune.Config, DAVAE_DIT | PHOTOS | {"out": "new", "cache": False}),
     ("finetune.py", finetune.Config, DAVAE_DIT | {"dry_run": True} | SMALL),
     ("sample.py", sample.Config, {"run": "dit", "n": 2, "steps": 1}),
     ("sample.py", sample.Config, {"run": "dit", "n": 3, "steps": 2, "out": "new", "classes": "2,10"}),
@@ -67,8 +68,8 @@ LINES = [
     ("sample.py export", ExportConfig, {"run": "dit", "out": "new"}),
     ("evaluate.py", evaluate.Config, {"run": "vae", "images": 4, "features": "none"}),
     ("evaluate.py", evaluate.Config, {"run": "dit", "out": "new.json"} | MEASURED),
-    ("evaluate.py", evaluate.Config, {"run": "dit", "keep_reference": "kept.npz"} | MEASURED | {"features": "auto"}),
-    ("evaluate.py", evaluate.Config, {"run": "dit", "data_dir": "photos", "whole": True}),
+    ("evaluate.py", evaluate.Config, {"run": "dit"} | MEASURED | PHOTOS),
+    ("evaluate.py", evaluate.Config, {"run": "dit", "whole": True} | MEASURED | PHOTOS),
     ("evaluate.py compare", Two, {"a": "dit", "b": "vae"}),
 ]
 
@@ -96,19 +97,19 @@ def as_argv(command, flags):
 
 LARGE = ["64", "100", "1000", "4096", "16384", "99999", "1000000", "1000000000", "2147483648",
          "9223372036854775807", "18446744073709551616", f"1{'0' * 30}", "-9223372036854775809", "9" * 5000]
-ODD_NUMBERS = ["1e3", "1_0", "0x10", "\u0663", "\u00b2", " 4 ", "+2", "-0", "NaN", "inf", "-inf", "1e400", "1e300",
-               "1e-300", "0.5", "1.0", "0.999", "1e-9", "-0.1", "", "None", "two"]
-TUPLES = ["", "()", "0", "-1", "8", "8,16", "(8, 16)", "16,8,4", "8," * 13, "1,1", "9,9,9", "1000000000", ",",
-          "a,b", "8;16", "1.5,2", f"1{'0' * 30}", "0," * 5000]
+ODD_NUMBERS = ["1e3", "1_0", "0x10", "\u0663", "\u00b2", " 4 ", "+2", "-0", "NaN", "inf", "-inf", "1e400",
+               "1e300", "1e-300", "0.5", "1.0", "0.999", "1e-9", "-0.1", "", "None", "two"]
+TUPLES = ["", "()", "0", "-1", "8", "8,16", "(8, 16)", "16,8,4", "8," * 13, "1,1", "9,9,9", "1000000000",
+          ",", "a,b", "8;16", "1.5,2", f"1{'0' * 30}", "0," * 5000]
 BOOLS = ["True", "False"] * 3 + ["true", "1", "", "no"]
 PLACES = ["", "new", "base", "vae", "vae/step_000001", "dit0", "dit", "dit/vae", "dit/step_000001", "photos",
-          "mixed", "text.txt", "broken.pt", "broken.safetensors", "image.png", "empty", "nowhere", "link", "loop",
-          "text.txt/below", "new/below/that", "dit/", "./dit", ".", "..", "../beside", "procedural"]
+          "mixed", "text.txt", "broken.pt", "broken.safetensors", "image.png", "empty", "nowhere", "link",
+          "loop", "text.txt/below", "new/below/that", "dit/", "./dit", ".", "..", "../beside", "procedural"]
 ODD_NAMES = ["~", " ", "-", "two words", "n\new", "\u0444\u043e\u0442\u043e/\u00e9", "\u202e", "a" * 300,
-             "\u00e9" * 200, "x/" * 3000, "\0", "a\0b", "\udcff", "/dev/null/below", "/proc/nothing", "a|b|c", "|",
-             "%s{}", "a" * 3000]
-WORDS = ["--nonsense=1", "--", "-", "-n=2", "--=1", "words", "--lr", "--seed", "n=2", "--step=1", "=", "\udcff",
-         "--\u00fcnicode=1", "--help", "9" * 400]
+             "\u00e9" * 200, "x/" * 3000, "\0", "a\0b", "\udcff", "/dev/null/below", "/proc/nothing",
+             "a|b|c", "|", "%s{}", "a" * 3000]
+WORDS = ["--nonsense=1", "--", "-", "-n=2", "--=1", "words", "--lr", "--seed", "n=2", "--step=1", "=",
+         "\udcff", "--\u00fcnicode=1", "--help", "9" * 400]
 
 
 def values_of(name, field):
@@ -144,6 +145,9 @@ def command_lines(draw):
 
 
 # ---------------------------------------------------------------- running them
+
+
+SECONDS = 5                    # of the CPU, after which a line is cut off that may go on for hours by right
 
 
 class Machine:
@@ -195,13 +199,13 @@ class Machine:
         here = above / "work"
         shutil.copytree(self.template, here, symlinks=True)
         before = files_of(above)
-        result = self.ask(script, argv, here, cpu=10)
+        result = self.ask(script, argv, here, cpu=SECONDS)
         line = shlex.join([script, *argv])
         try:
             assert result["end"] in ("exit", "cut"), f"{line}\n{result['end']}: {result['err']}"
             assert "Traceback" not in result["err"], f"{line}\n{result['err']}"
             if result["end"] == "cut":
-                assert asks_for_much(argv), f"{line}\ntakes more than 10 s"
+                assert asks_for_much(argv), f"{line}\ntakes more than {SECONDS} s"
             elif result["code"] != 0:
                 assert is_a_sentence(result["code"]), f"{line}\n{result['code']!r}"
             changed = {path for path, state in files_of(above).items() if before.get(path) != state}
@@ -283,4 +287,11 @@ def test_the_lines_that_are_changed_are_valid(machine, command, Config, flags):
 @settings(max_examples=40, **OPTIONS)
 @given(line=command_lines())
 def test_forty_random_command_lines_end_in_success_or_in_one_sentence(machine, line):
+    machine.check(*line)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **OPTIONS)
+@given(line=command_lines())
+def test_three_hundred_random_command_lines_do(machine, line):
     machine.check(*line)

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -60,6 +61,38 @@ def test_out_of_memory_is_answered_with_the_flags_to_try_in_order(vae_config, tm
 
     with pytest.raises(SystemExit, match="(?s)Tried to allocate 20 GiB.*--micro_batch=8 .*, a smaller model"):
         ranks.launch(main, vae_config(tmp_path))
+
+
+HUGE = {
+    "torch": lambda: torch.empty(10**15),
+    "torch's sizes": lambda: torch.empty(10**10, 10**10),
+    "numpy": lambda: np.empty(10**15),
+    "numpy's sizes": lambda: np.empty((10**10, 10**10)),
+    "python": lambda: bytearray(10**15),
+    "python's sizes": lambda: len(range(10**30)),
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_what_does_not_fit_into_the_machines_memory_is_a_sentence_too(kind, vae_config, tmp_path):
+    sentence = "(?s)^[^\\n]{10,200}\nTry, in this order: --micro_batch=8"
+    with pytest.raises(SystemExit, match=sentence) as stop:
+        ranks.launch(lambda cfg: HUGE[kind](), vae_config(tmp_path))
+    assert "enforce fail" not in str(stop.value)
+
+
+def test_other_errors_of_the_same_types_keep_their_traceback():
+    for error in (RuntimeError("shapes differ"), OSError("no device"), OverflowError("math range error")):
+        def main(cfg, error=error):
+            raise error
+        with pytest.raises(type(error)):
+            ranks.launch(main, None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there_is_one_sentence(vae_config, tmp_path):
+    with pytest.raises(SystemExit, match="--device=cuda: 0 GPUs that torch can use, wanted at least 1"):
+        train_vae.main(vae_config(tmp_path / "run", device="cuda"))
 
 
 # ---------------------------------------------------------------- train_vae.py in two processes

@@ -216,11 +216,36 @@ def test_two_jobs_do_not_train_in_one_folder(davae_config, tmp_path):
     train_vae.main(davae_config(tmp_path / "a", steps=1, image_size=16))
 
 
+@pytest.mark.parametrize("out,sentence", [
+    ("", "--out= is empty"), ("file", "not written: File exists"), ("loop", "not written: "),
+    ("file/below", "not written: Not a directory"),
+    ("/proc/nothing", "not written: No such file or directory")])
+def test_a_place_that_is_no_folder_to_write_to_is_one_sentence(
+        vae_config, tmp_path, monkeypatch, out, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit, match=sentence):
+        train_vae.main(vae_config(out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_intervals_of_0_save_the_first_and_the_last_step_and_log_the_last(vae_config, tmp_path, read_log):
+    train_vae.main(vae_config(tmp_path / "a", steps=3, save_every=0, log_every=0))
+    assert [path.name for path in runs.checkpoints(tmp_path / "a")] == ["step_000000", "step_000003"]
+    assert [row["step"] for row in read_log(tmp_path / "a")] == [3]
+
+
+@pytest.mark.parametrize("every,due", [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (7, [])])
+def test_what_comes_every_few_steps_is_due_at_their_multiples(every, due):
+    assert [done for done in range(1, 7) if runs.is_due(done, every)] == due
+
+
 # ---------------------------------------------------------------- disks
 
 
 def test_a_disk_too_small_shows_at_step_zero_in_one_sentence(davae_config, small_disk, launch):
-    process = launch(train_vae.main, davae_config(small_disk(100) / "run", image_size=16))
+    process = launch(train_vae.main, davae_config(small_disk(100) / "run", image_size=32))
     out, err = process.communicate()
     assert process.returncode == 1
     assert "not written: " in err and "Make room" in err

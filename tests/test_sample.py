@@ -213,6 +213,10 @@ def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
     (dict(n=0), "n=0"),
     (dict(steps=0), "steps=0"),
     (dict(cfg=float("nan")), "cfg=nan"),
+    (dict(classes=(-1,)), "class -1 asked for"),
+    (dict(cfg_channels=-1), "--cfg_channels=-1: the model has 16 channels"),
+    (dict(cfg_channels=17), "--cfg_channels=17: the model has 16 channels"),
+    (dict(cfg_start=0.6, cfg_end=0.5), "--cfg_start=0.6 is after --cfg_end=0.5"),
     (dict(classes=(10, 99)), "class 99 asked for; the model has classes 0 to 9")])
 def test_impossible_settings_get_one_sentence(tiny_run, tmp_path, changes, sentence):
     with pytest.raises(SystemExit, match=sentence):
