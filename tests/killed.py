@@ -4,7 +4,7 @@
 
 All four stages of `python finetune.py` are run twice below FOLDER, which is made: in `whole/` undisturbed, in
 `killed/` ended by SIGKILL at random moments and started again, until they are through. Checkpoints are
-written every 25 steps, which changes no weight. At the end the main job itself must find every stage finished.
+written every 25 steps, which changes no weight. At the end the main job must find every stage finished.
 """
 import random
 import subprocess
