@@ -471,8 +471,11 @@ def validation_images(cfg, train_set, n=64):
     if cfg.val_dir or cfg.data_dir == "procedural":
         held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
     index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
-    x, _ = data.stack(held_out, index.tolist())
-    return data.to_tensor(x)
+    batches = [x for x, _, _ in data.read(held_out, index.tolist())]
+    if not batches:
+        raise SystemExit(f"{cfg.val_dir or cfg.data_dir}: none of the {len(index)} images for validation can "
+                         "be read")
+    return torch.cat(batches)
 
 
 @torch.no_grad()
