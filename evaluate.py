@@ -250,6 +250,7 @@ def plan_generation(cfg, run, rulers):
         missing = [prompt for prompt in settings["prompts"] if prompt not in text.rows]
         if missing:
             text(missing)                                      # says which, and what to do
+    settings["reference_kind"] = "images"
     plan = Plan(settings, text, clip=None, reference=None, real=None)
     if cfg.clip:
         if text is None:
@@ -259,6 +260,8 @@ def plan_generation(cfg, run, rulers):
         size = (settings["height"], settings["width"])
         found = metrics.read_reference(cfg.reference, rulers.features, run.device, size)
         plan.reference, plan.real, settings["reference"] = found
+        if plan.real is None:                                  # then there are fewer metrics, see `distances`
+            settings["reference_kind"] = "statistics"
     return plan
 
 

@@ -394,7 +394,10 @@ def read_npz(path, flag="reference"):
         with file:
             arrays = {name: file[name] for name in file.files if name in known}
     except NOT_ARRAYS as error:
-        raise SystemExit(f"--{flag}={path}: not an npz file of arrays ({error})") from None
+        reason = error
+        if "allow_pickle" in str(error):                       # NumPy advises to run what is in there
+            reason = "Python objects, which are not loaded, or something else"
+        raise SystemExit(f"--{flag}={path}: not an npz file of arrays ({reason})") from None
     return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 

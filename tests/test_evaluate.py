@@ -396,6 +396,7 @@ def test_a_kept_reference_says_what_it_is_of_and_is_as_good_as_its_images(tiny_r
         assert str(file["features"]).startswith("Probe, sha256 ")
     read = evaluate.main(evaluate.Config(**cfg, reference=str(tmp_path / "r.npz")))
     assert read["settings"]["reference"] == kept["settings"]["reference"]      # compare may rank the two
+    assert len(json.loads((tmp_path / "m.json").read_text())) == 2             # the first has KID, too
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "r.npz"]
 
 
