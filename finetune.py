@@ -45,6 +45,8 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where the machine computes in it",
+                       choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents
     data_dir: str = field("procedural", "a folder of images or latent shards; 'procedural': built-in images")
@@ -293,9 +295,9 @@ def main(cfg):
         save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
     del base                                                       # its memory is wanted
     if not cfg.shard:
-        share_frozen(dit, ema)
+        share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
 
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = ranks.autocast(cfg.dtype, device)
     for n, (z_all, y) in run.steps(latents(run.start)):
 
         # learning rate, and how much the details count
@@ -350,7 +352,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
     z, y = z_all[:16, :vae.C], y[:16]
     found = []
     for z_part, y_part in zip(z.split(cfg.micro_batch), y.split(cfg.micro_batch)):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+        with ranks.autocast(cfg.dtype, z.device):
             found.append(warm_start_difference(base, model, z_part, condition(y_part, 0.0)))
     change, detail = torch.tensor(found, dtype=torch.float64).amax(0).tolist()     # nan, if any of them is
     if run.rank == 0:
@@ -371,7 +373,7 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
     noise = sample_noise(cfg.seed, range(len(y)), (vae.C + cfg.D, *z.shape[2:])).to(z.device)
     ts = time_grid(cfg.sample_steps, cfg.shift, cfg.grid == "sd3")
     rows = {"base model": [], "widened, step 0": []}
-    with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+    with ranks.autocast(cfg.dtype, z.device):
         for part in torch.arange(len(y)).split(max(1, cfg.micro_batch // 2)):      # guidance doubles the rows
             cond = condition(y[part], 0.0)
             uncond = condition(y[part], 1.0)
@@ -385,11 +387,11 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
         figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(y), math.ceil(96 / x.shape[-1]), labels)
 
 
-def share_frozen(dit, ema):
-    """Let the EMA use the model's own frozen weights; on a GPU, matrices in bfloat16, as in autocast."""
+def share_frozen(dit, ema, rounded):
+    """Let the EMA use the model's own frozen weights; if `rounded`, matrices in bfloat16, as in autocast."""
     for p, e in zip(dit.parameters(), ema.parameters()):
         if not p.requires_grad:
-            if p.is_cuda and p.ndim > 1:
+            if rounded and p.ndim > 1:
                 p.data = p.data.bfloat16()
             e.data = p.data
 
@@ -560,7 +562,7 @@ def draw_samples(run, done, ema, vae, about, text):
     """
     cfg = run.cfg
     n = min(10, len(about["classes"]) if cfg.text else ema.cfg.num_classes)
-    wanted = SampleConfig(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)))
+    wanted = SampleConfig(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)), dtype=cfg.dtype)
     settings = settings_of(wanted, about, "")
     images, previews, numbers = [], [], []
     with runs.picture_may_fail(f"{cfg.out}: samples"):

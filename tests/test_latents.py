@@ -114,6 +114,7 @@ def known_config(**changes):
         detail_sample=False,
         text="",
         batch_size=4,
+        dtype="float32",
     )
     return SimpleNamespace(**{**values, **changes})
 
@@ -130,6 +131,7 @@ def test_a_cache_of_an_older_run_is_found_again():
         dict(detail_sample=True),
         dict(detail_sample=True, seed=4),
         dict(text="out/text"),
+        dict(text="out/text", dtype="bfloat16"),
     ):
         other = known_config(**change)
         name = latents.cache_folder(other, latents.describe(known_vae(), train_set, other, cpu))
