@@ -507,6 +507,8 @@ def dry_run(cfg):
                                            qk_norm=cfg.qk_norm))
             cond = [torch.zeros(1, dtype=torch.long)]
         side = cfg.image_size // f
+        if cfg.image_size % (f * model.cfg.p):
+            raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of {f * model.cfg.p}")
         if cfg.D:
             model.expand_channels(cfg.D)
         inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]

@@ -364,6 +364,8 @@ def initial_vae(cfg):
     base = load_measured(cfg.base).base
     if cfg.D == 0:
         return PlainVAE(base)
+    if cfg.rescale and cfg.detail_dropout == 1:
+        raise SystemExit("--rescale=True divides by 1 - detail_dropout: wanted --detail_dropout below 1")
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale))
 
 
