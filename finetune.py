@@ -502,6 +502,7 @@ def dry_run(cfg):
             cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
         else:
             C, f, texts = 32, 32, 0                                # on VA-VAE
+            check_text(cfg, "--dry_run=True without --text= is of a LightningDiT: it", DiTConfig)
             grid = cfg.image_size // f // cfg.p
             model = LightningDiT(DiTConfig(C=C, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
                                            qk_norm=cfg.qk_norm))

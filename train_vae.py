@@ -209,6 +209,8 @@ class LossNetworks:
     """
 
     def __init__(self, cfg, device):
+        if cfg.D and cfg.train == "blocks" and cfg.gan and cfg.disc_start < cfg.steps:
+            raise SystemExit("--train=blocks freezes the layer by which the GAN is weighted; give --gan=0")
         torch.manual_seed(cfg.seed)
         self.disc = PatchGAN(cfg.disc_width).to(device) if cfg.gan else None
         self.lpips = None
