@@ -418,10 +418,9 @@ def load_vae(cfg, run):
 
 def sources(cfg, vae, train_set):
     """What the run is made of, for `Run.made_of`; of texts, see support/text.py."""
-    captions = identity.of_text(json.dumps(train_set.captions)) if cfg.text else None
     return {
         "images": train_set.fingerprint,
-        "captions": captions,
+        "captions": identity.of_text(json.dumps(train_set.captions)) if cfg.text else None,
         "classes": None if cfg.text else train_set.classes,
         "vae": runs.hash_of(vae),
         "base": identity.of_source(cfg.base, "transformer"),
@@ -503,9 +502,8 @@ def dry_run(cfg):
         else:
             C, f, texts = 32, 32, 0                                # on VA-VAE
             check_text(cfg, "--dry_run=True without --text= is of a LightningDiT: it", DiTConfig)
-            grid = cfg.image_size // f // cfg.p
-            model = LightningDiT(DiTConfig(C=C, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
-                                           qk_norm=cfg.qk_norm))
+            model = LightningDiT(DiTConfig(C=C, p=cfg.p, grid=cfg.image_size // f // cfg.p, E=cfg.E,
+                                           depth=cfg.depth, A=cfg.A, qk_norm=cfg.qk_norm))
             cond = [torch.zeros(1, dtype=torch.long)]
         side = cfg.image_size // f
         if cfg.image_size % (f * model.cfg.p):
@@ -565,8 +563,8 @@ def draw_samples(run, done, ema, vae, about, text):
     """
     cfg = run.cfg
     n = min(10, len(about["classes"]) if cfg.text else ema.cfg.num_classes)
-    wanted = SampleConfig(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)), dtype=cfg.dtype)
-    settings = settings_of(wanted, about, "")
+    chosen = dict(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)), dtype=cfg.dtype)
+    settings = settings_of(SampleConfig(**chosen), about, "")
     images, previews, numbers = [], [], []
     with runs.picture_may_fail(f"{cfg.out}: samples"):
         for part in torch.tensor(ranks.my_share(4 * n)).split(max(1, cfg.micro_batch // 2)):
@@ -583,9 +581,8 @@ def draw_samples(run, done, ema, vae, about, text):
         for name, x in grids.items():
             if run.rank > 0 or len(x) < 4 * n:                     # a rank has failed, and said so
                 continue
-            for file in (f"{name}_{done:06d}.png", f"{name}.png"):
-                scale = max(1, 128 // x.shape[-1])
-                figures.save_grid(x[:4 * n], Path(cfg.out) / file, n, scale, names * 4)
+            for file in (f"{cfg.out}/{name}_{done:06d}.png", f"{cfg.out}/{name}.png"):
+                figures.save_grid(x[:4 * n], file, n, max(1, 128 // x.shape[-1]), names * 4)
     ranks.wait_for_all()
 
 
