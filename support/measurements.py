@@ -58,6 +58,7 @@ def add_entry(path, entry):
 
     Of that, what the new one has not (yet) measured is kept. Where the disk refuses, the entry is printed.
     """
+    entry = json.loads(json.dumps(entry))                      # tuples as lists, as they are read back
     others = []
     for old in read_entries(path):
         if identity(old) == identity(entry):

@@ -394,7 +394,10 @@ def read_npz(path, flag="reference"):
         with file:
             arrays = {name: file[name] for name in file.files if name in known}
     except NOT_ARRAYS as error:
-        raise SystemExit(f"--{flag}={path}: not an npz file of arrays ({error})") from None
+        reason = error
+        if "allow_pickle" in str(error):                       # NumPy advises to run what is in there
+            reason = "Python objects, which are not loaded, or something else"
+        raise SystemExit(f"--{flag}={path}: not an npz file of arrays ({reason})") from None
     return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 
@@ -497,6 +500,9 @@ def clip_scorer(folder, device):
     if loaded["missing_keys"]:                       # transformers would fill them with random numbers
         some = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise SystemExit(f"--clip={folder}: lacks weights ({some}, ...); wanted a CLIPModel, of both sides")
+    if len(processor.tokenizer) < model.config.text_config.vocab_size:       # or make a tokenizer of nothing
+        raise SystemExit(f"--clip={folder}: its tokenizer knows {len(processor.tokenizer)} words, the model "
+                         f"{model.config.text_config.vocab_size}; wanted tokenizer.json, or vocab.json")
     model = model.to(device).eval()
 
     def score(x, texts):

@@ -32,7 +32,7 @@ from support import files, ranks
 
 
 # Fields of a Config that change no trained model, but for rounding: never compared.
-NO_EFFECT = {"preset", "out", "device", "cache", "micro_batch", "checkpointing", "shard", "compile",
+NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile",
              "log_every", "save_every", "dry_run"}
 
 # Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
@@ -126,7 +126,8 @@ class Run:
         print(f"{cfg.out}: {train_set.summary()}\n"
               f"  {trained:,} trained of {total:,} parameters; {sizes}; "
               f"batch {cfg.batch_size} = {world} ranks x {each} x {accumulate}; "
-              f"steps {self.start} to {cfg.steps}, {device}")
+              f"steps {self.start} to {cfg.steps}, {device}, "
+              f"{'bfloat16' if ranks.in_bfloat16(cfg.dtype, device) else 'float32'}")
 
     def steps(self, stream):
         """Yield (step, batch) of every step that is left.
@@ -287,7 +288,8 @@ def make_if_missing(flag, cfg, script, PRESETS, Config, main):
             continue
         if flag in getattr(cfg, "given", ()) and read_summary(run).get("steps") == step_of(run):
             continue
-        stage = Config(**{"preset": name, **values, "device": cfg.device, "data_dir": cfg.data_dir})
+        same = {field: getattr(cfg, field) for field in ("device", "dtype", "data_dir")}
+        stage = Config(**{"preset": name, **values, **same})
         if not is_finished(stage):
             print(f"\n{cfg.out} needs {run}, which is not there yet: running  python {script} {name}")
         try:

@@ -126,7 +126,11 @@ class TextCache:
         for prompt in prompts:
             shard, row = self.rows[prompt]
             rows.append(shard.get_slice(name)[row:row + 1])
-        return torch.cat(rows).float().to(self.device)
+        embeddings = torch.cat(rows).float()
+        if not torch.isfinite(embeddings).all():
+            raise SystemExit(f"{self.folder}: the embeddings of {prompts[0]!r} or of a text after it are not "
+                             "finite; remove the shards, and encode the texts again")
+        return embeddings.to(self.device)
 
 
 def shards_of(folder):

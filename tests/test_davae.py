@@ -155,6 +155,23 @@ def test_measured_statistics_normalise_the_details(make_davae):
     assert (z_d.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-5
 
 
+def test_statistics_of_shares_that_are_added_up_are_those_of_all_images_and_grey_ones_do_no_harm(make_davae):
+    images = [torch.rand(4, 3, 16, 16) * 2 - 1 for _ in range(3)]
+    whole, shared = make_davae(), make_davae()
+    whole.measure(images)
+    totals = []
+    for share in (images[:1], images[1:], []):                     # of three processes, one without images
+        shared.measure(share, add=lambda total: totals.append(total.clone()) or total)
+    shared.measure([], add=lambda _: sum(totals))
+    assert torch.equal(shared.mean, whole.mean) and torch.equal(shared.std, whole.std)
+
+    plain = PlainVAE(make_davae().base)
+    for weight in plain.base.to_moments.parameters():
+        torch.nn.init.zeros_(weight)                               # latents without any variance
+    plain.measure(images)
+    assert torch.isfinite(plain.encode(images[0])).all()
+
+
 def test_decode_base_is_the_base_decoder_on_the_base_channels(make_davae):
     vae = make_davae()
     x = torch.rand(1, 3, 16, 16)

@@ -1,6 +1,8 @@
 """evaluate.py: rows that mean what they say, files that lose nothing, rankings of what can be compared."""
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,18 @@ import torch
 from PIL import Image
 
 import evaluate
-from support import data, metrics, runs
+from support import data, measurements, metrics, ranks, runs
 from support.metrics import FeatureNetwork, frechet_distance, moments
 from support.weights import load_davae
+
+
+make_probe = functools.cache(metrics.make_probe)
+
+
+@pytest.fixture(autouse=True)
+def one_probe(monkeypatch):
+    """The probe takes a second to make, and is the same each time."""
+    monkeypatch.setattr(metrics, "make_probe", make_probe)
 
 
 def stand_in(**parts):
@@ -106,9 +117,27 @@ def test_hashes_change_with_one_weight_and_with_one_name_but_not_with_the_place(
     assert runs.hash_of(a) != runs.hash_of(b)
 
 
-def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
+@pytest.fixture
+def photos(tmp_path):
+    """photos(count, unreadable) -> a folder of so many images, those at the places `unreadable` cut off."""
+    def make(count, unreadable=()):
+        rng = np.random.default_rng(0)
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for i in range(count):
+            path = folder / f"{i:02d}.png"
+            Image.fromarray(rng.integers(0, 256, (80, 64, 3), dtype=np.uint8)).save(path)
+            if i in unreadable:
+                path.write_bytes(path.read_bytes()[:500])
+        return str(folder)
+    return make
+
+
+def test_two_processes_measure_what_one_does_even_if_one_of_them_can_read_none_of_its_images(
+        tiny_run, tmp_path, photos):
     """Samples and images are shared out; rows come back in order, so that labels belong to their samples."""
-    flags = [tiny_run, "--n=11", "--images=13", "--steps=2", "--batch_size=4", "--device=cpu"]
+    flags = [tiny_run, "--n=11", "--images=13", "--steps=2", "--batch_size=4", "--device=cpu",
+             f"--data_dir={photos(13, unreadable=(1, 2, 3, 5, 7, 9, 11))}"]
     script, entries = [str(Path(evaluate.__file__))], []
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     for name, launch in (("one", []), ("two", torchrun)):
@@ -118,6 +147,8 @@ def test_two_processes_measure_what_one_does(tiny_run, tmp_path):
         entries.append(json.loads((tmp_path / f"{name}.json").read_text())[0])
     one, two = entries
     assert two["settings"]["processes"] == 2 and one["settings"]["held_out"] == two["settings"]["held_out"]
+    assert one["settings"]["held_out"].startswith("6 images") and one["settings"]["left_out"] == 7
+    assert two["settings"]["left_out"] == 7
     for section in ("reconstruction", "generation"):
         for row, values in one[section].items():
             values.pop("img/s", None)
@@ -179,6 +210,213 @@ def test_a_kept_reference_measures_like_the_images_it_was_made_of(tiny_run, tmp_
         assert entry["settings"]["reference"].startswith("20 images, ")
 
 
+# ---------------------------------------------------------------- many ranks, some with nothing
+
+
+@pytest.mark.parametrize("shares", [                       # of each rank: (batches of rows, their numbers)
+    [([[5, 7]], [5, 7]), ([[1], [6, 9]], [1, 6, 9])],
+    [([[0, 4, 8]], [0, 4, 8]), ([], []), ([[2]], [2])],
+    [([], []), ([[3, 1]], [3, 1])]])
+def test_gathered_rows_are_in_the_order_of_their_numbers_whoever_had_them(monkeypatch, shares):
+    everything = []
+    monkeypatch.setattr(ranks, "from_all", lambda x: everything.append(x) or everything)
+    for parts, numbers in shares:
+        batches = [torch.tensor(part).view(-1, 1).short() * 10 for part in parts]
+        rows = ranks.gather(batches, numbers)
+    assert rows.flatten().tolist() == [10 * i for i in sorted(sum((n for _, n in shares), []))]
+    assert rows.shape[1:] == (1,) and rows.dtype == torch.int16
+    with pytest.raises(ValueError, match="1 rows and 2 numbers"):
+        ranks.gather([torch.zeros(1)], [0, 1])
+
+
+def test_rows_of_which_no_rank_has_any_are_no_rows():
+    assert len(ranks.gather([], [])) == 0
+
+
+# ---------------------------------------------------------------- checked before, saved at once
+
+
+def never(*args, **kwargs):
+    raise AssertionError("measured, although it could have been refused before")
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (dict(n=1), "--n: 1, wanted at least 2"), (dict(images=1), "--images: 1, wanted at least 2"),
+    (dict(images=0), "--images=0: wanted at least 1"), (dict(n=0), "--n: 0, wanted at least 2"),
+    (dict(reference="nowhere.npz"), "--reference=nowhere.npz: no such file"),
+    (dict(features="none", reference="r.npz"), "wanted a network to measure distances with"),
+    (dict(clip="folder"), "draws classes, not texts"), (dict(graph=True), "--graph=True: wanted a GPU"),
+    (dict(classes=(11,)), "class 11 asked for"), (dict(out="."), "folder|directory"),
+    (dict(out=__file__), "not a list of measurements"), (dict(keep_reference=__file__), "not an npz file"),
+    (dict(out=f"{__file__}/m.json"), "m.json: ")])
+def test_what_cannot_be_measured_is_refused_before_the_measuring(
+        tiny_run, tmp_path, monkeypatch, flags, sentence):
+    monkeypatch.setattr(evaluate, "reconstruction", never)
+    monkeypatch.setattr(evaluate, "draw_and_measure", never)
+    values = dict(run=tiny_run, out=str(tmp_path / "m.json"), n=4, images=4, steps=1) | flags
+    with pytest.raises(SystemExit, match=sentence):
+        evaluate.main(evaluate.Config(**values))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_draw_is_found_out_with_one_batch_of_one_step(tiny_run, tmp_path, monkeypatch):
+    asked = []
+
+    def generate(dit, vae, indices, settings, *args):
+        asked.append((len(indices), settings["steps"]))
+        return torch.full((3, 3, 64, 64), float("nan")), torch.zeros(3, 3, 32, 32)
+
+    monkeypatch.setattr(evaluate.sample, "generate", generate)
+    monkeypatch.setattr(evaluate, "reconstruction", never)
+    cfg = evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), n=7, batch_size=3, images=4)
+    with pytest.raises(SystemExit, match="draws NaN; it diverged"):
+        evaluate.main(cfg)
+    assert asked == [(3, 1)]
+
+
+@pytest.mark.parametrize("content", [
+    b"", b'[{"settings": {"n": 1', b"\0" * 80, b"{}", b"[1]", b"[{}]", b"\xff[]"])
+def test_a_damaged_metrics_json_is_named_before_the_measuring_and_stays_as_it_is(
+        tiny_vae, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(evaluate, "load", never)
+    (tmp_path / "m.json").write_bytes(content)
+    with pytest.raises(SystemExit, match="m.json: not a list of measurements"):
+        evaluate.main(evaluate.Config(run=tiny_vae, out=str(tmp_path / "m.json"), images=4))
+    assert (tmp_path / "m.json").read_bytes() == content
+
+
+def test_a_generation_that_fails_loses_neither_the_reconstruction_nor_what_was_measured_before(
+        tiny_run, tmp_path, monkeypatch):
+    path = tmp_path / "m.json"
+    cfg = dict(run=tiny_run, out=str(path), n=4, images=4, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "draw_and_measure", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate.main(evaluate.Config(**cfg))
+        [entry] = json.loads(path.read_text())
+        assert entry["reconstruction"]["DA-VAE"]["images"] == 4 and "generation" not in entry
+
+    whole = evaluate.main(evaluate.Config(**cfg))
+    assert json.loads(path.read_text()) == [whole]                 # the half one was the same measurement
+    monkeypatch.setattr(evaluate, "draw_and_measure", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(evaluate.Config(**cfg))
+    assert json.loads(path.read_text()) == [whole]
+
+
+def test_a_measurement_that_the_disk_refuses_is_printed(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        measurements.add_entry(tmp_path / "m.json", {"settings": {"n": 1}, "reconstruction": {"psnr": 7}})
+    assert json.loads(capsys.readouterr().out) == {"settings": {"n": 1}, "reconstruction": {"psnr": 7}}
+
+
+def test_a_run_that_was_moved_replaces_its_own_measurement_and_a_retrained_one_does_not(tiny_vae, tmp_path):
+    few = dict(images=4, features="none")
+    run = tmp_path / "here"
+    shutil.copytree(tiny_vae, run)
+    evaluate.main(evaluate.Config(run=str(run), **few))
+    run = run.rename(tmp_path / "there")
+    evaluate.main(evaluate.Config(run=str(run), **few))
+    step = runs.latest_checkpoint(run)
+    evaluate.main(evaluate.Config(run=str(step), **few))            # of a step folder: the run's file, too
+    [entry] = json.loads((run / "metrics.json").read_text())
+    assert entry["settings"]["run"] == str(step)
+    assert entry["settings"]["weights_sha256"] == runs.sha256(step / "SHA256SUMS")
+
+    state = runs.read_state_dict(step / "model.safetensors")
+    name = next(name for name, weight in state.items() if weight.dim() == 4)
+    runs.save_folder(step, {"model": state | {name: state[name] + 0.1}}, runs.read_config(step))
+    evaluate.main(evaluate.Config(run=str(run), **few))
+    assert len(json.loads((run / "metrics.json").read_text())) == 2
+
+
+# ---------------------------------------------------------------- images that cannot be read
+
+
+def test_images_that_cannot_be_read_are_left_out_and_the_rest_described(tiny_vae, tmp_path, photos, capsys):
+    cfg = dict(run=tiny_vae, out=str(tmp_path / "m.json"), features="none", images=9)
+    folder = photos(6, unreadable=(0, 4))
+    some = evaluate.main(evaluate.Config(**cfg, data_dir=folder))
+    assert "04.png" in capsys.readouterr().err
+    assert some["settings"]["left_out"] == 2 and some["reconstruction"]["DA-VAE"]["images"] == 4
+    for i in (0, 4):
+        os.remove(Path(folder) / f"{i:02d}.png")
+    rest = evaluate.main(evaluate.Config(**cfg, data_dir=folder))
+    assert rest["settings"]["held_out"] == some["settings"]["held_out"] and rest["settings"]["left_out"] == 0
+    assert rest["reconstruction"]["DA-VAE"] == some["reconstruction"]["DA-VAE"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_folder_of_which_nothing_can_be_read_is_said_to_have_no_images(tiny_vae, tmp_path, photos, whole):
+    with pytest.raises(SystemExit, match="0 images can be measured, wanted at least "):
+        evaluate.main(evaluate.Config(run=tiny_vae, out=str(tmp_path / "m.json"), whole=whole,
+                                      data_dir=photos(3, unreadable=(0, 1, 2))))
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_one_readable_image_is_enough_for_psnr_and_too_few_for_a_distance(tiny_vae, tmp_path, photos):
+    cfg = dict(run=tiny_vae, out=str(tmp_path / "m.json"), data_dir=photos(3, unreadable=(0, 1)))
+    with pytest.raises(SystemExit, match="1 images can be measured, wanted at least 2"):
+        evaluate.main(evaluate.Config(**cfg))
+    assert evaluate.main(evaluate.Config(**cfg, features="none"))["reconstruction"]["DA-VAE"]["images"] == 1
+
+
+class Narrow(torch.nn.Module):
+    """Stands where LPIPS would: as that, it fails on sides of less than 17 pixels."""
+    def forward(self, x, y):
+        return torch.nn.functional.avg_pool2d(x - y, 17).abs().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("size", [(96, 8), (5, 5), (16, 17)])
+def test_whole_images_too_small_for_a_metric_are_left_out(
+        tiny_vae, tmp_path, photos, capsys, monkeypatch, size):
+    folder = photos(2)
+    Image.new("RGB", size).save(Path(folder) / "small.png")
+    monkeypatch.setattr(metrics, "make_lpips", lambda *args: Narrow())
+    cfg = dict(run=tiny_vae, out=str(tmp_path / "m.json"), data_dir=folder, whole=True, perceptual="squeeze")
+    entry = evaluate.main(evaluate.Config(**cfg))
+    assert entry["settings"]["left_out"] == 1 and "small.png" in capsys.readouterr().err
+    assert entry["reconstruction"]["DA-VAE"]["images"] == 2
+    assert entry["reconstruction"]["DA-VAE"]["positions"] == 80 * 64 / 8**2
+
+
+# ---------------------------------------------------------------- references that are kept
+
+
+def test_a_kept_reference_says_what_it_is_of_and_is_as_good_as_its_images(tiny_run, tmp_path):
+    cfg = dict(run=tiny_run, out=str(tmp_path / "m.json"), n=4, images=6, steps=1)
+    kept = evaluate.main(evaluate.Config(**cfg, keep_reference=str(tmp_path / "r.npz")))
+    with np.load(tmp_path / "r.npz") as file:
+        assert str(file["images"]) == kept["settings"]["held_out"]
+        assert (int(file["count"]), int(file["image_size"])) == (6, 64)
+        assert str(file["features"]).startswith("Probe, sha256 ")
+    read = evaluate.main(evaluate.Config(**cfg, reference=str(tmp_path / "r.npz")))
+    assert read["settings"]["reference"] == kept["settings"]["reference"]      # compare may rank the two
+    assert len(json.loads((tmp_path / "m.json").read_text())) == 2             # the first has KID, too
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "r.npz"]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(features="Inception, sha256 0"), dict(count=7), dict(image_size=128),
+    dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8))])
+def test_keep_reference_overwrites_no_other_network_no_larger_set_and_no_images(
+        tiny_run, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(evaluate, "reconstruction", never)
+    own = dict(mu=np.zeros(128), sigma=np.eye(128), count=6, image_size=64)
+    probe = metrics.feature_network("probe", "procedural", 64, torch.device("cpu"))
+    path = tmp_path / "r.npz"
+    np.savez(path, **own | dict(features=probe.described) | changes)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="r.npz: is there, with"):
+        evaluate.main(evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), n=4, images=6,
+                                      keep_reference=str(path)))
+    assert path.read_bytes() == before
+
+
 # ---------------------------------------------------------------- two runs side by side
 
 
@@ -218,6 +456,56 @@ def test_compare_ranks_by_what_a_metric_depends_on_and_by_nothing_unknown(tmp_pa
     c, d = entry(tmp_path, "c", 1.0, held_out=None), entry(tmp_path, "d", 2.0, held_out=None)
     _, psnr, fid, _ = evaluate.compare(c, d)
     assert "*" not in psnr and psnr.endswith("not ranked: held_out unknown / unknown") and "*" in fid
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """measured(name, steps, at) -> a run with these steps, of which `at` was measured."""
+    def make(name, steps, at):
+        for step in steps:
+            runs.save_folder(tmp_path / name / f"step_{step:06d}", {"model": {"w": torch.ones(step + 1)}}, {})
+        checkpoint = tmp_path / name / f"step_{at:06d}"
+        settings = {"n": 10, "image_size": 64, "held_out": "9 images", "features": "",
+                    "checkpoint": str(checkpoint), "weights_sha256": runs.sha256(checkpoint / "SHA256SUMS")}
+        row = {"DA-VAE": {"psnr": float(at), "ssim": None}}
+        runs.write_json(tmp_path / name / "metrics.json", [{"settings": settings, "reconstruction": row}])
+        return str(tmp_path / name)
+    return make
+
+
+def test_compare_says_which_run_was_trained_on_since_it_was_measured(measured):
+    a, b = measured("a", [300, 600], 300), measured("b", [300], 300)
+    lines = evaluate.compare(a, b)
+    assert [line for line in lines if "newest" in line] == [
+        f"{a}: measured at step 300; its newest checkpoint is step 600"]
+    runs.save_folder(f"{b}/step_000300", {"model": {"w": torch.zeros(301)}}, {})
+    assert f"{b}: step 300 was trained again since it was measured" in evaluate.compare(b, a)
+    assert not any("since" in line for line in evaluate.compare(measured("c", [0], 0), measured("d", [0], 0)))
+
+
+def test_compare_takes_a_step_folder_for_that_step(measured):
+    a, b = measured("a", [300, 600], 300), measured("b", [7], 7)
+    lines = evaluate.compare(f"{a}/step_000300", b)
+    assert lines[1].split() == ["DA-VAE", "psnr", "300*", "7"]
+    assert not any("newest" in line for line in lines)
+    with pytest.raises(SystemExit, match="no measurement of .*step_000600; make it with"):
+        evaluate.compare(f"{a}/step_000600", b)
+    with pytest.raises(SystemExit, match="twice: wanted two runs"):
+        evaluate.compare(a, f"{a}/")
+
+
+def test_compare_ranks_no_number_that_is_missing_and_reads_no_damaged_file(measured):
+    a, b = measured("a", [3], 3), measured("b", [7], 7)
+    assert "*" not in evaluate.compare(a, b)[2] and "nan" in evaluate.compare(a, b)[2]             # ssim
+    Path(a, "metrics.json").write_text("[")
+    with pytest.raises(SystemExit, match="a/metrics.json: not a list of measurements"):
+        evaluate.compare(b, a)
+
+
+@pytest.mark.parametrize("runs_given", [[], ["a"], ["a", "b", "c"]])
+def test_compare_of_another_number_of_runs_shows_its_usage(runs_given):
+    with pytest.raises(SystemExit, match="wanted two runs: python evaluate.py compare RUN RUN"):
+        evaluate.command_line(["compare", *runs_given])
 
 
 def test_compare_and_where_the_analyses_went_are_part_of_the_command_line(tmp_path, capsys):

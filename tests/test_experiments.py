@@ -139,11 +139,39 @@ def test_each_experiment_writes_its_numbers_and_figures(tiny_run, tiny_vae, tmp_
         assert [panel[0] for panel in found["panels"]] == ["base", "detail", "detail of vae"]
 
 
-def test_an_experiment_that_cannot_be_made_says_what_is_wanted(tiny_vae):
+def test_an_experiment_that_cannot_be_made_says_what_is_wanted(tiny_vae, tiny_base):
     with pytest.raises(SystemExit, match="wanted a class-conditional run of finetune.py"):
         module("timebins").main(config_of("timebins")(run=tiny_vae, images=4))
-    with pytest.raises(SystemExit, match="has no detail channels"):
-        module("spectrum").main(shared.Config(run=str(Path(tiny_vae).parent / "base-vae")))
+    base = str(Path(tiny_vae).parent / "base-vae")
+    for cfg in (shared.Config(run=base), shared.Config(run=tiny_vae, other=base, images=2)):
+        with pytest.raises(SystemExit, match="base-vae: has no detail channels"):
+            module("spectrum").main(cfg)
+    with pytest.raises(SystemExit, match="its transformer makes no details"):
+        module("timebins").main(config_of("timebins")(run=tiny_base, images=4))
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "knockout", "spectrum", "timebins", "latents", "tsne"])
+def test_one_image_is_enough_or_too_few_is_said(tiny_run, tmp_path, name):
+    Config = config_of(name)
+    if name in ("sensitivity", "tsne"):                                # distances, and neighbours
+        with pytest.raises(SystemExit, match="at least 2"):
+            module(name).main(Config(run=tiny_run, out=str(tmp_path), images=1))
+    found = module(name).main(Config(run=tiny_run, out=str(tmp_path), images=2 if name == "tsne" else 1,
+                                     **({"features": "none"} if name == "sensitivity" else {})))
+    assert "NaN" not in json.dumps(found)
+
+
+def test_unreadable_images_are_left_out_of_an_experiment(tiny_vae, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    for i, image in enumerate(noise):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    cfg = shared.Config(run=tiny_vae, out=str(tmp_path / "out"), data_dir=str(tmp_path), images=9)
+    (tmp_path / "1.png").write_bytes(b"half")
+    assert shared.open_run(cfg).x.shape == (2, 3, 64, 64) and "1.png" in capsys.readouterr().err
+    for i in (0, 2):
+        (tmp_path / f"{i}.png").write_bytes(b"half")
+    with pytest.raises(SystemExit, match="none of 3 images can be read"):
+        shared.open_run(cfg)
 
 
 def test_there_is_a_test_for_each_experiment():

@@ -172,5 +172,7 @@ def test_print_table_aligns_its_columns_and_leaves_blank_what_a_row_lacks(capsys
         "one" + " " * 31 + "          1e-09" + "     23.46",
         "two" + " " * 31 + " " * 15 + "         3",
     ]
+    figures.print_table("odd", {"row": {"FD": float("nan"), "IS": None, "KID": float("inf")}})
+    assert lines_of(capsys)[2].split() == ["row", "nan", "-", "inf"]
     figures.print_table("nothing", {})
     assert capsys.readouterr().out == "\n"

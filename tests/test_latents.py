@@ -51,7 +51,7 @@ def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_anothe
     assert encoded == [16, 16, 8] and "40 images to encode" in capsys.readouterr().out
     with safe_open(folder / "00001.safetensors", "pt") as f:
         about = json.loads(f.metadata()["about"])
-        assert len(f.metadata()["vae"]) == 64 and about["detail"] == "mode" and about["image_size"] == 64
+        assert len(f.metadata()["vae"]) == 16 and about["detail"] == "mode" and about["image_size"] == 64
     whole = latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0]
     (folder / "00001.safetensors").rename(folder / "00001.tmp0")  # killed while it was written
     assert latents.write_cache(vae, train_set, cfg, cpu, 0, 1) == folder and encoded[3:] == [16]
@@ -114,25 +114,31 @@ def known_config(**changes):
         detail_sample=False,
         text="",
         batch_size=4,
+        dtype="float32",
     )
     return SimpleNamespace(**{**values, **changes})
 
 
 def test_a_cache_of_an_older_run_is_found_again():
-    """The name is the one that the first release gave to the cache of this VAE and these images."""
+    """The name is the one that this cache had when caches were first named by their images' contents."""
+    cpu = torch.device("cpu")
     cfg, train_set = known_config(), data.open_dataset("procedural", 64, 5, 3)
-    folder = latents.cache_folder(cfg, latents.describe(known_vae(), train_set, cfg))
-    assert str(folder) == "out/latents-803ae52f0e11"
+    folder = latents.cache_folder(cfg, latents.describe(known_vae(), train_set, cfg, cpu))
+    assert str(folder) == "out/latents-e6d515fe6e63"
     for change in (
         dict(image_size=32),
         dict(flip=False),
-        dict(seed=4),
         dict(detail_sample=True),
+        dict(detail_sample=True, seed=4),
         dict(text="out/text"),
-        dict(data_dir="photos"),
+        dict(text="out/text", dtype="bfloat16"),
     ):
         other = known_config(**change)
-        assert latents.cache_folder(other, latents.describe(known_vae(), train_set, other)) != folder
+        name = latents.cache_folder(other, latents.describe(known_vae(), train_set, other, cpu))
+        assert name != folder
+        folder = name
+    assert latents.describe(known_vae(), data.open_dataset("procedural", 64, 5, 4), cfg, cpu) != (
+        latents.describe(known_vae(), train_set, cfg, cpu))
 
 
 def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
@@ -146,13 +152,10 @@ def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
             picture[:, 8:] = 255
             return picture, i
 
-    class Pixels:
+    class Pixels(torch.nn.Module):
         """A VAE whose latent is the image."""
 
         C, D, f = 3, 0, 1
-
-        def state_dict(self):
-            return {}
 
         def encode(self, x, sample=False):
             return x

@@ -1,7 +1,10 @@
 """support/metrics.py: against closed forms, torch-fidelity and transformers; what cannot be had is named."""
+import os
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from davae import half
 from support import data, metrics, runs
@@ -244,7 +247,141 @@ def test_a_reference_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, ar
         metrics.read_reference(path, POOL)
 
 
-def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path, sd3_folder):
+GOOD = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+MU, SIGMA = np.zeros(12), np.eye(12)                               # of as many features as POOL has
+
+
+@pytest.mark.parametrize("arr_0,sentence", [
+    (GOOD / 255, r"float64 \(6, 8, 8, 3\), wanted .* uint8 \(N, H, W, 3\); to convert: \(255 \* x\)"),
+    (GOOD.astype(np.float32) / 127.5 - 1, r"\(127.5 \* x \+ 127.5\).round\(\) of \[-1, 1\]"),
+    (GOOD.astype(np.int64), r"int64 .*x.astype\(np.uint8\)"),
+    (GOOD.transpose(0, 3, 1, 2), r"\(6, 3, 8, 8\), .*x.transpose\(0, 2, 3, 1\)"),
+    (GOOD[..., 0], r"\(6, 8, 8\), .*three times a grey x"), (GOOD[..., :1], "three times a grey x"),
+    (np.zeros((6, 8, 8, 4), np.uint8), r"x\[..., :3\]"), (GOOD[0], r"uint8 \(8, 8, 3\), wanted at least two"),
+    (GOOD[:1], r"\(1, 8, 8, 3\), wanted at least two"), (GOOD[:0], r"\(0, 8, 8, 3\), wanted at least"),
+    (np.uint8(7), r"uint8 \(\), wanted at least two"), (np.zeros((6, 0, 0, 3), np.uint8), "wanted at least"),
+    (np.array([None]), "not an npz file of arrays .Python obj"), (np.array("a"), "wanted at least two")])
+def test_images_of_another_layout_are_refused_with_what_makes_them_right(tmp_path, arr_0, sentence):
+    np.savez(tmp_path / "r.npz", arr_0=arr_0)
+    with pytest.raises(SystemExit, match=sentence):
+        metrics.read_reference(tmp_path / "r.npz", POOL)
+
+
+def spoilt(place, value):
+    changed = SIGMA.copy()
+    changed[place] = value
+    return changed
+
+
+@pytest.mark.parametrize("mu,sigma,sentence", [
+    (np.zeros(99), np.eye(99), r"mu is float64 \(99,\), .*wanted mean \(12,\) and covariance \(12, 12\)"),
+    (MU[:5], SIGMA[:5, :5], r"\(5,\)"), (MU[None], SIGMA, r"\(1, 12\)"),
+    (MU, SIGMA.diagonal(), r"sigma float64 \(12,\)"), (MU, spoilt((2, 3), np.nan), "not finite"),
+    (MU - np.inf, SIGMA, "not finite"), (MU, 0 * SIGMA, "zero everywhere"),
+    (MU, spoilt((2, 3), 0.5), "not symmetric"), (MU, spoilt((2, 2), -1), "negative variances"),
+    (MU.astype(str), SIGMA, "<U32"), (MU, SIGMA * 1j, "complex128")])
+def test_statistics_that_are_no_mean_and_covariance_of_these_features_are_refused(
+        tmp_path, mu, sigma, sentence):
+    for arrays in ({}, {"arr_0": GOOD}):                           # beside images, too
+        np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma, **arrays)
+        with pytest.raises(SystemExit, match=sentence):
+            metrics.read_reference(tmp_path / "r.npz", POOL)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:len(content) // 2], lambda content: b"", lambda content: content[:-30],
+    lambda content: content[:300] + b"\0" * 200 + content[500:], lambda content: b"PK\3\4" + content[99:]])
+def test_an_npz_file_that_is_cut_off_or_damaged_is_named(tmp_path, damage):
+    np.savez_compressed(tmp_path / "r.npz", arr_0=GOOD)
+    content = (tmp_path / "r.npz").read_bytes()
+    (tmp_path / "r.npz").write_bytes(damage(content))
+    with pytest.raises(SystemExit, match="r.npz: not an npz file of arrays"):
+        metrics.read_reference(tmp_path / "r.npz", POOL)
+
+
+def test_a_file_that_is_no_npz_file_is_named_with_what_was_found(tmp_path):
+    np.save(tmp_path / "r.npy", GOOD)
+    wrong = {"r.npy": r"np.savez\(FILE, arr_0=images\)", "none.npz": "no such file", "": "a folder",
+             "text.npz": r"not an npz file of arrays \(Python objects, which are not loaded, or something"}
+    (tmp_path / "text.npz").write_text("text")
+    for path, sentence in wrong.items():
+        with pytest.raises(SystemExit, match=sentence):
+            metrics.read_reference(tmp_path / path, POOL)
+
+
+def test_statistics_are_preferred_to_the_images_beside_them_if_they_are_of_this_network(tmp_path):
+    path = tmp_path / "r.npz"
+    np.savez(path, arr_0=GOOD, arr_1=np.arange(6), mu=MU + 7, sigma=SIGMA)
+    (mu, sigma), real, named = metrics.read_reference(path, POOL)
+    assert mu.tolist() == [7] * 12 and torch.equal(sigma, torch.eye(12).double())
+    assert torch.allclose(real, pool(data.to_tensor(GOOD))[0]) and "6 images" in named
+    other = FeatureNetwork("SqueezeNet", "SqueezeNet, sha256 0", pool)       # they are Inception's
+    (mu, _), real, _ = metrics.read_reference(path, other)
+    assert torch.allclose(mu, real.double().mean(0))
+
+
+def test_another_size_than_the_samples_is_said_in_one_line(tmp_path, capsys):
+    np.savez(tmp_path / "images.npz", arr_0=GOOD)
+    metrics.keep_reference(tmp_path / "kept.npz", features(20, 12, 0), POOL, "20 images", 8)
+    for name in ("images", "kept"):
+        metrics.read_reference(tmp_path / f"{name}.npz", POOL, size=(8, 8))
+        assert not capsys.readouterr().err
+        metrics.read_reference(tmp_path / f"{name}.npz", POOL, size=(8, 16))
+        assert f"{name}.npz: of 8x8 pixels, the samples have 8x16" in capsys.readouterr().err
+
+
+def test_a_reference_that_cannot_be_written_whole_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "kept.npz"
+    metrics.keep_reference(path, features(20, 12, 0), POOL, "20 images", 8)
+    before = path.read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError):
+        metrics.keep_reference(path, features(20, 12, 1), POOL, "20 images", 8)
+    assert path.read_bytes() == before
+
+
+# ---------------------------------------------------------------- few images, and none that are numbers
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_few_images_have_all_distances_but_those_that_need_more_neighbours(n):
+    f = features(n, 6, 1)
+    values = distances("Inception", f, moments(f), torch.randn(n, 4), real=features(5, 6, 2))
+    neighbours = {"precision", "recall"} if n > 3 else set()
+    assert set(values) == {f"Inception-FID@{n}", "Inception-KID", "IS"} | neighbours
+    assert all(np.isfinite(value) for value in values.values())
+    assert set(distances("Inception", features(9, 6, 1), moments(f), torch.zeros(9, 4), real=f)) >= neighbours
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_images_have_no_moments(n):
+    with pytest.raises(ValueError, match=f"{n} images have no covariance, wanted at least 2"):
+        moments(torch.zeros(n, 6))
+
+
+def test_kid_of_fewer_images_than_its_subset_is_of_all_of_them():
+    a, b = features(20, 8, 1), features(30, 8, 2, shift=2.0)
+    assert distances("Probe", b, moments(a), real=a)["Probe-KID"] > 0.5
+    assert distances("Probe", a[:2], moments(a), real=a)["Probe-KID"] < 0.5
+
+
+def test_the_distance_of_features_that_are_not_finite_is_nan():
+    a, b = features(9, 6, 1), features(9, 6, 2)
+    b[3, 2] = float("nan")
+    assert np.isnan(frechet_distance(moments(a), moments(b)))
+    assert np.isnan(frechet_distance(moments(b), moments(a)))
+
+
+# ---------------------------------------------------------------- texts
+
+
+def save_clip(folder, sd3_folder):
+    """(model, processor), a small CLIP model of random weights, saved in a folder."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
     tokenizer = CLIPTokenizer.from_pretrained(sd3_folder / "tokenizer")
     torch.manual_seed(0)
@@ -254,8 +391,13 @@ def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path,
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
     images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = CLIPProcessor(images, tokenizer)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path, sd3_folder):
+    model, processor = save_clip(tmp_path, sd3_folder)
     score, _ = metrics.clip_scorer(tmp_path, "cpu")
     x, texts = torch.rand(3, 3, 40, 40) * 2 - 1, ["a fox", "the sea, a house and a very long road", "fog"]
     with torch.no_grad():
@@ -264,3 +406,24 @@ def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path,
         assert cosines.std() > 1e-3 and torch.allclose(score(x, texts), 100 * cosines.clamp_min(0), atol=1e-4)
     with pytest.raises(SystemExit, match="wanted a local folder of a CLIP model"):
         metrics.clip_scorer(tmp_path / "nowhere", "cpu")
+
+
+def test_a_clip_folder_without_all_weights_is_refused_and_not_filled_with_random_ones(tmp_path, sd3_folder):
+    model, _ = save_clip(tmp_path, sd3_folder)
+    state = {name: weight for name, weight in model.state_dict().items() if "visual_projection" not in name}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="lacks weights .visual_projection.weight, ..."):
+        metrics.clip_scorer(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("file,content", [
+    ("model.safetensors", b"half"), ("config.json", b"{"), ("model.safetensors", None), ("config.json", None),
+    ("tokenizer.json", None)])
+def test_a_clip_folder_that_is_not_whole_is_named(tmp_path, sd3_folder, file, content):
+    save_clip(tmp_path, sd3_folder)
+    os.remove(tmp_path / file)
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    wanted = "not a whole CLIP model and processor|its tokenizer knows 2 words|wanted a local folder of"
+    with pytest.raises(SystemExit, match=wanted):
+        metrics.clip_scorer(tmp_path, "cpu")

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import davae
+import evaluate
 import finetune
+import sample
 import train_vae
 from support import ranks, runs
 
@@ -211,3 +213,55 @@ script.main = lambda cfg: None"""
     assert process.returncode == 0, err
     for rank in (0, 1):
         assert torch.load(tmp_path / f"grad{rank}.pt").tolist() == [1.5, 3.0]
+
+
+# ---------------------------------------------------------------- ranks that are slow
+
+
+SLOW = """
+import time
+from datetime import timedelta
+from support import figures, latents
+join = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=8))
+
+def slow(module, name, rank):
+    # on one rank, the first call of a function takes longer than the others wait
+    function = getattr(module, name)
+    waits = [9] if RANK == rank else []
+
+    def slowly(*args, **options):
+        if waits:
+            time.sleep(waits.pop())
+        return function(*args, **options)
+    setattr(module, name, slowly)
+
+"""
+
+# What takes its time, in each script: pictures, checkpoints, validation, statistics, caches, metrics.
+SLOW_PARTS = {
+    "train_vae": ["figures, 'save_grid', 0", "runs, 'save_folder', 0", "script, 'reconstruct', 1",
+                  "script, 'statistics_images', 1", "figures, 'plot_losses', 0"],
+    "finetune": ["latents, 'encode_shard', 0", "runs, 'save_folder', 0", "script, 'generate', 1",
+                 "figures, 'save_grid', 0", "figures, 'plot_losses', 0"],
+    "sample": ["script, 'save_png', 1", "script, 'write_npz', 0", "figures, 'save_grid', 0"],
+    "evaluate": ["script, 'pair_scores', 1", "script, 'draw_and_measure', 0", "script, 'add_entry', 0"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_PARTS)
+def test_no_rank_gives_up_while_another_draws_measures_encodes_or_writes(
+        davae_config, finetune_config, tiny_run, tmp_path, launch, name):
+    configs = {
+        "train_vae": (train_vae, davae_config(tmp_path / "v", image_size=16, gan=0.0, steps=2)),
+        "finetune": (finetune, finetune_config(tmp_path / "run", steps=2, micro_batch=4)),
+        "sample": (sample, sample.Config(run=tiny_run, out=str(tmp_path / "images"), n=4, steps=2)),
+        "evaluate": (evaluate, evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), n=8, images=8,
+                                               steps=2)),
+    }
+    script, cfg = configs[name]
+    fault = SLOW + "\n".join(f"slow({part})" for part in SLOW_PARTS[name])
+    process = launch(script.main, cfg, fault, ranks=2)
+    _, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_vae
-from support import runs
+from support import figures, runs
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -89,6 +89,44 @@ def test_resuming_drops_the_log_lines_that_will_be_written_again(tmp_path, read_
     resumed.add({"loss": torch.tensor(2.0)})
     resumed.row(30)
     assert [(row["step"], row["loss"]) for row in read_log(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+
+
+@pytest.mark.parametrize("lost", [
+    b"\0" * 40 + b"\n", b'{"step": 3, "lo', b"\0\0\0{}\n", b"[1, 2]\n\xff\xfe\n", b'{"step": null}\n\n'])
+def test_a_log_is_read_as_far_as_it_goes_after_a_power_cut(tmp_path, read_log, capsys, lost):
+    whole = b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n'
+    (tmp_path / "log.jsonl").write_bytes(whole + lost)
+    assert figures.read_log(tmp_path)["loss"] == ([1, 2], [1.0, 2.0])
+    assert "log.jsonl: " in capsys.readouterr().err
+    resumed = runs.Log(tmp_path, 0, 2, 3, every=1, batch_size=1)
+    resumed.add({"loss": torch.tensor(3.0)})
+    resumed.row(3)
+    assert [(row["step"], row["loss"]) for row in read_log(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize("left", ["", "\0\0\0", '{"stage": "ba', "[]", "7"])
+def test_a_summary_that_a_power_cut_has_spoilt_is_written_again(vae_config, tmp_path, left):
+    cfg = vae_config(tmp_path, steps=1)
+    before = train_vae.main(cfg)
+    (tmp_path / "summary.json").write_text(left)
+    figures.final_table([str(tmp_path)])                           # leaves it out
+    after = train_vae.main(cfg)
+    assert after == json.loads((tmp_path / "summary.json").read_text())
+    assert after["psnr"] == before["psnr"] and after["steps"] == 1
+
+
+@pytest.mark.parametrize("killed", ["between the two renames", "before the former is removed"])
+def test_a_checkpoint_that_is_written_anew_is_there_whenever_it_is_killed(tmp_path, killed):
+    for value in (1.0, 2.0):
+        runs.save_folder(tmp_path / "step_000005", {"model": {"w": torch.full((2,), value)}}, {"a": 1})
+        assert not list(tmp_path.glob("*.old"))
+    if "between" in killed:
+        (tmp_path / "step_000005").rename(tmp_path / "step_000005.old")
+    else:
+        shutil.copytree(tmp_path / "step_000005", tmp_path / "step_000005.old")
+    runs.hold(tmp_path, 0)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_000005"]
+    assert load_file(tmp_path / "step_000005" / "model.safetensors")["w"].tolist() == [2.0, 2.0]
 
 
 # ---------------------------------------------------------------- reading what may be damaged or hostile

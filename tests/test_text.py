@@ -257,6 +257,29 @@ def test_a_shard_of_texts_that_is_no_whole_one_or_of_another_width_is_named(tmp_
         text.TextCache(tmp_path)
 
 
+def test_embeddings_that_are_not_finite_are_not_trained_on(tmp_path):
+    context = torch.zeros(2, 8, 6)
+    context[1, 3, 2] = float("inf")
+    shard(tmp_path, 0, context=context)
+    cache = text.TextCache(tmp_path)
+    cache(["a"])
+    with pytest.raises(SystemExit, match="the embeddings of 'a' or of a text after it are not finite"):
+        cache(["a", "b"])
+
+
+def test_shards_of_other_encoders_or_numbers_of_tokens_are_not_mixed(tmp_path):
+    tensors = {"context": torch.zeros(1, 8, 6), "pooled": torch.zeros(1, 5)}
+    for n, encoders in enumerate(("e", "other")):
+        header = {"encoders": encoders, "t5_tokens": "24", "prompts": json.dumps([f"text {n}"])}
+        save_file(tensors, tmp_path / f"text_{n:05d}.safetensors", header)
+    with pytest.raises(SystemExit, match="text_00001.safetensors: made by encoders other, .* by encoders e,"):
+        text.TextCache(tmp_path)
+    (tmp_path / "text_00001.safetensors").unlink()
+    assert text.TextCache(tmp_path, t5_tokens=24).made_by == "encoders e, 24 T5 tokens"
+    with pytest.raises(SystemExit, match="made with 24 T5 tokens, now --t5_tokens=77"):
+        text.TextCache(tmp_path, t5_tokens=77)
+
+
 @pytest.mark.parametrize("length", [0, 50, -4])
 def test_a_shard_of_texts_that_was_cut_off_is_named_before_it_is_read_or_added_to(tmp_path, length):
     shard(tmp_path, 0)
