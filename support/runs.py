@@ -76,8 +76,8 @@ class Run:
         self.stopping = False                          # see `save_due`
         self.must_save = False
         if self.done:
-            return
-        if self.checkpoint:
+            self.start = cfg.steps
+        elif self.checkpoint:
             state = self.train_state()
             self.start = state["step"]
             self.seconds = state["seconds"]
@@ -327,8 +327,9 @@ class Log:
         self.sinks = [self.to_terminal, self.to_file]
         if rank == 0 and self.path.exists():
             kept = [json.dumps(row) + "\n" for row in read_rows(self.path) if row["step"] <= start]
-            with disk_may_fail():
-                replace(self.path, "".join(kept))
+            if "".join(kept) != self.path.read_text(errors="replace"):
+                with disk_may_fail():
+                    replace(self.path, "".join(kept))
 
     def add(self, numbers):
         """Count in {name: () tensor of this rank}."""
