@@ -57,8 +57,8 @@ def variants_of(op):
 
 
 def names_of(op, arguments):
-    """The variants that there are for these arguments."""
-    return [name for name in variants_of(op) if name != "kernel" or op.takes(*arguments)]
+    """The variants that there are for these arguments; where a kernel is not made for them, only plain."""
+    return list(variants_of(op)) if op.takes(*arguments) else ["plain"]
 
 
 def by_compiler(function):
