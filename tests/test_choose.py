@@ -16,7 +16,7 @@ import torch
 import dit
 import finetune
 import kernels
-from kernels import choose, trial
+from kernels import choose, goals, trial
 from support import ranks
 
 CPU = torch.device("cpu")
@@ -492,3 +492,77 @@ def test_the_process_that_tries_finds_attentions_fastest_backend_by_itself(tmp_p
     assert {"cudnn", "efficient"} <= row["left_out"].keys()
     assert row["chosen"] == min(row["ms"], key=row["ms"].get)
     assert torch.allclose(sdpa(q, k, v), before, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_is_chosen_is_what_was_right_and_fastest_and_computes_the_same(monkeypatch, tmp_path):
+    from kernels.attention import sdpa
+    from kernels.norm_modulate import norm_modulate
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    cuda = torch.device("cuda", 0)
+    x = torch.randn(8, 256, 1152, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    shift, scale = torch.randn(8, 2 * 1152, device=cuda, dtype=torch.bfloat16).chunk(2, dim=-1)
+    q, k, v = torch.randn(3, 8, 16, 256, 72, device=cuda, dtype=torch.bfloat16)
+
+    def forward():
+        return norm_modulate(x, shift, scale), sdpa(q, k, v)
+
+    before = forward()
+    rows = choose.choose(forward, tmp_path, cuda)
+    assert [row["call"]["op"] for row in rows] == ["norm_modulate", "sdpa"]
+    assert rows[0]["ms"].keys() == {"plain", "compiled", "kernel"}
+    for row in rows:
+        assert row["chosen"] == min(row["ms"], key=row["ms"].get)
+    for a, b in zip(forward(), before, strict=True):
+        assert (a - b).abs().max() < 0.02 * b.abs().max()
+
+
+# ---------------------------------------------------------------- goals.py: verdicts on a measurement
+
+
+def measured(**changes):
+    """Rows as bench.py makes them, in which G2 to G7 and G13 are met."""
+    what = goals.TRAINING
+    rows = [
+        {"what": what, "variant": goals.OURS, "ms": [200, 199, 201], "MFU": 0.45, "img/s": 640, "GiB": 40},
+        {"what": what, "variant": goals.COMPILED, "ms": [240, 239, 241]},
+        {"what": "decode 1024 px", "variant": goals.OURS, "ms": [30, 29, 31]},
+        {"what": "decode 1024 px", "variant": "plain", "ms": [90, 89, 91]},
+        {"what": "norm_modulate (8, 2)", "variant": "kernel", "ms": [1, 1, 1], "of the ceiling": 0.86},
+        {"what": "norm_modulate (8, 2), and back", "variant": "kernel", "ms": [1, 1, 1],
+         "of the ceiling": 0.8},
+    ]
+    for back, times in (("", (1.0, 1.9, 1.6)), (", and back", (1.0, 1.5, 1.4))):
+        for variant, ms in zip(("kernel", "ref, compiled", "cudnn, compiled"), times):
+            rows.append({"what": f"attention (8, 2){back}", "variant": variant, "ms": [ms, ms, ms]})
+        rows.append({"what": f"attention (8, 2){back}", "variant": "flash, compiled", "error": "not built"})
+    rows[0] |= changes
+    return rows
+
+
+def verdicts(rows, machine="NVIDIA H100 80GB HBM3"):
+    return {row["goal"]: row for row in goals.verdicts(rows, machine)}
+
+
+def test_goals_are_met_or_missed_by_their_rows_and_the_rest_is_not_measured():
+    found = verdicts(measured())
+    assert list(found) == [f"G{n}" for n in range(1, 17)]
+    met = {name for name, row in found.items() if row["verdict"] == "met"}
+    assert met == {"G2", "G3", "G4", "G5", "G6", "G7", "G13"}
+    assert {row["verdict"] for name, row in found.items() if name not in met} == {"not measured"}
+    assert found["G2"]["number"] == "1.20x"
+    assert found["G6"]["number"] == "1.60x, 1.40x"         # against the faster of PyTorch's
+    assert found["G9"]["number"] == "its row is missing"
+    assert "8 GPUs" in found["G16"]["number"]
+
+
+@pytest.mark.parametrize("changes,missed", [
+    (dict(ms=[220, 219, 221]), "G2"), (dict(MFU=0.42), "G3"), ({"img/s": 589}, "G4"), (dict(GiB=47), "G7")])
+def test_a_number_below_its_goal_is_missed(changes, missed):
+    found = verdicts(measured(**changes))
+    assert [name for name, row in found.items() if row["verdict"] == "missed"] == [missed]
+
+
+def test_an_h200_is_measured_by_its_own_goals():
+    found = verdicts(measured(), "NVIDIA H200")
+    assert [name for name, row in found.items() if row["verdict"] == "missed"] == ["G3", "G4"]
