@@ -43,13 +43,14 @@ def before_training(run, device, shape, forward):
     shape:    of a micro-batch
     forward:  takes zeros of that shape and a zero (int64) for each row, and computes what a step does
     """
+    from support import ranks                              # here: nothing else in kernels/ stands on support/
     if not possible(device):
         return
     x = torch.zeros(shape, device=device)
     labels = torch.zeros(len(x), dtype=torch.long, device=device)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with ranks.autocast(run.cfg.dtype, device):
             forward(x, labels)
 
     choose(step, run.cfg.out, device, run.cfg.compile)
@@ -70,7 +71,7 @@ def possible(device):
 
 def choose(forward, out, device, compiled=False):
     """Try what forward() asks for, and use what was chosen from now on; by all ranks.  Returns the table."""
-    from support import ranks, runs                        # nothing else in kernels/ stands on support/
+    from support import ranks, runs
 
     # the model's calls; rank 0 has the table
     calls = recorded(forward, device)
