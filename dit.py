@@ -20,7 +20,7 @@ Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise
                 The model predicts the velocity v = data - noise.
 
 What stands between the matrix products is in kernels/: said there in plain PyTorch, and on a GPU computed by
-what was measured to be right and fastest for the model at hand (KERNELS=ref: as it is said).
+what was found to be right and fastest for the model at hand (KERNELS=ref: as it is said).
 """
 import math
 from dataclasses import dataclass, replace
