@@ -174,12 +174,13 @@ class Run:
         return self.seconds + time.time() - self.since
 
     def finish(self, stage):
-        """Write summary.json, once all ranks are here.  Returns the summary."""
+        """Write summary.json, once all ranks are here, and give the folder free.  Returns the summary."""
         ranks.wait_for_all()
         summary = {"stage": stage, "steps": self.cfg.steps, "seconds": self.elapsed(), **self.results}
         if self.rank == 0:
             with disk_may_fail(must=True):
                 write_json(Path(self.cfg.out) / "summary.json", summary)
+        self.lock.release()
         return summary
 
     def summary(self):
