@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from kernels.attention import sdpa
 from kernels.groupnorm_silu import groupnorm_silu
 
 
@@ -469,9 +470,8 @@ class AttnBlock(nn.Module):
         q = self.q(y).flatten(2).transpose(1, 2).unsqueeze(1)                 # (B, 1, h*w, width), one head
         k = self.k(y).flatten(2).transpose(1, 2).unsqueeze(1)
         v = self.v(y).flatten(2).transpose(1, 2).unsqueeze(1)
-        y = F.scaled_dot_product_attention(q, k, v)                           # (B, 1, h*w, width)
-        y = y.squeeze(1).transpose(1, 2).reshape(B, width, h, w)
-        return x + self.proj_out(y)
+        y = sdpa(q, k, v).squeeze(2)                                          # (B, h*w, width)
+        return x + self.proj_out(y.transpose(1, 2).reshape(B, width, h, w))
 
 
 class Level(nn.Module):

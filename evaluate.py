@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import sample
 from davae import LAYOUT
+from kernels import choose
 from support import config, data, metrics, ranks, runs, weights
 from support.config import field
 from support.figures import print_table
@@ -318,6 +319,7 @@ def draw_and_measure(cfg, run, rulers, plan, mine):
     img/s: sampling and both decoders, after a batch of warm-up; None if there was no second batch.
     """
     flow = sample.prepare(run.dit, run.vae, cfg, run.device)
+    choose.before_sampling(None, run.device, cfg.compile, lambda: rehearse(cfg, run, rulers, plan))
     measured, seconds = {}, []
     for k in tqdm(range(0, len(mine), cfg.batch_size), desc="sampling", disable=run.rank > 0, mininterval=1):
         found, duration = draw(run, rulers, plan, mine[k:k + cfg.batch_size], flow)

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import kernels
 from davae import LAYOUT
 from dit import MODELS, DiTConfig, LightningDiT, MMDiT, MMDiTConfig
 from dit import add_lora, kind_of, warm_start_difference
+from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import config, figures, identity, plan, ranks, runs
@@ -263,10 +263,8 @@ def main(cfg):
     condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU for itself
     run.made_of(texts=condition.made_by)
     if cfg.shard:
-        dit = ranks.shard(dit, device)
-        ema = ranks.shard(ema, device)
-        if base is not None:
-            ranks.shard(base, device)                              # in place
+        for part in (dit, ema) if base is None else (dit, ema, base):
+            ranks.shard(part, device)                              # in place
     dit = dit.to(device).train()
     ema = ema.to(device).eval().requires_grad_(False)
     dit.checkpointing = cfg.checkpointing
@@ -281,9 +279,11 @@ def main(cfg):
 
     # before the first step: the statistics, the proof of the warm start, a checkpoint
     about = description(cfg, dit, train_set)
-    tokens = (cfg.image_size // vae.f // dit.cfg.p) ** 2
-    sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {tokens} tokens"
+    side = cfg.image_size // vae.f
+    sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {(side // dit.cfg.p)**2} tokens"
     run.describe(train_set, dit.parameters(), sizes, accumulate, world, device)
+    part = (cfg.batch_size // world // accumulate, vae.C + cfg.D, side, side)
+    choose.before_training(run, device, part, lambda z, y: flow_loss(dit, z, condition(y, 0.0), 1.0, cfg))
     latents = latent_source(vae, train_set, cfg, device, rank, world)
     if not run.checkpoint:
         z_all, y = next(latents(0))
@@ -352,7 +352,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
     z, y = z_all[:16, :vae.C], y[:16]
     found = []
     for z_part, y_part in zip(z.split(cfg.micro_batch), y.split(cfg.micro_batch)):
-        with ranks.autocast(cfg.dtype, z.device):
+        with specifications(), ranks.autocast(cfg.dtype, z.device):
             found.append(warm_start_difference(base, model, z_part, condition(y_part, 0.0)))
     change, detail = torch.tensor(found, dtype=torch.float64).amax(0).tolist()     # nan, if any of them is
     if run.rank == 0:
@@ -511,10 +511,10 @@ def dry_run(cfg):
         if cfg.D:
             model.expand_channels(cfg.D)
         inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
-        forward, _, _ = kernels.cost(model, inputs)                # as it is sampled from, without adapters
+        forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
-        _, step, kept = kernels.cost(model, inputs)
+        _, step, kept = cost(model, inputs)
     return plan.show(cfg, model, C + cfg.D, side, texts, forward, step, kept)
 
 

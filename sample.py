@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from dit import merge_lora
+from kernels import choose
 from support import config, data, figures, identity, ranks, runs
 from support import text as texts
 from support.config import field
@@ -380,6 +381,9 @@ def main(cfg):
     dit, vae, _ = load_run(cfg.run, cfg.weights, device)
     flow = prepare(dit, vae, cfg, device)
     open_folder(out, settings, rank)
+    batch = range(min(cfg.batch_size, cfg.n))
+    choose.before_sampling(
+        out, device, cfg.compile, lambda: generate(dit, vae, batch, settings | {"steps": 1}, text))
 
     # each rank takes every world-th of the images that are missing
     todo = [i for i in range(cfg.n) if not (out / f"{i:06d}.png").exists()][rank::world]

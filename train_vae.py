@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from davae import LAYOUT, DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image
+from kernels import choose
 from support import config, data, figures, identity, ranks, runs
 from support.bases import TinyBlock, WideBlock
 from support.config import field
@@ -269,6 +270,8 @@ def main(cfg):
     # a disk that is too small shows now, not after hours
     val = validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
+    part = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
+    choose.before_training(run, device, part, lambda x, _: vae(training_batch(x, 1, cfg)))
     if not run.checkpoint:
         save(run, 0, vae, nets, opt, opt_d)
         validate(run, 0, vae, val)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import (
-    at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2, precision, use_triton)
+    at_least_float32, cdiv, contiguous_rows, jit, operation, operator, pointer, power_of_2, precision)
 
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
@@ -309,16 +309,14 @@ def _grads(ctx, dx_new, dh):
 _op.register_autograd(_grads, setup_context=_save)
 
 
+@operation(norm_modulate_ref, images=3)
 def norm_modulate(x, shift, scale, weight=None):
     """h = norm(x) * (1 + scale) + shift: (B, L, E) -> (B, L, E)."""
-    if not use_triton(x):
-        return norm_modulate_ref(x, shift, scale, weight)
     _, h = _op(x, shift, scale, weight, None, None)
     return h
 
 
+@operation(add_norm_modulate_ref, images=5)
 def add_norm_modulate(x, y, gate, shift, scale, weight=None):
     """x_new = x + gate * y;  h = norm(x_new) * (1 + scale) + shift.  -> (x_new, h), both (B, L, E)"""
-    if not use_triton(x):
-        return add_norm_modulate_ref(x, y, gate, shift, scale, weight)
     return _op(x, shift, scale, weight, y, gate)

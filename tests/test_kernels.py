@@ -22,10 +22,12 @@ from torch.utils._pytree import tree_leaves
 import davae
 import dit
 import kernels
+from kernels.choose import described
+from kernels.trial import Trial
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FILES = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py") if p.stem != "bench")
+FILES = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py") if "\n@jit\n" in p.read_text())
 FILE_OF = {
     "attention": "attention",
     "norm_modulate": "norm_modulate",
@@ -62,11 +64,11 @@ def python(*arguments, **options):
 
 @ordinary
 @pytest.mark.parametrize("given,said", [
-    (None, "ref"),
+    (None, "auto"),
     ("triton", "triton"),
-    ("tirton", "wanted ref or triton"),
+    ("tirton", "wanted auto, ref or triton"),
 ])
-def test_no_kernel_is_on_by_itself_and_a_wrong_name_is_refused(given, said):
+def test_kernels_choose_themselves_by_default_and_a_wrong_name_is_refused(given, said):
     env = {k: v for k, v in os.environ.items() if k != "KERNELS"}
     if given:
         env["KERNELS"] = given
@@ -101,7 +103,7 @@ def test_every_kernel_compiles_for_hopper_into_wide_loads_and_its_matrix_product
         return run
 
     monkeypatch.setattr(kernels.jit, "__getitem__", launch)
-    monkeypatch.setattr(importlib.import_module(f"kernels.{FILE_OF[op]}"), "use_triton", lambda x: True)
+    monkeypatch.setattr(kernels, "forced", lambda x: True)
     run(both(op)[0], op, MAKE[op](**AT_FULL_SIZE[op], dtype=torch.bfloat16, device="cpu"))
     assert len(compiled) >= (1 if op == "patch_embed" else 2)              # whose backward is matrix products
     for kernel in compiled.values():
@@ -390,6 +392,16 @@ def test_attention_between_opposite_queries_and_keys_stays_finite_where_the_last
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_every_kernel_passes_its_own_trial_forward_and_backward(op, device):
+    kernel, _ = both(op)
+    inputs = leaves_of(op, MAKE[op](**dict(CASES)[op], dtype=torch.float32, device=device))
+    trial = Trial(described(kernels.OPERATIONS[op], inputs), device)
+    assert "kernel" in trial.names
+    assert len(trial.truth) > sum(isinstance(x, torch.Tensor) for x in inputs) - 2      # gradients too
+    assert trial.verdict(kernels.OPERATIONS[op].variants["kernel"]) == ""
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
     sizes = dict(CASES)[op]                        # the last case of each kernel
     inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float32, device=device))
@@ -399,12 +411,14 @@ def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_ref_turns_triton_off(op, device, monkeypatch):
-    kernel, ref = both(op)
+@pytest.mark.parametrize("mode", ["ref", "auto"])
+def test_triton_is_off_with_kernels_ref_and_where_nothing_was_chosen(op, mode, device, monkeypatch):
+    kernel, _ = both(op)
     inputs = MAKE[op](**dict(CASES)[op], dtype=torch.float32, device=device)
     monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: pytest.fail("Triton was launched"))
-    monkeypatch.setattr(kernels, "KERNELS", "ref")
-    assert all(map(torch.equal, run(kernel, op, inputs), run(ref, op, inputs)))
+    monkeypatch.setattr(kernels, "KERNELS", mode)
+    plain = kernels.OPERATIONS[op].variants["plain"]
+    assert all(map(torch.equal, run(kernel, op, inputs), run(plain, op, inputs)))
 
 
 def test_every_kernel_has_cases():
