@@ -220,6 +220,15 @@ def widened(stock):
 # ---------------------------------------------------------------- runs of a few steps, made once
 
 
+@pytest.fixture(scope="session", autouse=True)
+def validation_on_few_images():
+    """Sixty-four images would be most of the work of runs this short."""
+    import train_vae
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vae.validation_images, "__defaults__", (8,))
+        yield
+
+
 @pytest.fixture(scope="session")
 def vae_config():
     """vae_config(out, **changes) -> train_vae's Config of a base VAE of 8 channels on 16-pixel images.

@@ -13,6 +13,7 @@ from support.weights import build_vae, load_base_vae, load_davae, save_base_vae
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_taef2_reproduces_its_published_round_trip(shared):
     vae, values = load_base_vae(shared("weights/taef2")), []
     assert (vae.C, vae.f) == (32, 8) and sum(p.numel() for p in vae.parameters()) == 1_338_528 + 1_338_499
