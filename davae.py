@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from kernels.attention import sdpa
 from kernels.groupnorm_silu import groupnorm_silu
 
 
@@ -468,9 +469,9 @@ class AttnBlock(nn.Module):
         # layouts a CPU computes all (h*w)^2 scores at once, 1 GB at 1,024 pixels.
         y = self.norm(x).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)  # (B, 1, h*w, width), one head
         q, k, v = [F.linear(y, conv.weight.flatten(1), conv.bias) for conv in (self.q, self.k, self.v)]
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = sdpa(q, k, v).squeeze(2)                                           # (B, h*w, width)
         y = F.linear(y, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + y.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Level(nn.Module):
@@ -594,7 +595,6 @@ class AutoencoderKL(BaseVAE):
         return cls(KLConfig(**config))
 
 
-# The memory layout of autoencoders and their images in training: on a CPU that of the faster step (157 ms in
-# the preset tiny, against 197; 2026-11-21), on a GPU not measured. To encode and decode, channels_last is
-# faster on a CPU, too (by 5 to 10 % at SD3's widths): runs are loaded in it.
+# The memory layout of autoencoders in training, and of their images. On a CPU that of the faster step (157 ms
+# in tiny, against 197; 2026-11-21), though channels_last encodes and decodes faster; on a GPU not measured.
 LAYOUT = {"cuda": torch.channels_last, "cpu": torch.contiguous_format}

@@ -19,8 +19,8 @@ Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   
 Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise
                 The model predicts the velocity v = data - noise.
 
-What stands between the matrix products is in kernels/: said there in plain PyTorch, and computed faster if
-asked for (KERNELS=triton).
+What stands between the matrix products is in kernels/: said there in plain PyTorch, and on a GPU computed by
+what was found to be right and fastest for the model at hand (KERNELS=ref: as it is said).
 """
 import math
 from dataclasses import dataclass, replace
@@ -30,8 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention as short_attention
-from kernels import use_triton
+from kernels.attention import attention, sdpa
 from kernels.norm_modulate import add_norm_modulate, norm_modulate, norm_modulate_twice
 from kernels.patch_embed import patch_embed
 from kernels.qknorm_rope import qknorm_rope
@@ -370,7 +369,7 @@ class JointBlock(nn.Module):
         q = torch.cat([q, q_text], dim=2)                                      # (B, A, L+T, K)
         k = torch.cat([k, k_text], dim=2)
         v = torch.cat([v, v_text], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)          # (B, L+T, E)
+        y = sdpa(q, k, v).flatten(2)                                           # (B, L+T, E)
         x_attended, text_attended = y.split([x.shape[1], text.shape[1]], dim=1)
 
         x = self.x.update(x, x_attended, h2, x_mods)
@@ -459,27 +458,10 @@ class Attention(nn.Module):
         return qknorm_rope(qkv, self.q_norm.weight, self.k_norm.weight)
 
     def forward(self, x, cos=None, sin=None):
-        """(B, L, E) -> (B, L, E); cos, sin: RoPE's tables, if any."""
+        """softmax(q k^T / sqrt(K)) v: (B, L, E) -> (B, L, E); cos, sin: RoPE's tables, if any."""
         qkv = self.qkv(x).unflatten(-1, (3, self.A, -1))                       # (B, L, 3, A, K)
         y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin)   # (B, L, A, K)
         return self.proj(y.flatten(2))
-
-
-# K: the most tokens that short_attention takes, where kernels are on. By its design; not measured
-SHORT = {72: 256}
-
-
-def attention(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
-    """softmax(q k^T / sqrt(K)) v over all tokens, q and k normalised and rotated by kernels/qknorm_rope.py.
-
-    qkv: (B, L, 3, A, K); q_weight, k_weight: of the norms, if any; cos, sin: RoPE's tables, if any
-    returns (B, L, A, K)
-    """
-    B, L, _, A, K = qkv.shape
-    if use_triton(qkv) and L <= SHORT.get(K, 0):
-        return short_attention.attention(qkv, q_weight, k_weight, cos, sin)
-    q, k, v = qknorm_rope(qkv, q_weight, k_weight, cos, sin)                   # each (B, A, L, K)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

@@ -30,12 +30,13 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import sample
+from kernels import choose
 from support import config, data, metrics, ranks, runs, weights
 from support.config import field
 from support.figures import print_table
 from support.measurements import add_entry, check_writable, compare, read_entries, run_folder, state_of
 from support.metrics import FeatureNetwork, distances, moments, upsampled
-from support.ranks import from_all, gather
+from support.ranks import autocast, from_all, gather
 from support.runs import hash_of
 
 
@@ -159,19 +160,26 @@ def held_out(run, data_dir, images, whole=False):
 # ---------------------------------------------------------------- reconstruction
 
 
-def reconstruction(vae, batches, rulers, device):
-    """`image_table` of what the VAE gives back, each row with its number of latent positions."""
+def reconstruction(vae, batches, rulers, device, dtype="float32"):
+    """`image_table` of what the VAE gives back, each row with its number of latent positions.
+
+    dtype: of the VAE's products, as of cfg.dtype; what is measured is float32 again
+    """
     pixels = []
 
     def decodings(x):
         pixels.extend([x[0, 0].numel()] * len(x))
         rows = {}
+        with autocast(dtype, device):
+            z_full = vae.base.encode(x)                                            # (B, C, r*H/f, r*W/f)
+            full = vae.base.decode(z_full)
+            if vae.D:
+                z_all = vae.encode(x)                                              # (B, C+D, H/f, W/f)
+                base = vae.decode_base(z_all[:, :vae.C])
+                rows["DA-VAE"] = vae.decode(z_all).float().clamp(-1, 1)
         if vae.D:
-            z_all = vae.encode(x)                                                  # (B, C+D, H/f, W/f)
-            rows |= upsampled(vae.decode_base(z_all[:, :vae.C]), vae.r)
-            rows["DA-VAE"] = vae.decode(z_all).clamp(-1, 1)
-        z_full = vae.base.encode(x)                                                # (B, C, r*H/f, r*W/f)
-        rows["base VAE, full size"] = vae.base.decode(z_full).clamp(-1, 1)
+            rows = upsampled(base.float(), vae.r) | rows
+        rows["base VAE, full size"] = full.float().clamp(-1, 1)
         return rows
 
     table, real, description = image_table(decodings, batches, rulers, device)
@@ -310,6 +318,7 @@ def draw_and_measure(cfg, run, rulers, plan, mine):
     img/s: sampling and both decoders, after a batch of warm-up; None if there was no second batch.
     """
     flow = sample.prepare(run.dit, run.vae, cfg, run.device)
+    choose.before_sampling(None, run.device, cfg.compile, lambda: rehearse(cfg, run, rulers, plan))
     measured, seconds = {}, []
     for k in tqdm(range(0, len(mine), cfg.batch_size), desc="sampling", disable=run.rank > 0, mininterval=1):
         found, duration = draw(run, rulers, plan, mine[k:k + cfg.batch_size], flow)
@@ -380,7 +389,7 @@ def main(cfg):
     batches = data.read(dataset, mine, run.vae.f if cfg.whole else 0)
     batches = tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1)
     batches = large_enough(batches, dataset, rulers.least())
-    table, real, settings["held_out"] = reconstruction(run.vae, batches, rulers, run.device)
+    table, real, settings["held_out"] = reconstruction(run.vae, batches, rulers, run.device, cfg.dtype)
     settings["left_out"] = len(index) - len(real)
     entry = {"settings": settings, "reconstruction": table}
     if draws and not cfg.reference:

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import kernels
 from davae import LAYOUT
 from dit import MODELS, DiTConfig, LightningDiT, MMDiT, MMDiTConfig
 from dit import add_lora, kind_of, warm_start_difference
+from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import config, figures, identity, plan, ranks, runs
@@ -45,6 +45,8 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where the machine computes in it",
+                       choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents
     data_dir: str = field("procedural", "a folder of images or latent shards; 'procedural': built-in images")
@@ -261,10 +263,8 @@ def main(cfg):
     condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU for itself
     run.made_of(texts=condition.made_by)
     if cfg.shard:
-        dit = ranks.shard(dit, device)
-        ema = ranks.shard(ema, device)
-        if base is not None:
-            ranks.shard(base, device)                              # in place
+        for part in (dit, ema) if base is None else (dit, ema, base):
+            ranks.shard(part, device)                              # in place
     dit = dit.to(device).train()
     ema = ema.to(device).eval().requires_grad_(False)
     dit.checkpointing = cfg.checkpointing
@@ -279,9 +279,11 @@ def main(cfg):
 
     # before the first step: the statistics, the proof of the warm start, a checkpoint
     about = description(cfg, dit, train_set)
-    tokens = (cfg.image_size // vae.f // dit.cfg.p) ** 2
-    sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {tokens} tokens"
+    side = cfg.image_size // vae.f
+    sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {(side // dit.cfg.p)**2} tokens"
     run.describe(train_set, dit.parameters(), sizes, accumulate, world, device)
+    part = (cfg.batch_size // world // accumulate, vae.C + cfg.D, side, side)
+    choose.before_training(run, device, part, lambda z, y: flow_loss(dit, z, condition(y, 0.0), 1.0, cfg))
     latents = latent_source(vae, train_set, cfg, device, rank, world)
     if not run.checkpoint:
         z_all, y = next(latents(0))
@@ -293,9 +295,9 @@ def main(cfg):
         save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
     del base                                                       # its memory is wanted
     if not cfg.shard:
-        share_frozen(dit, ema)
+        share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
 
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = ranks.autocast(cfg.dtype, device)
     for n, (z_all, y) in run.steps(latents(run.start)):
 
         # learning rate, and how much the details count
@@ -350,7 +352,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
     z, y = z_all[:16, :vae.C], y[:16]
     found = []
     for z_part, y_part in zip(z.split(cfg.micro_batch), y.split(cfg.micro_batch)):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+        with specifications(), ranks.autocast(cfg.dtype, z.device):
             found.append(warm_start_difference(base, model, z_part, condition(y_part, 0.0)))
     change, detail = torch.tensor(found, dtype=torch.float64).amax(0).tolist()     # nan, if any of them is
     if run.rank == 0:
@@ -371,7 +373,7 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
     noise = sample_noise(cfg.seed, range(len(y)), (vae.C + cfg.D, *z.shape[2:])).to(z.device)
     ts = time_grid(cfg.sample_steps, cfg.shift, cfg.grid == "sd3")
     rows = {"base model": [], "widened, step 0": []}
-    with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+    with ranks.autocast(cfg.dtype, z.device):
         for part in torch.arange(len(y)).split(max(1, cfg.micro_batch // 2)):      # guidance doubles the rows
             cond = condition(y[part], 0.0)
             uncond = condition(y[part], 1.0)
@@ -385,11 +387,11 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
         figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(y), math.ceil(96 / x.shape[-1]), labels)
 
 
-def share_frozen(dit, ema):
-    """Let the EMA use the model's own frozen weights; on a GPU, matrices in bfloat16, as in autocast."""
+def share_frozen(dit, ema, rounded):
+    """Let the EMA use the model's own frozen weights; if `rounded`, matrices in bfloat16, as in autocast."""
     for p, e in zip(dit.parameters(), ema.parameters()):
         if not p.requires_grad:
-            if p.is_cuda and p.ndim > 1:
+            if rounded and p.ndim > 1:
                 p.data = p.data.bfloat16()
             e.data = p.data
 
@@ -416,10 +418,9 @@ def load_vae(cfg, run):
 
 def sources(cfg, vae, train_set):
     """What the run is made of, for `Run.made_of`; of texts, see support/text.py."""
-    captions = identity.of_text(json.dumps(train_set.captions)) if cfg.text else None
     return {
         "images": train_set.fingerprint,
-        "captions": captions,
+        "captions": identity.of_text(json.dumps(train_set.captions)) if cfg.text else None,
         "classes": None if cfg.text else train_set.classes,
         "vae": runs.hash_of(vae),
         "base": identity.of_source(cfg.base, "transformer"),
@@ -500,18 +501,20 @@ def dry_run(cfg):
             cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
         else:
             C, f, texts = 32, 32, 0                                # on VA-VAE
-            grid = cfg.image_size // f // cfg.p
-            model = LightningDiT(DiTConfig(C=C, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
-                                           qk_norm=cfg.qk_norm))
+            check_text(cfg, "--dry_run=True without --text= is of a LightningDiT: it", DiTConfig)
+            model = LightningDiT(DiTConfig(C=C, p=cfg.p, grid=cfg.image_size // f // cfg.p, E=cfg.E,
+                                           depth=cfg.depth, A=cfg.A, qk_norm=cfg.qk_norm))
             cond = [torch.zeros(1, dtype=torch.long)]
         side = cfg.image_size // f
+        if cfg.image_size % (f * model.cfg.p):
+            raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of {f * model.cfg.p}")
         if cfg.D:
             model.expand_channels(cfg.D)
         inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
-        forward, _, _ = kernels.cost(model, inputs)                # as it is sampled from, without adapters
+        forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
-        _, step, kept = kernels.cost(model, inputs)
+        _, step, kept = cost(model, inputs)
     return plan.show(cfg, model, C + cfg.D, side, texts, forward, step, kept)
 
 
@@ -560,8 +563,8 @@ def draw_samples(run, done, ema, vae, about, text):
     """
     cfg = run.cfg
     n = min(10, len(about["classes"]) if cfg.text else ema.cfg.num_classes)
-    wanted = SampleConfig(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)))
-    settings = settings_of(wanted, about, "")
+    chosen = dict(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)), dtype=cfg.dtype)
+    settings = settings_of(SampleConfig(**chosen), about, "")
     images, previews, numbers = [], [], []
     with runs.picture_may_fail(f"{cfg.out}: samples"):
         for part in torch.tensor(ranks.my_share(4 * n)).split(max(1, cfg.micro_batch // 2)):
@@ -578,9 +581,8 @@ def draw_samples(run, done, ema, vae, about, text):
         for name, x in grids.items():
             if run.rank > 0 or len(x) < 4 * n:                     # a rank has failed, and said so
                 continue
-            for file in (f"{name}_{done:06d}.png", f"{name}.png"):
-                scale = max(1, 128 // x.shape[-1])
-                figures.save_grid(x[:4 * n], Path(cfg.out) / file, n, scale, names * 4)
+            for file in (f"{cfg.out}/{name}_{done:06d}.png", f"{cfg.out}/{name}.png"):
+                figures.save_grid(x[:4 * n], file, n, max(1, 128 // x.shape[-1]), names * 4)
     ranks.wait_for_all()
 
 

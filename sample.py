@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from dit import merge_lora
+from kernels import choose
 from support import config, data, figures, identity, ranks, runs
 from support import text as texts
 from support.config import field
@@ -63,6 +64,8 @@ class Config:
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where the machine computes in it",
+                       choices=("auto", "float32", "bfloat16"))
 
 
 # ---------------------------------------------------------------- the sampler
@@ -248,7 +251,7 @@ def prepare(dit, vae, cfg, device):
     """Make models ready for many batches, by cfg.compile and cfg.graph; returns the `flow` of `generate`."""
     if cfg.graph and device.type != "cuda":
         raise SystemExit("--graph=True: wanted a GPU; leave it out")
-    if device.type == "cuda":
+    if ranks.in_bfloat16(cfg.dtype, device):
         for_sampling(dit)
     if cfg.compile:
         for part in [*dit.blocks, vae.decoder or vae.base.decoder]:
@@ -276,8 +279,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     ahead = AHEAD if hasattr(dit, "modulations") and not ranks.is_sharded(dit) else 0
 
     # A graph would keep the addresses of autocast's cache of rounded weights, which goes with this context.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda",
-                              cache_enabled=flow is sample_flow)
+    autocast = ranks.autocast(s.get("dtype", "auto"), device, cache_enabled=flow is sample_flow)
     with torch.no_grad(), autocast:
         z_all = flow(dit, noise.to(device), ts, cond, uncond, scale=s["cfg"],
                      interval=(s["cfg_start"], s["cfg_end"]), channels=s["cfg_channels"] or None,
@@ -309,7 +311,7 @@ def settings_of(cfg, about, checkpoint):
     """
     own = about["config"]
     s = {}
-    for name in ("steps", "seed", "weights", "cfg_start", "cfg_end", "cfg_channels"):
+    for name in ("steps", "seed", "weights", "dtype", "cfg_start", "cfg_end", "cfg_channels"):
         s[name] = getattr(cfg, name)
     s["shift"] = own["shift"] if cfg.shift < 0 else cfg.shift
     s["cfg"] = own["cfg"] if cfg.cfg < 0 else cfg.cfg
@@ -379,6 +381,9 @@ def main(cfg):
     dit, vae, _ = load_run(cfg.run, cfg.weights, device)
     flow = prepare(dit, vae, cfg, device)
     open_folder(out, settings, rank)
+    batch = range(min(cfg.batch_size, cfg.n))
+    choose.before_sampling(
+        out, device, cfg.compile, lambda: generate(dit, vae, batch, settings | {"steps": 1}, text))
 
     # each rank takes every world-th of the images that are missing
     todo = [i for i in range(cfg.n) if not (out / f"{i:06d}.png").exists()][rank::world]

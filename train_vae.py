@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from davae import LAYOUT, DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image
+from kernels import choose
 from support import config, data, figures, identity, ranks, runs
 from support.bases import TinyBlock, WideBlock
 from support.config import field
@@ -33,6 +34,8 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where the machine computes in it",
+                       choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data
     data_dir: str = field("procedural", "a folder of images, or 'procedural' for the built-in ones")
@@ -207,6 +210,8 @@ class LossNetworks:
     """
 
     def __init__(self, cfg, device):
+        if cfg.D and cfg.train == "blocks" and cfg.gan and cfg.disc_start < cfg.steps:
+            raise SystemExit("--train=blocks freezes the layer by which the GAN is weighted; give --gan=0")
         torch.manual_seed(cfg.seed)
         self.disc = PatchGAN(cfg.disc_width).to(device) if cfg.gan else None
         self.lpips = None
@@ -265,11 +270,13 @@ def main(cfg):
     # a disk that is too small shows now, not after hours
     val = validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
+    part = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
+    choose.before_training(run, device, part, lambda x, _: vae(training_batch(x, 1, cfg)))
     if not run.checkpoint:
         save(run, 0, vae, nets, opt, opt_d)
         validate(run, 0, vae, val)
 
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = ranks.autocast(cfg.dtype, device)
     stream = data.batches(train_set, cfg.batch_size, cfg.seed, run.start, rank, world, cfg.flip)
     for step, (x, _) in run.steps(stream):
 
@@ -310,7 +317,8 @@ def main(cfg):
     # the statistics of the latents, which belong to the weights: they are final now, and saved
     if run.start == cfg.steps:                     # a job that was cut off between its last save and here
         validate(run, cfg.steps, vae, val)
-    vae.measure(statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
+    with autocast:
+        vae.measure(statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
     save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
@@ -361,6 +369,8 @@ def initial_vae(cfg):
     base = load_measured(cfg.base).base
     if cfg.D == 0:
         return PlainVAE(base)
+    if cfg.rescale and cfg.detail_dropout == 1:
+        raise SystemExit("--rescale=True divides by 1 - detail_dropout: wanted --detail_dropout below 1")
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale))
 
 
@@ -482,10 +492,10 @@ def validation_images(cfg, train_set, n=64):
 def reconstruct(vae, x):
     """(base only, full) of x (B, 3, H, W): from its base channels alone, bicubically enlarged; from all."""
     z_all = vae.encode(x)
-    base = vae.decode_base(z_all[:, :vae.C])
+    base = vae.decode_base(z_all[:, :vae.C]).float()
     if vae.D:
         base = F.interpolate(base, scale_factor=float(vae.r), mode="bicubic", align_corners=False)
-    return base.clamp(-1, 1), vae.decode(z_all).clamp(-1, 1)
+    return base.clamp(-1, 1), vae.decode(z_all).float().clamp(-1, 1)
 
 
 def validate(run, done, vae, val):
@@ -497,7 +507,7 @@ def validate(run, done, vae, val):
     mine = torch.arange(len(val)).tensor_split(ranks.world_size())[run.rank]
     images = val[mine]
     scores = []
-    with runs.picture_may_fail(f"{run.cfg.out}: reconstructions"):
+    with runs.picture_may_fail(f"{run.cfg.out}: reconstructions"), ranks.autocast(run.cfg.dtype, val.device):
         pairs = [reconstruct(vae, x) for x in images.split(min(32, run.cfg.micro_batch))]
         base = torch.cat([pair[0] for pair in pairs])
         full = torch.cat([pair[1] for pair in pairs])

@@ -1,9 +1,12 @@
-"""What every kernel file needs: when to use Triton, and how not to import it before the first launch.
+"""What every kernel file needs: which variant computes an operation, and how not to import Triton too early.
 
 Environment variable KERNELS:
-    ref       plain PyTorch, the specifications. The default, because no kernel has been measured on a GPU
-    triton    all kernels: on CUDA; on the CPU, where they are interpreted (TRITON_INTERPRET=1); on "meta",
-              where they are only counted
+    auto      the default. On CUDA each operation is tried once, at the sizes of the model at hand, before it
+              is trained or sampled from, and what is right and fastest is used from then on: choose.py.
+              What was not tried, and everything on a CPU, is plain PyTorch
+    ref       plain PyTorch, the specifications
+    triton    all kernels, untried: on CUDA; on the CPU, where they are interpreted (TRITON_INTERPRET=1); on
+              "meta", where they are only counted
 
 How to read a kernel. It is one short function that a GPU runs thousands of times at once. Each run, a
 "program", asks which part of the result is its own, loads what that part takes, computes, and stores:
@@ -22,22 +25,93 @@ How to read a kernel. It is one short function that a GPU runs thousands of time
 Tiles live in registers: what happens between loads and stores costs no memory traffic. That is the gain,
 because what stands between matrix products is limited by the bytes it moves and not by its arithmetic.
 """
+import contextlib
+import functools
 import os
+from dataclasses import dataclass, field
 
 import torch
 
-KERNELS = os.environ.get("KERNELS", "ref")
+KERNELS = os.environ.get("KERNELS", "auto")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if KERNELS not in ("ref", "triton"):
-    raise SystemExit(f"KERNELS={KERNELS!r}: wanted ref or triton")
+if KERNELS not in ("auto", "ref", "triton"):
+    raise SystemExit(f"KERNELS={KERNELS!r}: wanted auto, ref or triton")
 
 # For torch.utils.flop_counter: operators with products in them -> FLOPs, from their inputs' shapes.
 FLOPS = {}
 
 
-def use_triton(x):
-    """Whether an operation on x is one of the kernels, see above."""
+# ---------------------------------------------------------------- which variant computes an operation
+
+
+@dataclass
+class Operation:
+    """What choose.py knows of an operation."""
+    name: str
+    ref: object                # the specification
+    variants: dict             # name -> function: "plain", "kernel" and whatever else computes the same
+    images: int                # so many of the first arguments have one row for each image
+    takes: object              # arguments -> whether the kernel is made for these
+    chosen: dict = field(default_factory=dict)     # what `key` says of the first argument -> a variant
+
+
+OPERATIONS = {}                # name -> Operation
+WATCH = None                   # while choose.py watches a model: what is called after each operation
+
+
+def operation(ref=None, images=1, plain=None, takes=None, **others):
+    """Decorator: a kernel becomes the operation, which is computed by one of its variants, see KERNELS.
+
+    ref:    the specification; without one it is what is decorated, and `others` are all there is besides
+    plain:  what is used in place of the kernel, if that is not the specification
+    """
+
+    def register(function):
+        variants = {"plain": plain or ref or function} | others
+        if ref is not None:
+            variants["kernel"] = function
+        takes_all = takes or (lambda *_: True)
+        op = Operation(function.__name__, ref or function, variants, images, takes_all)
+        OPERATIONS[op.name] = op
+
+        @functools.wraps(function)
+        def run(x, *others):
+            if KERNELS == "auto":
+                compute = op.chosen.get(key(x), variants["plain"]) if op.chosen else variants["plain"]
+            elif forced(x) and "kernel" in variants and takes_all(x, *others):
+                compute = variants["kernel"]
+            else:
+                compute = variants["plain"]
+            result = compute(x, *others)
+            if WATCH is not None:
+                WATCH(op, (x, *others))
+            return result
+
+        return run
+
+    return register
+
+
+def key(x):
+    """What a choice goes by, of an operation's first argument. The batch is not part of it."""
+    return x.device.type, x.dtype, *x.shape[1:]
+
+
+def forced(x):
+    """KERNELS=triton, where that is possible."""
     return KERNELS == "triton" and (x.is_cuda or x.is_meta or INTERPRETED)
+
+
+@contextlib.contextmanager
+def specifications():
+    """In here everything is plain PyTorch: for what must be equal to the last bit."""
+    global KERNELS
+    before = KERNELS
+    KERNELS = "ref"
+    try:
+        yield
+    finally:
+        KERNELS = before
 
 
 # ---------------------------------------------------------------- from a function to an operator

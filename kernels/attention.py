@@ -9,8 +9,8 @@ and the rest, 64 + 16 (of which 8 are zeros): each product over K becomes two, a
 
 Shapes:    qkv (B, N, 3, A, K), any strides with the last one 1;  weights (K,) or None;
            cos, sin (N, K) float32 or None  ->  out (B, N, A, K)
-Used by:   dit.attention, for LightningDiT's 256 tokens;
-           others take qknorm_rope and scaled_dot_product_attention.
+Used by:   dit.Attention. For more tokens than LightningDiT's 256, `separately`: qknorm_rope and then `sdpa`,
+           PyTorch's attention by the backend that was measured to be the fastest (choose.py).
 Rounding:  q, k once, after the rotation; scores and softmax in float32;
            the probabilities to v's dtype for the second product.
 Bytes, U = B*N*A*K elements:
@@ -28,11 +28,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import (
-    FLOPS, INTERPRETED, at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2,
-    precision, use_triton)
-from kernels.qknorm_rope import EPS, qknorm_rope_ref, rotate, rotate_back
+    FLOPS, INTERPRETED, at_least_float32, cdiv, contiguous_rows, jit, operation, operator, pointer,
+    power_of_2, precision)
+from kernels.qknorm_rope import EPS, qknorm_rope, qknorm_rope_ref, rotate, rotate_back
 
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
@@ -40,6 +42,31 @@ if TYPE_CHECKING:                                          # else at the first l
 BLOCK = 64         # queries of a program; keys, for dk and dv
 MAX_N = 256        # tokens: a tile of BLOCK x 256 scores in float32 still fits into the registers
 MIN_K = 17         # channels: both parts are at least 16, the smallest product of the tensor cores
+MAX_K = 128        # q, k, v and dout of a head must find room on the chip
+
+
+# ---------------------------------------------------------------- PyTorch's attention, by any of its backends
+
+
+def by(backend):
+    """PyTorch's attention, by this backend alone.  raises: RuntimeError where it does not take the shapes"""
+
+    def attend(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return attend
+
+
+@operation(
+    images=3, flash=by(SDPBackend.FLASH_ATTENTION), cudnn=by(SDPBackend.CUDNN_ATTENTION),
+    efficient=by(SDPBackend.EFFICIENT_ATTENTION), math=by(SDPBackend.MATH))
+def sdpa(q, k, v):
+    """softmax(q k^T / sqrt(K)) v, three (B, A, N, K) -> (B, N, A, K), by the backend that PyTorch takes."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+# ---------------------------------------------------------------- the specification
 
 
 def attention_ref(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
@@ -47,6 +74,16 @@ def attention_ref(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
     q, k, v = qknorm_rope_ref(qkv, q_weight, k_weight, cos, sin)  # (B, A, N, K)
     scores = (q @ k.transpose(-1, -2)).to(at_least_float32(q.dtype)) / q.shape[-1]**0.5
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def separately(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
+    """What computes it where the kernel does not: norm and rotation, then PyTorch's attention."""
+    return sdpa(*qknorm_rope(qkv, q_weight, k_weight, cos, sin))
+
+
+def takes(qkv, *_):
+    """Is this kernel made for so many tokens, and for heads of this width?"""
+    return qkv.shape[1] <= MAX_N and MIN_K <= qkv.shape[4] <= MAX_K
 
 
 # ---------------------------------------------------------------- Triton: rows of a head
@@ -414,15 +451,7 @@ FLOPS[torch.ops.davae.attention] = _flops
 FLOPS[torch.ops.davae.attention_backward] = _flops_backward
 
 
+@operation(attention_ref, plain=separately, takes=takes)
 def attention(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
-    """softmax(q k^T / sqrt(K)) v of the normalised and rotated q and k: (B, N, 3, A, K) -> (B, N, A, K).
-
-    raises: ValueError for more than MAX_N tokens or fewer than MIN_K channels
-    """
-    if not use_triton(qkv):
-        return attention_ref(qkv, q_weight, k_weight, cos, sin)
-    if qkv.shape[1] > MAX_N or qkv.shape[4] < MIN_K:
-        raise ValueError(
-            f"qkv is {tuple(qkv.shape)}, wanted (B, N, 3, A, K) with N <= {MAX_N} and K >= {MIN_K}; "
-            "for anything else use qknorm_rope and F.scaled_dot_product_attention")
+    """softmax(q k^T / sqrt(K)) v of the normalised and rotated q and k: (B, N, 3, A, K) -> (B, N, A, K)."""
     return _op(qkv, q_weight, k_weight, cos, sin)

@@ -1,12 +1,17 @@
-"""Times of the kernels and of the models, against what this machine can do at most.
+"""Nine minutes on a GPU: are the kernels right, what do they and the models take, which goals are met.
 
-    python -m kernels.bench [--out=bench.json]
+    python -m kernels.bench [--out=bench.json] [--only=sampling]
     python -m kernels.bench --device=cpu             a rehearsal at toy size: its times mean nothing
 
-Random weights and data. The variants of a row alternate, in one process, after a warm-up; what is printed are
-medians with quartiles. The ceilings are measured first: a bfloat16 product of 8192 x 8192 matrices, a copy.
-Operations are timed as CUDA graphs of ten calls. A section that has used up its time skips the rest; what
-fails is a line of text in the table, not the end.
+In this order: the tests marked `gpu` (their last line is a row of the table); operations, each kernel against
+its specification and that compiled; 200 training steps of LightningDiT-XL/1 at batch 128, of each variant;
+sampling with SD3.5 Medium's sizes; a verdict on each goal of goals.py. Random weights and data.
+
+The variants of a row alternate, in one process, after a warm-up; what is printed are medians with quartiles.
+The ceilings are measured first: a bfloat16 product of 8192 x 8192 matrices, a copy. Operations are timed as
+CUDA graphs of ten calls. A section that has used up its time skips the rest; what fails is a line of text in
+the table, not the end. Variants of models: plain is KERNELS=ref; auto what choose.py has chosen for this
+model; each also with blocks compiled.
 
 On a CPU models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are their
 specifications.
@@ -15,6 +20,8 @@ Not run on a GPU.
 import argparse
 import json
 import pathlib
+import subprocess
+import sys
 import time
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels.attention import attention
+from kernels import choose, goals, trial
+from kernels.attention import attention, by
 from kernels.groupnorm_silu import groupnorm_silu, groupnorm_silu_ref
 from kernels.norm_modulate import add_norm_modulate, add_norm_modulate_ref, norm_modulate, norm_modulate_ref
 from kernels.patch_embed import patch_embed, patch_embed_ref
@@ -36,6 +44,9 @@ from kernels.swiglu import swiglu, swiglu_ref
 # What a section imports of the project it imports inside: a benchmark sits beside what it measures.
 
 PEAK = 989e12              # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
+MINUTES = 8.5              # for everything; what is under way is finished
+TESTS = 100                # seconds, for the tests
+TRAINING_STEPS = 200       # of each variant
 GRAPH_CALLS = 10           # of an operation, in one CUDA graph
 REPEAT_MS = 5              # one measurement lasts at least that long
 STEPS = 30                 # of a sampler, of which MEASURED are timed
@@ -46,19 +57,23 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", default="bench.json")
+    parser.add_argument("--only", default="", choices=("tests", "operations", "training", "sampling"))
     args = parser.parse_args()
     cuda = args.device == "cuda"
     begin = time.time()
     torch._dynamo.config.recompile_limit = 64
 
-    rows = []
+    rows = [run_tests()] if cuda and args.only in ("", "tests") else []
     known = {}                                             # ceilings, and seconds of what was measured before
-    for section, limit in ((operations, 140), (training, 120), (sampling, 230)):              # seconds
-        deadline = time.time() + limit
+    for section, limit in ((operations, 90), (training, 230), (sampling, 999)):               # seconds
+        if args.only not in ("", section.__name__):
+            continue
+        deadline = min(time.time() + limit, begin + 60 * MINUTES)
         torch.set_default_device(args.device)
         for what, variants, work in section(cuda):
             torch.set_default_device(None)                 # it would cost time in each operation
-            measured = measure(variants, cuda, deadline, graphs=cuda and section is operations)
+            steps = TRAINING_STEPS if cuda and section is training else 11
+            measured = measure(variants, cuda, deadline, cuda and section is operations, steps)
             for name, row in measured.items():
                 row = {"section": section.__name__, "what": what, "variant": name} | row
                 if "ms" in row:
@@ -70,8 +85,27 @@ def main():
     machine = torch.cuda.get_device_name() if cuda else "a CPU at toy size: a rehearsal, not a measurement"
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     head = f"{machine}; {versions}; {time.strftime('%Y-%m-%d')}"
-    pathlib.Path(args.out).write_text(json.dumps({"machine": head, "rows": rows}, indent=1))
+    verdicts = goals.verdicts(rows if cuda else [], machine)
+    found = {"machine": head, "rows": rows, "goals": verdicts}
+    pathlib.Path(args.out).write_text(json.dumps(found, indent=1))
     print_table(f"{head}, {time.time() - begin:.0f} s", rows)
+    print(goals.table(verdicts))
+
+
+def run_tests():
+    """The row of the tests that need a GPU: pytest's last line."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    row = {"section": "tests", "what": "tests marked gpu", "variant": ""}
+    root = pathlib.Path(__file__).parent.parent
+    try:
+        done = subprocess.run(command, cwd=root, timeout=TESTS, text=True, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        lines = done.stdout.strip().splitlines() or ["pytest said nothing"]
+        failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
+        return row | {"error": lines[-1], "failed": failed, "passed": done.returncode == 0}
+    except subprocess.TimeoutExpired as late:
+        said = (late.output or b"").decode(errors="replace").strip().rpartition("\n")[2]
+        return row | {"error": f"not finished in {TESTS} s: {said}", "failed": [], "passed": False}
 
 
 def rates(what, name, seconds, work, known):
@@ -106,7 +140,7 @@ def print_table(head, rows):
     for row in rows:
         ms = "{:.3f} ({:.3f} to {:.3f})".format(*row["ms"]) if "ms" in row else row["error"]
         shown = [key for key in row if key in ("MFU", "of the ceiling") or "/s" in key]
-        rate = ", ".join(f"{row[key]:.3g} {key}" for key in shown)
+        rate = ", ".join(f"{row[key]:.3g} {key}" for key in shown) + ", ".join(row.get("failed", []))
         print(f"| {row['what']} | {row['variant']} | {ms} | {rate} | {row.get('GiB', 0):.1f} |")
 
 
@@ -150,7 +184,7 @@ class Variant:
         self.function = graph.replay
 
     def row(self):
-        row = {"repeats": self.repeats, "calls": self.calls}
+        row = {"repeats": self.repeats, "calls": self.calls, "rounds": len(self.times)}
         if self.GiB is not None:
             row["GiB"] = self.GiB
         if self.error:
@@ -162,13 +196,13 @@ class Variant:
         return row
 
 
-def measure(variants, cuda, deadline, graphs=False):
+def measure(variants, cuda, deadline, graphs=False, rounds=11):
     """{name: function} -> {name: {"ms": [median, quartiles], "GiB", ...}}, or "error" in place of "ms".
 
     graphs: time recordings of ten calls, not Python.
     """
     variants = {name: Variant(function) for name, function in variants.items()}
-    for n in range(11 if cuda else 3):                     # the first compiles, the second finds `repeats`
+    for n in range(rounds if cuda else 3):                 # the first compiles, the second finds `repeats`
         turns = list(variants.values())
         if n % 2:
             turns.reverse()
@@ -220,6 +254,10 @@ def operations(cuda):
             "ref, compiled": torch.compile(case.ref, backend=backend(cuda), dynamic=False),
             "kernel": case.kernel,
         }
+        if case.kernel is attention:
+            for f in (attention_by_flash, attention_by_cudnn):
+                name = f.__name__.removeprefix("attention_by_")
+                variants[f"{name}, compiled"] = torch.compile(f, backend=backend(cuda), dynamic=False)
         what = f"{name} {tuple(case.inputs[0].shape)}"
         yield from both_ways(what, variants, case.inputs, case.unit, case.forward, case.backward)
 
@@ -265,6 +303,14 @@ def sdpa_by(which, q, k, v):
 
 def attention_by_pytorch(qkv, *norm_rope):
     return F.scaled_dot_product_attention(*qknorm_rope_ref(qkv, *norm_rope)).transpose(1, 2)
+
+
+def attention_by_flash(qkv, *norm_rope):
+    return by(SDPBackend.FLASH_ATTENTION)(*qknorm_rope_ref(qkv, *norm_rope))
+
+
+def attention_by_cudnn(qkv, *norm_rope):
+    return by(SDPBackend.CUDNN_ATTENTION)(*qknorm_rope_ref(qkv, *norm_rope))
 
 
 def cases(s):
@@ -323,31 +369,48 @@ def both_ways(what, variants, inputs, unit, forward, backward):
 
 # ---------------------------------------------------------------- models
 
-KINDS = {                                                  # variant: (what is compiled, KERNELS)
-    "plain": ("force_eager", "ref"),
-    "plain, compiled": ("default", "ref"),
-    "kernels, compiled": ("default", "triton"),
+KINDS = {                                                  # variant: (KERNELS, are `parts` compiled?)
+    "plain": ("ref", False),
+    "plain, compiled": ("ref", True),
+    "auto": ("auto", False),
+    "auto, compiled": ("auto", True),
 }
 
 
-def models(parts, f, cuda, recorded=None):
-    """Variants of f(): as it is, with `parts` compiled, and compiled around the kernels.
+def models(parts, f, cuda, kinds=tuple(KINDS), recorded=None):
+    """Variants of f(): plain PyTorch and what choose.py chooses, each also with `parts` compiled.
 
-    recorded: a function that makes what f takes to do the same as one CUDA graph, in three more variants
+    recorded: a function that makes what f takes to do the same as one CUDA graph, in as many variants more
     """
-    for part in parts:
-        part.compile(backend=backend(cuda), dynamic=False)
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    compilers = {}
+    tables = {}                                            # compiled? -> rows, see choose.py
 
-    def run(stance, mode, *flow):
+    def run(mode, compiled, *flow):
         kernels.KERNELS = mode
-        autocast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, cache_enabled=False)
-        with torch.compiler.set_stance(stance), autocast:
+        for part in parts:
+            part._compiled_call_impl = None
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            if mode == "auto":
+                use_table(compiled)
+            for part in parts:
+                part._compiled_call_impl = compilers[part] if compiled else None
             f(*flow)
 
-    variants = {name: partial(run, *kind) for name, kind in KINDS.items()}
+    def use_table(compiled):
+        for op in kernels.OPERATIONS.values():
+            op.chosen.clear()
+        if compiled not in tables and choose.possible(device):
+            tables[compiled] = choose.choose(f, None, device, compiled)
+        trial.adopt(tables.get(compiled, []))
+
+    for part in parts:
+        part.compile(backend=backend(cuda), dynamic=False)
+        compilers[part] = part._compiled_call_impl
+    variants = {name: partial(run, *KINDS[name]) for name in kinds}
     if recorded:
-        for name, kind in KINDS.items():
-            variants[f"{name}, graph"] = partial(run, *kind, recorded())
+        for name in kinds:
+            variants[f"{name}, graph"] = partial(run, *KINDS[name], recorded())
     return variants
 
 
@@ -385,20 +448,27 @@ def sampling(cuda):
     vae = davae.DAVAE(davae.AutoencoderKL(sizes), davae.DAVAEConfig(D=16))
     vae = vae.to(memory_format=torch.channels_last)
     for side, batch in ((1024, 10), (2048, 2)) if cuda else ((32, 1),):
-        yield from encoding_and_decoding(vae, side, cuda)
+        yield from decoding(vae, side, cuda)
         yield from sampling_sd3(side, D=16, h=side // 16, batch=batch, cuda=cuda)
         yield from sampling_sd3(side, D=16, h=side // 16, batch=1, cuda=cuda)
         yield from sampling_sd3(side, D=0, h=side // 8, batch=batch, cuda=cuda)
+        yield from encoding(vae, side, cuda)
 
 
-def encoding_and_decoding(vae, side, cuda):
+# An eager variant that is chosen for would be one more minute of compilers for each row.
+SAMPLED = ("plain", "plain, compiled", "auto, compiled")
+
+
+def encoding(vae, side, cuda):
     x = torch.randn(1, 3, side, side)
     encoders = [vae.detail_encoder, vae.base.encoder]
-    yield f"encode {side} px", models(encoders, partial(vae.encode, x), cuda), {"images": 1}
+    yield f"encode {side} px", models(encoders, partial(vae.encode, x), cuda, SAMPLED), {"images": 1}
 
+
+def decoding(vae, side, cuda):
     z_all = torch.randn(1, 32, side // 16, side // 16)
     decode = torch.no_grad()(partial(vae.decode, z_all))
-    yield f"decode {side} px", models([vae.decoder], decode, cuda), {"images": 1}
+    yield f"decode {side} px", models([vae.decoder], decode, cuda, SAMPLED), {"images": 1}
 
 
 def sampling_sd3(side, D, h, batch, cuda):
@@ -414,9 +484,12 @@ def sampling_sd3(side, D, h, batch, cuda):
     def run(flow=sample.sample_flow):
         flow(model, noise, grid, cond, cond, scale=4.0, ahead=sample.AHEAD)
 
-    recorded = sample.Recorded if cuda and batch == 1 else None
+    kinds, recorded = SAMPLED, None
+    if cuda and batch == 1:
+        kinds, recorded = SAMPLED[1:], sample.Recorded
     what = f"SD3.5-M {side} px, {h * h // 4} tokens, {MEASURED} steps of {batch}"
-    yield what, models(model.blocks, run, cuda, recorded), {"batch": batch, "decode": f"decode {side} px"}
+    work = {"batch": batch, "decode": f"decode {side} px"}
+    yield what, models(model.blocks, run, cuda, kinds, recorded), work
 
 
 if __name__ == "__main__":

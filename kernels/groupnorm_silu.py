@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kernels import at_least_float32, cdiv, jit, operator, power_of_2, precision, use_triton
+from kernels import at_least_float32, cdiv, jit, operation, operator, power_of_2, precision
 
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
@@ -281,9 +281,8 @@ def _grads(ctx, dout, dmean, drstd):
 _op.register_autograd(_grads, setup_context=_save)
 
 
+@operation(groupnorm_silu_ref)
 def groupnorm_silu(x, weight, bias, groups=32, eps=1e-6):
     """SiLU(GroupNorm(x)), (B, C, H, W), in channels_last."""
-    if not use_triton(x):
-        return groupnorm_silu_ref(x, weight, bias, groups, eps)
     out, _, _ = _op(x, weight, bias, groups, eps)
     return out

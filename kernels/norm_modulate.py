@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import (
-    at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2, precision, use_triton)
+    at_least_float32, cdiv, contiguous_rows, jit, operation, operator, pointer, power_of_2, precision)
 
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
@@ -320,26 +320,25 @@ def _grads(ctx, dx_new, dh):
 _op.register_autograd(_grads, setup_context=_save)
 
 
+@operation(norm_modulate_ref, images=3)
 def norm_modulate(x, shift, scale, weight=None):
     """h = norm(x) * (1 + scale) + shift: (B, L, E) -> (B, L, E)."""
-    if not use_triton(x):
-        return norm_modulate_ref(x, shift, scale, weight)
     _, h = _op(x, shift, scale, weight, None, None)
     return h
 
 
+@operation(norm_modulate_twice_ref, images=5)
 def norm_modulate_twice(x, shift, scale, shift2, scale2):
     """(h, h2) of one LayerNorm without weight, modulated twice: each (B, L, E).
 
-    With kernels it is computed twice: that reads x once more (4 U instead of 3), and keeps no n.
+    The kernel computes the norm again: that reads x once more (4 U instead of 3), and keeps no n.
     """
-    if not use_triton(x):
-        return norm_modulate_twice_ref(x, shift, scale, shift2, scale2)
-    return norm_modulate(x, shift, scale), norm_modulate(x, shift2, scale2)
+    _, h = _op(x, shift, scale, None, None, None)
+    _, h2 = _op(x, shift2, scale2, None, None, None)
+    return h, h2
 
 
+@operation(add_norm_modulate_ref, images=5)
 def add_norm_modulate(x, y, gate, shift, scale, weight=None):
     """x_new = x + gate * y;  h = norm(x_new) * (1 + scale) + shift.  -> (x_new, h), both (B, L, E)"""
-    if not use_triton(x):
-        return add_norm_modulate_ref(x, y, gate, shift, scale, weight)
     return _op(x, shift, scale, weight, y, gate)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kernels import FLOPS, INTERPRETED, cdiv, jit, operator, power_of_2, precision, use_triton
+from kernels import FLOPS, INTERPRETED, cdiv, jit, operation, operator, power_of_2, precision
 
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
@@ -186,10 +186,9 @@ def _flops(z, z_d, weight, *_, **__):
 FLOPS[torch.ops.davae.patch_embed] = _flops
 
 
+@operation(patch_embed_ref, images=2)
 def patch_embed(z, z_d, weight, weight_new, bias, pos):
     """P(z) + P_new(z_d) + pos: (B, C, h, w), (B, D, h, w) -> (B, L, E)."""
-    if not use_triton(z):
-        return patch_embed_ref(z, z_d, weight, weight_new, bias, pos)
     if not z.is_meta and torch.is_autocast_enabled(z.device.type):  # what it would do to a convolution
         dtype = torch.get_autocast_dtype(z.device.type)
         z = z.to(dtype)

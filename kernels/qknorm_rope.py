@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels import (
-    at_least_float32, cdiv, contiguous_rows, jit, operator, pointer, power_of_2, precision, use_triton)
+    at_least_float32, cdiv, contiguous_rows, jit, operation, operator, pointer, power_of_2, precision)
 
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
@@ -206,12 +206,11 @@ def _grads(ctx, dout):
 _op.register_autograd(_grads, setup_context=_save)
 
 
+@operation(qknorm_rope_ref)
 def qknorm_rope(qkv, q_weight, k_weight, cos=None, sin=None):
     """(B, L, 3, A, K) -> q, k, v, each (B, A, L, K).
 
     q and k are normalised if they have a weight, and rotated if there is cos.
     """
-    if not use_triton(qkv):
-        return qknorm_rope_ref(qkv, q_weight, k_weight, cos, sin)
     q, k, v = qkv.unbind(2)
     return _op(q, q_weight, cos, sin), _op(k, k_weight, cos, sin), v.transpose(1, 2)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kernels import at_least_float32, cdiv, jit, operator, power_of_2, precision, use_triton
+from kernels import at_least_float32, cdiv, jit, operation, operator, power_of_2, precision
 
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
@@ -149,8 +149,7 @@ def _grads(ctx, dout):
 _op.register_autograd(_grads, setup_context=_save)
 
 
+@operation(swiglu_ref)
 def swiglu(x, weight, bias):
     """SiLU(a) * b with [a, b] = x weight^T + bias: (..., E) -> (..., H)."""
-    if not use_triton(x):
-        return swiglu_ref(x, weight, bias)
     return _op(F.linear(x, weight), bias)

@@ -208,7 +208,9 @@ def find_files(folder, above=frozenset()):
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:
             continue
-        if not entry.is_dir():
+        # of a link to itself, is_dir would raise, and isdir does not
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+        if not is_folder:
             found[""].append(entry.path)
         elif os.path.realpath(entry) not in above:
             inside = find_files(entry.path, above)
@@ -344,7 +346,7 @@ class Procedural(Dataset):
 
     def image(self, i):
         """Picture i as uint8 (size, size, 3) with its label."""
-        scene = SCENES[self.classes[i % len(self.classes)]]
+        scene = list(SCENES.values())[i % len(SCENES)]
         rng = np.random.default_rng((self.seed, i))
         return draw(scene, self.size, self.textures, rng), int(self.labels[i])
 

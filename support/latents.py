@@ -104,7 +104,8 @@ def cached_steps(latents, cfg, device, rank, world, start):
 def encode(vae, images, cfg, device):
     """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3)."""
     x = data.to_tensor(images).to(device)
-    return vae.encode(x, sample=cfg.detail_sample).contiguous()
+    with ranks.autocast(cfg.dtype, device):
+        return vae.encode(x, sample=cfg.detail_sample).float().contiguous()
 
 
 # ---------------------------------------------------------------- reading the cache
@@ -311,7 +312,7 @@ def describe(vae, train_set, cfg, device):
         "labels": "image numbers" if cfg.text else "classes",
         "dtype": "float16",
         "normalised": True,
-        "device": device.type,
+        "bfloat16": ranks.in_bfloat16(cfg.dtype, device),
     }
     return {"vae": runs.hash_of(vae), "about": json.dumps(about)}
 

@@ -32,7 +32,7 @@ from support import files, ranks
 
 
 # Fields of a Config that change no trained model, but for rounding: never compared.
-NO_EFFECT = {"preset", "out", "device", "cache", "micro_batch", "checkpointing", "shard", "compile",
+NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile",
              "log_every", "save_every", "dry_run"}
 
 # Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
@@ -76,8 +76,8 @@ class Run:
         self.stopping = False                          # see `save_due`
         self.must_save = False
         if self.done:
-            return
-        if self.checkpoint:
+            self.start = cfg.steps
+        elif self.checkpoint:
             state = self.train_state()
             self.start = state["step"]
             self.seconds = state["seconds"]
@@ -126,7 +126,8 @@ class Run:
         print(f"{cfg.out}: {train_set.summary()}\n"
               f"  {trained:,} trained of {total:,} parameters; {sizes}; "
               f"batch {cfg.batch_size} = {world} ranks x {each} x {accumulate}; "
-              f"steps {self.start} to {cfg.steps}, {device}")
+              f"steps {self.start} to {cfg.steps}, {device}, "
+              f"{'bfloat16' if ranks.in_bfloat16(cfg.dtype, device) else 'float32'}")
 
     def steps(self, stream):
         """Yield (step, batch) of every step that is left.
@@ -173,12 +174,13 @@ class Run:
         return self.seconds + time.time() - self.since
 
     def finish(self, stage):
-        """Write summary.json, once all ranks are here.  Returns the summary."""
+        """Write summary.json, once all ranks are here, and give the folder free.  Returns the summary."""
         ranks.wait_for_all()
         summary = {"stage": stage, "steps": self.cfg.steps, "seconds": self.elapsed(), **self.results}
         if self.rank == 0:
             with disk_may_fail(must=True):
                 write_json(Path(self.cfg.out) / "summary.json", summary)
+        self.lock.release()
         return summary
 
     def summary(self):
@@ -287,7 +289,8 @@ def make_if_missing(flag, cfg, script, PRESETS, Config, main):
             continue
         if flag in getattr(cfg, "given", ()) and read_summary(run).get("steps") == step_of(run):
             continue
-        stage = Config(**{"preset": name, **values, "device": cfg.device, "data_dir": cfg.data_dir})
+        same = {field: getattr(cfg, field) for field in ("device", "dtype", "data_dir")}
+        stage = Config(**{"preset": name, **values, **same})
         if not is_finished(stage):
             print(f"\n{cfg.out} needs {run}, which is not there yet: running  python {script} {name}")
         try:
@@ -325,8 +328,9 @@ class Log:
         self.sinks = [self.to_terminal, self.to_file]
         if rank == 0 and self.path.exists():
             kept = [json.dumps(row) + "\n" for row in read_rows(self.path) if row["step"] <= start]
-            with disk_may_fail():
-                replace(self.path, "".join(kept))
+            if "".join(kept) != self.path.read_text(errors="replace"):
+                with disk_may_fail():
+                    replace(self.path, "".join(kept))
 
     def add(self, numbers):
         """Count in {name: () tensor of this rank}."""

@@ -14,6 +14,7 @@ numbers, and fills it, strictly. What is wrong with a source is one sentence tha
 """
 import contextlib
 import math
+import os
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -439,7 +440,7 @@ def main_export(cfg):
                  adapters also lora/, them alone in peft's format, for the unmerged transformer
     """
     dit, vae, _ = load_run(cfg.run, cfg.weights)
-    if not cfg.out or Path(cfg.out).exists():
+    if not cfg.out or os.path.lexists(cfg.out):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
     if not isinstance(dit, (LightningDiT, MMDiT)):
         raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")

@@ -232,7 +232,7 @@ def vae_config():
         values = dict(
             preset="tiny-base", out=str(out), D=0, C=4, widths=(8, 16), blocks=1, groups=4,
             image_size=16, images=32, flip=False, perceptual="none", gan=0.0, stats=16,
-            steps=4, batch_size=4, lr=1e-3, log_every=1, save_every=100)
+            steps=4, batch_size=4, lr=1e-3, log_every=1, save_every=100, dtype="float32")
         return train_vae.Config(**{**values, **changes})
     return make
 
@@ -262,7 +262,7 @@ def tiny_vae(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     small = dict(
         image_size=64, images=64, flip=False, perceptual="none", gan=0.0, stats=32,
-        steps=3, batch_size=4, lr=1e-3, log_every=1, save_every=100)
+        steps=3, batch_size=4, lr=1e-3, log_every=1, save_every=100, dtype="float32")
     base = train_vae.Config(
         preset="tiny-base", out=str(runs / "base-vae"), D=0, C=4, widths=(8, 16, 16), blocks=1, groups=4,
         **small)
@@ -273,7 +273,7 @@ def tiny_vae(tmp_path_factory):
 
 DIT = dict(
     image_size=64, images=64, flip=False, steps=3, batch_size=8, micro_batch=8, lr=1e-3, N=4, log_every=1,
-    save_every=100, sample_steps=2, cfg=2.0, shift=1.0)
+    save_every=100, sample_steps=2, cfg=2.0, shift=1.0, dtype="float32")
 
 
 @pytest.fixture(scope="session")

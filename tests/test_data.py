@@ -576,3 +576,21 @@ def test_random_crop_takes_one_window_per_image():
 def test_a_crop_of_the_full_size_is_the_image():
     x = data.to_tensor(data.stack(data.Procedural(64, 4), range(4))[0])
     assert torch.equal(data.random_crop(x, 64, torch.Generator()), x)
+
+
+def test_the_built_in_images_do_not_change_where_their_classes_are_taken_away():
+    drawn, bare = data.open_dataset("procedural", 16, 12), data.open_dataset("procedural", 16, 12)
+    bare.classes = []
+    assert all(np.array_equal(drawn.image(i)[0], bare.image(i)[0]) for i in range(12))
+    assert not np.array_equal(drawn.image(0)[0], drawn.image(1)[0])
+
+
+def test_links_to_nowhere_and_to_themselves_are_files_and_links_to_folders_are_followed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "a.png").write_bytes(b"")
+    for name, target in (("loop", "loop"), ("gone", "nowhere"), ("back", "."), ("others", "../beside")):
+        (tmp_path / "photos" / name).symlink_to(target)
+    root = str(tmp_path / "photos")
+    assert data.find_files(root) == {
+        "": [f"{root}/gone", f"{root}/loop"], "others": [f"{root}/others/a.png"]}

@@ -12,7 +12,7 @@ import finetune
 import train_vae
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "golden_losses.json").read_text())
-SHORT = dict(steps=4, save_every=4, log_every=1, images=16, device="cpu")
+SHORT = dict(steps=4, save_every=4, log_every=1, images=16, device="cpu", dtype="float32")
 
 
 def log_of(run):

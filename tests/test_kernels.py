@@ -22,13 +22,16 @@ from torch.utils._pytree import tree_leaves
 import davae
 import dit
 import kernels
+from kernels.choose import described
+from kernels.trial import Trial
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FILES = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py") if p.stem != "bench")
+FILES = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py") if "\n@jit\n" in p.read_text())
 FILE_OF = {
     "attention": "attention",
     "norm_modulate": "norm_modulate",
+    "norm_modulate_twice": "norm_modulate",
     "add_norm_modulate": "norm_modulate",
     "qknorm_rope": "qknorm_rope",
     "patch_embed": "patch_embed",
@@ -62,11 +65,11 @@ def python(*arguments, **options):
 
 @ordinary
 @pytest.mark.parametrize("given,said", [
-    (None, "ref"),
+    (None, "auto"),
     ("triton", "triton"),
-    ("tirton", "wanted ref or triton"),
+    ("tirton", "wanted auto, ref or triton"),
 ])
-def test_no_kernel_is_on_by_itself_and_a_wrong_name_is_refused(given, said):
+def test_kernels_choose_themselves_by_default_and_a_wrong_name_is_refused(given, said):
     env = {k: v for k, v in os.environ.items() if k != "KERNELS"}
     if given:
         env["KERNELS"] = given
@@ -101,7 +104,7 @@ def test_every_kernel_compiles_for_hopper_into_wide_loads_and_its_matrix_product
         return run
 
     monkeypatch.setattr(kernels.jit, "__getitem__", launch)
-    monkeypatch.setattr(importlib.import_module(f"kernels.{FILE_OF[op]}"), "use_triton", lambda x: True)
+    monkeypatch.setattr(kernels, "forced", lambda x: True)
     run(both(op)[0], op, MAKE[op](**AT_FULL_SIZE[op], dtype=torch.bfloat16, device="cpu"))
     assert len(compiled) >= (1 if op == "patch_embed" else 2)              # whose backward is matrix products
     for kernel in compiled.values():
@@ -191,6 +194,11 @@ def make_norm_modulate(B, L, E, rms=True, transposed=False, **like):
     return [tokens(B, L, E, transposed, seed=1, **like), shift, scale, weight]
 
 
+def make_norm_modulate_twice(B, L, E, **like):
+    shift, scale, _, shift2, scale2, _ = randn(B, 6 * E, seed=3, **like).chunk(6, dim=-1)
+    return [tokens(B, L, E, False, seed=1, **like), shift, scale, shift2, scale2]
+
+
 def make_add_norm_modulate(B, L, E, rms=True, transposed=False, **like):
     x, shift, scale, weight = make_norm_modulate(B, L, E, rms, transposed, **like)
     y = tokens(B, L, E, transposed, seed=2, **like)
@@ -239,6 +247,7 @@ CASES = [
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("norm_modulate", dict(B=2, L=7, E=64)),
     ("norm_modulate", dict(B=2, L=3, E=24, rms=False)),
+    ("norm_modulate_twice", dict(B=2, L=5, E=40)),
     ("add_norm_modulate", dict(B=2, L=19, E=72)),  # 19 tokens: the last program of the backward is not full
     ("add_norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("add_norm_modulate", dict(B=2, L=7, E=40, rms=False)),
@@ -257,6 +266,7 @@ CASES = [
 AT_FULL_SIZE = {
     "attention": dict(B=1, N=256, A=16, K=72),
     "norm_modulate": dict(B=1, L=256, E=1152),
+    "norm_modulate_twice": dict(B=1, L=256, E=1536),
     "add_norm_modulate": dict(B=1, L=256, E=1152),
     "qknorm_rope": dict(B=1, L=256, A=16, K=72),
     "patch_embed": dict(B=1, C=32, D=96, h=16, w=16, p=1, E=1152),
@@ -268,6 +278,7 @@ TINY = [
     ("attention", dict(B=1, N=2, A=2, K=18, norm=False, rope=False)),
     ("norm_modulate", dict(B=2, L=3, E=5)),
     ("norm_modulate", dict(B=1, L=2, E=3, rms=False)),
+    ("norm_modulate_twice", dict(B=1, L=2, E=3)),
     ("add_norm_modulate", dict(B=2, L=3, E=5)),
     ("add_norm_modulate", dict(B=1, L=2, E=3, rms=False)),
     ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
@@ -281,6 +292,8 @@ def registered(op, inputs):
     """The torch operator behind a kernel, and that operator's arguments for these inputs."""
     if op == "norm_modulate":
         return "norm_modulate", [*inputs, None, None]
+    if op == "norm_modulate_twice":
+        return "norm_modulate", [*inputs[:3], None, None, None]
     if op == "add_norm_modulate":
         x, y, gate, shift, scale, weight = inputs
         return "norm_modulate", [x, shift, scale, weight, y, gate]
@@ -390,6 +403,16 @@ def test_attention_between_opposite_queries_and_keys_stays_finite_where_the_last
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_every_kernel_passes_its_own_trial_forward_and_backward(op, device):
+    kernel, _ = both(op)
+    inputs = leaves_of(op, MAKE[op](**dict(CASES)[op], dtype=torch.float32, device=device))
+    trial = Trial(described(kernels.OPERATIONS[op], inputs), device)
+    assert "kernel" in trial.names
+    assert len(trial.truth) > sum(isinstance(x, torch.Tensor) for x in inputs) - 2      # gradients too
+    assert trial.verdict(kernels.OPERATIONS[op].variants["kernel"]) == ""
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
     sizes = dict(CASES)[op]                        # the last case of each kernel
     inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float32, device=device))
@@ -399,12 +422,14 @@ def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_ref_turns_triton_off(op, device, monkeypatch):
-    kernel, ref = both(op)
+@pytest.mark.parametrize("mode", ["ref", "auto"])
+def test_triton_is_off_with_kernels_ref_and_where_nothing_was_chosen(op, mode, device, monkeypatch):
+    kernel, _ = both(op)
     inputs = MAKE[op](**dict(CASES)[op], dtype=torch.float32, device=device)
     monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: pytest.fail("Triton was launched"))
-    monkeypatch.setattr(kernels, "KERNELS", "ref")
-    assert all(map(torch.equal, run(kernel, op, inputs), run(ref, op, inputs)))
+    monkeypatch.setattr(kernels, "KERNELS", mode)
+    plain = kernels.OPERATIONS[op].variants["plain"]
+    assert all(map(torch.equal, run(kernel, op, inputs), run(plain, op, inputs)))
 
 
 def test_every_kernel_has_cases():

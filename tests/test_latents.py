@@ -114,6 +114,7 @@ def known_config(**changes):
         detail_sample=False,
         text="",
         batch_size=4,
+        dtype="float32",
     )
     return SimpleNamespace(**{**values, **changes})
 
@@ -123,13 +124,14 @@ def test_a_cache_of_an_older_run_is_found_again():
     cpu = torch.device("cpu")
     cfg, train_set = known_config(), data.open_dataset("procedural", 64, 5, 3)
     folder = latents.cache_folder(cfg, latents.describe(known_vae(), train_set, cfg, cpu))
-    assert str(folder) == "out/latents-a7acab45b66c"
+    assert str(folder) == "out/latents-e6d515fe6e63"
     for change in (
         dict(image_size=32),
         dict(flip=False),
         dict(detail_sample=True),
         dict(detail_sample=True, seed=4),
         dict(text="out/text"),
+        dict(text="out/text", dtype="bfloat16"),
     ):
         other = known_config(**change)
         name = latents.cache_folder(other, latents.describe(known_vae(), train_set, other, cpu))

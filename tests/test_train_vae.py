@@ -273,6 +273,8 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
     (dict(crop=10), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
     (dict(crop=128), "--crop=128 is larger than --image_size=64; give less, or 0"),
     (dict(D=0, base="", image_size=64, crop=40), "--crop=40 is larger than --image_size=64 / 2; give less"),
+    (dict(train="blocks"), "--train=blocks freezes the layer by which the GAN is weighted; give --gan=0"),
+    (dict(rescale=True, detail_dropout=1.0), "--rescale=True divides by 1 - detail_dropout"),
     (dict(image_size=20), "images of 20 pixels; wanted 24 or more, or --gan=0"),
     (dict(crop=20), "--image_size=64, --crop=20: images of 20 pixels; wanted 24 or more, or --gan=0"),
     (dict(gan=0.0, perceptual="squeeze", image_size=16), "images of 16 pixels; wanted 17 or more"),

@@ -1,0 +1,390 @@
+"""One call of an operation, tried: which of its variants are right, and how long they take.
+
+A call is plain data, as choose.py writes it down, so that another process can try it:
+
+    {"op", "device", "autocast": a dtype or "", "arguments": [numbers, None, and of tensors
+        {"shape", "stride", "dtype", "trained": has it a gradient, "weight": is it a parameter}]}
+
+and so is what comes out of it, its row in the table:
+
+    {"call", "ms": {variant: ms of a call}, "left_out": {variant: why}, "chosen": variant}
+
+Right is what is at most twice as far from the specification in float32 as plain PyTorch in the call's own
+dtypes, plus one rounding: the rule of tests/test_kernels.py. (Of a call in float32, the specification in
+float64.) Each of the outputs and, where anything is trained, each of the gradients must be.
+
+Why in another process: a kernel that reads where it may not takes all that its process has on the GPU with
+it, and one that never ends cannot be stopped from within. There it costs a line in the table.
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import kernels
+from kernels import attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swiglu
+
+FILES = (attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swiglu)   # their operations
+
+LARGEST = 2**28        # elements of a first argument: a larger batch is tried in part, float32 takes room
+ROUNDS = 5             # of the timing; in the interpreter, which is slow, 1
+ROUND_MS = 3           # a variant's launches in one round take about that long
+PATIENCE = 180         # seconds for the process that tries; what it was at then counts as failed
+PROCESSES = 4          # that are started at most, one after the other
+COMMAND = [sys.executable, "-m", "kernels.trial"]
+
+
+# ---------------------------------------------------------------- a call's operation and its variants
+
+
+def key_of(call):
+    """What kernels.key says of the call's first argument."""
+    first = call["arguments"][0]
+    return call["device"], getattr(torch, first["dtype"]), *first["shape"][1:]
+
+
+def variants_of(op):
+    """{name: function}; what has a kernel has a compiled specification too."""
+    if "kernel" in op.variants and "compiled" not in op.variants:
+        op.variants["compiled"] = by_compiler(op.variants["plain"])
+    return op.variants
+
+
+def names_of(op, arguments):
+    """The variants that there are for these arguments; where a kernel is not made for them, only plain."""
+    return list(variants_of(op)) if op.takes(*arguments) else ["plain"]
+
+
+def by_compiler(function):
+    """The function, compiled at its first call for every size that it meets."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.donated_buffer = False         # train_vae.py goes back through a graph twice
+    return torch.compile(function, backend="aot_eager" if kernels.INTERPRETED else "inductor", dynamic=False)
+
+
+def adopt(rows):
+    """Use what was chosen from now on."""
+    for row in rows:
+        op = kernels.OPERATIONS[row["call"]["op"]]
+        if row["chosen"] == "plain":
+            op.chosen.pop(key_of(row["call"]), None)
+        else:
+            op.chosen[key_of(row["call"])] = variants_of(op)[row["chosen"]]
+
+
+# ---------------------------------------------------------------- right or wrong
+
+
+class Trial:
+    """Random inputs of a call, and what its variants make of them."""
+
+    def __init__(self, call, device):
+        self.op = kernels.OPERATIONS[call["op"]]
+        self.device = torch.device(device)
+        self.autocast = getattr(torch, call["autocast"]) if call["autocast"] else None
+        self.inputs = made(call, self.op.images, self.device)
+        self.names = names_of(self.op, self.inputs)
+        self.douts = []
+
+        # one unit in the last place of the coarsest dtype; the kernels round in other places
+        dtypes = [x.dtype for x in self.inputs if isinstance(x, torch.Tensor)]
+        if self.autocast:
+            dtypes.append(self.autocast)
+        self.rounding = max(1e-6, max(torch.finfo(dtype).eps for dtype in dtypes) / 2)
+
+        # how far plain PyTorch is from the truth
+        plain = self.run(self.op.variants["plain"], self.inputs, self.autocast)
+        self.dtypes = [x.dtype for x in plain]
+        self.truth = self.exactly(torch.float64 if self.rounding == 1e-6 else torch.float32)
+        self.plain_errors = errors(plain, self.truth)
+
+    def run(self, function, inputs, autocast):
+        """[outputs, gradients of what is trained]; the outputs' gradients are random, and always the same."""
+        leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+        context = torch.autocast(self.device.type, autocast, enabled=autocast is not None)
+        with context, torch.set_grad_enabled(bool(leaves)):
+            outputs = function(*inputs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        if not leaves:
+            return outputs
+        if not self.douts:
+            for i, x in enumerate(outputs):
+                self.douts.append(random(x.shape, autocast or x.dtype, self.device, seed=1 + i))
+        heads = []
+        douts = []
+        for x, dout in zip(outputs, self.douts, strict=True):
+            if x.requires_grad:
+                heads.append(x)
+                douts.append(dout.to(x.dtype))
+        grads = torch.autograd.grad(heads, leaves, douts, materialize_grads=True)
+        return [x.detach() for x in (*outputs, *grads)]
+
+    def call(self, function):
+        return self.run(function, self.inputs, self.autocast)
+
+    def exactly(self, dtype):
+        """`run` of the specification with everything in this dtype, and with no product shortened to TF32."""
+        inputs = []
+        for x in self.inputs:
+            if isinstance(x, torch.Tensor):
+                x = x.detach().to(dtype).requires_grad_(x.requires_grad)
+            inputs.append(x)
+        flags = tf32()
+        allow_tf32(False, False)
+        try:
+            return self.run(self.op.ref, inputs, None)
+        finally:
+            allow_tf32(*flags)
+
+    def verdict(self, function):
+        """What is wrong with a variant's results, in a few words; "" if nothing is."""
+        results = self.call(function)
+        for x, dtype in zip(results, self.dtypes, strict=True):
+            if x.dtype not in (dtype, self.autocast):      # under autocast a norm's may be either
+                return f"gives {x.dtype}, wanted {dtype}"
+        for ours, theirs in zip(errors(results, self.truth), self.plain_errors, strict=True):
+            if ours == float("inf"):
+                return "not finite"
+            if ours > 2 * theirs + self.rounding:
+                return f"wrong by {ours:.1e} of the largest value, plain PyTorch by {theirs:.1e}"
+        return ""
+
+
+def made(call, images, device):
+    """Random numbers as the call's tensors were: shapes, strides, dtypes. Other arguments as they were.
+
+    Weights of products are scaled so that a product keeps its size. Of a batch that is too large, the first
+    rows, of the first `images` arguments.
+    """
+    first = call["arguments"][0]["shape"]
+    rows = min(first[0], max(1, LARGEST // torch.Size(first[1:]).numel()))
+    inputs = []
+    for i, x in enumerate(call["arguments"]):
+        if isinstance(x, dict):
+            shape = [rows, *x["shape"][1:]] if i < images else x["shape"]
+            room = 1 + sum((n - 1) * step for n, step in zip(shape, x["stride"]))
+            values = random([room], getattr(torch, x["dtype"]), device, seed=100 + i)
+            if x["weight"] and len(shape) > 1:
+                values *= torch.Size(shape[1:]).numel()**-0.5
+            x = values.as_strided(shape, x["stride"]).requires_grad_(x["trained"])
+        inputs.append(x)
+    return inputs
+
+
+def random(shape, dtype, device, seed):
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def errors(results, truth):
+    """Of each result the largest error, as a part of the largest value; infinite for what is not a number.
+
+    raises: ValueError if there are more, or fewer, or others have another shape
+    """
+    found = []
+    for a, b in zip(results, truth, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"a result is {tuple(a.shape)}, wanted {tuple(b.shape)}")
+        worst = (a.to(b.dtype) - b).abs().max() / b.abs().max().clamp(min=1e-30)
+        found.append(worst.nan_to_num(nan=float("inf"), posinf=float("inf")).item())
+    return found
+
+
+def tf32():
+    """Whether products in float32 may be shortened: of matrices, of convolutions."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def allow_tf32(matrices, convolutions):
+    torch.backends.cuda.matmul.allow_tf32 = matrices
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+# ---------------------------------------------------------------- a row of the table
+
+
+def attempt(call, device, compiled, known, say):
+    """The row of a call: each variant judged, and what is right timed.
+
+    known:   {variant: why it is left out}
+    say:     called with the name of each variant before it runs for the first time
+    """
+    row = {"call": call, "ms": {}, "left_out": dict(known), "chosen": "plain"}
+    torch._dynamo.reset()                                  # what was compiled for one shape stays out of this
+    trial, why = guarded(device, lambda: Trial(call, device))
+    if why:
+        row["left_out"]["all"] = why
+        return row
+
+    right = {}
+    for name in trial.names:
+        if name in known or (compiled and name == "compiled"):
+            continue
+        say(name)
+        function = trial.op.variants[name]
+        if compiled:
+            function = by_compiler(function)
+        why = judge(trial, function)
+        if why:
+            row["left_out"][name] = why
+        else:
+            right[name] = function
+
+    row["ms"], failed = times(trial, right)
+    row["left_out"] |= failed
+    if row["ms"]:
+        row["chosen"] = min(row["ms"], key=row["ms"].get)
+    return row
+
+
+def judge(trial, function):
+    """What is wrong with a variant, or what it raised; "" if nothing."""
+    verdict, why = guarded(trial.device, lambda: trial.verdict(function))
+    return why or verdict
+
+
+def guarded(device, function):
+    """(its result, "") or (None, what it raised).  raises: the error, if the GPU is lost with it"""
+    try:
+        return function(), ""
+    except failures() as error:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def failures():
+    """All that a kernel, its compiler and its launch are known to raise."""
+    found = [ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError,
+             RuntimeError, SyntaxError, TypeError, ValueError, subprocess.SubprocessError]
+    try:
+        from triton.errors import TritonError
+        found.append(TritonError)
+    except ImportError:
+        pass
+    return tuple(found)
+
+
+def times(trial, functions):
+    """({name: ms of a call}, {name: why it failed}): medians of rounds in which the functions take turns."""
+    found = {name: [] for name in functions}
+    repeats = dict.fromkeys(functions, 1)
+    failed = {}
+    for n in range(1 + (ROUNDS if trial.device.type == "cuda" else 1)):        # the first finds `repeats`
+        turns = [name for name in functions if name not in failed]
+        if n % 2:
+            turns.reverse()
+        for name in turns:
+            ms, why = guarded(trial.device, lambda f=functions[name], r=repeats[name]: launches(trial, f, r))
+            if why:
+                failed[name] = why
+                continue
+            found[name].append(ms)
+            repeats[name] = max(1, min(50, int(ROUND_MS / max(ms, 1e-3))))
+    return {name: statistics.median(ms[1:]) for name, ms in found.items() if name not in failed}, failed
+
+
+def launches(trial, function, repeats):
+    """ms of one call, of `repeats` in a row."""
+    if trial.device.type != "cuda":
+        since = time.perf_counter()
+        for _ in range(repeats):
+            trial.call(function)
+        return (time.perf_counter() - since) / repeats * 1e3
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        trial.call(function)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+# ---------------------------------------------------------------- in a process of its own
+
+
+def try_apart(calls, rows, device, compiled):
+    """Fill in the rows that are None.  Returns why there are still some, or ""."""
+    known = [{} for _ in calls]
+    for _ in range(PROCESSES):
+        job = {"calls": calls, "rows": rows, "known": known, "device": str(device), "compiled": compiled,
+               "tf32": tf32(), "parent": os.getpid()}
+        with tempfile.TemporaryDirectory() as folder:
+            number, name, why = in_a_process(job, Path(folder), rows)
+        if None not in rows:
+            return ""
+        if name is None:
+            return why
+        known[number][name] = why
+        if name == "plain":                                # this call cannot be tried at all
+            rows[number] = untried(calls[number], why)
+    return f"{PROCESSES} processes failed, the last one: {why}"
+
+
+def untried(call, why):
+    return {"call": call, "ms": {}, "left_out": {"all": why}, "chosen": "plain"}
+
+
+def in_a_process(job, folder, rows):
+    """Start a process that tries, and take its rows.  Returns the call and variant it ended at, and why."""
+    file = folder / "job.json"
+    file.write_text(json.dumps(job))
+    with open(folder / "said", "w+", errors="replace") as said:
+        try:
+            done = subprocess.run(
+                [*COMMAND, str(file)], cwd=Path(__file__).parent.parent, env=os.environ | {"KERNELS": "auto"},
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=PATIENCE)
+            why = f"its process ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            why = f"did not end within {PATIENCE} s"
+        said.seek(0)
+        last = "".join(said).strip().rpartition("\n")[2]
+    number, name = None, None
+    for line in read_lines(folder / "lines"):
+        number, name = line["number"], line.get("starts")
+        if "row" in line:
+            rows[number] = line["row"]
+    return number, name, f"{why}: {last[:120]}" if last else why
+
+
+def read_lines(path):
+    """What the process wrote, up to where it ended."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def main(file):
+    """The process that tries: writes a line before each variant, and one with the row of each call."""
+    job = json.loads(Path(file).read_text())
+    device = torch.device(job["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    allow_tf32(*job["tf32"])
+    with open(Path(file).parent / "lines", "w", buffering=1) as lines:
+
+        def write(number, **what):
+            lines.write(json.dumps({"number": number} | what) + "\n")
+
+        for number, call in enumerate(job["calls"]):
+            row = job["rows"][number]
+            if os.getppid() != job["parent"]:              # whoever asked for this is gone
+                return
+            if row is None:
+                write(number, starts="plain")
+                row = attempt(call, device, job["compiled"], job["known"][number],
+                              lambda name, number=number: write(number, starts=name))
+                write(number, row=row)
+            adopt([row])                                   # what stands inside others comes first
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,568 @@
+"""kernels/choose.py and kernels/trial.py: what is wrong, fails, hangs or is slow is left out, and named.
+
+Kernels are made up here: what they compute is right or wrong on purpose. Those of the project are tried in
+tests/test_kernels.py. `in_place` makes the trial run in this process and nothing be compiled.
+"""
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dit
+import finetune
+import kernels
+from kernels import choose, goals, trial
+from support import ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch, tmp_path):
+    """KERNELS=auto, as if a CPU were interpreting kernels; a cache of its own; all undone after a test."""
+    monkeypatch.setattr(kernels, "KERNELS", "auto")
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for op in kernels.OPERATIONS.values():
+        monkeypatch.setattr(op, "chosen", {})
+        monkeypatch.setattr(op, "variants", op.variants.copy())
+    monkeypatch.setattr(kernels, "OPERATIONS", kernels.OPERATIONS.copy())
+
+
+@pytest.fixture
+def tries(monkeypatch):
+    """A list of the names of the operations that were tried, in this process and without a compiler."""
+    tried = []
+
+    def in_place(calls, rows, device, compiled):
+        for n, call in enumerate(calls):
+            if rows[n] is None:
+                tried.append(call["op"])
+                rows[n] = trial.attempt(call, device, compiled, {}, lambda name: None)
+            trial.adopt([rows[n]])
+        return ""
+
+    def no_compiler(function):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(choose, "try_apart", in_place)
+    monkeypatch.setattr(trial, "by_compiler", lambda function: no_compiler)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
+    return tried
+
+
+# ---------------------------------------------------------------- an operation of its own
+
+
+def scaled_ref(x, weight):
+    """x * weight, slowly."""
+    time.sleep(0.003)
+    return x * weight
+
+
+class Scaled(torch.autograd.Function):
+    """x * weight, with errors: `forward` and `backward` are factors that should be 1."""
+
+    @staticmethod
+    def forward(ctx, x, weight, forward, backward):
+        ctx.save_for_backward(x, weight)
+        ctx.factor = backward
+        return x * weight * forward
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        return dout * weight * ctx.factor, (dout * x).sum(0), None, None
+
+
+def fails(x, weight):
+    raise RuntimeError("no kernel image is available\nfor this device")
+
+
+def slow(x, weight):
+    time.sleep(0.02)
+    return x * weight
+
+
+def exact(x, weight):
+    return Scaled.apply(x, weight, 1, 1)
+
+
+FAULTS = {                                             # what it computes, and what is said of it
+    "wrong by 1 %": (lambda x, w: Scaled.apply(x, w, 1.01, 1), "wrong by 1.0e-02"),
+    "wrong in one number": (lambda x, w: exact(x, w) + torch.eye(*x.shape) * 1e-3, "wrong by"),
+    "raises": (fails, "RuntimeError: no kernel image is available"),
+    "no such module": (lambda x, w: exec("import no_such_triton"), "no_such_triton"),
+    "NaN": (lambda x, w: Scaled.apply(x, w, math.nan, 1), "not finite"),
+    "one infinity": (lambda x, w: exact(x, w) / (torch.arange(len(x)) != 1)[:, None], "not finite"),
+    "takes 20 ms": (slow, "it takes 2"),
+    "backward wrong by 1 %": (lambda x, w: Scaled.apply(x, w, 1, 0.99), "wrong by"),
+    "backward NaN": (lambda x, w: Scaled.apply(x, w, 1, math.nan), "not finite"),
+    "no gradient": (lambda x, w: exact(x.detach(), w), "wrong by 1.0e+00"),
+    "another shape": (lambda x, w: exact(x, w)[:1], "RuntimeError: Mismatch in shape"),
+    "another dtype": (lambda x, w: exact(x, w).double(), "gives torch.float64, wanted torch.float32"),
+    "two results": (lambda x, w: (exact(x, w), x), "ValueError"),
+}
+
+
+@pytest.fixture
+def scaled():
+    """scaled(kernel) -> the operation, registered with this kernel."""
+    def make(kernel):
+        kernel.__name__ = "scaled"
+        return kernels.operation(scaled_ref)(kernel)
+    return make
+
+
+def inputs(rows=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 6, generator=generator).to(dtype).requires_grad_()
+    return x, torch.nn.Parameter(torch.ones(6, dtype=dtype))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_is_wrong_fails_or_is_slow_is_left_out_and_named(
+        fault, scaled, tries, tmp_path, capsys):
+    kernel, said = FAULTS[fault]
+    op = scaled(kernel)
+    rows = choose.choose(lambda: op(*inputs()), tmp_path, CPU)
+    assert [row["chosen"] for row in rows] == ["plain"]
+    line, = [line for line in capsys.readouterr().out.splitlines() if "kernel is left out" in line]
+    assert line.strip().startswith("scaled: ")
+    assert said in line
+    assert kernels.OPERATIONS["scaled"].chosen == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_is_right_and_faster_is_used_for_every_batch_but_no_other_shape(
+        dtype, scaled, tries, tmp_path, capsys):
+    calls = []
+
+    def kernel(x, weight):
+        calls.append(x.shape)
+        return exact(x, weight)
+
+    op = scaled(kernel)
+    rows = choose.choose(lambda: op(*inputs(dtype=dtype)), tmp_path, CPU)
+    assert rows[0]["chosen"] == "kernel"
+    assert rows[0]["ms"]["plain"] > 3 > rows[0]["ms"]["kernel"]
+    assert " kernel\n" in capsys.readouterr().out + "\n"
+
+    def used(x, weight):
+        calls.clear()
+        op(x, weight)
+        return bool(calls)
+
+    x, weight = inputs(rows=9, dtype=dtype)
+    assert used(x, weight)
+    assert not used(x[:, :3], weight[:3])
+    assert not used(x.double(), weight.double())
+    with kernels.specifications():
+        assert not used(x, weight)
+    assert used(x, weight)
+
+
+def test_a_kernel_in_bfloat16_may_be_twice_as_wrong_as_plain_pytorch_and_no_more(scaled, tries):
+    rounded = trial.Trial(call_of(scaled(exact), dtype=torch.bfloat16), CPU)
+    plain = max(rounded.plain_errors)
+    assert 0 < plain < 2**-7
+    assert rounded.verdict(lambda x, w: Scaled.apply(x, w, 1 + 2**-9, 1)) == ""
+    assert rounded.verdict(lambda x, w: Scaled.apply(x, w, 1.03, 1)).startswith("wrong by")
+
+
+def call_of(op, **changes):
+    found = []
+
+    def watch(op, arguments):
+        found.append(choose.described(op, arguments))
+
+    kernels.WATCH = watch
+    op(*inputs(**changes))
+    kernels.WATCH = None
+    return found[0]
+
+
+def test_what_nothing_is_trained_in_is_tried_without_a_backward(scaled, tries, tmp_path):
+    """So a kernel whose backward is wrong may be sampled with."""
+    op = scaled(FAULTS["backward wrong by 1 %"][0])
+
+    def forward():
+        with torch.no_grad():
+            op(*inputs())
+
+    assert choose.choose(forward, tmp_path, CPU)[0]["chosen"] == "kernel"
+
+
+def test_inside_compiled_code_every_variant_is_compiled_before_it_is_timed(
+        scaled, tries, monkeypatch, tmp_path):
+    compiled = []
+
+    def by_compiler(function):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(trial, "by_compiler", by_compiler)
+    op = scaled(exact)
+    row, = choose.choose(lambda: op(*inputs()), tmp_path, CPU, compiled=True)
+    variants = kernels.OPERATIONS["scaled"].variants
+    assert compiled[-2:] == [variants["plain"], variants["kernel"]]
+    assert row["ms"].keys() == {"plain", "kernel"}
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_a_training_with_faulty_kernels_is_the_one_without_to_the_last_bit(
+        finetune_config, tries, monkeypatch, tmp_path, read_log, capsys):
+    """All of a LightningDiT's operations, each with another fault."""
+    def nan(x, *others):
+        return kernels.OPERATIONS["norm_modulate"].variants["plain"](x, *others) * math.nan
+
+    def wrong(x, *others):
+        x_new, h = kernels.OPERATIONS["add_norm_modulate"].variants["plain"](x, *others)
+        return x_new, h * 1.01
+
+    faults = {"norm_modulate": nan, "add_norm_modulate": wrong, "swiglu": fails, "patch_embed": slow,
+              "qknorm_rope": fails, "attention": fails}
+    for name, fault in faults.items():
+        kernels.OPERATIONS[name].variants["kernel"] = fault
+    for backend in ("flash", "math"):
+        kernels.OPERATIONS["sdpa"].variants[backend] = lambda q, k, v: v.transpose(1, 2)
+    monkeypatch.setattr(kernels.OPERATIONS["attention"], "takes", lambda *_: True)
+    finetune.main(finetune_config(tmp_path / "auto", label_dropout=0.5))
+    said = capsys.readouterr().out
+    for name in faults:
+        assert f"  {name}: kernel is left out: " in said
+    assert "sdpa: math is left out: wrong by" in said
+    assert json.loads((tmp_path / "auto" / "kernels.json").read_text())["rows"]
+
+    monkeypatch.setattr(kernels, "KERNELS", "ref")
+    finetune.main(finetune_config(tmp_path / "ref", label_dropout=0.5))
+    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("auto", "ref")]
+    assert losses[0] == losses[1]
+    assert not (tmp_path / "ref" / "kernels.json").exists()
+
+
+def test_a_models_operations_are_written_down_once_with_what_is_trained_of_them(make_dit):
+    model = make_dit(D=4, qk_norm=True).train()
+    z = torch.zeros(3, 8, 4, 4)
+    calls = choose.recorded(lambda: model(z, torch.zeros(3), torch.zeros(3, dtype=torch.long)), CPU)
+    found = {call["op"]: call["arguments"] for call in calls}
+    assert [call["op"] for call in calls] == [             # no attention: heads of 8 are not for its kernel
+        "patch_embed", "norm_modulate", "qknorm_rope", "sdpa", "add_norm_modulate", "swiglu"]
+    assert [x["trained"] for x in found["patch_embed"]] == [False, False, True, True, True, False]
+    assert found["patch_embed"][1]["shape"] == [3, 4, 4, 4]
+    assert found["patch_embed"][1]["stride"][0] == 8 * 16                              # a slice of z_all
+    assert found["qknorm_rope"][0]["shape"] == [3, 16, 3, 4, 8]
+    assert kernels.WATCH is None
+
+
+def test_of_a_text_whose_first_block_is_frozen_and_second_is_not_the_second_is_tried():
+    """With adapters nothing of the first block's text has a gradient, and of the second block's it has."""
+    cfg = dit.MMDiTConfig(C=4, D=4, E=48, A=3, depth=3, dual=1, context=12, pooled=8, pos_size=6, lora=2)
+    model = dit.MMDiT(cfg)
+    args = torch.zeros(2, 8, 4, 6), torch.zeros(2), torch.zeros(2, 7, 12), torch.zeros(2, 8)
+    calls = choose.recorded(lambda: model(*args), CPU)
+    texts = [c for c in calls if c["op"] == "norm_modulate" and c["arguments"][0]["shape"] == [2, 7, 48]]
+    assert [text["arguments"][0]["trained"] for text in texts] == [True]
+
+
+def test_a_sampler_is_tried_as_it_draws_under_autocast_and_without_gradients(make_dit):
+    model = make_dit(D=4)
+    z = torch.zeros(3, 8, 4, 4)
+
+    def forward():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(z, torch.zeros(3), torch.zeros(3, dtype=torch.long))
+
+    calls = choose.recorded(forward, CPU)
+    assert {call["autocast"] for call in calls} == {"bfloat16"}
+    assert not any(choose.trained(call) for call in calls)
+    assert {call["arguments"][0]["dtype"] for call in calls if call["op"] != "patch_embed"} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("mode,interpreted", [("auto", False), ("ref", True), ("triton", True)])
+def test_nothing_is_tried_on_a_cpu_or_with_kernels_given(mode, interpreted, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kernels, "KERNELS", mode)
+    monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
+    run = SimpleNamespace(cfg=SimpleNamespace(out=str(tmp_path / "run"), compile=False))
+    choose.before_training(run, CPU, (2, 8, 4, 4), lambda x, y: pytest.fail("the model ran"))
+    choose.before_sampling(tmp_path / "run", CPU, False, lambda: pytest.fail("the model ran"))
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def chosen(scaled, tries, tmp_path):
+    """chosen() -> how often the operation was tried to choose, with a cache in cache/da-vae."""
+    op = scaled(exact)
+
+    def again():
+        tries.clear()
+        row, = choose.choose(lambda: op(*inputs()), tmp_path, CPU)
+        assert row["chosen"] == "kernel"
+        return len(tries)
+    return again
+
+
+def test_the_same_call_on_the_same_machine_is_timed_once(chosen):
+    assert [chosen(), chosen(), chosen()] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("changed", ["driver", "triton_version"])
+def test_another_driver_or_triton_is_another_machine_and_the_old_one_is_remembered(
+        changed, chosen, monkeypatch):
+    assert chosen() == 1
+    with monkeypatch.context() as m:
+        m.setattr(choose, changed, lambda: "another")
+        assert [chosen(), chosen()] == [1, 0]
+    assert chosen() == 0
+
+
+def test_kernels_that_were_edited_are_tried_again(chosen, monkeypatch, tmp_path):
+    assert chosen() == 1
+    for file in Path(choose.__file__).parent.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "swiglu.py").write_text("# another kernel\n")
+    monkeypatch.setattr(choose, "__file__", str(tmp_path / "choose.py"))
+    assert chosen() == 1
+
+
+def test_a_kernel_that_is_in_the_cache_but_wrong_today_is_not_used(chosen, scaled, tries, tmp_path):
+    assert chosen() == 1
+    op = scaled(FAULTS["wrong by 1 %"][0])
+    row, = choose.choose(lambda: op(*inputs()), tmp_path, CPU)
+    assert tries == ["scaled"]                             # from before: no other
+    assert row["chosen"] == "plain"
+    assert "(in process 0)" in row["left_out"]["kernel"]
+    assert kernels.OPERATIONS["scaled"].chosen == {}
+
+
+def rows_replaced(text, row):
+    """The cache with this in place of every row."""
+    return json.dumps({here: dict.fromkeys(rows, row) for here, rows in json.loads(text).items()})
+
+
+def with_changes(text, **changes):
+    cache = json.loads(text)
+    for rows in cache.values():
+        for row in rows.values():
+            row |= changes
+    return json.dumps(cache)
+
+
+DAMAGE = {
+    "cut off": lambda text: text[:len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "a list of machines": lambda text: json.dumps([json.loads(text)]),
+    "nested without end": lambda text: "[" * 200_000,
+    "binary": lambda text: "\x00\x01",
+    "machines without rows": lambda text: json.dumps(dict.fromkeys(json.loads(text), 3)),
+    "rows are numbers": lambda text: rows_replaced(text, 1),
+    "rows are empty": lambda text: rows_replaced(text, {}),
+    "another variant": lambda text: with_changes(text, chosen="best"),
+    "times are words": lambda text: with_changes(text, ms={"plain": "1", "kernel": "2"}),
+    "times of other variants": lambda text: with_changes(text, ms={"kernel": 1.0, "assembler": 2.0}),
+    "another call": lambda text: with_changes(text, call={"op": "swiglu"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_ignored_and_written_anew(damage, chosen, tmp_path):
+    assert chosen() == 1
+    file = tmp_path / "cache" / "da-vae" / "kernels.json"
+    file.write_text(DAMAGE[damage](file.read_text()))
+    assert [chosen(), chosen()] == [1, 0]
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_cache_that_is_not_utf8_is_ignored_and_written_anew(chosen, tmp_path):
+    assert chosen() == 1
+    (tmp_path / "cache" / "da-vae" / "kernels.json").write_bytes(b"\xff\xfe{")
+    assert [chosen(), chosen()] == [1, 0]
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_a_trial_each_time(chosen, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file")
+    assert [chosen(), chosen()] == [1, 1]
+    assert "not written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given,wanted", [
+    ("", "home/.cache"), ("relative/path", "home/.cache"), ("{tmp}/elsewhere", "elsewhere")])
+def test_the_cache_is_where_the_xdg_rules_say(given, wanted, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", given.format(tmp=tmp_path))
+    assert choose.cache_file() == tmp_path / wanted / "da-vae" / "kernels.json"
+
+
+# ---------------------------------------------------------------- ranks, and the process that tries
+
+
+def test_what_fails_on_another_rank_is_plain_on_all(chosen, scaled, tries, monkeypatch, tmp_path, capsys):
+    def from_all(x):
+        """Two ranks: of this one's table, and the other's failure."""
+        return [x, None] if isinstance(x, list) else [x, {0: "RuntimeError: no compiler"}]
+
+    monkeypatch.setattr(ranks, "from_all", from_all)
+    op = scaled(exact)
+    row, = choose.choose(lambda: op(*inputs()), tmp_path, CPU)
+    assert row["chosen"] == "plain"
+    assert kernels.OPERATIONS["scaled"].chosen == {}
+    assert "kernel is left out: RuntimeError: no compiler (in process 1)" in capsys.readouterr().out
+
+
+def test_a_rank_that_is_not_the_first_takes_its_table_and_tries_nothing(
+        scaled, tries, monkeypatch, tmp_path, capsys):
+    op = scaled(exact)
+    theirs = [{"call": call_of(op), "ms": {"plain": 2.0, "kernel": 1.0}, "left_out": {}, "chosen": "kernel"}]
+    monkeypatch.setattr(ranks, "this_rank", lambda: 1)
+    monkeypatch.setattr(ranks, "from_all", lambda x: [theirs, x] if x is None else [{}, x])
+    choose.choose(lambda: op(*inputs()), tmp_path / "run", CPU)
+    assert tries == []
+    assert len(kernels.OPERATIONS["scaled"].chosen) == 1
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+CHILD = """
+import json, os, pathlib, sys, time
+job = json.loads(pathlib.Path(sys.argv[1]).read_text())
+lines = open(pathlib.Path(sys.argv[1]).parent / "lines", "w", buffering=1)
+say = lambda **line: lines.write(json.dumps(line) + "\\n")
+for n, call in enumerate(job["calls"]):
+    if job["rows"][n] is None:
+        for name in ("plain", "kernel"):
+            say(number=n, starts=name)
+            if call == "bad" and name not in job["known"][n]:
+                {end}
+        say(number=n, row=[call, job["known"][n]])
+"""
+
+
+@pytest.mark.parametrize("end,why", [
+    ("if name == 'kernel': os.abort()", "its process ended with -6"),
+    ("if name == 'kernel': print('illegal memory access', file=sys.stderr); sys.exit(1)",
+     "its process ended with 1: illegal memory access"),
+    ("if name == 'kernel': time.sleep(60)", "did not end within 1 s"),
+])
+def test_a_kernel_that_ends_or_holds_up_its_process_is_left_out_and_the_others_are_tried(
+        end, why, monkeypatch):
+    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", CHILD.replace("{end}", end)])
+    monkeypatch.setattr(trial, "PATIENCE", 1)
+    rows = [None, "known before", None, None]
+    assert trial.try_apart(["good", "known", "bad", "good"], rows, CPU, False) == ""
+    assert rows == [["good", {}], "known before", ["bad", {"kernel": why}], ["good", {}]]
+
+
+def test_a_call_whose_specification_ends_the_process_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", CHILD.replace("{end}", "sys.exit(9)")])
+    rows = [None, None]
+    assert trial.try_apart(["bad", "good"], rows, CPU, False) == ""
+    assert rows[0] == trial.untried("bad", "its process ended with 9")
+    assert rows[1] == ["good", {}]
+
+
+def test_where_no_process_can_try_everything_is_plain_and_the_reason_is_said(
+        scaled, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", "raise SystemExit('all GPUs are busy')"])
+    op = scaled(exact)
+    row, = choose.choose(lambda: op(*inputs()), tmp_path, CPU)
+    assert row["chosen"] == "plain"
+    assert "not tried: its process ended with 1: all GPUs are busy" in capsys.readouterr().out
+    assert not choose.read_cache(choose.cache_file())[choose.machine(CPU)]
+
+
+def test_the_process_that_tries_finds_attentions_fastest_backend_by_itself(tmp_path):
+    """The real one; on a CPU PyTorch has no cuDNN and no memory-efficient attention."""
+    from kernels.attention import sdpa
+    q, k, v = torch.randn(3, 1, 2, 8, 16)
+    before = sdpa(q, k, v)
+    row, = choose.choose(lambda: sdpa(q, k, v), tmp_path, CPU)
+    assert {"plain", "flash", "math"} <= row["ms"].keys()
+    assert {"cudnn", "efficient"} <= row["left_out"].keys()
+    assert row["chosen"] == min(row["ms"], key=row["ms"].get)
+    assert torch.allclose(sdpa(q, k, v), before, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_is_chosen_is_what_was_right_and_fastest_and_computes_the_same(monkeypatch, tmp_path):
+    from kernels.attention import sdpa
+    from kernels.norm_modulate import norm_modulate
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    cuda = torch.device("cuda", 0)
+    x = torch.randn(8, 256, 1152, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    shift, scale = torch.randn(8, 2 * 1152, device=cuda, dtype=torch.bfloat16).chunk(2, dim=-1)
+    q, k, v = torch.randn(3, 8, 16, 256, 72, device=cuda, dtype=torch.bfloat16)
+
+    def forward():
+        return norm_modulate(x, shift, scale), sdpa(q, k, v)
+
+    before = forward()
+    rows = choose.choose(forward, tmp_path, cuda)
+    assert [row["call"]["op"] for row in rows] == ["norm_modulate", "sdpa"]
+    assert rows[0]["ms"].keys() == {"plain", "compiled", "kernel"}
+    for row in rows:
+        assert row["chosen"] == min(row["ms"], key=row["ms"].get)
+    for a, b in zip(forward(), before, strict=True):
+        assert (a - b).abs().max() < 0.02 * b.abs().max()
+
+
+# ---------------------------------------------------------------- goals.py: verdicts on a measurement
+
+
+def measured(**changes):
+    """Rows as bench.py makes them, in which G2 to G7 and G13 are met."""
+    what = goals.TRAINING
+    rows = [
+        {"what": what, "variant": goals.OURS, "ms": [200, 199, 201], "MFU": 0.45, "img/s": 640, "GiB": 40},
+        {"what": what, "variant": goals.COMPILED, "ms": [240, 239, 241]},
+        {"what": "decode 1024 px", "variant": goals.OURS, "ms": [30, 29, 31]},
+        {"what": "decode 1024 px", "variant": "plain", "ms": [90, 89, 91]},
+        {"what": "norm_modulate (8, 2)", "variant": "kernel", "ms": [1, 1, 1], "of the ceiling": 0.86},
+        {"what": "norm_modulate (8, 2), and back", "variant": "kernel", "ms": [1, 1, 1],
+         "of the ceiling": 0.8},
+    ]
+    for back, times in (("", (1.0, 1.9, 1.6)), (", and back", (1.0, 1.5, 1.4))):
+        for variant, ms in zip(("kernel", "ref, compiled", "cudnn, compiled"), times):
+            rows.append({"what": f"attention (8, 2){back}", "variant": variant, "ms": [ms, ms, ms]})
+        rows.append({"what": f"attention (8, 2){back}", "variant": "flash, compiled", "error": "not built"})
+    rows[0] |= changes
+    return rows
+
+
+def verdicts(rows, machine="NVIDIA H100 80GB HBM3"):
+    return {row["goal"]: row for row in goals.verdicts(rows, machine)}
+
+
+def test_goals_are_met_or_missed_by_their_rows_and_the_rest_is_not_measured():
+    found = verdicts(measured())
+    assert list(found) == [f"G{n}" for n in range(1, 17)]
+    met = {name for name, row in found.items() if row["verdict"] == "met"}
+    assert met == {"G2", "G3", "G4", "G5", "G6", "G7", "G13"}
+    assert {row["verdict"] for name, row in found.items() if name not in met} == {"not measured"}
+    assert found["G2"]["number"] == "1.20x"
+    assert found["G6"]["number"] == "1.60x, 1.40x"         # against the faster of PyTorch's
+    assert found["G9"]["number"] == "its row is missing"
+    assert "8 GPUs" in found["G16"]["number"]
+
+
+@pytest.mark.parametrize("changes,missed", [
+    (dict(ms=[220, 219, 221]), "G2"), (dict(MFU=0.42), "G3"), ({"img/s": 589}, "G4"), (dict(GiB=47), "G7")])
+def test_a_number_below_its_goal_is_missed(changes, missed):
+    found = verdicts(measured(**changes))
+    assert [name for name, row in found.items() if row["verdict"] == "missed"] == [missed]
+
+
+def test_an_h200_is_measured_by_its_own_goals():
+    found = verdicts(measured(), "NVIDIA H200")
+    assert [name for name, row in found.items() if row["verdict"] == "missed"] == ["G3", "G4"]
