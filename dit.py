@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, sdpa
-from kernels.norm_modulate import add_norm_modulate, norm_modulate
+from kernels.norm_modulate import add_norm_modulate, norm_modulate, norm_modulate_twice
 from kernels.patch_embed import patch_embed
 from kernels.qknorm_rope import qknorm_rope
 from kernels.swiglu import swiglu
@@ -101,8 +101,7 @@ class DiT(nn.Module):
         else:
             x = self.P(z_all).flatten(2).transpose(1, 2)                       # (B, L, E)
             x = (x + pos).to(x.dtype)
-        # On a GPU all blocks would copy a transposed x; on a CPU a copy would change the last bits.
-        return x if x.is_cpu else x.contiguous()
+        return x.contiguous()                                                  # else each block copies it
 
     def condition(self, t, y):
         """(B, E): what every adaLN starts from, its SiLU included."""
@@ -321,13 +320,16 @@ class Stream(nn.Module):
         self.attn2 = Attention(cfg.E, cfg.A, qk_norm=True) if dual else None
         self.mlp = None if last else MLP(cfg.E, 4 * cfg.E)
 
-    def heads(self, x, mods):
-        """q, k, v of the modulated tokens for the joint attention, each (B, A, L, K)."""
+    def normed(self, x, mods):
+        """(h, h2): x as the joint attention reads it, and as the second one does, if there is one."""
         shift, scale = mods[:2]
-        return self.attn.heads(norm_modulate(x, shift, scale))
+        if self.attn2 is None:
+            return norm_modulate(x, shift, scale), None
+        shift2, scale2, _ = mods[6:]
+        return norm_modulate_twice(x, shift, scale, shift2, scale2)
 
-    def update(self, x, attended, mods):
-        """x after attention (attended: (B, L, E), before its projection) and MLP."""
+    def update(self, x, attended, h2, mods):
+        """x after attention (attended: (B, L, E), before its projection), second attention, and MLP."""
         if self.mlp is None:                       # the last block's text: nothing reads it after
             return x
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = mods[:6]
@@ -336,11 +338,10 @@ class Stream(nn.Module):
         # add_norm_modulate: the sum x + gate * y, and its norm modulated, which the MLP reads
         if self.attn2 is None:
             x, h = add_norm_modulate(x, y, gate, shift_mlp, scale_mlp)
-        else:                                      # both attentions read x as it came
-            shift2, scale2, gate2 = mods[6:]
-            y2 = self.attn2(norm_modulate(x, shift2, scale2))
+        else:
+            _, _, gate2 = mods[6:]
             x = x + gate[:, None] * y
-            x, h = add_norm_modulate(x, y2, gate2, shift_mlp, scale_mlp)
+            x, h = add_norm_modulate(x, self.attn2(h2), gate2, shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * self.mlp(h)
 
 
@@ -361,16 +362,18 @@ class JointBlock(nn.Module):
         text_mods = mods[1].chunk(self.text.chunks, dim=-1)
 
         # one attention over the tokens of both
-        q, k, v = self.x.heads(x, x_mods)                                      # each (B, A, L, K)
-        q_text, k_text, v_text = self.text.heads(text, text_mods)              # each (B, A, T, K)
+        h, h2 = self.x.normed(x, x_mods)                                       # each (B, L, E)
+        h_text, _ = self.text.normed(text, text_mods)                          # (B, T, E)
+        q, k, v = self.x.attn.heads(h)                                         # each (B, A, L, K)
+        q_text, k_text, v_text = self.text.attn.heads(h_text)                  # each (B, A, T, K)
         q = torch.cat([q, q_text], dim=2)                                      # (B, A, L+T, K)
         k = torch.cat([k, k_text], dim=2)
         v = torch.cat([v, v_text], dim=2)
         y = sdpa(q, k, v).flatten(2)                                           # (B, L+T, E)
         x_attended, text_attended = y.split([x.shape[1], text.shape[1]], dim=1)
 
-        x = self.x.update(x, x_attended, x_mods)
-        text = self.text.update(text, text_attended, text_mods)
+        x = self.x.update(x, x_attended, h2, x_mods)
+        text = self.text.update(text, text_attended, None, text_mods)
         return x, text
 
 

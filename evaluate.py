@@ -30,7 +30,6 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import sample
-from davae import LAYOUT
 from kernels import choose
 from support import config, data, metrics, ranks, runs, weights
 from support.config import field
@@ -107,7 +106,7 @@ def load(folder, which="ema", device="auto"):
         dit, vae, _ = weights.load_run(folder, which, device)
     else:
         dit = None
-        vae = weights.load_davae(folder).to(device, memory_format=LAYOUT[device.type])
+        vae = weights.load_davae(folder).to(device, memory_format=torch.channels_last)
     return Run(folder, checkpoint, saved, vae, dit, rank, world, device)
 
 

@@ -2,6 +2,8 @@
 
     norm_modulate        h     = norm(x) * (1 + scale) + shift
 
+    norm_modulate_twice  the same with two shifts and scales: h, h2
+
     add_norm_modulate    x_new = x + gate * y                              y: what the branch before computed
                          h     = norm(x_new) * (1 + scale) + shift
 
@@ -9,7 +11,8 @@ norm is RMSNorm with a learned weight, or LayerNorm without one (weight=None).
 
 Shapes:    x, y, x_new, h (B, L, E);  gate, shift, scale (B, E), also as views of one (B, 6E);  weight (E,)
 Used by:   dit.Block, and dit.JointBlock for both streams: norm_modulate before the attention,
-           add_norm_modulate between attention and MLP;  dit.DiT.velocity: norm_modulate before the heads.
+           norm_modulate_twice where there are two of them, add_norm_modulate between attention and MLP;
+           dit.DiT.velocity: norm_modulate before the heads.
 Rounding:  x_new is rounded to its dtype (under autocast bfloat16); all else stays in float32 until h is
            rounded to that dtype, once.
 Bytes, U = B*L*E elements:
@@ -46,6 +49,14 @@ def norm_modulate_ref(x, shift, scale, weight=None):
         n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + EPS)
         n = n.to(x.dtype) * weight
     return (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+def norm_modulate_twice_ref(x, shift, scale, shift2, scale2):
+    """The specification, of a LayerNorm with two modulations.  -> (h, h2)"""
+    n = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    h = n * (1 + scale[:, None]) + shift[:, None]
+    h2 = n * (1 + scale2[:, None]) + shift2[:, None]
+    return h.to(x.dtype), h2.to(x.dtype)
 
 
 def add_norm_modulate_ref(x, y, gate, shift, scale, weight=None):
@@ -314,6 +325,17 @@ def norm_modulate(x, shift, scale, weight=None):
     """h = norm(x) * (1 + scale) + shift: (B, L, E) -> (B, L, E)."""
     _, h = _op(x, shift, scale, weight, None, None)
     return h
+
+
+@operation(norm_modulate_twice_ref, images=5)
+def norm_modulate_twice(x, shift, scale, shift2, scale2):
+    """(h, h2) of one LayerNorm without weight, modulated twice: each (B, L, E).
+
+    The kernel computes the norm again: that reads x once more (4 U instead of 3), and keeps no n.
+    """
+    _, h = _op(x, shift, scale, None, None, None)
+    _, h2 = _op(x, shift2, scale2, None, None, None)
+    return h, h2
 
 
 @operation(add_norm_modulate_ref, images=5)

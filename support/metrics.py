@@ -69,22 +69,35 @@ def ssim(x, y):
     Wang et al. (2004): on RGB, 11x11 Gaussian window of sigma 1.5 without padding, data range 2,
     K = (0.01, 0.03).
     """
-    x = x.clamp(-1, 1).double()
-    y = y.clamp(-1, 1).double()
+    return torch.stack([ssim_of_a_pair(*pair) for pair in zip(x, y, strict=True)])
 
-    # local means of x, y, x^2, y^2 and xy, by two passes of a one-dimensional window
-    offsets = torch.arange(11, dtype=x.dtype, device=x.device) - 5
-    window = F.normalize(torch.exp(-offsets**2 / (2 * 1.5**2)), p=1, dim=0)
-    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1).unsqueeze(1)    # (15B, 1, H, W)
-    maps = F.conv2d(maps, window.view(1, 1, 1, 11))
-    maps = F.conv2d(maps, window.view(1, 1, 11, 1))                             # (15B, 1, H-10, W-10)
-    mx, my, xx, yy, xy = maps.unflatten(0, (5, *x.shape[:2]))                   # (B, 3, 1, H-10, W-10) each
+
+def ssim_of_a_pair(x, y):
+    """() of two images (3, H, W); one pair at a time, because its maps then stay in a CPU's cache."""
+    x = x.clamp(-1, 1).double()              # in float32, E[x^2] - E[x]^2 of an even surface is its rounding
+    y = y.clamp(-1, 1).double()
+    mx, my, xx, yy, xy = local_means(torch.stack([x, y, x * x, y * y, x * y]))      # each (3, H-10, W-10)
 
     c1 = (0.01 * 2) ** 2
     c2 = (0.03 * 2) ** 2
     alike = (2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
     scale = (mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2)
-    return (alike / scale).mean(dim=(1, 2, 3, 4))
+    return (alike / scale).mean()
+
+
+def local_means(maps):
+    """Means of maps (..., H, W) under the Gaussian window -> (..., H-10, W-10).
+
+    One dimension after the other, as a sum of eleven shifted maps: a CPU has no fast convolution in float64.
+    """
+    window = [math.exp(-offset**2 / (2 * 1.5**2)) for offset in range(-5, 6)]
+    for dim in (-2, -1):
+        size = maps.shape[dim] - 10
+        total = torch.zeros_like(maps.narrow(dim, 0, size))
+        for i, weight in enumerate(window):
+            total.add_(maps.narrow(dim, i, size), alpha=weight / sum(window))
+        maps = total
+    return maps
 
 
 def make_lpips(net, trunk=""):

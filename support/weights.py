@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from davae import DAVAE, LAYOUT, DAVAEConfig, PlainVAE
+from davae import DAVAE, DAVAEConfig, PlainVAE
 from dit import MODELS, LightningDiT, MMDiT, merge_lora, rope_table, sincos_table
 from support import formats, runs
 from support.bases import BASES
@@ -384,8 +384,7 @@ def load_run(run, weights="ema", device="cpu"):
     config = read_config(checkpoint)
     if config.get("script") != "finetune.py":
         raise SystemExit(f"{run}: holds a checkpoint of {config.get('script')}; wanted a run of finetune.py")
-    vae = load_davae(checkpoint.parent / "vae")
-    vae = vae.to(device, memory_format=LAYOUT[torch.device(device).type])
+    vae = load_davae(checkpoint.parent / "vae").to(device, memory_format=torch.channels_last)
     return load_dit(checkpoint, weights).to(device), vae, config
 
 

@@ -5,8 +5,10 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from davae import DAVAE, BaseVAE, DAVAEConfig, DownBlock, PlainVAE, Posterior, UpBlock
+from davae import DAVAE, AttnBlock, BaseVAE, DAVAEConfig, DownBlock, PlainVAE, Posterior, UpBlock
 from davae import align_loss, base_image, group_mean, half
 from support.weights import load_base_vae
 
@@ -228,6 +230,65 @@ def test_davae_of_the_full_size_bases_has_the_papers_shapes(full_size):
         assert tuple(vae.up.conv.weight.shape[:2]) == up
         assert (vae.down.proj is None) == (D == 16)
         assert vae.up.proj is None
+
+
+# ---------------------------------------------------------------- attention of the base VAE
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest result of any operator has, and the operators' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        self.names.add(func.overloadpacket.__name__)
+        return out
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_attention_never_holds_the_scores_of_all_pairs_of_positions(layout, bfloat16):
+    block = AttnBlock(width=8, groups=4)
+    x = torch.randn(1, 8, 48, 64).to(memory_format=layout).requires_grad_()
+    with Largest() as largest, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        block(x).sum().backward()
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    assert {flash, f"{flash}_backward"} <= largest.names
+    assert largest.numbers < (48 * 64) ** 2 / 50
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 16, 6, 6), (1, 8, 5, 9), (3, 32, 1, 4), (2, 8, 1, 1)])
+def test_attention_is_softmax_of_the_products_of_all_positions(layout, shape, error):
+    torch.manual_seed(0)
+    block = AttnBlock(width=shape[1], groups=4)
+    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    out = block(x)
+    out.square().sum().backward()
+
+    exact = deepcopy(block).double()
+    exact.zero_grad()
+    x64 = x.detach().double().requires_grad_()
+    y = exact.norm(x64)
+    q, k, v = (conv(y).flatten(2) for conv in (exact.q, exact.k, exact.v))        # (B, width, h*w)
+    scores = torch.einsum("bci,bcj->bij", q, k) / shape[1] ** 0.5
+    y = torch.einsum("bij,bcj->bci", scores.softmax(-1), v).view(shape)
+    wanted = x64 + exact.proj_out(y)
+    wanted.square().sum().backward()
+
+    assert error(out, wanted) < 1e-6 and error(x.grad, x64.grad) < 2e-6
+    assert out.is_contiguous(memory_format=layout)                  # and goes on in that
+    for ours, theirs in zip(block.parameters(), exact.parameters(), strict=True):
+        assert error(ours.grad, theirs.grad) < 5e-6
 
 
 # ---------------------------------------------------------------- the ratio r

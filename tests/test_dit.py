@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import dit
 import kernels
@@ -311,6 +312,40 @@ def test_warm_start_of_sd3_reproduces_the_base_model(stock, widened, sd3_inputs,
     assert v_all[:, 4:].abs().max() == 0
     spoilt = widened(spoil="P_new")(torch.cat([z, z_d], dim=1), t, context, pooled)
     assert error(spoilt[:, :4], base) > 1e-2
+
+
+@torch.no_grad()
+def test_a_block_with_two_attentions_norms_its_tokens_once_for_both(stock, sd3_inputs):
+    """Two norms for each kind of tokens, before attention and MLP, and one for the text of the last block."""
+    model = load_dit(stock.state_dict())
+    assert model.cfg.dual > 0
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        model(*sd3_inputs())
+    norms = [event for event in found.events() if event.name == "aten::native_layer_norm"]
+    assert len(norms) == 4 * model.cfg.depth - 1 + 1                # and the last norm
+
+
+@pytest.mark.parametrize("kind", ["LightningDiT", "MMDiT"])
+@pytest.mark.parametrize("D", [0, 6])
+@torch.no_grad()
+def test_blocks_take_and_give_tokens_whose_rows_are_in_one_piece(
+        kind, D, make_dit, dit_inputs, stock, sd3_inputs):
+    """Else each of their operators would copy them, or read them in strides."""
+    if kind == "MMDiT":
+        model, inputs = load_dit(stock.state_dict()), sd3_inputs(channels=4 + D)
+    else:
+        model, inputs = make_dit(p=2), dit_inputs(2, channels=4 + D)
+    if D:
+        model.expand_channels(D)
+    seen = []
+
+    def look(module, args, out):
+        seen.extend([args[0], out[0] if isinstance(out, tuple) else out])
+
+    for block in model.blocks:
+        block.register_forward_hook(look)
+    model(*inputs)
+    assert len(seen) == 2 * model.cfg.depth and all(x.is_contiguous() for x in seen)
 
 
 def test_checkpointing_changes_no_gradient(stock, sd3_inputs):

@@ -31,6 +31,7 @@ FILES = sorted(p.stem for p in (ROOT / "kernels").glob("[!_]*.py") if "\n@jit\n"
 FILE_OF = {
     "attention": "attention",
     "norm_modulate": "norm_modulate",
+    "norm_modulate_twice": "norm_modulate",
     "add_norm_modulate": "norm_modulate",
     "qknorm_rope": "qknorm_rope",
     "patch_embed": "patch_embed",
@@ -193,6 +194,11 @@ def make_norm_modulate(B, L, E, rms=True, transposed=False, **like):
     return [tokens(B, L, E, transposed, seed=1, **like), shift, scale, weight]
 
 
+def make_norm_modulate_twice(B, L, E, **like):
+    shift, scale, _, shift2, scale2, _ = randn(B, 6 * E, seed=3, **like).chunk(6, dim=-1)
+    return [tokens(B, L, E, False, seed=1, **like), shift, scale, shift2, scale2]
+
+
 def make_add_norm_modulate(B, L, E, rms=True, transposed=False, **like):
     x, shift, scale, weight = make_norm_modulate(B, L, E, rms, transposed, **like)
     y = tokens(B, L, E, transposed, seed=2, **like)
@@ -241,6 +247,7 @@ CASES = [
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("norm_modulate", dict(B=2, L=7, E=64)),
     ("norm_modulate", dict(B=2, L=3, E=24, rms=False)),
+    ("norm_modulate_twice", dict(B=2, L=5, E=40)),
     ("add_norm_modulate", dict(B=2, L=19, E=72)),  # 19 tokens: the last program of the backward is not full
     ("add_norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("add_norm_modulate", dict(B=2, L=7, E=40, rms=False)),
@@ -259,6 +266,7 @@ CASES = [
 AT_FULL_SIZE = {
     "attention": dict(B=1, N=256, A=16, K=72),
     "norm_modulate": dict(B=1, L=256, E=1152),
+    "norm_modulate_twice": dict(B=1, L=256, E=1536),
     "add_norm_modulate": dict(B=1, L=256, E=1152),
     "qknorm_rope": dict(B=1, L=256, A=16, K=72),
     "patch_embed": dict(B=1, C=32, D=96, h=16, w=16, p=1, E=1152),
@@ -270,6 +278,7 @@ TINY = [
     ("attention", dict(B=1, N=2, A=2, K=18, norm=False, rope=False)),
     ("norm_modulate", dict(B=2, L=3, E=5)),
     ("norm_modulate", dict(B=1, L=2, E=3, rms=False)),
+    ("norm_modulate_twice", dict(B=1, L=2, E=3)),
     ("add_norm_modulate", dict(B=2, L=3, E=5)),
     ("add_norm_modulate", dict(B=1, L=2, E=3, rms=False)),
     ("qknorm_rope", dict(B=1, L=3, A=2, K=4)),
@@ -283,6 +292,8 @@ def registered(op, inputs):
     """The torch operator behind a kernel, and that operator's arguments for these inputs."""
     if op == "norm_modulate":
         return "norm_modulate", [*inputs, None, None]
+    if op == "norm_modulate_twice":
+        return "norm_modulate", [*inputs[:3], None, None, None]
     if op == "add_norm_modulate":
         x, y, gate, shift, scale, weight = inputs
         return "norm_modulate", [x, shift, scale, weight, y, gate]

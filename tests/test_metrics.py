@@ -4,6 +4,8 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from davae import half
@@ -70,6 +72,56 @@ def test_ssim_is_one_for_equal_images_and_by_hand_for_constant_ones():
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
     c1 = 0.02**2
     assert ssim(a, b).item() == pytest.approx((2 * 0.5 * -0.25 + c1) / (0.5**2 + 0.25**2 + c1), rel=1e-6)
+
+
+def ssim_by_hand(x, y):
+    """The definition, window by window, in float64: deviations are taken from each window's own mean."""
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    bell = torch.exp(-offsets**2 / (2 * 1.5**2))
+    weight = (torch.outer(bell, bell) / bell.sum() ** 2).flatten()[:, None]               # (121, 1)
+    values = []
+    channels = [image.double().clamp(-1, 1).flatten(0, 1)[:, None, None] for image in (x, y)]
+    for pair in zip(*channels):
+        a, b = (F.unfold(channel, 11)[0] for channel in pair)                             # (121, windows)
+        ma, mb = (weight * a).sum(0), (weight * b).sum(0)
+        va, vb = (weight * (a - ma) ** 2).sum(0), (weight * (b - mb) ** 2).sum(0)
+        cov = (weight * (a - ma) * (b - mb)).sum(0)
+        c1, c2 = 0.02**2, 0.06**2
+        values.append(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean())
+    return torch.stack(values).view(len(x), 3).mean(1)
+
+
+def images_for_ssim(kind):
+    torch.manual_seed(0)
+    grain = torch.randn(2, 3, 24, 41)
+    left_white = torch.where(torch.arange(41) < 20, 1.0, -1.0).expand(2, 3, 24, 41)
+    return {
+        "noise": (grain / 2, grain / 2 + 0.3 * torch.randn_like(grain)),                 # also beyond [-1, 1]
+        "near constant": (0.9 + 1e-4 * grain, 0.9 - 1e-4 * grain),
+        "constant": (torch.full_like(grain, 0.99), torch.full_like(grain, 0.98)),
+        "black and white": (left_white, (left_white + 1e-3 * grain).clamp(-1, 1)),
+        "opposite": (left_white, -left_white),
+        "smallest": (grain[..., :11, :11] / 3, grain[..., 11:22, :11] / 3),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["noise", "near constant", "constant", "black and white", "opposite", "smallest"])
+def test_ssim_is_its_definition_window_by_window(kind):
+    x, y = images_for_ssim(kind)
+    assert (ssim(x, y) - ssim_by_hand(x, y)).abs().max() < 1e-9
+
+
+def test_ssim_of_a_photo_halved_is_its_definition(shared):
+    photo = np.array(Image.open(shared("data/kodak24/1.png")).convert("RGB"))
+    x = data.to_tensor(photo[None, 200:264, 200:296])
+    y = metrics.upsampled(half(x), 2)["base only, bilinear"]
+    assert (ssim(x, y) - ssim_by_hand(x, y)).abs().max() < 1e-9
+
+
+def test_ssim_of_batches_of_unequal_length_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        ssim(torch.zeros(2, 3, 16, 16), torch.zeros(1, 3, 16, 16))
 
 
 def test_psnr_is_twenty_for_an_error_of_a_tenth_of_the_range_and_knows_no_values_beyond_it():
