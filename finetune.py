@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from davae import LAYOUT
 from dit import MODELS, DiTConfig, LightningDiT, MMDiT, MMDiTConfig
 from dit import add_lora, kind_of, warm_start_difference
 from kernels import choose, cost, specifications
@@ -245,7 +244,7 @@ def main(cfg):
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     run = runs.Run(cfg, MAY_CHANGE, rank)
-    vae = load_vae(cfg, run).to(device, memory_format=LAYOUT[device.type]).requires_grad_(False)
+    vae = load_vae(cfg, run).to(device, memory_format=torch.channels_last).requires_grad_(False)
     train_set = open_training_set(cfg, vae)
     run.made_of(**sources(cfg, vae, train_set))
     if run.done:
