@@ -1,7 +1,8 @@
 """Nine minutes on a GPU: are the kernels right, what do they and the models take, which goals are met.
 
     python -m kernels.bench [--out=bench.json] [--only=sampling]
-    python -m kernels.bench --device=cpu             a rehearsal at toy size: its times mean nothing
+    python -m kernels.bench --device=cpu             something else: peers.py, ours against others on a CPU
+    python -m kernels.bench --rehearse               on a CPU, at toy size: its times mean nothing
 
 In this order: the tests marked `gpu` (their last line is a row of the table); operations, each kernel against
 its specification and that compiled; 200 training steps of LightningDiT-XL/1 at batch 128, of each variant;
@@ -13,7 +14,7 @@ CUDA graphs of ten calls. A section that has used up its time skips the rest; wh
 the table, not the end. Variants of models: plain is KERNELS=ref; auto what choose.py has chosen for this
 model; each also with blocks compiled.
 
-On a CPU models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are their
+Rehearsed, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are their
 specifications.
 Not run on a GPU.
 """
@@ -33,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import choose, goals, trial
+from kernels import choose, goals, peers, trial
 from kernels.attention import attention, by
 from kernels.groupnorm_silu import groupnorm_silu, groupnorm_silu_ref
 from kernels.norm_modulate import add_norm_modulate, add_norm_modulate_ref, norm_modulate, norm_modulate_ref
@@ -56,10 +57,14 @@ MEASURED = 2
 def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", default="bench.json")
     parser.add_argument("--only", default="", choices=("tests", "operations", "training", "sampling"))
     args = parser.parse_args()
-    cuda = args.device == "cuda"
+    if args.device == "cpu" and not args.rehearse:
+        return peers.main()
+    device = "cpu" if args.rehearse else "cuda"
+    cuda = device == "cuda"
     begin = time.time()
     torch._dynamo.config.recompile_limit = 64
 
@@ -69,7 +74,7 @@ def main():
         if args.only not in ("", section.__name__):
             continue
         deadline = min(time.time() + limit, begin + 60 * MINUTES)
-        torch.set_default_device(args.device)
+        torch.set_default_device(device)
         for what, variants, work in section(cuda):
             torch.set_default_device(None)                 # it would cost time in each operation
             steps = TRAINING_STEPS if cuda and section is training else 11
@@ -79,7 +84,7 @@ def main():
                 if "ms" in row:
                     row |= rates(what, name, row["ms"][0] / 1e3, work, known)
                 rows.append(row)
-            torch.set_default_device(args.device)
+            torch.set_default_device(device)
     torch.set_default_device(None)
 
     machine = torch.cuda.get_device_name() if cuda else "a CPU at toy size: a rehearsal, not a measurement"
