@@ -64,7 +64,7 @@ class Config:
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where the machine computes in it",
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 on a GPU, float32 on a CPU",
                        choices=("auto", "float32", "bfloat16"))
 
 
