@@ -1,6 +1,7 @@
 """The first four steps of each stage give the losses of the goldens (float32, made by commit 4c611ab).
 
-The last bits of a float32 loss differ between processors; 1e-4 does not pass for a change of the method.
+The last bits of a float32 loss differ between processors, and with the order of sums; AdamW's first steps follow
+the signs even of gradients that are nothing but rounding. 1e-3 does not pass for a change of the method.
 `python tests/same_as.py COMMIT` compares every bit, on one machine.
 """
 import json
@@ -41,4 +42,4 @@ def runs(tmp_path_factory):
 def test_the_losses_of_the_first_steps_are_what_they_were(runs, stage):
     for row, golden in zip(log_of(runs[stage]), GOLDEN[stage], strict=True):
         logged = {name: row[name] for name in golden}
-        assert logged == pytest.approx(golden, rel=1e-4, abs=1e-6)
+        assert logged == pytest.approx(golden, rel=1e-3, abs=1e-6)

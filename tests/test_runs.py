@@ -112,7 +112,7 @@ def test_a_summary_that_a_power_cut_has_spoilt_is_written_again(vae_config, tmp_
     figures.final_table([str(tmp_path)])                           # leaves it out
     after = train_vae.main(cfg)
     assert after == json.loads((tmp_path / "summary.json").read_text())
-    assert after["psnr"] == before["psnr"] and after["steps"] == 1
+    assert after["psnr"] == pytest.approx(before["psnr"], abs=1e-4) and after["steps"] == 1
 
 
 @pytest.mark.parametrize("killed", ["between the two renames", "before the former is removed"])
