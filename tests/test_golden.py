@@ -1,7 +1,7 @@
-"""The first four steps of each stage give the losses of the goldens (float32, made by commit 4c611ab).
+"""The first four steps of each stage give the losses of the goldens (float32, made on 2026-11-25).
 
-The last bits of a float32 loss differ between processors, and with the order of sums; AdamW's first steps follow
-the signs even of gradients that are nothing but rounding. 1e-3 does not pass for a change of the method.
+The last bits of a float32 loss differ between processors and with the order of sums, and AdamW's first steps
+follow the signs even of gradients that are nothing but rounding. A change of the method is more than 1e-3.
 `python tests/same_as.py COMMIT` compares every bit, on one machine.
 """
 import json
