@@ -237,7 +237,6 @@ class LossNetworks:
 
 def main(cfg):
     """Train, validate and save as `cfg` says.  Returns the summary of the run, as in summary.json."""
-
     # where this runs, and on which images
     rank, world, device = ranks.setup(cfg.device)
     accumulate = ranks.accumulation(cfg.batch_size, cfg.micro_batch, world)

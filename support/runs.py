@@ -30,14 +30,12 @@ from support import files, ranks
 
 # ---------------------------------------------------------------- a run, as a training script holds it
 
-
 # Fields of a Config that change no trained model, but for rounding: never compared.
 NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile",
              "log_every", "save_every", "dry_run"}
 
 # Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
 SOURCES = {"data_dir", "val_dir", "vae", "base", "text", "lpips_trunk"}
-
 
 # What a run is made of, and the field that says where it is.
 PARTS = {
@@ -234,6 +232,7 @@ def hold(run, rank):
                 mend(run)
     except Timeout:
         raise SystemExit(f"{run}: another process is training here; wait, or give another --out") from None
+    ranks.wait_for_all()                               # all go on from what rank 0 has mended
     return lock
 
 
