@@ -83,13 +83,13 @@ class Config:
 
 
 PRESETS = {
-    # 17.3 dB on 1,000 held-out images at full size; 41 s on 2 cores (2026-11-21)
+    # 17.4 dB on 1,000 held-out images at full size; 37 s on 2 cores (2026-11-25)
     "tiny-base": dict(
         out="out/tiny-base-vae", D=0, C=8, widths=(16, 16, 32), blocks=1, groups=16, image_size=64,
         flip=False, perceptual="none", gan=0.0, stats=1024, steps=800, batch_size=8, lr=3e-3, beta1=0.9,
         beta2=0.99, cooldown=0.5, log_every=50, save_every=400),
 
-    # 19.05 dB against 16.99 dB of the base channels alone, same images; 75 s on 2 cores (2026-11-21)
+    # 18.96 dB against 17.00 dB of the base channels alone, same images; 85 s on 2 cores (2026-11-25)
     "tiny": dict(
         out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none",
         stats=1024, align=0.05, adaptive_align=False, gan=0.1, disc_start=650, disc_width=16, steps=750,
