@@ -11,7 +11,7 @@ pretrained one (Sec. 3.2):
 
 Then two transformers in full: LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE
 latents) and MMDiT (Esser et al., 2024, in the form of Stable Diffusion 3.5 Medium; text-conditional), and
-adapters for the second.
+adapters for the second. A third, USiT, is in support/usit.py.
 
 Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   T text tokens
                 E width   A heads   K width per head   C base channels   D detail channels
@@ -59,27 +59,14 @@ def widen(in_proj, out_proj, D):
     return P_new, O_new
 
 
-class DiT(nn.Module):
-    """What both transformers have: P, O, time embedder, blocks, last norm; and once widened, P_new and O_new.
+class Transformer(nn.Module):
+    """What every transformer here does with its P and O, and once widened, with P_new and O_new.
 
-    A transformer of your own need not be one: P, O, expand_channels and `forward(z_all, t, *cond)` are all
+    One of your own need not be a Transformer: P, O, expand_channels and `forward(z_all, t, *cond)` are all
     that the scripts ask for (see MODELS at the end). If it has `modulations`, the sampler computes them
     for many steps at once.
     """
     checkpointing = False      # True: recompute each block in the backward pass, to save memory
-
-    def __init__(self, cfg, rms, blocks, **embedders):
-        super().__init__()     # saved optimizers go by this order of the layers
-        self.cfg = cfg
-        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
-        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
-        for name, embedder in embedders.items():
-            self.add_module(name, embedder)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm_final = Norm(cfg.E, rms)
-        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
-        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
-        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
 
     def expand_channels(self, D):
         """Add D detail channels that change nothing yet: for any z_d, v is as before, and v_d is 0.
@@ -103,6 +90,37 @@ class DiT(nn.Module):
             x = (x + pos).to(x.dtype)
         return x.contiguous()                                                  # else each block copies it
 
+    def run(self, block, *args):
+        """One block, recomputed in the backward pass where `checkpointing`."""
+        if self.checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def heads(self, x, h, w):
+        """[O(x), O_new(x)], each unpatchified by itself: (B, L, E) -> (B, C+D, h, w) float32."""
+        v = unpatchify(self.O(x), self.cfg.p, h, w)                            # (B, C, h, w)
+        if self.cfg.D:
+            v_d = unpatchify(self.O_new(x), self.cfg.p, h, w)                  # (B, D, h, w)
+            v = torch.cat([v, v_d], dim=1)
+        return v.float()
+
+
+class DiT(Transformer):
+    """A Transformer with adaLN: what both of this file have but their blocks and embedders."""
+
+    def __init__(self, cfg, rms, blocks, **embedders):
+        super().__init__()     # saved optimizers go by this order of the layers
+        self.cfg = cfg
+        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
+        self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
+        for name, embedder in embedders.items():
+            self.add_module(name, embedder)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm_final = Norm(cfg.E, rms)
+        self.adaLN_final = nn.Linear(cfg.E, 2 * cfg.E)
+        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
+        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
+
     def condition(self, t, y):
         """(B, E): what every adaLN starts from, its SiLU included."""
         return F.silu(self.t_embedder(timestep_embedding(t)) + self.y_embedder(y))
@@ -118,24 +136,10 @@ class DiT(nn.Module):
         c = self.condition(t, y)
         return [*(block.modulations(c) for block in self.blocks), self.adaLN_final(c)]
 
-    def run(self, block, *args):
-        """One block, recomputed in the backward pass where `checkpointing`."""
-        if self.checkpointing and self.training:
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
-
     def velocity(self, x, mods, h, w):
-        """Last norm, then [O(x), O_new(x)], each unpatchified by itself.
-
-        x: (B, L, E); mods: (B, 2E), shift and scale of the norm -> (B, C+D, h, w) float32
-        """
+        """Last norm, then the heads.  x: (B, L, E); mods: (B, 2E), shift and scale of the norm."""
         shift, scale = mods.chunk(2, dim=-1)
-        x = norm_modulate(x, shift, scale, self.norm_final.weight)             # (B, L, E)
-        v = unpatchify(self.O(x), self.cfg.p, h, w)                            # (B, C, h, w)
-        if self.cfg.D:
-            v_d = unpatchify(self.O_new(x), self.cfg.p, h, w)                  # (B, D, h, w)
-            v = torch.cat([v, v_d], dim=1)
-        return v.float()
+        return self.heads(norm_modulate(x, shift, scale, self.norm_final.weight), h, w)
 
 
 @torch.no_grad()
@@ -444,10 +448,10 @@ def Norm(E, rms=True):
 class Attention(nn.Module):
     """Self-attention with A heads, q and k optionally normalised; its parts, for a joint attention."""
 
-    def __init__(self, E, A, qk_norm, proj=True):
+    def __init__(self, E, A, qk_norm, proj=True, bias=True):
         super().__init__()
         self.A = A
-        self.qkv = nn.Linear(E, 3 * E)
+        self.qkv = nn.Linear(E, 3 * E, bias=bias)
         self.q_norm = Norm(E // A, qk_norm)
         self.k_norm = Norm(E // A, qk_norm)
         self.proj = nn.Linear(E, E) if proj else None
@@ -477,15 +481,16 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """fc2(GELU(fc1(x))), GELU by its tanh formula."""
+    """fc2(GELU(fc1(x))), GELU by its tanh formula; with gelu="none" exactly."""
 
-    def __init__(self, E, hidden):
+    def __init__(self, E, hidden, gelu="tanh"):
         super().__init__()
+        self.gelu = gelu
         self.fc1 = nn.Linear(E, hidden)
         self.fc2 = nn.Linear(hidden, E)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 def timestep_embedding(t, width=256):
@@ -597,7 +602,7 @@ def merge_lora(model):
 
 
 # The transformers that the scripts know: name -> (its config, its class). The name is "kind" in a run's
-# config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
+# config.json. support/usit.py adds USiT; add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
 # Its config has C, D and p, and num_classes where it draws classes. Its class is an nn.Module with `cfg`, P,
 # O, expand_channels(D) and forward(z_all, t, *cond).
 # All scripts open runs through support/weights.py: import your file there (docs/recipes.md).

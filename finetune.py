@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dit import MODELS, DiTConfig, LightningDiT, MMDiT, MMDiTConfig
-from dit import add_lora, kind_of, warm_start_difference
+from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_difference
 from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
@@ -60,7 +59,7 @@ class Config:
     base: str = field("", "the pretrained DiT to widen: a run or released weights; empty: from scratch")
     base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
                               choices=("", "ema", "model"))
-    model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS")
+    model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS, as USiT")
     p: int = field(1, "no base given: patch side in latent pixels", within=(1, 64))
     E: int = field(1152, "no base given: width", within=(1, 65_536))
     depth: int = field(28, "no base given: blocks", within=(1, 1000))
@@ -78,14 +77,16 @@ class Config:
     cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)", at_least=0)
     label_dropout: float = field(0.1, "probability of training without a label or caption", within=(0, 1))
     weighting: str = field("paper", "of times, see `draw_time`; sigma: as the authors' SD3 code",
-                           choices=("paper", "sigma"))
+                           choices=("paper", "sigma", "uniform"))
     # optimisation
     steps: int = field(140_000, "optimizer steps", at_least=1)
     batch_size: int = field(640, "images per optimizer step, over all ranks", within=(1, 1_000_000))
     micro_batch: int = field(80, "images per rank and forward pass", at_least=1)
     lr: float = field(2e-4, "learning rate", at_least=0)
+    warmup: int = field(0, "first steps, over which lr rises from 0", at_least=0)
     cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
-    beta2: float = field(0.95, "of AdamW; beta1 is 0.9", within=(0, 0.999_999))
+    beta1: float = field(0.9, "of AdamW", within=(0, 0.999_999))
+    beta2: float = field(0.95, "of AdamW", within=(0, 0.999_999))
     clip: float = field(1.0, "gradient norm limit; 0: none, as the authors", at_least=0)
     ema: float = field(0.999, "decay of the weight average that is sampled from", within=(0, 1))
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
@@ -138,8 +139,16 @@ PRESETS = {
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 
+# DC-AE 1.5's recipe for USiT-H, on a DA-VAE of DC-AE f32c32: 64 tokens; clip and flip are ours; not run
+PRESETS["usit-base"] = dict(
+    out="out/usit-base", vae="out/usit-vae", D=0, model="USiT", data_dir="imagenet/train", image_size=512,
+    steps=500_000, batch_size=1024, micro_batch=128, lr=1e-4, warmup=5000, beta1=0.99, beta2=0.99, ema=0.9999,
+    weighting="uniform", cosine=0.0, cfg=1.5, shift=1.0)
+# the same, and D, N and steps of Tab. S1; not run
+PRESETS["usit"] = PRESETS["usit-base"] | dict(out="out/usit", base="out/usit-base", D=96, steps=140_000)
+
 # On resume, beside what changes no result and where things lie; anything else would be another run.
-MAY_CHANGE = {"steps", "lr", "cooldown", "clip", "cfg", "shift", "grid", "sample_steps"}
+MAY_CHANGE = {"steps", "lr", "warmup", "cooldown", "clip", "cfg", "shift", "grid", "sample_steps"}
 
 
 # ---------------------------------------------------------------- the method
@@ -199,6 +208,7 @@ def draw_time(B, weighting, device):
     """(t (B,), weight of the squared error at t (B,)); t = 0 is noise, 1 data.
 
     paper: t = sigmoid(N(0, 1)), weight 1.
+    uniform: t uniform in [0, 1], weight 1: what SiT and USiT are trained with.
     sigma: what the authors train SD3.5 with. The same u picks one of SD3's 1000 training times, which
            diffusers' scheduler keeps shifted by 3; shifted again, by 4, it is sigma = 1 - t.
            The error is that of the denoised latent, sigma (v - v*), squared, and weighs as much as the
@@ -206,6 +216,8 @@ def draw_time(B, weighting, device):
     Differs from the authors' code: theirs also truncates the model's time to thousandths,
     and rounds sigma to bfloat16.
     """
+    if weighting == "uniform":
+        return torch.rand(B, device=device), torch.ones(B, device=device)
     u = torch.sigmoid(torch.randn(B, device=device))
     if weighting == "paper":
         return u, torch.ones_like(u)
@@ -271,7 +283,7 @@ def main(cfg):
         for block in dit.blocks:                                   # in place: no name in a checkpoint changes
             block.compile(dynamic=False)
     trained = [p for p in dit.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     if run.checkpoint:
         opt.load_state_dict(ranks.spread(run.train_state()["opt"], trained))
     model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
@@ -329,13 +341,14 @@ def main(cfg):
 
     summary = run.finish("DA-VAE DiT" if cfg.D else "base DiT")
     if rank == 0:
-        report(cfg)
+        figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out])
     return summary
 
 
 def learning_rate(step, cfg):
-    """cfg.lr, falling linearly to 0 over the last `cooldown` part of the run."""
-    return cfg.lr * min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+    """cfg.lr, rising linearly over the first `warmup` steps, falling to 0 over the last `cooldown` part."""
+    rise = min(1.0, (step + 1) / max(1, cfg.warmup))
+    return cfg.lr * rise * min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
 
 
 # ---------------------------------------------------------------- before the first step
@@ -430,7 +443,7 @@ def initial_dit(cfg, vae, train_set):
     """(base, model): the pretrained transformer or None, and the model at step 0, widened from it."""
     torch.manual_seed(cfg.seed)
     if not cfg.base:
-        return None, new_dit(cfg, vae, num_classes=max(1, len(train_set.classes)))
+        return None, new_dit(cfg, vae.C, vae.f, max(1, len(train_set.classes)))
     source = cfg.base
     if Path(source).is_dir() and runs.checkpoints(source):
         source = runs.latest_checkpoint(source)
@@ -444,14 +457,14 @@ def initial_dit(cfg, vae, train_set):
     return base, model
 
 
-def new_dit(cfg, vae, num_classes):
+def new_dit(cfg, C, f, num_classes):
     """A transformer from scratch: of MODELS' `cfg.model`, with the settings here that its config knows."""
     if cfg.model not in MODELS:
         raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
     ModelConfig, Model = MODELS[cfg.model]
     check_text(cfg, f"--model={cfg.model}", ModelConfig)
-    grid = cfg.image_size // vae.f // cfg.p
-    settings = dict(C=vae.C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
+    grid = cfg.image_size // f // cfg.p
+    settings = dict(C=C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
                     num_classes=num_classes, qk_norm=cfg.qk_norm)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
@@ -492,23 +505,20 @@ def description(cfg, dit, train_set):
 
 
 def dry_run(cfg):
-    """Print what a run would be, with released VA-VAE + LightningDiT or SD3 models.  Returns the numbers."""
+    """Print what a run would be, on DC-AE (USiT), VA-VAE (other `model`s) or SD3.  Returns the numbers."""
     with torch.device("meta"):                                     # shapes alone: no memory, no weights
         if cfg.text:
             C, f, texts = 16, 16, 77 + cfg.t5_tokens               # on SD3's VAE
-            model = MMDiT(MMDiTConfig(C=C))
+            model = MMDiT(MMDiTConfig(C=C, D=cfg.D))
             cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
         else:
-            C, f, texts = 32, 32, 0                                # on VA-VAE
-            check_text(cfg, "--dry_run=True without --text= is of a LightningDiT: it", DiTConfig)
-            model = LightningDiT(DiTConfig(C=C, p=cfg.p, grid=cfg.image_size // f // cfg.p, E=cfg.E,
-                                           depth=cfg.depth, A=cfg.A, qk_norm=cfg.qk_norm))
+            C, texts = 32, 0
+            f = 64 if cfg.model == "USiT" else 32
+            model = new_dit(cfg, C, f, num_classes=1000)
             cond = [torch.zeros(1, dtype=torch.long)]
         side = cfg.image_size // f
         if cfg.image_size % (f * model.cfg.p):
             raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of {f * model.cfg.p}")
-        if cfg.D:
-            model.expand_channels(cfg.D)
         inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
         forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
         if cfg.lora:
@@ -583,16 +593,6 @@ def draw_samples(run, done, ema, vae, about, text):
             for file in (f"{cfg.out}/{name}_{done:06d}.png", f"{cfg.out}/{name}.png"):
                 figures.save_grid(x[:4 * n], file, n, max(1, 128 // x.shape[-1]), names * 4)
     ranks.wait_for_all()
-
-
-def report(cfg):
-    """Draw the losses, print the table of all stages and where to go from here."""
-    with runs.picture_may_fail(f"{cfg.out}: loss.png"):
-        figures.plot_losses(cfg.out)
-    figures.final_table([cfg.vae, cfg.base, cfg.out])
-    pictures = sorted(path.name for path in Path(cfg.out).glob("*.png") if not path.stem[-6:].isdigit())
-    print(f"\npictures in {cfg.out}: {', '.join(pictures)}\n"
-          f"next: python sample.py {cfg.out}; python evaluate.py {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,16 @@ def final_table(folders):
             print(f"{summary['stage']:<12}{run:<22}{steps:>8}{seconds:>9}  {result_of(summary)}")
 
 
+def report(out, stages):
+    """The end of finetune.py: draw the losses of `out`, print the table of all stages and where to go on."""
+    with runs.picture_may_fail(f"{out}: loss.png"):
+        plot_losses(out)
+    final_table(stages)
+    pictures = sorted(path.name for path in Path(out).glob("*.png") if not path.stem[-6:].isdigit())
+    print(f"\npictures in {out}: {', '.join(pictures)}\n"
+          f"next: python sample.py {out}; python evaluate.py {out}")
+
+
 def print_table(title, table):
     """Print {row: {column: number}} aligned, columns in alphabetical order, blank where a row has none.
 

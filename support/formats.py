@@ -2,6 +2,7 @@
 
     import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2
     import_dit(sd)    LightningDiT; SD3.5's transformer (the single file's or diffusers' names)
+                      (USiT's names are with its model, in support/usit.py)
     export_*(model)   back again, the D detail channels merged with the C base channels
 
 A format is a table of `Layer`s: our name of a layer, and the names under which the file holds it. Whatever a
@@ -123,6 +124,7 @@ FRONTS = {                   # components that may stand before all names of a m
     "net": "Lightning modules",
     "vae": "pipelines that are saved as one file: the autoencoder",
     "transformer": "pipelines that are saved as one file",
+    "uvit": "trainings of DC-AE 1.0's U-ViT",
 }
 
 DROPPED = {                  # first components of names that may stand beside the model's
@@ -371,7 +373,7 @@ def lightningdit_sizes(sd):
               "blocks.0.attn.qkv.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight")
     if any(key not in sd for key in needed):
         raise ValueError(f"this looks like {looks_like(sd)}; "
-                         "wanted a LightningDiT, SD3.5's transformer, or a run of ours")
+                         "wanted a LightningDiT, SD3.5's transformer, a USiT, or a run of ours")
     E, C, p, _ = shape(sd, "x_embedder.proj.weight", 4)
     if shape(sd, "blocks.0.adaLN_modulation.1.weight", 2)[0] != 6 * E:
         raise ValueError("this LightningDiT was trained with wo_shift (no shift in its adaLN), "

@@ -2,7 +2,8 @@
 
     load_base_vae(source)       a base VAE: public files, diffusers' folders, or a run of train_vae.py
     load_davae(source)          a DAVAE: a run of train_vae.py; any other base VAE comes as a PlainVAE
-    load_dit(source)            a transformer: our checkpoints, LightningDiT's file, SD3.5's file or folder
+    load_dit(source)            a transformer: our checkpoints, LightningDiT's or USiT's file, SD3.5's file or
+                                folder
     load_run(run)               a run of finetune.py: its transformer, its VAE, its config.json
 
     main_export(cfg)            `python sample.py export`: a run of finetune.py in the public formats
@@ -28,6 +29,7 @@ from support.bases import BASES
 from support.config import field
 from support.files import fill, pick_weights, read_json, some
 from support.runs import latest_checkpoint, read_config, read_state_dict
+from support.usit import USiT, export_usit, import_usit, is_usit
 
 # ---------------------------------------------------------------- base VAEs
 
@@ -295,7 +297,8 @@ def load_dit(source, weights=None):
     """The transformer that a checkpoint holds, on the CPU, float32, in eval mode; its sizes are read off.
 
     source:  a checkpoint folder of ours (config.json beside ema and model.safetensors), or released weights
-             of LightningDiT or SD3.5 (single file, diffusers): a file, a folder (a pipeline's too), a dict
+             of LightningDiT, USiT or SD3.5 (single file, diffusers): a file, a folder (a pipeline's too), a
+             dict
     weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
     raises:  SystemExit saying what the source looks like
     """
@@ -348,6 +351,9 @@ def read_our_dit(folder, weights):
 def read_public_dit(where, weights):
     """(kind, fields of its config, state dict in our names) of released weights."""
     sd = pick_weights(read_state_dict(where), weights)
+    if is_usit(sd):
+        ours, sizes = import_usit(sd)
+        return "USiT", sizes, ours
     folder = None if isinstance(where, dict) or not where.is_dir() else where
     config = read_diffusers_config(folder, "SD3Transformer2DModel")
     kind, ours, sizes, tables = formats.import_dit(sd)
@@ -436,13 +442,14 @@ def main_export(cfg):
 
     vae/         model.safetensors and config.json, as `load_davae` takes them
     LightningDiT lightningdit.pt: {"ema": weights} as its own code reads it, with in_channels C + D
+    USiT         usit.pt: {"ema": weights} under U-ViT's names, for C + D channels
     SD3.5        transformer/: a stock SD3Transformer2DModel folder of diffusers with in_channels C + D; with
                  adapters also lora/, them alone in peft's format, for the unmerged transformer
     """
     dit, vae, _ = load_run(cfg.run, cfg.weights)
     if not cfg.out or os.path.lexists(cfg.out):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
-    if not isinstance(dit, (LightningDiT, MMDiT)):
+    if not isinstance(dit, (LightningDiT, MMDiT, USiT)):
         raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")
     temporary = Path(f"{Path(cfg.out)}.tmp")
     runs.make_folder(temporary)
@@ -451,6 +458,8 @@ def main_export(cfg):
     runs.save_folder(temporary / "vae", {"model": vae.state_dict()}, source | {"model": vae.config()})
     if isinstance(dit, LightningDiT):
         torch.save({"ema": formats.export_lightningdit(dit)}, temporary / "lightningdit.pt")
+    elif isinstance(dit, USiT):
+        torch.save({"ema": export_usit(dit)}, temporary / "usit.pt")
     else:
         if dit.cfg.lora:
             write_lora(dit, temporary / "lora", source)

@@ -1,0 +1,223 @@
+"""USiT, the transformer of DC-AE 1.5's experiments: a U-ViT (Bao et al., 2023) that predicts velocities.
+
+A plain ViT. Time and class are no modulations, as adaLN's in dit.py, but two more tokens in front of the
+image's, and every token has a learned position:
+
+    x = [label, time, P(z) + P_new(z_d)] + pos
+
+What is its own are the long skip connections, as in a U-Net, but that here no block changes the number of
+tokens. The outputs of the first half of the blocks are kept; each block of the second half first merges one
+of them into its input, the newest first, by a Linear layer 2E -> E:
+
+    in 0 ---> in 1 ---> middle ---> out 0 ---> out 1
+      |         |                     |          |
+      |         +---------------------+          |
+      +------------------------------------------+
+
+So the last block reads what the first one made, where position and noise of each token are still plain.
+
+    python finetune.py usit-base; python finetune.py usit          # DC-AE 1.5's recipe; not run
+
+Dimension key:  B batch   h w latent grid   p patch side   L image tokens   E width   A heads
+                C base channels   D detail channels; time and velocity are dit.py's
+U-ViT is the same network, with the same names in its files, trained to predict the noise of another path.
+From noise one can compute a velocity, but then the details' would not be 0 at step 0: that is left out.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from dit import MLP, MODELS, Attention, Transformer, timestep_embedding, widen
+from support.files import some
+from support.formats import Layer, bare, count, export_layers, import_layers, merge_details, need, shape
+
+SIZES = {                  # name: depth, width, heads
+    "S": (12, 512, 8),
+    "H": (28, 1152, 16),
+    "2B": (28, 2048, 32),
+    "3B": (56, 2048, 32),
+}
+
+
+@dataclass
+class USiTConfig:
+    """Everything that fixes a USiT's shapes; saved with its weights. Defaults: USiT-H, on f64c128."""
+    C: int = 128                # base channels
+    D: int = 0                  # detail channels, 0 before expand_channels
+    p: int = 1                  # patch side, latent pixels
+    grid: int = 8               # tokens per side: the latent is (grid * p) x (grid * p)
+    E: int = 1152               # width
+    depth: int = 28             # blocks of both halves; one more is in the middle
+    A: int = 16                 # attention heads
+    num_classes: int = 1000     # labels 0 .. num_classes-1; num_classes itself is "no class"
+
+    def __post_init__(self):
+        if self.depth % 2 or self.depth < 2:
+            raise ValueError(f"depth={self.depth} of a USiT: wanted an even number, for two halves of "
+                             "equally many blocks")
+        if self.E % self.A or self.E % 2:
+            raise ValueError(f"E={self.E} with A={self.A} heads: E must be even, and a multiple of A")
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each behind a LayerNorm; in the second half, first the merging of a skip.
+
+        x = skip_linear([x, kept])
+        x = x + attn(norm1(x))
+        x = x + mlp(norm2(x))
+    """
+
+    def __init__(self, cfg, skip=False):
+        super().__init__()
+        self.skip_linear = nn.Linear(2 * cfg.E, cfg.E) if skip else None
+        self.norm1 = nn.LayerNorm(cfg.E)
+        self.attn = Attention(cfg.E, cfg.A, qk_norm=False, bias=False)
+        self.norm2 = nn.LayerNorm(cfg.E)
+        self.mlp = MLP(cfg.E, 4 * cfg.E, gelu="none")
+
+    def forward(self, x, kept=None):
+        """(B, 2+L, E) -> (B, 2+L, E); kept: the output of the mirrored block of the first half."""
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, kept], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class USiT(Transformer):
+    """Velocity of a latent, given the time and a class.
+
+    z_all:   (B, C+D, h, w) normalised, base channels first; h = w = cfg.grid * cfg.p
+    t:       (B,) in [0, 1], 0 noise, 1 data
+    y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. The caller drops labels
+    returns: v (B, C+D, h, w) float32
+    raises:  ValueError for a latent of another shape
+    """
+
+    def __init__(self, cfg):
+        super().__init__()     # saved optimizers go by this order of the layers
+        self.cfg = cfg
+        half = cfg.depth // 2
+        first = [Block(cfg) for _ in range(half)]
+        second = [Block(cfg, skip=True) for _ in range(half)]
+        self.pos_embed = nn.Parameter(torch.empty(1, 2 + cfg.grid**2, cfg.E))
+        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
+        self.y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
+        self.blocks = nn.ModuleList([*first, Block(cfg), *second])
+        self.norm_final = nn.LayerNorm(cfg.E)
+        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
+        self.init_weights()
+        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
+
+    def forward(self, z_all, t, y):
+        B, channels, h, w = z_all.shape
+        side = self.cfg.grid * self.cfg.p
+        if (channels, h, w) != (self.cfg.C + self.cfg.D, side, side):
+            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = "
+                             f"{(self.cfg.C + self.cfg.D, side, side)}")
+
+        # label and time, the image, and a position for each
+        image = self.tokens(z_all, self.pos_embed[:, 2:])                      # (B, L, E)
+        time = timestep_embedding(t, self.cfg.E)
+        front = torch.stack([self.y_embedder(y), time], dim=1) + self.pos_embed[:, :2]
+        x = torch.cat([front.to(image.dtype), image], dim=1)                   # (B, 2+L, E)
+
+        # two halves of the blocks, the second with what the first left
+        half = self.cfg.depth // 2
+        blocks = list(self.blocks)
+        kept = []
+        for block in blocks[:half]:
+            x = self.run(block, x)
+            kept.append(x)
+        x = self.run(blocks[half], x)
+        for block in blocks[half + 1:]:
+            x = self.run(block, x, kept.pop())
+
+        return self.heads(self.norm_final(x[:, 2:]), h, w)
+
+    def init_weights(self):
+        """Linear layers and positions: a normal of std 0.02 cut off at +-2, no bias; the rest is PyTorch's.
+
+        Unlike LightningDiT's, neither the blocks nor the head start at zero.
+        """
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+
+MODELS["USiT"] = (USiTConfig, USiT)
+
+
+# ---------------------------------------------------------------- a U-ViT's file, in and out
+
+
+# ours, theirs
+LAYERS = {"P": "patch_embed.proj", "y_embedder": "label_emb.embedding_table", "norm_final": "norm",
+          "O": "decoder_pred"}
+
+# of each block, ours and theirs
+BLOCK_LAYERS = ("skip_linear", "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+MARK = "decoder_pred.weight"                       # which no other format here has
+
+HEADS = {E: A for _, E, A in SIZES.values()}       # that nothing in a file tells, but of these widths
+
+
+def is_usit(sd):
+    """Has the state dict a U-ViT's head?"""
+    return any(f".{key}".endswith(f".{MARK}") for key in sd)
+
+
+def table(half):
+    """Our blocks stand in one row, theirs in two halves of so many, and one in the middle."""
+    blocks = [f"in_blocks.{i}" for i in range(half)]
+    blocks += ["mid_block"]
+    blocks += [f"out_blocks.{i}" for i in range(half)]
+    layers = [Layer(ours, (theirs,)) for ours, theirs in LAYERS.items()]
+    for i, block in enumerate(blocks):
+        layers += [Layer(f"blocks.{i}.{name}", (f"{block}.{name}",)) for name in BLOCK_LAYERS]
+    return layers
+
+
+def import_usit(sd):
+    """A U-ViT's file -> (state dict in our names, fields of USiTConfig).
+
+    Whether it was trained to predict velocities cannot be seen.
+    raises: ValueError with one sentence if it is a variant that is left out here
+    """
+    sd = dict(bare(sd, (MARK,)))
+    need(sd, "pos_embed")
+    pos_embed = sd.pop("pos_embed")
+    half = count(sd, "in_blocks.")
+    ours = import_layers(sd, table(half)) | {"pos_embed": pos_embed}
+    return ours, sizes(ours, half)
+
+
+def export_usit(model):
+    """Our USiT -> a U-ViT's names, for C + D channels.  The inverse of the import if D = 0."""
+    ours = merge_details(model)
+    pos_embed = ours.pop("pos_embed")
+    return {"pos_embed": pos_embed} | export_layers(ours, table(model.cfg.depth // 2))
+
+
+def sizes(ours, half):
+    """The fields of USiTConfig from the names and shapes of a state dict in our names."""
+    E, C, p, _ = shape(ours, "P.weight", 4)
+    if shape(ours, "O.weight", 2)[0] != p * p * C:
+        raise ValueError("its head does not predict as many channels as come in; wanted a velocity only")
+    if E not in HEADS:
+        raise ValueError(f"nothing in a U-ViT's file tells its number of heads, and E={E} is not a width of "
+                         f"DC-AE's, {some(HEADS)}")
+    return {
+        "C": C,
+        "p": p,
+        "grid": math.isqrt(max(0, shape(ours, "pos_embed", 3)[1] - 2)),        # without label and time
+        "E": E,
+        "depth": 2 * half,
+        "A": HEADS[E],
+        "num_classes": shape(ours, "y_embedder.weight", 2)[0] - 1,             # the last row is "no class"
+    }
