@@ -7,7 +7,7 @@ P and P_new are p x p convolutions with stride p: together one matrix product ov
 Shapes:    z (B, C, h, w), z_d (B, D, h, w), any strides, so also the two slices of one z_all;
            weight (E, C, p, p), weight_new (E, D, p, p), bias (E,), pos (1, L, E)
            ->  tokens (B, L, E), row-major, L = h w / p^2
-Used by:   dit.DiT.tokens, once widened.
+Used by:   dit.Transformer.tokens, once widened.
 Rounding:  summed in float32, with bias and pos, and rounded once, to the convolutions' dtype: bfloat16 under
            autocast.
 Bytes:     the forward reads the latents and the weights, and writes B L E tokens, nothing in between. Two

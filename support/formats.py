@@ -2,7 +2,6 @@
 
     import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2
     import_dit(sd)    LightningDiT; SD3.5's transformer (the single file's or diffusers' names)
-                      (USiT's names are with its model, in support/usit.py)
     export_*(model)   back again, the D detail channels merged with the C base channels
 
 A format is a table of `Layer`s: our name of a layer, and the names under which the file holds it. Whatever a

@@ -16,7 +16,9 @@ of them into its input, the newest first, by a Linear layer 2E -> E:
 
 So the last block reads what the first one made, where position and noise of each token are still plain.
 
-    python finetune.py usit-base; python finetune.py usit          # DC-AE 1.5's recipe; not run
+    # DC-AE 1.5's recipe; not run. usit-vae: python train_vae.py imagenet512 --base=<DC-AE> --out=out/usit-vae
+    torchrun --nproc_per_node=8 finetune.py usit-base
+    torchrun --nproc_per_node=8 finetune.py usit
 
 Dimension key:  B batch   h w latent grid   p patch side   L image tokens   E width   A heads
                 C base channels   D detail channels; time and velocity are dit.py's
