@@ -164,13 +164,13 @@ LAYERS = {"P": "patch_embed.proj", "y_embedder": "label_emb.embedding_table", "n
 # of each block, ours and theirs
 BLOCK_LAYERS = ("skip_linear", "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
-MARK = "decoder_pred.weight"                       # which no other format here has
+MARK = "out_blocks.0.skip_linear.weight"           # which no other format has
 
 HEADS = {E: A for _, E, A in SIZES.values()}       # that nothing in a file tells, but of these widths
 
 
 def is_usit(sd):
-    """Has the state dict a U-ViT's head?"""
+    """Has the state dict a U-ViT's skip connections?"""
     return any(f".{key}".endswith(f".{MARK}") for key in sd)
 
 
