@@ -9,9 +9,9 @@ pretrained one (Sec. 3.2):
     model = load_dit("lightningdit-xl-imagenet256-800ep.pt", weights="model")        # support/weights.py
     model.expand_channels(96)           # v, v_d = model(z_all, t, y).split([32, 96], dim=1)
 
-Then two transformers in full: LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE
-latents) and MMDiT (Esser et al., 2024, in the form of Stable Diffusion 3.5 Medium; text-conditional), and
-adapters for the second. A third, USiT, is in support/usit.py.
+Then three transformers in full: LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE
+latents), MMDiT (Esser et al., 2024, in the form of Stable Diffusion 3.5 Medium; text-conditional), and USiT
+(DC-AE 1.5's; class-conditional); and adapters for the second.
 
 Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   T text tokens
                 E width   A heads   K width per head   C base channels   D detail channels
@@ -35,6 +35,7 @@ from kernels.norm_modulate import add_norm_modulate, norm_modulate, norm_modulat
 from kernels.patch_embed import patch_embed
 from kernels.qknorm_rope import qknorm_rope
 from kernels.swiglu import swiglu
+from support.usit import USiTConfig
 
 # ---------------------------------------------------------------- the method: widening
 
@@ -79,6 +80,15 @@ class Transformer(nn.Module):
             raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
         self.P_new, self.O_new = widen(self.P, self.O, D)
         self.cfg = replace(self.cfg, D=D)
+
+    def square(self, z_all):
+        """h, w of a latent; raises: ValueError unless it is (B, C+D, h, w) with h = w = cfg.grid * cfg.p."""
+        side = self.cfg.grid * self.cfg.p
+        wanted = (self.cfg.C + self.cfg.D, side, side)
+        if z_all.shape[1:] != wanted:
+            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = "
+                             f"{wanted}")
+        return side, side
 
     def tokens(self, z_all, pos):
         """P(z) + P_new(z_d) + pos, in P(z)'s dtype, row-major: (B, C+D, h, w), (1, L, E) -> (B, L, E)."""
@@ -240,11 +250,7 @@ class LightningDiT(DiT):
         self.build_tables(self.P.weight.device)
 
     def forward(self, z_all, t, y, mods=None):
-        B, channels, h, w = z_all.shape
-        side = self.cfg.grid * self.cfg.p
-        if (channels, h, w) != (self.cfg.C + self.cfg.D, side, side):
-            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = "
-                             f"{(self.cfg.C + self.cfg.D, side, side)}")
+        h, w = self.square(z_all)
         if mods is None:
             mods = self.modulations(t, y)
         *block_mods, final_mods = mods
@@ -437,7 +443,83 @@ class MMDiT(DiT):
         return table[:, top:top + rows, left:left + columns].flatten(1, 2)
 
 
-# ---------------------------------------------------------------- parts of both, one equation each
+# ---------------------------------------------------------------- USiT
+
+
+class SkipBlock(nn.Module):
+    """Attention, then MLP, each behind a LayerNorm; in the second half, first the merging of a skip.
+
+        x = skip_linear([x, kept])
+        x = x + attn(norm1(x))
+        x = x + mlp(norm2(x))
+    """
+
+    def __init__(self, cfg, skip=False):
+        super().__init__()
+        self.skip_linear = nn.Linear(2 * cfg.E, cfg.E) if skip else None
+        self.norm1 = nn.LayerNorm(cfg.E)
+        self.attn = Attention(cfg.E, cfg.A, qk_norm=False, bias=False)
+        self.norm2 = nn.LayerNorm(cfg.E)
+        self.mlp = MLP(cfg.E, 4 * cfg.E, gelu="none")
+
+    def forward(self, x, kept=None):
+        """(B, 2+L, E) -> (B, 2+L, E); kept: the output of the mirrored block of the first half."""
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, kept], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class USiT(Transformer):
+    """Velocity of a latent, given the time and a class; as LightningDiT's.  Drawn in support/usit.py."""
+
+    def __init__(self, cfg):
+        super().__init__()     # saved optimizers go by this order of the layers
+        self.cfg = cfg
+        half = cfg.depth // 2
+        blocks = [SkipBlock(cfg, skip=i > half) for i in range(cfg.depth + 1)]
+        self.pos_embed = nn.Parameter(torch.empty(1, 2 + cfg.grid**2, cfg.E))
+        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
+        self.y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm_final = nn.LayerNorm(cfg.E)
+        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
+        self.init_weights()
+        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
+
+    def forward(self, z_all, t, y):
+        h, w = self.square(z_all)
+
+        # label and time, the image, and a position for each
+        image = self.tokens(z_all, self.pos_embed[:, 2:])                      # (B, L, E)
+        time = timestep_embedding(t, self.cfg.E)
+        front = torch.stack([self.y_embedder(y), time], dim=1) + self.pos_embed[:, :2]
+        x = torch.cat([front.to(image.dtype), image], dim=1)                   # (B, 2+L, E)
+
+        # two halves of the blocks, the second with what the first left
+        half = self.cfg.depth // 2
+        kept = []
+        for block in self.blocks[:half]:
+            x = self.run(block, x)
+            kept.append(x)
+        x = self.run(self.blocks[half], x)
+        for block in self.blocks[half + 1:]:
+            x = self.run(block, x, kept.pop())
+
+        return self.heads(self.norm_final(x[:, 2:]), h, w)
+
+    def init_weights(self):
+        # Linear layers and positions: a normal of std 0.02 cut off at +-2, no bias; the rest is PyTorch's.
+        # Unlike LightningDiT's, neither the blocks nor the head start at zero.
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+
+# ---------------------------------------------------------------- parts of all, one equation each
 
 
 def Norm(E, rms=True):
@@ -602,13 +684,14 @@ def merge_lora(model):
 
 
 # The transformers that the scripts know: name -> (its config, its class). The name is "kind" in a run's
-# config.json. support/usit.py adds USiT; add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
+# config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
 # Its config has C, D and p, and num_classes where it draws classes. Its class is an nn.Module with `cfg`, P,
 # O, expand_channels(D) and forward(z_all, t, *cond).
 # All scripts open runs through support/weights.py: import your file there (docs/recipes.md).
 MODELS = {
     "LightningDiT": (DiTConfig, LightningDiT),
     "MMDiT": (MMDiTConfig, MMDiT),
+    "USiT": (USiTConfig, USiT),
 }
 
 

@@ -1,4 +1,6 @@
-"""USiT, the transformer of DC-AE 1.5's experiments: a U-ViT (Bao et al., 2023) that predicts velocities.
+"""USiT (dit.py), the transformer of DC-AE 1.5: what it is, its sizes, and the names in a U-ViT's files.
+
+It is a U-ViT (Bao et al., 2023) that predicts velocities.
 
 A plain ViT. Time and class are no modulations, as adaLN's in dit.py, but two more tokens in front of the
 image's, and every token has a learned position:
@@ -28,10 +30,6 @@ From noise one can compute a velocity, but then the details' would not be 0 at s
 import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
-
-from dit import MLP, MODELS, Attention, Transformer, timestep_embedding, widen
 from support.files import some
 from support.formats import Layer, bare, count, export_layers, import_layers, merge_details, need, shape
 
@@ -61,97 +59,6 @@ class USiTConfig:
                              "equally many blocks")
         if self.E % self.A or self.E % 2:
             raise ValueError(f"E={self.E} with A={self.A} heads: E must be even, and a multiple of A")
-
-
-class Block(nn.Module):
-    """Attention, then MLP, each behind a LayerNorm; in the second half, first the merging of a skip.
-
-        x = skip_linear([x, kept])
-        x = x + attn(norm1(x))
-        x = x + mlp(norm2(x))
-    """
-
-    def __init__(self, cfg, skip=False):
-        super().__init__()
-        self.skip_linear = nn.Linear(2 * cfg.E, cfg.E) if skip else None
-        self.norm1 = nn.LayerNorm(cfg.E)
-        self.attn = Attention(cfg.E, cfg.A, qk_norm=False, bias=False)
-        self.norm2 = nn.LayerNorm(cfg.E)
-        self.mlp = MLP(cfg.E, 4 * cfg.E, gelu="none")
-
-    def forward(self, x, kept=None):
-        """(B, 2+L, E) -> (B, 2+L, E); kept: the output of the mirrored block of the first half."""
-        if self.skip_linear is not None:
-            x = self.skip_linear(torch.cat([x, kept], dim=-1))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class USiT(Transformer):
-    """Velocity of a latent, given the time and a class.
-
-    z_all:   (B, C+D, h, w) normalised, base channels first; h = w = cfg.grid * cfg.p
-    t:       (B,) in [0, 1], 0 noise, 1 data
-    y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. The caller drops labels
-    returns: v (B, C+D, h, w) float32
-    raises:  ValueError for a latent of another shape
-    """
-
-    def __init__(self, cfg):
-        super().__init__()     # saved optimizers go by this order of the layers
-        self.cfg = cfg
-        half = cfg.depth // 2
-        first = [Block(cfg) for _ in range(half)]
-        second = [Block(cfg, skip=True) for _ in range(half)]
-        self.pos_embed = nn.Parameter(torch.empty(1, 2 + cfg.grid**2, cfg.E))
-        self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
-        self.y_embedder = nn.Embedding(cfg.num_classes + 1, cfg.E)
-        self.blocks = nn.ModuleList([*first, Block(cfg), *second])
-        self.norm_final = nn.LayerNorm(cfg.E)
-        self.O = nn.Linear(cfg.E, cfg.p * cfg.p * cfg.C)
-        self.init_weights()
-        self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
-
-    def forward(self, z_all, t, y):
-        B, channels, h, w = z_all.shape
-        side = self.cfg.grid * self.cfg.p
-        if (channels, h, w) != (self.cfg.C + self.cfg.D, side, side):
-            raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, C+D, h, w) with (C+D, h, w) = "
-                             f"{(self.cfg.C + self.cfg.D, side, side)}")
-
-        # label and time, the image, and a position for each
-        image = self.tokens(z_all, self.pos_embed[:, 2:])                      # (B, L, E)
-        time = timestep_embedding(t, self.cfg.E)
-        front = torch.stack([self.y_embedder(y), time], dim=1) + self.pos_embed[:, :2]
-        x = torch.cat([front.to(image.dtype), image], dim=1)                   # (B, 2+L, E)
-
-        # two halves of the blocks, the second with what the first left
-        half = self.cfg.depth // 2
-        blocks = list(self.blocks)
-        kept = []
-        for block in blocks[:half]:
-            x = self.run(block, x)
-            kept.append(x)
-        x = self.run(blocks[half], x)
-        for block in blocks[half + 1:]:
-            x = self.run(block, x, kept.pop())
-
-        return self.heads(self.norm_final(x[:, 2:]), h, w)
-
-    def init_weights(self):
-        """Linear layers and positions: a normal of std 0.02 cut off at +-2, no bias; the rest is PyTorch's.
-
-        Unlike LightningDiT's, neither the blocks nor the head start at zero.
-        """
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-
-
-MODELS["USiT"] = (USiTConfig, USiT)
 
 
 # ---------------------------------------------------------------- a U-ViT's file, in and out

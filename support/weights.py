@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 from davae import DAVAE, DAVAEConfig, PlainVAE
-from dit import MODELS, LightningDiT, MMDiT, merge_lora, rope_table, sincos_table
+from dit import MODELS, LightningDiT, MMDiT, USiT, merge_lora, rope_table, sincos_table
 from support import formats, runs
 from support.bases import BASES
 from support.config import field
 from support.files import fill, pick_weights, read_json, some
 from support.runs import latest_checkpoint, read_config, read_state_dict
-from support.usit import USiT, export_usit, import_usit, is_usit
+from support.usit import export_usit, import_usit, is_usit
 
 # ---------------------------------------------------------------- base VAEs
 

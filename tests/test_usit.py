@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 import finetune
 import kernels
 import sample
-from dit import warm_start_difference
+from dit import USiT, warm_start_difference
 from support import runs, usit
 from support.config import cli
-from support.usit import SIZES, USiT, USiTConfig, export_usit, import_usit
+from support.usit import SIZES, USiTConfig, export_usit, import_usit
 from support.weights import ExportConfig, load_dit, main_export
 
 
