@@ -1,6 +1,6 @@
 """The names of public checkpoints, in and out: one state dict in, another out; nothing is read or built here.
 
-    import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2
+    import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2; DC-AE: dcae_names.py
     import_dit(sd)    LightningDiT; SD3.5's transformer (the single file's or diffusers' names)
     export_*(model)   back again, the D detail channels merged with the C base channels
 
