@@ -67,8 +67,12 @@ class DCAEConfig:
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks):
             raise ValueError(f"an encoder of {len(self.encoder_blocks)} stages, a decoder of "
                              f"{len(self.decoder_blocks)}, {len(self.widths)} widths; wanted as many of each")
-        if 0 in self.encoder_blocks[1:] + self.decoder_blocks[1:]:
+        if 0 in self.widths[1:] + self.encoder_blocks[1:] + self.decoder_blocks[1:]:
             raise ValueError("a stage without blocks; wanted one only at full size, where it is left out")
+        for a, b in zip(self.widths, self.widths[1:]):
+            if 4 * a % b:
+                raise ValueError(f"a stage of {a} channels before one of {b}; wanted four times the first to be "
+                                 "a multiple of the second, for the shortcut between them")
         if self.ends and self.widths[-1] % self.C:
             raise ValueError(f"a last stage of {self.widths[-1]} channels does not divide into C={self.C} "
                              "groups, whose means the latent's shortcut is")

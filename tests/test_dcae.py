@@ -238,6 +238,18 @@ def test_each_family_equals_diffusers_from_each_kind_of_file(
 
 
 @torch.no_grad()
+def test_what_is_stated_goes_before_what_is_published(error, small, tmp_path):
+    model = small("1.0", **RESIDUAL_ONLY)                            # no published file: 1.0 without them
+    model.save_pretrained(tmp_path)
+    z = torch.randn(1, 8, 8, 8)
+    assert error(load_base_vae(tmp_path).decode(z), model.decode(z).sample) < 1e-5
+
+    model = small("1.5", encoder_out_shortcut=True, decoder_in_shortcut=True)   # nor this: 1.5 with them
+    vae = load_base_vae(original_names(model.state_dict(), ends=True))
+    assert error(vae.decode(z), model.decode(z).sample) < 1e-5
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("spoil", ["ends", "relu", "nearby"])
 def test_what_no_shape_shows_makes_a_difference(error, small, spoil):
     name = "sana" if spoil == "nearby" else "1.0"
@@ -458,8 +470,9 @@ def test_a_config_json_that_cannot_be_meant_is_refused_by_name(small, tmp_path, 
 @pytest.mark.parametrize("change, said", [
     (dict(widths=(0, 32, 64)), "an encoder of 6 stages, a decoder of 6, 3 widths"),
     (dict(encoder_blocks=(0, 4, 0, 2, 2, 2)), "a stage without blocks; wanted one only at full size"),
+    (dict(widths=(0, 256, 512, 768, 1024, 1024)), "a stage of 512 channels before one of 768"),
     (dict(C=48), "1024 channels does not divide into C=48 groups"),
-    (dict(widths=(0, 256, 512, 500, 1024, 1024)), "500 channels does not divide into heads of 32"),
+    (dict(C=16, widths=(0, 256, 512, 512, 1024, 16)), "16 channels does not divide into heads of 32"),
 ])
 def test_sizes_that_do_not_fit_are_told(change, said):
     with pytest.raises(ValueError, match=said):
