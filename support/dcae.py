@@ -71,8 +71,8 @@ class DCAEConfig:
             raise ValueError("a stage without blocks; wanted one only at full size, where it is left out")
         for a, b in zip(self.widths, self.widths[1:]):
             if 4 * a % b:
-                raise ValueError(f"a stage of {a} channels before one of {b}; wanted four times the first to be "
-                                 "a multiple of the second, for the shortcut between them")
+                raise ValueError(f"a stage of {a} channels before one of {b}; wanted four times the first to "
+                                 "be a multiple of the second, for the shortcut between them")
         if self.ends and self.widths[-1] % self.C:
             raise ValueError(f"a last stage of {self.widths[-1]} channels does not divide into C={self.C} "
                              "groups, whose means the latent's shortcut is")
