@@ -11,11 +11,14 @@ and out/mine is a base like any other: `python train_vae.py --base=out/mine`. A 
 name as "kind" in its config.json, so whoever loads the run must have filled in BASES first: where your file
 is imported in support/weights.py, all scripts have (docs/recipes.md).
 """
+import dataclasses
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from davae import AutoencoderKL, BaseVAE, normalise
+from support import dcae
 
 # ---------------------------------------------------------------- TAEF2
 
@@ -159,10 +162,45 @@ class SoftClamp(nn.Module):
         return 3 * torch.tanh(z / 3)
 
 
+# ---------------------------------------------------------------- DC-AE
+
+
+class DCAE(BaseVAE):
+    """DC-AE 1.0, Sana's, and DC-AE 1.5, f32 to f128: support/dcae.py says what it is and has its layers.
+
+    It has no posterior: it can be the frozen base of a DAVAE, but not be trained itself. `std` is 1 / the
+    scale of its latents, `mean` 0.
+    """
+
+    def __init__(self, cfg):
+        super().__init__(cfg.C, f=2 ** (len(cfg.widths) - 1), width=cfg.widths[-1])
+        self.cfg = cfg
+        self.encoder = dcae.Encoder(cfg)
+        self.to_moments = dcae.Head(self.width, cfg.C, cfg.ends)
+        self.from_latent = dcae.Stem(cfg.C, self.width, cfg.ends)
+        self.decoder = dcae.Decoder(cfg)
+
+    def posterior(self, x):
+        raise SystemExit("DC-AE has no posterior: it can be the base of a DA-VAE, but not be trained as a "
+                         "plain VAE (D = 0)")
+
+    def encode(self, x):
+        """Normalised latent of an image: (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f)."""
+        return normalise(self.to_moments(self.encoder(x)), self.mean, self.std)
+
+    def config(self):
+        return dataclasses.asdict(self.cfg)
+
+    @classmethod
+    def build(cls, config):
+        return cls(dcae.DCAEConfig(**config))
+
+
 # ---------------------------------------------------------------- all of them
 
 
 BASES = {
     "AutoencoderKL": AutoencoderKL,
     "TAEF2": TAEF2,
+    "DCAE": DCAE,
 }

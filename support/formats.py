@@ -1,6 +1,6 @@
 """The names of public checkpoints, in and out: one state dict in, another out; nothing is read or built here.
 
-    import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2
+    import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2; DC-AE: dcae_names.py
     import_dit(sd)    LightningDiT; SD3.5's transformer (the single file's or diffusers' names)
     export_*(model)   back again, the D detail channels merged with the C base channels
 
@@ -263,7 +263,8 @@ def check_kl(sd):
     foreign = [key for key in sd if key.split(".")[0] not in known]
     if foreign or "encoder.conv_in.weight" not in sd:
         held = some(foreign or sd) or "nothing"
-        raise ValueError(f"not an autoencoder (it holds {held}); wanted VA-VAE, an SD or SD3 VAE, or TAEF2")
+        raise ValueError(f"not an autoencoder (it holds {held}); wanted VA-VAE, an SD or SD3 VAE, TAEF2, or "
+                         "DC-AE")
     if ("quant_conv" in parts) != ("post_quant_conv" in parts):
         raise ValueError("an autoencoder with one of quant_conv and post_quant_conv; wanted both, or neither")
     if not any(".mid.attn_1." in key or ".mid_block.attentions.0." in key for key in sd):

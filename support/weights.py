@@ -27,6 +27,7 @@ from dit import MODELS, LightningDiT, MMDiT, USiT, merge_lora, rope_table, sinco
 from support import formats, runs
 from support.bases import BASES
 from support.config import field
+from support.dcae_names import import_dcae, is_dcae, published_scales
 from support.files import fill, pick_weights, read_json, some
 from support.runs import latest_checkpoint, read_config, read_state_dict
 from support.usit import export_usit, import_usit, is_usit
@@ -37,8 +38,8 @@ from support.usit import export_usit, import_usit, is_usit
 def load_base_vae(source):
     """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
 
-    source: a file (VA-VAE's .pt, SD3's single file, a VAE alone), a folder (diffusers' VAE or whole pipeline;
-    TAEF2's two files; a run of train_vae.py), or a state dict.
+    source: a file (VA-VAE's .pt, SD3's single file, a VAE or DC-AE alone), a folder (diffusers' VAE or whole
+    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), or a state dict.
     raises: SystemExit saying what the source looks like and what was wanted
     """
     source = find_vae(source)
@@ -48,8 +49,14 @@ def load_base_vae(source):
     name = name_of(source)
     with one_sentence(name):
         sd, folder = read_vae(source)
-        config = read_diffusers_config(folder, "AutoencoderKL")
-        kind, sd, settings = formats.import_vae(sd)
+        if is_dcae(sd):
+            kind = "DCAE"
+            config = read_diffusers_config(folder, "AutoencoderDC")
+            sd, settings = import_dcae(sd, config)
+            sd |= dcae_statistics(settings, config, folder, name)
+        else:
+            config = read_diffusers_config(folder, "AutoencoderKL")
+            kind, sd, settings = formats.import_vae(sd)
         if kind == "AutoencoderKL":
             check_diffusers_config(config, {
                 "act_fn": "silu",                                  # which no key or shape would show
@@ -59,7 +66,7 @@ def load_base_vae(source):
             })
             settings["groups"] = groups_of(settings["widths"], config)
             sd |= latent_statistics(settings, config, folder, name)
-        else:
+        elif kind == "TAEF2":
             sd |= statistics(0.0, 1.0, channels=32)
         with torch.device("meta"):
             vae = BASES[kind].build(settings)
@@ -136,6 +143,31 @@ def latent_statistics(settings, config, folder, name):
     if folder is not None:
         print(f"{name}: no latents_stats.pt beside it; its latents stay as they are. Put that file of the "
               "pretrained LightningDiT there to warm-start from it")
+    return statistics(0.0, 1.0, C)
+
+
+def dcae_statistics(settings, config, folder, name):
+    """mean 0 and std 1 / scale of a DC-AE's latents: z = scale * raw, as its diffusion models take them.
+
+    In this order: what diffusers' config.json states; what is published for the model_name in the original's
+    config.json; what is published for all files of these sizes. Else 1, and a line that says so.
+    """
+    C = settings["C"]
+    if "scaling_factor" in config:
+        return stated_statistics(config, C)
+    published = published_scales(settings)
+    beside = folder / "config.json" if folder is not None else None
+    if beside is not None and beside.exists():
+        scale = published.get(read_json(beside).get("model_name"))
+        if scale is not None:
+            return statistics(0.0, 1 / scale, C)
+    if len(set(published.values())) == 1:
+        return statistics(0.0, 1 / next(iter(published.values())), C)
+    if folder is not None:
+        known = " or ".join(f"{scale} ({model})" for model, scale in published.items()) or "not published"
+        print(f"{name}: no config.json beside it states its scaling_factor ({known}); its latents stay as "
+              'they are. To warm-start a transformer on it, put {"_class_name": "AutoencoderDC", '
+              '"scaling_factor": ...} there')
     return statistics(0.0, 1.0, C)
 
 
