@@ -418,12 +418,12 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
 
 
 def fitting_images(cfg, vae, train_set, device, rank):
-    """What the closed form reads: evenly spaced training images, 40 latent pixels for each of its unknowns.
+    """What the closed form reads: evenly spaced training images, 20 latent pixels for each of its unknowns.
 
     Yields batches (B, 3, H, W) in [-1, 1], of at most 16 images and a megapixel, but one image at least.
     """
     unknowns = 9 * (vae.C + vae.D) + 1                             # of the up block, for each feature
-    n = math.ceil(40 * unknowns * vae.f**2 / cfg.image_size**2)
+    n = math.ceil(20 * unknowns * vae.f**2 / cfg.image_size**2)
     index = torch.linspace(0, len(train_set) - 1, min(n, len(train_set))).long()
     size = min(16, max(1, 1024**2 // cfg.image_size**2))
     title = f"{cfg.out}: fitting the new blocks"

@@ -1,4 +1,4 @@
-"""Stage 1 in closed form: the two new blocks of a DAVAE by least squares, without a gradient step.
+"""Stage 1 in closed form: the two new blocks of a DAVAE by least squares, without a training step.
 
 The base VAE already has what the details should hold: its own latent of the full-size image. Per position of
 the small grid, and with pixels unshuffled into channels,
@@ -7,25 +7,27 @@ the small grid, and with pixels unshuffled into channels,
     U    (r^2 C)    base latent of the full-size image, as the decoder's first convolution (the stem) sees it
     Y    (r^2 F)    the decoder's features of the full-size image: the stem's output
 
-Y is what the up block should give, and it is linear in U, because the stem is a convolution. The details
-can carry D directions of U:  z_d = U V. Which ones? Not those in which U varies most, but those of which the
-decoder makes most, and which z does not tell. Take from U and from Y what z tells of them, in a neighbourhood
-of 3x3 positions, and call the rest R_U and R_Y. Then reduced-rank regression (Izenman, 1975) says
+Y is what the up block should give, and it is linear in U, because the stem is a convolution. The details can
+carry D directions of U:  z_d = U V.  Which ones? Not those in which U varies most, but those that z does not
+tell, and of which the decoder makes most:
 
-    B = argmin |R_Y - R_U B|^2         least squares
-    Q = the D leading principal directions of the fitted values R_U B
-    V = B Q                            and U V is scaled to unit variance: to a mean square of 1
+    R = U - (what 3x3 positions of z tell of U, linearly)
+    M = J^T J, J the decoder's derivative by U        u^T M u: by how much, squared, u changes the image
+    V = S Q, with M = S S^T and Q the D leading principal directions of R S;  U V then has a mean square of 1
 
-The down block gives U V exactly: its shortcut reads a copy of the base's own head (`LatentHead`).
-The up block is the least-squares map from 3x3 positions of [z, z_d] to Y. With D = r^2 C nothing is left out
-and the image is the base VAE's own at full size.
-Nothing is centred: beyond the border of an image, U, z_d and what convolutions pad with are all 0.
+Of all U V of D numbers it is the one from which R is told with the least error in the image (Eckart and
+Young, 1936): reduced-rank regression (Izenman, 1975) with the decoder's own measure of error.
 
-All this needs nothing of the images but second moments: G = X^T X of X = [1, patches of z, patches of U], one
-row for each latent pixel, summed in one pass. Each step below is a line of algebra on G.
+The down block gives U V exactly: its shortcut reads a copy of the base's own head (`LatentHead`). The up
+block is the least-squares map from 3x3 positions of [z, z_d] to Y. With D = r^2 C nothing is left out, and
+the image is the base VAE's own at full size. Nothing is centred: beyond the border of an image, U, z_d and
+what convolutions pad with are all 0.
+
+Beside M, this needs nothing of the images but second moments: G = X^T X of X = [1, patches of z, patches of
+U], one row for each latent pixel, summed in one pass. Each step after it is a line of algebra on G.
 Memory: (1 + 9C + 9 r^2 C)^2 float64, so 17 MB for C = 32, r = 2 and 190 MB for r = 4.
 
-`align` turns the basis of z_d afterwards, so that group means tell z (Eq. 3); see `aligned`.
+`align` turns the basis of z_d afterwards, so that group means tell z (Eq. 3); see `alignment`.
 
 Differs from the paper, where both blocks start at random (`--fit=random`) and the down block's shortcut reads
 the encoder's features: on a CPU one cannot afford the steps that this saves.
@@ -85,10 +87,10 @@ def ridge(pairs, strength=1e-3):
 
 
 @torch.no_grad()
-def fit_new_blocks(vae, images, align=1.0, strength=1e-8):
+def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
     """Set the down and the up block of a DAVAE with `latent_shortcut`.
 
-    images: batches (B, 3, H, W) of training images; some 40 latent pixels for each of the 9 (C+D) unknowns
+    images: batches (B, 3, H, W) of training images; some 20 latent pixels for each of the 9 (C+D) unknowns
     align:  0 the basis of reduced-rank regression; 1 group means are the best linear guess of z; or between
     strength: of the ridge, against what the images leave undetermined
     Every rank may fit the same images: DistributedDataParallel goes on with what rank 0 found.
@@ -98,7 +100,7 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-8):
     """
     check_fit(vae, align)
     C = vae.C
-    G = moments(vae, images)                                       # (1 + 9C + 9 r^2 C) squared
+    G, M = moments(vae, images)                                    # (1 + 9C + 9 r^2 C) and r^2 C, squared
     K = features_of_patches(vae)                                   # Y = X K, without any images
     inputs = 1 + TAPS * C                                          # 1 and the patches of z
     z = slice(1 + TAPS // 2, inputs, TAPS)                         # the columns of X that hold z itself,
@@ -109,18 +111,22 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-8):
     R = G - G[:, :inputs] @ W
 
     # the D directions of U of which the decoder makes most
-    V = reduced_rank(R[U, U], R[U] @ K, vae.D)                     # (r^2 C, D)
+    V = reduced_rank(R[U, U], M, vae.D)                            # (r^2 C, D)
     V = V / (V.T @ G[U, U] @ V / G[0, 0]).diagonal().sqrt()
     told = V.T @ G[U, z]                                           # z_d^T z
     told = (told * solve_ridge(V.T @ G[U, U] @ V, told, strength)).sum() / G[z, z].trace()
-    if align:
-        V = aligned(V, G[U, U] / G[0, 0], G[U, z] / G[0, 0], align)
 
     # up block: from X A = [1, patches of z, patches of z_d] to Y
-    A = torch.block_diag(torch.eye(inputs).to(V), torch.kron(V, torch.eye(TAPS).to(V)))
+    A = torch.block_diag(torch.eye(inputs).to(V), on_patches(V))
     W = solve_ridge(A.T @ G @ A, A.T @ G @ K, strength)
     left = K - A @ W                                               # Y - X A W = X left
     kept = 1 - (left * (G @ left)).sum() / (K * (R @ K)).sum()
+
+    # another basis of the same details: the up block undoes it
+    if align:
+        T = alignment(V.T @ G[U, U] @ V / G[0, 0], V.T @ G[U, z] / G[0, 0], align)
+        V = V @ T
+        W[inputs:] = on_patches(torch.linalg.inv(T)) @ W[inputs:]
 
     set_down_block(vae.down, V)
     set_up_block(vae.up, W)
@@ -142,20 +148,45 @@ def check_fit(vae, align):
 
 
 def moments(vae, images):
-    """G = X^T X of X = [1, patches of z, patches of U], summed over all positions of all images; float64."""
+    """(G, M), summed over all positions; float64.
+
+    G: X^T X of X = [1, patches of z, patches of U];  M: J^T J, of up to four crops of 256 pixels per batch
+    """
     G = 0
-    for x in images:
+    M = 0
+    for seed, x in enumerate(images):
         z = vae.encode_base(x)                                                       # (B, C, h, w)
         U = F.pixel_unshuffle(vae.down.head(vae.detail_encoder(x)), vae.r)           # (B, r^2 C, h, w)
         X = torch.cat([patches(z), patches(U)], dim=1).double()
         X = F.pad(X, (1, 0), value=1.0)
         G = G + X.T @ X
-    return G
+        M = M + what_shows(vae, x[:4, :, :256, :256], seed)
+    return G, M
+
+
+def what_shows(vae, x, seed):
+    """J^T J (r^2 C, r^2 C) at images x, J the derivative of the decoded image by U, summed over positions.
+
+    An estimate by one random projection (Hutchinson): for unit noise e, J^T e has the moments J^T J.
+    """
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    U = vae.down.head(vae.detail_encoder(x))                                         # (B, C, r*h, r*w)
+    with torch.enable_grad():
+        U.requires_grad_()
+        image = vae.base.decoder(stem(vae.base)[-1](U))
+        g, = torch.autograd.grad(image, U, noise)
+    g = F.pixel_unshuffle(g, vae.r).movedim(1, -1).flatten(0, 2).double()            # (B*h*w, r^2 C)
+    return g.T @ g
 
 
 def patches(x):
     """3x3 neighbourhoods, zero beyond the border: (B, c, h, w) -> (B*h*w, 9c), channel by channel."""
     return F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+
+
+def on_patches(V):
+    """A map of channels as one of their 3x3 patches: (c, d) -> (9c, 9d)."""
+    return torch.kron(V.contiguous(), torch.eye(TAPS).to(V))
 
 
 def features_of_patches(vae):
@@ -181,43 +212,37 @@ def features_of_patches(vae):
 # ---------------------------------------------------------------- the directions of the details
 
 
-def reduced_rank(XX, XY, D):
-    """The V of the best map of rank D, X -> X V -> Y, by least squares.  Izenman, 1975.
+def reduced_rank(RR, M, D):
+    """The V of the best map of rank D, R -> R V -> R, where an error e counts e^T M e.
 
-    XX: X^T X (n, n), XY: X^T Y (n, m), D <= n;  returns (n, D), the directions by what they explain
-    The fitted values X B have the principal directions Q; V = B Q. With B = S O^T, rows of O orthonormal,
-    X B has those of X S, turned by O; so V = S times these, which also holds for directions that explain 0.
+    RR: R^T R (n, n), M: (n, n), D <= n;  returns (n, D), the directions by what they explain
     """
-    B = torch.linalg.lstsq(XX, XY).solution
-    turn, scale, _ = torch.linalg.svd(B, full_matrices=False)
-    S = turn * scale
-    _, Q = torch.linalg.eigh(S.T @ XX @ S)                         # the largest come last
+    little = 1e-4 * M.diagonal().mean() * torch.eye(len(M)).to(M)  # so that no direction counts nothing
+    S = torch.linalg.cholesky(M + little)
+    _, Q = torch.linalg.eigh(S.T @ RR @ S)                         # the largest come last
     return S @ Q.flip(1)[:, :D]
 
 
-def aligned(V, UU, Uz, amount):
-    """Another basis of the same details, in which the means of groups of channels tell z.  Eq. (3).
+def alignment(moments, with_z, amount):
+    """T (D, D): z_d T is another basis of the same details, where the means of groups of channels tell z.
 
-    V: (n, D) with z_d = U V;  UU, Uz: mean U^T U (n, n), mean U^T z (n, C);  amount: in [0, 1], how far
+    moments: mean z_d^T z_d (D, D);  with_z: mean z_d^T z (D, C);  amount: in [0, 1], how far
     At 1, group c of z_d is z_hat_c, the best linear guess of z_c from the details, on all its channels, plus
-    what adds up to 0 in the group: the other D - C dimensions of the details, in the basis nearest to V's. So
-    the alignment loss is what the details cannot tell of z, and nothing else is lost.
+    what adds up to 0 in the group: the other D - C dimensions of the details, in the nearest basis. So the
+    alignment loss (Eq. 4) is what the details cannot tell of z; and as T is invertible, they lose nothing.
     """
-    C = Uz.shape[1]
-    energy, axes = torch.linalg.eigh(V.T @ UU @ V)
+    C = with_z.shape[1]
+    energy, axes = torch.linalg.eigh(moments)
     white = axes / energy.sqrt() @ axes.T                          # z_d @ white: its moments are 1
-    M = white @ V.T @ Uz                                           # (D, C): z_hat = z_d @ white @ M
+    M = white @ with_z                                             # (D, C): z_hat = z_d @ white @ M
     groups = torch.eye(C).to(M).repeat_interleave(len(M) // C, dim=0)            # (D, C): who is in which
     rest = complement(M)                                           # (D, D-C): what is not in z_hat
     apart = complement(groups)                                     # (D, D-C): what adds up to 0 in each group
     T = white @ (M @ groups.T + rest @ nearest_rotation(rest.T @ apart) @ apart.T)
 
-    if torch.det(T) < 0:                                           # a sign is free: no mirror on the way
-        flip = torch.ones_like(V[0])
-        flip[-1] = -1
-        V = V * flip
-        T = flip[:, None] * T
-    return V @ part_of_the_way(T, amount)
+    sign = torch.ones(len(M), 1).to(M)                             # a sign of V is free: no mirror on the way
+    sign[-1] = torch.det(T).sign()
+    return sign * part_of_the_way(sign * T, amount)
 
 
 def complement(A):
