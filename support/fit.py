@@ -102,6 +102,7 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
     C = vae.C
     G, M = moments(vae, images)                                    # (1 + 9C + 9 r^2 C) and r^2 C, squared
     K = features_of_patches(vae)                                   # Y = X K, without any images
+    G = G / G[0, 0]                                                # means over positions, not sums
     inputs = 1 + TAPS * C                                          # 1 and the patches of z
     z = slice(1 + TAPS // 2, inputs, TAPS)                         # the columns of X that hold z itself,
     U = slice(inputs + TAPS // 2, None, TAPS)                      # and U
@@ -112,19 +113,20 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
 
     # the D directions of U of which the decoder makes most
     V = reduced_rank(R[U, U], M, vae.D)                            # (r^2 C, D)
-    V = V / (V.T @ G[U, U] @ V / G[0, 0]).diagonal().sqrt()
-    told = V.T @ G[U, z]                                           # z_d^T z
-    told = (told * solve_ridge(V.T @ G[U, U] @ V, told, strength)).sum() / G[z, z].trace()
+    V = V / (V.T @ G[U, U] @ V).diagonal().sqrt()
+    own = V.T @ G[U, U] @ V                                        # moments of z_d: z_d^T z_d, with ones
+    with_z = V.T @ G[U, z]                                         # on the diagonal, and z_d^T z
 
     # up block: from X A = [1, patches of z, patches of z_d] to Y
     A = torch.block_diag(torch.eye(inputs).to(V), on_patches(V))
     W = solve_ridge(A.T @ G @ A, A.T @ G @ K, strength)
     left = K - A @ W                                               # Y - X A W = X left
     kept = 1 - (left * (G @ left)).sum() / (K * (R @ K)).sum()
+    told = (with_z * solve_ridge(own, with_z, strength)).sum() / G[z, z].trace()
 
     # another basis of the same details: the up block undoes it
     if align:
-        T = alignment(V.T @ G[U, U] @ V / G[0, 0], V.T @ G[U, z] / G[0, 0], align)
+        T = alignment(own, with_z, align)
         V = V @ T
         W[inputs:] = on_patches(torch.linalg.inv(T)) @ W[inputs:]
 
@@ -135,6 +137,10 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
 
 def check_fit(vae, align):
     """raises: ValueError if this DAVAE cannot start in closed form"""
+    conv = stem(vae.base)[-1]
+    if not isinstance(conv, nn.Conv2d) or max(conv.kernel_size) > 2 * vae.r + 1:
+        raise ValueError(f"{type(vae.base).__name__}.from_latent ends in {conv}: wanted a convolution of at "
+                         f"most {2 * vae.r + 1} pixels (davae.py:BaseVAE says where to cut), or --fit=random")
     most = vae.r**2 * vae.C
     if vae.D > most:
         raise ValueError(f"--D={vae.D}: details in closed form are directions of the full-size latent, which "

@@ -116,6 +116,9 @@ def test_more_details_than_the_latent_has_and_groups_that_do_not_divide_are_refu
     vae.D = 10                                                          # as where `check_groups` is dropped
     with pytest.raises(ValueError, match="--fit_align=1 needs C=4 equal groups .*; give --fit_align=0"):
         fit.fit_new_blocks(vae, [images(1)])
+    vae.base.from_latent.append(torch.nn.ReLU())
+    with pytest.raises(ValueError, match=r"AutoencoderKL.from_latent ends in ReLU.*, or --fit=random"):
+        fit.fit_new_blocks(vae, [images(1)])
 
 
 def test_every_direction_more_keeps_more_of_the_features():
