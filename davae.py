@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from kernels.attention import sdpa
 from kernels.groupnorm_silu import groupnorm_silu
+from support.fit import LatentHead
 
 
 @dataclass
@@ -33,6 +34,7 @@ class DAVAEConfig:
     r: int = 2                    # side of the full image / side of the base image; a power of two
     detail_dropout: float = 0.1   # probability, per image, in training only, of decoding without details
     rescale: bool = False         # the other images' details times 1 / (1 - detail_dropout), as they do
+    latent_shortcut: bool = False  # the down block's shortcut reads the base's own latent (support/fit.py)
 
     def __post_init__(self):
         if self.D < 1:
@@ -49,9 +51,8 @@ def group_mean(z_d, C):
 
     raises: ValueError if D is not a multiple of C.
     """
-    B, D, h, w = z_d.shape
-    check_groups(C, D)
-    return z_d.view(B, C, D // C, h, w).mean(dim=2)
+    check_groups(C, z_d.shape[1])
+    return z_d.unflatten(1, (C, -1)).mean(dim=2)
 
 
 def check_groups(C, D):
@@ -109,10 +110,11 @@ class Posterior:
         return (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def zero_conv(c_in, c_out):
-    """A 1x1 convolution without bias that starts at zero."""
-    conv = nn.Conv2d(c_in, c_out, 1, bias=False)
-    nn.init.zeros_(conv.weight)
+def zero_conv(c_in, c_out, bias=False):
+    """A 1x1 convolution that starts at zero."""
+    conv = nn.Conv2d(c_in, c_out, 1, bias=bias)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
     return conv
 
 
@@ -123,10 +125,11 @@ class DownBlock(nn.Module):
     shortcut:  pixel-unshuffle by r to F*r^2 channels, and from those to O: where they divide into O equal
                groups, the mean of each group of adjacent channels (no parameters; SD3); else a 1x1
                convolution, zero at first (VA-VAE)
+    With a `head`, the shortcut reads C channels that it makes of the features, by a 1x1 convolution (ours).
     Differs from the paper: Fig. S1 describes strided convolutions; this is what the authors' code does.
     """
 
-    def __init__(self, width, O, r=2):
+    def __init__(self, width, O, r=2, head=None):
         super().__init__()
         if O % (r * r):
             raise ValueError(f"the down block makes {O} channels by pixel-unshuffle: wanted a multiple of "
@@ -134,11 +137,13 @@ class DownBlock(nn.Module):
         self.O = O
         self.r = r
         self.conv = nn.Conv2d(width, O // r**2, 3, padding=1)
-        divides = width * r**2 % O == 0
-        self.proj = None if divides else zero_conv(width * r**2, O)
+        self.head = nn.Identity() if head is None else head
+        divides = head is None and width * r**2 % O == 0
+        c_in = width if head is None else head.C
+        self.proj = None if divides else zero_conv(c_in * r**2, O, bias=head is not None)
 
     def shortcut(self, x):
-        pixels = F.pixel_unshuffle(x, self.r)                                 # (B, F*r^2, h, w)
+        pixels = F.pixel_unshuffle(self.head(x), self.r)                      # (B, F*r^2, h, w)
         if self.proj is not None:
             return self.proj(pixels)                                          # (B, O, h, w)
         return pixels.unflatten(1, (self.O, -1)).mean(dim=2)                  # (B, O, h, w)
@@ -194,7 +199,6 @@ class DAVAE(nn.Module):
     copy of the base decoder, entered after its latent stem. Down and up block take the places of these two.
 
     base: a BaseVAE; it is frozen, and not copied
-
     Differs from the authors' code in two points. What survives detail dropout is not multiplied by 1/(1-p)
     unless `rescale`, because the decoder would then see z_d at two scales, in training and after. Alignment
     and decoder work on normalised base latents for every base, as in their SD3 code, and not on raw ones,
@@ -213,7 +217,8 @@ class DAVAE(nn.Module):
 
         self.base = base.requires_grad_(False)
         self.detail_encoder = deepcopy(base.encoder).requires_grad_(True)
-        self.down = DownBlock(base.width, 2 * cfg.D, cfg.r)
+        head = LatentHead(base) if cfg.latent_shortcut else None
+        self.down = DownBlock(base.width, 2 * cfg.D, cfg.r, head)
         self.up = UpBlock(base.C + cfg.D, base.width, cfg.r)
         self.decoder = deepcopy(base.decoder).requires_grad_(True)
 
@@ -247,10 +252,9 @@ class DAVAE(nn.Module):
     def encode(self, x, sample=False):
         """Normalised latent z_all = [z, z_d]: (B, 3, H, W) in [-1, 1] -> (B, C+D, H/f, W/f).
 
-        z is the mode; z_d is the mode, or a sample of its posterior where `sample`,
-        as in the authors' ImageNet features.
-        Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d here,
-        which their trainer never saw.
+        z is the mode; z_d is the mode, or a sample of its posterior where `sample`, as in the authors'
+        ImageNet features. Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d
+        here, which their trainer never saw.
         raises: ValueError if a side of the image is not a multiple of f
         """
         check_sides(x, self.f)
@@ -305,14 +309,11 @@ class PlainVAE(nn.Module):
         check_sides(x, self.f)
         return self.base.encode(x)
 
-    def encode_base(self, x):
-        return self.encode(x)
-
     def decode(self, z):
         return self.base.decode(z)
 
-    def decode_base(self, z):
-        return self.base.decode(z)
+    encode_base = encode
+    decode_base = decode
 
     @torch.no_grad()
     def measure(self, images, add=torch.clone):
@@ -375,8 +376,10 @@ class BaseVAE(nn.Module):
         decoder      features -> images (B, 3, f*h, f*w)
         config()     its settings as JSON, from which `build` makes the module again
 
-    DAVAE copies `encoder` and `decoder`, and puts its new blocks in place of the other two. The class is
-    found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
+    DAVAE copies `encoder` and `decoder`, and puts its new blocks in place of the other two. `from_latent` is
+    a convolution, or a Sequential that ends in one: what follows it is not linear, no up block could imitate
+    it, and it belongs to `decoder`. That begins with AutoencoderKL's middle blocks, with TAEF2's first ReLU.
+    The class is found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
     mean, std (C,): the statistics by which the pretrained pipeline normalises latents
     """
 
@@ -424,9 +427,9 @@ class KLConfig:
     def __post_init__(self):
         self.widths = tuple(self.widths)        # JSON knows lists only
         self.attn = tuple(self.attn)
-        unequal = [width for width in self.widths if width % self.groups]
-        if unequal:
-            raise ValueError(f"a level of {unequal[0]} channels does not divide into {self.groups} groups")
+        for width in self.widths:
+            if width % self.groups:
+                raise ValueError(f"a level of {width} channels does not divide into {self.groups} groups")
 
 
 class NormSiLU(nn.GroupNorm):
@@ -578,14 +581,11 @@ class AutoencoderKL(BaseVAE):
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        conv_out = nn.Conv2d(self.width, 2 * cfg.C, 3, padding=1)
-        conv_in = nn.Conv2d(cfg.C, self.width, 3, padding=1)
+        self.to_moments = nn.Sequential(nn.Conv2d(self.width, 2 * cfg.C, 3, padding=1))
+        self.from_latent = nn.Sequential(nn.Conv2d(cfg.C, self.width, 3, padding=1))
         if cfg.quant:
-            self.to_moments = nn.Sequential(conv_out, nn.Conv2d(2 * cfg.C, 2 * cfg.C, 1))
-            self.from_latent = nn.Sequential(nn.Conv2d(cfg.C, cfg.C, 1), conv_in)
-        else:
-            self.to_moments = nn.Sequential(conv_out)
-            self.from_latent = nn.Sequential(conv_in)
+            self.to_moments.append(nn.Conv2d(2 * cfg.C, 2 * cfg.C, 1))
+            self.from_latent.insert(0, nn.Conv2d(cfg.C, cfg.C, 1))
 
     def config(self):
         return dataclasses.asdict(self.cfg)

@@ -52,7 +52,10 @@ class Config:
                        choices=("all", "decoder", "blocks"))
     detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
-    fit: bool = field(False, "start the new blocks by least squares (D = 3C), not at random as the paper")
+    fit: str = field("closed", "how the new blocks start: by least squares, or at random as the paper's",
+                     choices=("closed", "random"))
+    fit_align: float = field(1.0, "fit=closed: 1 details start aligned to z, at no cost; 0 not; or between",
+                             within=(0, 1))
     C: int = field(16, "D = 0, no base given: latent channels", within=(1, 4096))
     widths: tuple = field((128, 256, 512, 512), "D = 0, no base given: of the levels, from full size down",
                           within=(1, 8192), count=(1, 12))
@@ -98,7 +101,7 @@ PRESETS = {
     # TAEF2, imagenette128: 26.23 dB against 22.46 dB of the base channels alone;
     # 25 CPU-minutes, 2 cores (2026-11-21)
     "photos": dict(
-        out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, train="decoder", fit=True,
+        out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, train="decoder", fit="closed",
         perceptual="none", gan=0.0, align=0.05, adaptive_align=False, stats=500, steps=1000, batch_size=8,
         micro_batch=8, lr=1e-4, beta1=0.9, beta2=0.99, cooldown=0.5, log_every=100, save_every=500),
 
@@ -251,8 +254,8 @@ def main(cfg):
     check_sizes(cfg, vae)
     vae = vae.to(device, memory_format=LAYOUT[device.type]).train()
     freeze(vae, cfg.train)
-    if cfg.fit and cfg.D and not run.checkpoint:
-        fit_new_blocks(vae, fitting_images(cfg, vae, train_set, device, rank))
+    if vae.D and cfg.fit == "closed" and not run.checkpoint:
+        start_in_closed_form(cfg, vae, train_set, device, rank)
     nets = LossNetworks(cfg, device)
     trained = [p for p in [*vae.parameters(), *nets.own.parameters()] if p.requires_grad]
     opt = adamw(trained, cfg)
@@ -370,7 +373,8 @@ def initial_vae(cfg):
         return PlainVAE(base)
     if cfg.rescale and cfg.detail_dropout == 1:
         raise SystemExit("--rescale=True divides by 1 - detail_dropout: wanted --detail_dropout below 1")
-    return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale))
+    return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale,
+                                   latent_shortcut=cfg.fit == "closed"))
 
 
 def make_if_missing(flag, cfg):
@@ -405,15 +409,25 @@ def freeze(vae, train):
         vae.decoder.requires_grad_(False)
 
 
-def fitting_images(cfg, vae, train_set, device, rank):
-    """What the least-squares start reads: evenly spaced training images, about 50,000 latent pixels in all.
+def start_in_closed_form(cfg, vae, train_set, device, rank):
+    """Fit the new blocks, and say how well.  Each rank does it all; DDP then goes on with rank 0's."""
+    found = fit_new_blocks(vae, fitting_images(cfg, vae, train_set, device, rank), cfg.fit_align)
+    if rank == 0:
+        print(f"{cfg.out}: the new blocks start in closed form; of what z does not tell of the decoder's "
+              f"features they keep {found['kept']:.1%}, and the details tell {found['told']:.1%} of z")
 
-    Yields batches (16, 3, H, W) in [-1, 1].
+
+def fitting_images(cfg, vae, train_set, device, rank):
+    """What the closed form reads: evenly spaced training images, 20 latent pixels for each of its unknowns.
+
+    Yields batches (B, 3, H, W) in [-1, 1], of at most 16 images and a megapixel, but one image at least.
     """
-    n = 50_000 * vae.f**2 // cfg.image_size**2
+    unknowns = 9 * (vae.C + vae.D) + 1                             # of the up block, for each feature
+    n = math.ceil(20 * unknowns * vae.f**2 / cfg.image_size**2)
     index = torch.linspace(0, len(train_set) - 1, min(n, len(train_set))).long()
+    size = min(16, max(1, 1024**2 // cfg.image_size**2))
     title = f"{cfg.out}: fitting the new blocks"
-    for part in tqdm(index.split(16), desc=title, disable=rank > 0, mininterval=1):
+    for part in tqdm(index.split(size), desc=title, disable=rank > 0, mininterval=1):
         x, _ = data.stack(train_set, part.tolist())
         yield data.to_tensor(x).to(device)
 

@@ -53,8 +53,9 @@ class TAEF2(BaseVAE):
             WideBlock(width),                                            # (B, width, H/8, W/8)
         )
         self.to_moments = nn.Conv2d(width, C, 3, padding=1)
-        self.from_latent = nn.Sequential(SoftClamp(), nn.Conv2d(C, width, 3, padding=1), nn.ReLU())
+        self.from_latent = nn.Sequential(SoftClamp(), nn.Conv2d(C, width, 3, padding=1))
         self.decoder = nn.Sequential(
+            nn.ReLU(),                                         # after from_latent's convolution (see BaseVAE)
             WideBlock(width),
             WideBlock(width),
             WideBlock(width),                                            # (B, width, h, w)

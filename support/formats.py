@@ -303,9 +303,9 @@ def import_taef2(sd):
     for i in range(14):
         names[f"encoder.{i}"] = f"encoder.{i + 1}"       # in front, ours has the layer from [-1, 1] to [0, 1]
     names["encoder.14"] = "to_moments"                    # the last convolution, to 32 channels
-    names["decoder.1"] = "from_latent.1"     # the first, from 32; around it tanh and ReLU, as numbers 0 and 2
+    names["decoder.1"] = "from_latent.1"                 # the first, from 32; number 0 is the tanh before it
     for i in range(3, 20):
-        names[f"decoder.{i}"] = f"decoder.{i - 3}"    # so that the layer after them is our decoder's number 0
+        names[f"decoder.{i}"] = f"decoder.{i - 2}"       # so that the ReLU after it is our decoder's number 0
 
     ours = {}
     for key, weight in sd.items():

@@ -258,8 +258,17 @@ def load_davae(source):
     with one_sentence(checkpoint):
         with torch.device("meta"):
             vae = build_vae(upgrade_vae_config(config))
-        fill(vae, read_state_dict(checkpoint / "model.safetensors"))
+        sd = read_state_dict(checkpoint / "model.safetensors")
+        check_cut(sd)
+        fill(vae, sd)
     return vae.eval()
+
+
+def check_cut(sd):
+    """raises: ValueError for a TAEF2 of before 2026-11-25, whose decoder began after the stem's ReLU"""
+    if any(key.endswith("decoder.0.pool.0.weight") for key in sd):
+        raise ValueError("its TAEF2 is cut after the decoder's first ReLU, as it was before 2026-11-25, and "
+                         "now before it: make it again, from TAEF2's own files")
 
 
 def load_measured(source):

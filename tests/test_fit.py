@@ -6,10 +6,40 @@ import torch
 import torch.nn.functional as F
 
 import train_vae
-from davae import DAVAE, AutoencoderKL, DAVAEConfig
+from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, align_loss
 from support import data, fit, runs
 from support.metrics import psnr
 from support.weights import load_davae
+
+# Small ones of the two public configurations: VA-VAE's has 1x1 convolutions beside the latent, and attention.
+VAVAE = KLConfig(C=4, widths=(8, 16), blocks=1, groups=4, attn=(1,), quant=True)
+SD3 = KLConfig(C=4, widths=(8, 16), blocks=1, groups=4)
+
+
+def make(config, D, r=2):
+    """A DAVAE of random weights and statistics, in float64."""
+    torch.manual_seed(0)
+    base = AutoencoderKL(config)
+    base.mean.uniform_(-1, 1)
+    base.std.uniform_(0.5, 2)
+    return DAVAE(base, DAVAEConfig(D=D, r=r, latent_shortcut=True)).double().eval()
+
+
+def images(n=16, size=32):
+    """Smooth noise (n, 3, size, size)."""
+    torch.manual_seed(1)
+    small = torch.rand(n, 3, size // 4, size // 4, dtype=torch.float64) * 2 - 1
+    return F.interpolate(small, scale_factor=4, mode="bicubic")
+
+
+@torch.no_grad()
+def features(vae, x):
+    """(what the up block makes of images, what the base's stem makes of them at full size)."""
+    z_all = torch.cat([vae.encode_base(x), vae.detail_posterior(x).mean], dim=1)
+    return vae.up(z_all), vae.base.from_latent(vae.base.posterior(x).mean)
+
+
+# ---------------------------------------------------------------- least squares
 
 
 def test_ridge_is_least_squares_over_all_batches():
@@ -21,37 +51,152 @@ def test_ridge_is_least_squares_over_all_batches():
     assert torch.allclose(fit.ridge(parts, 0.1), torch.linalg.solve(X.T @ X + penalty, X.T @ Y))
 
 
-@torch.no_grad()
-def test_fitted_blocks_start_with_three_quarters_of_the_full_size_latent_and_find_the_rest(kl_config):
-    torch.manual_seed(0)
-    vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
-    head = vae.base.to_moments[0].weight                       # as if 1x1, so that the shortcut can be exact:
-    head[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0     # all but the centre of 3x3
-    x = F.interpolate(torch.rand(40, 3, 8, 8) * 2 - 1, scale_factor=4, mode="bicubic")
-    z_full = vae.base.encode(x)                                     # (40, 4, 16, 16)
-    target = vae.base.from_latent(vae.base.posterior(x).mean)
+@pytest.mark.parametrize("D", [1, 3, 6])
+def test_reduced_rank_leaves_as_little_as_the_best_map_of_that_rank(D):
+    R = torch.randn(200, 6).double() @ torch.randn(6, 6).double()
+    J = torch.randn(9, 6).double()                                      # e counts |J e|^2
+    M = J.T @ J
+    V = fit.reduced_rank(R.T @ R, M, D)
+    through_V = R @ V @ torch.linalg.lstsq(R @ V, R).solution
 
-    def left_over(z_d):
-        features = vae.up(torch.cat([vae.encode_base(x), z_d], dim=1))
-        return ((features - target).square().mean() / target.var()).item()
+    left, sizes, right = torch.linalg.svd(R @ J.T, full_matrices=False)
+    best = left[:, :D] * sizes[:D] @ right[:D]                          # of all matrices of rank D
+    assert torch.allclose(through_V @ J.T, best, atol=1e-3 * sizes[0])  # but for what counts all alike
+    least = sizes[D:6].square().sum()
+    assert ((R - through_V) @ J.T).square().sum() == pytest.approx(least.item(), rel=1e-5, abs=1e-6)
 
-    fit.fit_new_blocks(vae, x.split(8))
+
+def test_what_shows_is_the_square_of_the_decoders_derivative():
+    vae = make(SD3, D=8)
+    x = images(1, 8)                                                    # one position of a 4x4 map of U
+    U = vae.down.head(vae.detail_encoder(x)).detach()
+    J = torch.autograd.functional.jacobian(lambda u: vae.base.decoder(vae.base.from_latent(u)), U)
+    J = F.pixel_unshuffle(J.flatten(0, 4), 2)                           # (3*8*8, 16, 2, 2)
+    exact = torch.einsum("iahw,ibhw->ab", J, J)
+    with torch.no_grad():
+        found = sum(fit.what_shows(vae, x, seed) for seed in range(400)) / 400
+    assert (found - exact).norm() < 0.2 * exact.norm()
+
+
+def test_the_stem_as_a_matrix_on_patches_is_the_stem():
+    vae = make(VAVAE, D=16)
+    x = images(4)
+    U = F.pixel_unshuffle(vae.down.head(vae.detail_encoder(x)), 2)
+    X = torch.cat([torch.ones(4 * 64, 1), torch.randn(4 * 64, 36), fit.patches(U)], dim=1)
+    Y = F.pixel_unshuffle(features(vae, x)[1], 2).movedim(1, -1).flatten(0, 2)
+    assert torch.allclose(X @ fit.features_of_patches(vae), Y)          # at the borders, too
+
+
+def test_images_in_many_batches_give_the_moments_of_all_at_once():
+    vae = make(SD3, D=12)
+    x = images(12)
+    with torch.no_grad():
+        assert torch.allclose(fit.moments(vae, x.split(5))[0], fit.moments(vae, [x])[0])
+
+
+# ---------------------------------------------------------------- what the blocks then give
+
+
+@pytest.mark.parametrize("r", [2, 4])
+@pytest.mark.parametrize("config", [VAVAE, SD3], ids=["VA-VAE", "SD3"])
+def test_with_all_directions_the_decode_is_the_bases_own_at_full_size(config, r):
+    vae = make(config, D=r * r * 4, r=r)
+    fit.fit_new_blocks(vae, images(16, 16 * r).split(8), strength=1e-13)
+    x = images(4, 16 * r)
+    found, target = features(vae, x)
+    assert torch.allclose(found, target, atol=1e-6 * target.abs().max())
+    with torch.no_grad():
+        assert torch.allclose(vae.decode(vae.encode(x)), vae.base.decode(vae.base.encode(x)), atol=1e-5)
+
+
+def test_more_details_than_the_latent_has_and_groups_that_do_not_divide_are_refused():
+    vae = make(SD3, D=20)
+    with pytest.raises(ValueError, match="--D=20: .* r.2 C = 16 .*; give --D=16 or less, or --fit=random"):
+        fit.fit_new_blocks(vae, [images(1)])
+    vae.D = 10                                                          # as where `check_groups` is dropped
+    with pytest.raises(ValueError, match="--fit_align=1 needs C=4 equal groups .*; give --fit_align=0"):
+        fit.fit_new_blocks(vae, [images(1)])
+    vae.base.from_latent.append(torch.nn.ReLU())
+    with pytest.raises(ValueError, match=r"AutoencoderKL.from_latent ends in ReLU.*, or --fit=random"):
+        fit.fit_new_blocks(vae, [images(1)])
+
+
+def test_every_direction_more_keeps_more_of_the_features():
+    left = []
+    for D in (4, 8, 12, 16):
+        vae = make(SD3, D)
+        kept = fit.fit_new_blocks(vae, images().split(8))["kept"]
+        found, target = features(vae, images())
+        left.append((found - target).square().sum().item())
+        assert 0.3 < kept <= 1
+    assert left[0] > 1.2 * left[1] > 1.44 * left[2] > 1.728 * left[3]
+
+
+def test_the_details_are_of_unit_mean_square_and_little_noise_and_the_base_latent_is_untouched():
+    vae = make(VAVAE, D=8)
+    x = images()
+    before = vae.encode(x)[:, :4]
+    fit.fit_new_blocks(vae, x.split(8), align=0)
     posterior = vae.detail_posterior(x)
-    corners = [z_full[:, :, 0::2, 0::2], z_full[:, :, 0::2, 1::2], z_full[:, :, 1::2, 0::2]]
-    for k, corner in enumerate(corners):                            # channel c is in group c
-        assert (posterior.mean[:, k::3] - corner).square().mean() < 0.01 * corner.var()
+    assert torch.allclose(posterior.mean.square().mean((0, 2, 3)), torch.ones(8).double())
     assert (posterior.logvar == -6).all()
-    assert left_over(posterior.mean) < 0.2 * left_over(torch.zeros_like(posterior.mean))
-    with pytest.raises(SystemExit, match="needs D = 3C"):
-        fit.fit_new_blocks(DAVAE(vae.base, DAVAEConfig(D=8)), x.split(8))
+    assert torch.equal(vae.encode(x)[:, :4], before)
 
 
-def test_a_fitted_run_resumes_without_fitting_again(davae_config, tmp_path, monkeypatch):
-    cfg = davae_config(tmp_path / "a", fit=True, gan=0.0, steps=2)
+# ---------------------------------------------------------------- alignment
+
+
+@pytest.mark.parametrize("D", [4, 12])
+def test_alignment_falls_with_fit_align_and_reconstruction_stays(D):
+    losses = []
+    scores = []
+    x = images()
+    for amount in (0, 0.25, 0.5, 0.75, 1):
+        vae = make(SD3, D)
+        fit.fit_new_blocks(vae, x.split(8), amount)
+        with torch.no_grad():
+            losses.append(align_loss(vae.encode_base(x), vae.detail_posterior(x).mean).item())
+            scores.append(psnr(vae.decode(vae.encode(x)), x).mean().item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.5 * losses[0]
+    assert max(scores) - min(scores) < 1e-4
+
+
+def test_aligned_group_means_are_the_best_linear_guess_of_z_from_the_details():
+    x = images()
+    vae = make(SD3, D=12)
+    told = fit.fit_new_blocks(vae, x.split(8), align=1)["told"]
+    with torch.no_grad():
+        z = vae.encode_base(x).movedim(1, -1).flatten(0, 2)
+        z_d = vae.detail_posterior(x).mean.movedim(1, -1).flatten(0, 2)
+    guess = z_d @ torch.linalg.lstsq(z_d, z).solution
+    assert torch.allclose(z_d.unflatten(1, (4, 3)).mean(2), guess, atol=1e-6)
+    assert told == pytest.approx((guess.square().sum() / z.square().sum()).item())
+    assert torch.linalg.cond(z_d.T @ z_d) < 1e4                         # no dimension is lost
+
+
+def test_part_of_the_way_is_continuous_and_never_singular():
+    torch.manual_seed(0)
+    T = torch.randn(8, 8).double()
+    if torch.det(T) < 0:
+        T[0] = -T[0]
+    assert torch.allclose(fit.part_of_the_way(T, 0.0), torch.eye(8).double())
+    assert torch.allclose(fit.part_of_the_way(T, 1.0), T)
+    steps = [fit.part_of_the_way(T, k / 100) for k in range(101)]
+    assert max((b - a).norm() for a, b in zip(steps, steps[1:])) < 0.1 * T.norm()
+    assert min(torch.det(step) for step in steps) >= min(1, torch.det(T)) * 0.999
+
+
+# ---------------------------------------------------------------- in train_vae.py
+
+
+def test_a_fitted_run_says_so_and_resumes_without_fitting_again(davae_config, tmp_path, monkeypatch, capsys):
+    cfg = davae_config(tmp_path / "a", fit="closed", gan=0.0, steps=2)
     train_vae.main(cfg)
-    monkeypatch.setattr(fit, "fit_new_blocks", None)
+    assert "a: the new blocks start in closed form; of what z does not tell" in capsys.readouterr().out
+    monkeypatch.setattr(train_vae, "fit_new_blocks", None)
     train_vae.main(replace(cfg, steps=3))
     assert runs.step_of(cfg.out) == 3
+    assert load_davae(cfg.out).cfg.latent_shortcut
 
 
 @pytest.mark.slow
@@ -62,8 +207,8 @@ def test_fitted_blocks_beat_the_base_alone_on_photos_before_any_training(shared)
         indices = torch.linspace(0, len(every) - 1, count).long().tolist()
         return data.to_tensor(data.stack(every, indices)[0])
 
-    vae = DAVAE(load_davae(shared("weights/taef2")).base, DAVAEConfig(D=96))
-    fit.fit_new_blocks(vae, photos("train", 256).split(16))
+    vae = DAVAE(load_davae(shared("weights/taef2")).base, DAVAEConfig(D=96, latent_shortcut=True)).eval()
+    fit.fit_new_blocks(vae, photos("train", 480).split(16))
     x = photos("eval", 32)
-    base, full = train_vae.reconstruct(vae.eval(), x)
-    assert psnr(full, x).mean() > psnr(base, x).mean() + 0.7
+    base, full = train_vae.reconstruct(vae, x)
+    assert psnr(full, x).mean() > psnr(base, x).mean() + 2.5

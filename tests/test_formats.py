@@ -90,7 +90,7 @@ def test_taef2s_layers_go_where_its_old_checkpoints_have_them():
         "to_moments.weight",
         "from_latent.1.weight",
     ]
-    assert ours[16] == "decoder.0.weight" and ours[-1] == "decoder.16.weight"
+    assert ours[16] == "decoder.1.weight" and ours[-1] == "decoder.17.weight"
     with pytest.raises(ValueError, match="not known here: decoder.20.weight"):
         formats.import_taef2(given | {"decoder.20.weight": torch.zeros(1)})
 
