@@ -593,8 +593,3 @@ class AutoencoderKL(BaseVAE):
     @classmethod
     def build(cls, config):
         return cls(KLConfig(**config))
-
-
-# The memory layout of autoencoders in training, and of their images. On a CPU that of the faster step (157 ms
-# in tiny, against 197; 2026-11-21), though channels_last encodes and decodes faster; on a GPU not measured.
-LAYOUT = {"cuda": torch.channels_last, "cpu": torch.contiguous_format}

@@ -43,7 +43,7 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast; auto: bfloat16 on a GPU, float32 on a CPU",
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where there are instructions for it",
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents

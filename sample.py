@@ -64,7 +64,7 @@ class Config:
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast; auto: bfloat16 on a GPU, float32 on a CPU",
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where there are instructions for it",
                        choices=("auto", "float32", "bfloat16"))
 
 

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from davae import LAYOUT, DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
+from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image
 from kernels import choose
 from support import config, data, figures, identity, ranks, runs
 from support.bases import TinyBlock, WideBlock
 from support.config import field
+from support.dcae import EViTBlock, ResBlock
 from support.fit import fit_new_blocks
 from support.metrics import make_lpips, psnr
 from support.weights import load_davae, load_measured
@@ -34,7 +35,7 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast; auto: bfloat16 on a GPU, float32 on a CPU",
+    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where there are instructions for it",
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data
@@ -42,7 +43,9 @@ class Config:
     val_dir: str = field("", "held-out images; empty: built-in ones, or training images")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
-    crop: int = field(0, "train on random squares of this many pixels; 0: whole images", within=(0, 16_384))
+    crop: tuple = field((), "train on random squares, each step of one of these sides; empty: whole images",
+                        within=(1, 16_384), count=(0, 12))
+    halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
     # model
     base: str = field("", "the frozen base VAE: a file, a folder or a run; D = 0: where to start, or empty")
@@ -77,6 +80,7 @@ class Config:
     lr: float = field(1e-4, "learning rate of both players", at_least=0)
     beta1: float = field(0.5, "of AdamW; Tab. S1: 0.5 on ImageNet, 0.9 for SD3", within=(0, 0.999_999))
     beta2: float = field(0.9, "of AdamW; Tab. S1: 0.9 on ImageNet, 0.999 for SD3", within=(0, 0.999_999))
+    warmup: int = field(0, "steps over which the learning rate rises from 0", at_least=0)
     cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
     clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as the authors", at_least=0)
     compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; on a GPU not run")
@@ -252,7 +256,8 @@ def main(cfg):
     if run.done:
         return run.summary()
     check_sizes(cfg, vae)
-    vae = vae.to(device, memory_format=LAYOUT[device.type]).train()
+    in_memory = dict(memory_format=ranks.layout(vae.base.width, device))
+    vae = vae.to(device, **in_memory).train()
     freeze(vae, cfg.train)
     if vae.D and cfg.fit == "closed" and not run.checkpoint:
         start_in_closed_form(cfg, vae, train_set, device, rank)
@@ -291,7 +296,7 @@ def main(cfg):
         pairs = []
         images = data.to_tensor(x).to(device)
         for (part,) in ranks.micro_batches(model, accumulate, images, seed=cfg.seed, step=step):
-            part = training_batch(part, step, cfg).contiguous(memory_format=LAYOUT[device.type])
+            part = training_batch(part, step, cfg).contiguous(**in_memory)
             with autocast:
                 rec = model(part)
                 loss, parts = vae_loss(vae, rec, part, cfg, nets, gan_on)
@@ -336,7 +341,16 @@ def training_batch(x, step, cfg):
     """
     if cfg.D == 0 and step % 8:
         x = base_image(x, cfg.r)
-    return data.random_crop(x, cfg.crop) if cfg.crop else x
+    if not cfg.crop:
+        return x
+    side = one_of(cfg.crop)
+    fits = [n for n in range(cfg.halvings + 1) if x.shape[-1] >= side * 2**n]
+    return data.random_crop(base_image(x, 2 ** one_of(fits)), side)
+
+
+def one_of(choices):
+    """One of them at random; where there is only one, no random number is drawn."""
+    return choices[0] if len(choices) == 1 else choices[torch.randint(len(choices), ()).item()]
 
 
 def train_discriminator(judge, opt_d, pairs, autocast, log):
@@ -354,8 +368,10 @@ def train_discriminator(judge, opt_d, pairs, autocast, log):
 
 
 def learning_rate(step, cfg):
-    """cfg.lr, falling linearly to 0 over the last `cooldown` part of the run."""
-    return cfg.lr * min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+    """cfg.lr, rising over `warmup` steps, and falling to 0 over the last `cooldown` part of the run."""
+    rise = (step + 1) / max(1, cfg.warmup)
+    fall = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
+    return cfg.lr * min(1.0, rise, fall)
 
 
 # ---------------------------------------------------------------- set-up
@@ -385,19 +401,20 @@ def make_if_missing(flag, cfg):
 def check_sizes(cfg, vae):
     """raises: SystemExit with one sentence if images, or crops of them, do not fit the VAE."""
     side = vae.f if cfg.D else vae.f * cfg.r       # a base VAE is mostly trained on small images
-    for name, pixels in (("image_size", cfg.image_size), ("crop", cfg.crop)):
+    for name, pixels in [("image_size", cfg.image_size)] + [("crop", side) for side in cfg.crop]:
         if pixels % side:
             fits = max(1, round(pixels / side)) * side
             raise SystemExit(f"--{name}={pixels}: this VAE takes multiples of {side}; give --{name}={fits}")
     shrunk = 1 if cfg.D else cfg.r
-    if cfg.crop > cfg.image_size // shrunk:
-        raise SystemExit(f"--crop={cfg.crop} is larger than --image_size={cfg.image_size}"
-                         f"{f' / {shrunk}' if shrunk > 1 else ''}; give less, or 0")
-    seen = cfg.crop or cfg.image_size // shrunk
+    seen = cfg.image_size // shrunk
+    if cfg.crop and max(cfg.crop) > seen:
+        raise SystemExit(f"--crop={max(cfg.crop)} is larger than --image_size={cfg.image_size}"
+                         f"{f' / {shrunk}' if shrunk > 1 else ''}; give less")
+    seen = min([seen, *cfg.crop])
     judged = cfg.gan and cfg.disc_start < cfg.steps
     smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if judged else 1)
     if seen < smallest:
-        raise SystemExit(f"--image_size={cfg.image_size}, --crop={cfg.crop}: images of {seen} pixels; wanted "
+        raise SystemExit(f"--image_size={cfg.image_size}, --crop: images of {seen} pixels; wanted "
                          f"{smallest} or more, or --gan=0 and --perceptual=none")
 
 
@@ -452,7 +469,7 @@ def compile_levels(vae):
     torch._dynamo.config.recompile_limit = 64
     torch._functorch.config.donated_buffer = False
     for part in vae.modules():
-        if isinstance(part, Level | Mid | TinyBlock | WideBlock):
+        if isinstance(part, Level | Mid | TinyBlock | WideBlock | ResBlock | EViTBlock):
             part.compile(dynamic=False)
 
 

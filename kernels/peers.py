@@ -134,7 +134,7 @@ def autoencoder():
     """An AutoencoderKL of half SD3's widths: as runs are loaded, and in the layout of training."""
     from diffusers import AutoencoderKL
 
-    from davae import LAYOUT
+    from support import ranks
     from support.weights import load_base_vae
     torch.manual_seed(0)
     peer = AutoencoderKL(
@@ -157,7 +157,7 @@ def autoencoder():
     yield from both_types("VAE, encode 96 px", partial(vae.encode, x), partial(encode, x))
     yield from both_types("VAE, decode 64 px", partial(vae.decode, z), partial(decode, z))
 
-    vae.to(memory_format=LAYOUT["cpu"])
+    vae.to(memory_format=ranks.layout(vae.width, torch.device("cpu")))
     x = x[..., :48, :48]
     z = z[..., :6, :6]
     yield from both_types("VAE and back, encode 48 px", partial(vae.encode, x), partial(encode, x), True)

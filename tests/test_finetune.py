@@ -266,20 +266,6 @@ def test_accumulated_micro_batches_make_one_optimizer_step(finetune_config, tmp_
     assert {state["step"].item() for state in optimizer_state(cfg).values()} == {1.0}
 
 
-def test_a_gpus_layout_of_the_autoencoder_trains_the_same_model(
-        finetune_config, tiny_vae, tmp_path, monkeypatch, read_log):
-    """channels_last from encoding to the cache, the warm start's picture and the samples, here on a CPU."""
-    def losses(layout):
-        monkeypatch.setitem(davae.LAYOUT, "cpu", layout)
-        vae = shutil.copytree(tiny_vae, tmp_path / str(layout), ignore=shutil.ignore_patterns("latents-*"))
-        cfg = finetune_config(f"{vae}-run", vae=str(vae))
-        finetune.main(cfg)
-        assert list(vae.glob("latents-*"))
-        return [row["loss"] for row in read_log(cfg.out)]
-
-    assert losses(torch.contiguous_format) == pytest.approx(losses(torch.channels_last), rel=1e-3)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, here g++")
 def test_compiled_blocks_give_the_same_losses_and_the_same_names(finetune_config, tmp_path, read_log):

@@ -100,7 +100,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(vae_config, tmp_path):
 
 def test_two_processes_lose_what_one_does_and_resume_each_others_runs(
         davae_config, tmp_path, launch, read_log):
-    one = davae_config(tmp_path / "a", micro_batch=2, image_size=32, crop=24, disc_start=1, steps=3)
+    one = davae_config(tmp_path / "a", micro_batch=2, image_size=32, crop=(24,), disc_start=1, steps=3)
     two = replace(one, out=str(tmp_path / "b"))
     process = launch(train_vae.main, two, ranks=2)
     out, err = process.communicate()

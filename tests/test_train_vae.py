@@ -15,7 +15,7 @@ import finetune
 import sample
 import train_vae
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, align_loss
-from support import metrics, ranks, runs
+from support import data, metrics, ranks, runs
 from support.metrics import psnr
 from support.weights import load_davae
 from train_vae import PRESETS, Config, PatchGAN, adaptive_weight, hinge_loss, learning_rate, vae_loss
@@ -102,6 +102,8 @@ def test_learning_rate_is_constant_then_falls_to_zero():
     cfg = Config(lr=2.0, steps=100, cooldown=0.2)
     assert [learning_rate(n, cfg) for n in (0, 80, 90, 100)] == [2.0, 2.0, 1.0, 0.0]
     assert learning_rate(99, replace(cfg, cooldown=0.0)) == 2.0
+    rising = replace(cfg, warmup=4)
+    assert [learning_rate(n, rising) for n in (0, 1, 3, 4, 80, 90)] == [0.5, 1.0, 2.0, 2.0, 2.0, 1.0]
 
 
 def test_lpips_squeeze_gives_its_published_value(shared):
@@ -168,7 +170,7 @@ def test_the_discriminator_is_untouched_before_its_start_and_trained_after(davae
 
 
 def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(davae_config, same_weights, tmp_path):
-    straight = davae_config(tmp_path / "straight", disc_start=6, steps=20, crop=32)
+    straight = davae_config(tmp_path / "straight", disc_start=6, steps=20, crop=(32,))
     halves = replace(straight, out=str(tmp_path / "halves"))
     train_vae.main(straight)
     train_vae.main(replace(halves, steps=10))
@@ -270,13 +272,13 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
 
 @pytest.mark.parametrize("changes,sentence", [
     (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
-    (dict(crop=10), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
-    (dict(crop=128), "--crop=128 is larger than --image_size=64; give less, or 0"),
-    (dict(D=0, base="", image_size=64, crop=40), "--crop=40 is larger than --image_size=64 / 2; give less"),
+    (dict(crop=(10,)), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
+    (dict(crop=(32, 128)), "--crop=128 is larger than --image_size=64; give less"),
+    (dict(D=0, base="", image_size=64, crop=(40,)), "--crop=40 is larger than --image_size=64 / 2; give less"),
     (dict(train="blocks"), "--train=blocks freezes the layer by which the GAN is weighted; give --gan=0"),
     (dict(rescale=True, detail_dropout=1.0), "--rescale=True divides by 1 - detail_dropout"),
     (dict(image_size=20), "images of 20 pixels; wanted 24 or more, or --gan=0"),
-    (dict(crop=20), "--image_size=64, --crop=20: images of 20 pixels; wanted 24 or more, or --gan=0"),
+    (dict(crop=(32, 20)), "--image_size=64, --crop: images of 20 pixels; wanted 24 or more, or --gan=0"),
     (dict(gan=0.0, perceptual="squeeze", image_size=16), "images of 16 pixels; wanted 17 or more"),
 ])
 def test_sizes_that_do_not_fit_are_one_sentence_before_the_first_save(
@@ -284,6 +286,26 @@ def test_sizes_that_do_not_fit_are_one_sentence_before_the_first_save(
     with pytest.raises(SystemExit, match=sentence):
         train_vae.main(davae_config(tmp_path / "run", **changes))
     assert not list(tmp_path.glob("run/step_*"))
+
+
+def test_crops_are_of_the_image_halved_as_often_as_they_fit_in_and_each_size_comes():
+    cfg = Config(D=24, crop=(8, 16, 32), halvings=2)
+    x = torch.arange(32.0).expand(2, 3, 32, 32)                    # brighter by 1 with each pixel to the right
+    torch.manual_seed(0)
+    seen = set()
+    for step in range(200):
+        crop = train_vae.training_batch(x, step, cfg)
+        slope = crop[0, 0, 4, 4] - crop[0, 0, 4, 3]                # 2 in the halved image, 4 in the quarter
+        seen.add((crop.shape[-1], round(slope.item())))
+    assert seen == {(8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (32, 1)}
+
+
+def test_one_size_of_crops_draws_no_other_random_number():
+    x = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    crop = train_vae.training_batch(x, 1, Config(D=24, crop=(16,)))
+    torch.manual_seed(0)
+    assert torch.equal(crop, data.random_crop(x, 16))
 
 
 def test_what_a_loss_of_ones_own_trains_is_saved_for_resuming_and_not_with_the_model(
