@@ -234,9 +234,9 @@ def alignment(moments, with_z, amount):
 
     moments: mean z_d^T z_d (D, D);  with_z: mean z_d^T z (D, C);  amount: in [0, 1], how far
     At 1, group c of z_d is z_hat_c, the best linear guess of z_c from the details, on all its channels, plus
-    what adds up to 0 in the group: the other D - C dimensions of the details, in the basis nearest to 0's (which
-    of them share a group made no difference that could be measured on photos and TAEF2, 2026-11-25). So the
-    alignment loss (Eq. 4) is what the details cannot tell of z; and as T is invertible, they lose nothing.
+    what adds up to 0 in the group: the other D - C dimensions of the details, in the basis nearest to that of
+    0. (Which of them share a group made no difference on 11 photos and TAEF2, 2026-11-25.) So the alignment
+    loss (Eq. 4) is what the details cannot tell of z; and as T is invertible, they lose nothing.
     """
     C = with_z.shape[1]
     energy, axes = torch.linalg.eigh(moments)

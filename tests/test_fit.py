@@ -208,7 +208,7 @@ def test_fitted_blocks_beat_the_base_alone_on_photos_before_any_training(shared)
         return data.to_tensor(data.stack(every, indices)[0])
 
     vae = DAVAE(load_davae(shared("weights/taef2")).base, DAVAEConfig(D=96, latent_shortcut=True)).eval()
-    fit.fit_new_blocks(vae, photos("train", 480).split(16))
+    fit.fit_new_blocks(vae, photos("train", 256).split(16))
     x = photos("eval", 32)
     base, full = train_vae.reconstruct(vae, x)
     assert psnr(full, x).mean() > psnr(base, x).mean() + 2.5
