@@ -112,13 +112,13 @@ PRESETS = {
     # Tab. S1; not run
     "imagenet512": dict(
         out="out/imagenet512-vae", base="vavae-imagenet256-f16d32-dinov2.pt", D=96, image_size=512,
-        data_dir="imagenet/train"),
+        data_dir="imagenet/train", fit="random"),
 
     # Tab. S1; not run
     "sd35m": dict(
         out="out/sd35m-vae", base="sd3.5-medium", D=16, image_size=1024, data_dir="captioned", flip=False,
         kl=1e-7, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
-        beta2=0.999, detail_dropout=0.0),
+        beta2=0.999, detail_dropout=0.0, fit="random"),
 }
 
 # On resume, beside what changes no result and where things lie; anything else would be another run.
@@ -428,7 +428,8 @@ def freeze(vae, train):
 
 def start_in_closed_form(cfg, vae, train_set, device, rank):
     """Fit the new blocks, and say how well.  Each rank does it all; DDP then goes on with rank 0's."""
-    found = fit_new_blocks(vae, fitting_images(cfg, vae, train_set, device, rank), cfg.fit_align)
+    with ranks.autocast(cfg.dtype, device):
+        found = fit_new_blocks(vae, fitting_images(cfg, vae, train_set, device, rank), cfg.fit_align)
     if rank == 0:
         print(f"{cfg.out}: the new blocks start in closed form; of what z does not tell of the decoder's "
               f"features they keep {found['kept']:.1%}, and the details tell {found['told']:.1%} of z")

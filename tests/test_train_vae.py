@@ -274,7 +274,7 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
     (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
     (dict(crop=(10,)), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
     (dict(crop=(32, 128)), "--crop=128 is larger than --image_size=64; give less"),
-    (dict(D=0, base="", image_size=64, crop=(40,)), "--crop=40 is larger than --image_size=64 / 2; give less"),
+    (dict(D=0, base="", image_size=64, crop=(40,)), "--crop=40 is larger than --image_size=64 / 2; give"),
     (dict(train="blocks"), "--train=blocks freezes the layer by which the GAN is weighted; give --gan=0"),
     (dict(rescale=True, detail_dropout=1.0), "--rescale=True divides by 1 - detail_dropout"),
     (dict(image_size=20), "images of 20 pixels; wanted 24 or more, or --gan=0"),
@@ -290,7 +290,7 @@ def test_sizes_that_do_not_fit_are_one_sentence_before_the_first_save(
 
 def test_crops_are_of_the_image_halved_as_often_as_they_fit_in_and_each_size_comes():
     cfg = Config(D=24, crop=(8, 16, 32), halvings=2)
-    x = torch.arange(32.0).expand(2, 3, 32, 32)                    # brighter by 1 with each pixel to the right
+    x = torch.arange(32.0).expand(2, 3, 32, 32)                    # brighter by 1 with each pixel
     torch.manual_seed(0)
     seen = set()
     for step in range(200):
