@@ -102,12 +102,12 @@ PRESETS = {
         stats=1024, align=0.05, adaptive_align=False, gan=0.1, disc_start=650, disc_width=16, steps=750,
         batch_size=8, lr=3e-3, cooldown=0.5, log_every=50, save_every=375),
 
-    # TAEF2, imagenette128: 26.23 dB against 22.46 dB of the base channels alone;
-    # 25 CPU-minutes, 2 cores (2026-11-21)
+    # TAEF2, TO MEASURE
     "photos": dict(
-        out="out/photos-vae", base="taef2", D=96, image_size=128, crop=64, train="decoder", fit="closed",
-        perceptual="none", gan=0.0, align=0.05, adaptive_align=False, stats=500, steps=1000, batch_size=8,
-        micro_batch=8, lr=1e-4, beta1=0.9, beta2=0.99, cooldown=0.5, log_every=100, save_every=500),
+        out="out/photos-vae", base="taef2", D=96, image_size=512, crop=(64, 128, 256), halvings=2,
+        detail_dropout=0.0, perceptual="none", gan=0.0, align=0.05, adaptive_align=False, stats=100,
+        steps=400, batch_size=4, micro_batch=4, lr=1e-5, warmup=20, beta1=0.9, beta2=0.999, cooldown=0.5,
+        log_every=20, save_every=200),
 
     # Tab. S1; not run
     "imagenet512": dict(

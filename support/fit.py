@@ -96,14 +96,15 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
     Every rank may fit the same images: DistributedDataParallel goes on with what rank 0 found.
     returns {"kept": the part of the features' energy that z does not tell, and [z, z_d] do;
              "told": the part of z's energy that the details tell linearly}
-    raises: ValueError if D > r^2 C, or if D is no multiple of C and `align` is not 0
+    raises: ValueError if D > r^2 C, if D is no multiple of C and `align` is not 0, or of too few images
     """
     check_fit(vae, align)
     C = vae.C
     G, M = moments(vae, images)                                    # (1 + 9C + 9 r^2 C) and r^2 C, squared
     K = features_of_patches(vae)                                   # Y = X K, without any images
-    G = G / G[0, 0]                                                # means over positions, not sums
     inputs = 1 + TAPS * C                                          # 1 and the patches of z
+    check_count(int(G[0, 0]), inputs + TAPS * vae.D)
+    G = G / G[0, 0]                                                # means over positions, not sums
     z = slice(1 + TAPS // 2, inputs, TAPS)                         # the columns of X that hold z itself,
     U = slice(inputs + TAPS // 2, None, TAPS)                      # and U
 
@@ -148,6 +149,14 @@ def check_fit(vae, align):
     if align and vae.D % vae.C:
         raise ValueError(f"--fit_align={align:g} needs C={vae.C} equal groups of details, and D={vae.D} is "
                          "no multiple of it; give --fit_align=0")
+
+
+def check_count(positions, unknowns):
+    """raises: ValueError if there are too few latent pixels to fit so many unknowns for each feature"""
+    if positions < unknowns:
+        raise ValueError(f"the closed form has {unknowns} unknowns for each feature, and the images have "
+                         f"{positions} latent pixels: wanted some {20 * unknowns}; give more or larger images, "
+                         "or --fit=random")
 
 
 # ---------------------------------------------------------------- the moments of the images

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import davae
 import dit
 import evaluate
 import finetune

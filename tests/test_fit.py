@@ -199,6 +199,12 @@ def test_a_fitted_run_says_so_and_resumes_without_fitting_again(davae_config, tm
     assert load_davae(cfg.out).cfg.latent_shortcut
 
 
+def test_too_few_images_are_refused_before_they_are_learned_by_heart(kl_config):
+    vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12, latent_shortcut=True))
+    with pytest.raises(ValueError, match="145 unknowns for each feature, and the images have 128 latent"):
+        fit.fit_new_blocks(vae, [torch.rand(2, 3, 32, 32)])
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_fitted_blocks_beat_the_base_alone_on_photos_before_any_training(shared):
