@@ -28,7 +28,7 @@ from tqdm import tqdm
 import evaluate
 from davae import base_image
 from experiments import shared
-from support import data, metrics, runs, weights
+from support import data, metrics, ranks, runs, weights
 from support.config import field
 from support.measurements import run_folder
 from train_vae import reconstruct
@@ -41,6 +41,7 @@ class Config(shared.Config):
     halvings: int = field(2, "also whole images halved, up to so many times", within=(0, 6))
     tiled: int = field(0, "also whole images repeated to squares of this side; 0: not", within=(0, 16_384))
     lpips_trunk: str = field("", "local weight file of SqueezeNet, to measure LPIPS as well")
+    dtype: str = field("auto", "of the VAEs' products", choices=("auto", "float32", "bfloat16"))
 
 
 def views(x, cfg, f, least):
@@ -87,30 +88,40 @@ def tiled(x, side):
         return x[:0]
     top = (side - H) // 2
     left = (side - W) // 2
-    around = ((0, 0), (0, 0), (top, side - H - top), (left, side - W - left))
+    around = (0, 0), (0, 0), (top, side - H - top), (left, side - W - left)
     return torch.from_numpy(np.pad(x.numpy(), around, mode="symmetric"))
 
 
 @torch.no_grad()
-def decodings(vae, start, x):
+def decodings(vae, start, dtype, x):
     """{name: what became of x (B, 3, H, W)}, in [-1, 1].   start: the DAVAE in closed form, or None"""
-    base, trained = reconstruct(vae, x)
-    rows = {"base only": base}
-    if start is not None:
-        _, rows["closed form"] = reconstruct(start, x)
-    rows["trained"] = trained
-    rows["full size"] = vae.base.decode(vae.base.encode(x)).clamp(-1, 1)
-    return rows
+    rows = {}
+    with ranks.autocast(dtype, x.device):
+        rows["base only"], trained = reconstruct(vae, x)
+        if start is not None:
+            rows["closed form"] = start.decode(start.encode(x))
+        rows["trained"] = trained
+        rows["full size"] = vae.base.decode(vae.base.encode(x))
+    return {name: y.float().clamp(-1, 1) for name, y in rows.items()}
 
 
 def measure(decode, found, lpips, scores):
-    """Add to scores, {size: {name: [(n, 2 or 3)]}}, an image's; its views of over 512 pixels one by one."""
+    """Add an image's to scores, {size: {name: [(n, 2 or 3)]}}; over 512 pixels one view at a time.
+
+    returns {size: {name: (1, 3, h, w)}}: the crop in the middle, decoded, and as "input" itself
+    """
+    shown = {}
     for size, view in found.items():
         at_once = max(1, 512**2 // view[0, 0].numel())
+        part, place = divmod(len(view) // 2, at_once)
         rows = scores.setdefault(size, {})
-        for x in view.split(at_once):
-            for name, y in decode(x).items():
+        for k, x in enumerate(view.split(at_once)):
+            decoded = decode(x)
+            for name, y in decoded.items():
                 rows.setdefault(name, []).append(evaluate.pair_scores(x, y, lpips).cpu())
+            if k == part:
+                shown[size] = {name: y[place][None].cpu() for name, y in (decoded | {"input": x}).items()}
+    return shown
 
 
 def summarise(scores):
@@ -128,37 +139,30 @@ def summarise(scores):
     return table
 
 
-def strips(decode, found, side):
-    """{row: (1, 3, side, side)}: the middle of an image, as decoded at three of the sizes that have it."""
-    sizes = [size for size, view in found.items() if "/" not in size and min(view.shape[2:]) >= side]
-    rows = {}
+def strips(shown, side):
+    """{row: (1, 3, side, side)}: the same pixels of what `measure` gave, at three sizes that have them."""
+    sizes = [size for size, rows in shown.items() if "/" not in size and min(rows["input"].shape[2:]) >= side]
+    found = {}
     for k in sorted({0, len(sizes) // 2, len(sizes) - 1} if sizes else ()):
-        view = found[sizes[k]]
-        x = view[len(view) // 2:][:1]
-        for name, y in (decode(x) | {"input": x}).items():
-            rows[f"{sizes[k]}, {name}"] = middle(y, side, side).cpu()
-    return rows
+        for name, y in shown[sizes[k]].items():
+            found[f"{sizes[k]}, {name}"] = middle(y, side, side)
+    return found
 
 
 def closed_form(run):
     """The DAVAE in closed form that the run began with; None, with a word, where there is none."""
     step = run_folder(run.folder) / "step_000000"
-    began_so = run.config["script"] == "train_vae.py" and run.config["config"].get("fit") == "closed"
-    if began_so and step.exists():
+    if run.dit is None and run.config["config"].get("fit") == "closed" and step.exists():
         return weights.load_davae(step).to(run.device, memory_format=torch.channels_last)
-    print(f"{run.folder}: no rows 'closed form'; wanted a run of train_vae.py with --fit=closed and with its "
-          "step_000000, which --save_every=0 keeps")
+    print(f"{run.folder}: no rows 'closed form'; wanted --fit=closed, and step_000000 kept (--save_every=0)")
     return None
 
 
 def images_of(run, cfg):
     """Held-out images one by one, (1, 3, H, W); files at their own size, cut to multiples of the VAE's f."""
     dataset, index = evaluate.held_out(run, cfg.data_dir, cfg.images)
-    with tqdm(total=len(index), desc="images", mininterval=1) as bar:
-        for batch, _, _ in data.read(dataset, index, run.vae.f if dataset.paths else 0):
-            for x in batch.split(1):
-                yield x
-                bar.update()
+    for batch, _, _ in data.read(dataset, index, run.vae.f if dataset.paths else 0):
+        yield from batch.split(1)
 
 
 def main(cfg):
@@ -176,21 +180,19 @@ def main(cfg):
     start = closed_form(run)
     window = min([128, run.config["config"]["image_size"], *filter(None, cfg.sizes)])
 
-    decode = partial(decodings, run.vae, start)
-    scores = {}
-    pictures = {}
-    for i, x in enumerate(images_of(run, cfg)):
+    decode = partial(decodings, run.vae, start, cfg.dtype)
+    scores, pictures = {}, {}
+    for i, x in enumerate(tqdm(images_of(run, cfg), desc="images", mininterval=1)):
         found = {size: view.to(run.device) for size, view in views(x, cfg, f, least).items()}
-        measure(decode, found, lpips, scores)
-        rows = strips(decode, found, window) if i < 6 else {}
+        shown = measure(decode, found, lpips, scores)
+        rows = strips(shown, window) if i < 6 else {}
         if rows.keys() == pictures.keys() or not pictures:
             for row, image in rows.items():
                 pictures.setdefault(row, []).append(image)
     if not scores:
         raise SystemExit(f"{cfg.data_dir}: no image can be read and is as large as one of --sizes; give less")
     pictures = {row: torch.cat(images) for row, images in pictures.items()}
-    lpips_hash = runs.hash_of(lpips) if cfg.lpips_trunk else None
-    return shared.write("sizes", cfg, run, summarise(scores), pictures=pictures, lpips_hash=lpips_hash)
+    return shared.write("sizes", cfg, run, summarise(scores), pictures=pictures)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_lpips_by_size_is_a_ratio_to_that_of_full_size():
 def test_strips_of_three_sizes_show_the_same_pixels():
     x = torch.rand(1, 3, 96, 160)
     found = views(x, SizesConfig(sizes=(32, 48, 64, 0), tiled=256), 8, 11)
-    rows = strips(lambda x: {"negative": -x}, found, 32)
+    rows = strips(measure(lambda x: {"negative": -x}, found, None, {}), 32)
     assert list(rows) == [f"{size}, {name}" for size in ("32", "64", "tiled 256")
                           for name in ("negative", "input")]
     for row, image in rows.items():
