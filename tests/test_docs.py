@@ -58,6 +58,7 @@ TOY = {
     "python experiments/spectrum.py out/tiny-vae --other=out/no-align": LOOK,
     "python experiments/latents.py out/tiny-vae --other=out/no-align": LOOK,
     "python experiments/tsne.py out/tiny-vae --other=out/no-align": LOOK,
+    "python experiments/sizes.py out/tiny-vae --sizes=32,0 --images=100": LOOK,
     "python train_vae.py photos --base=weights/taef2 --data_dir=photos/train": VAE,
     "python finetune.py photos-base --data_dir=photos/train":
         f"{DIT} --vae=./out/photos-vae --E=32 --depth=1",

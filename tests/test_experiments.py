@@ -1,8 +1,10 @@
 """experiments/: each finds what was put there to be found, and writes its numbers and pictures."""
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+import train_vae
+from davae import half
 from experiments import shared
 from experiments.knockout import knockout
 from experiments.latents import latents
 from experiments.losses import losses
 from experiments.sensitivity import sensitivity
+from experiments.sizes import measure, strips, summarise, views
+from experiments.sizes import Config as SizesConfig
 from experiments.spectrum import spectrum
 from experiments.timebins import timebins
 from experiments.tsne import tsne
@@ -112,10 +118,64 @@ def test_principal_components_show_the_one_direction_in_which_the_latents_vary()
     assert torch.allclose(first[:, ::2, ::2].abs(), expected.abs(), atol=0.02)
 
 
+def test_every_size_of_an_image_is_cut_from_its_middle_or_made_of_all_of_it():
+    x = torch.rand(1, 3, 80, 112) * 2 - 1
+    found = views(x, SizesConfig(sizes=(16, 32, 128, 0), tiled=256), f=8, least=11)
+    assert list(found) == ["16", "32", "whole", "tiled 256", "1/2", "1/4"]
+    assert len(found["16"]) == 5 * 7 and torch.equal(found["whole"], x)
+    assert torch.equal(found["16"][0], x[0, :, :16, :16])                      # all of it, none twice
+    assert torch.equal(found["16"][5 * 7 - 1], x[0, :, 64:, 96:])
+    assert torch.equal(found["32"][0], x[0, :, 24:56, 8:40]) and len(found["32"]) == 3
+    tile = found["tiled 256"]
+    assert torch.equal(tile[:, :, 88:168, 72:184], x)
+    assert torch.equal(tile[:, :, 168:248, 72:184], x.flip(2))                 # no seam, so no new detail
+    assert torch.equal(found["1/4"], half(half(x))[:, :, 2:18, 2:26])
+    assert list(views(x, SizesConfig(sizes=(16, 0), tiled=104), f=8, least=17)) == ["whole", "1/2", "1/4"][:2]
+
+
+def test_a_model_that_is_worse_on_whole_images_is_further_behind_there_and_one_that_is_not_is_not():
+    def decode(x):
+        noise = torch.full_like(x, 0.1)
+        size = 1 if x.shape[-1] < 64 else 3
+        return {"alike": x + 2 * noise, "learned its size": x + 2 * size * noise, "full size": x + noise}
+
+    scores = {}
+    for x in (torch.rand(3, 1, 3, 96, 96) - 0.5) / 2:
+        measure(decode, views(x, SizesConfig(sizes=(32, 0), halvings=0), 8, 11), None, scores)
+    table = summarise(scores)
+    assert [table[f"{size}, alike"]["crops"] for size in ("32", "whole")] == [27, 3]
+    assert table["32, full size"]["psnr"] == pytest.approx(26.02, abs=0.01)
+    behind = {row: numbers["dB behind"] for row, numbers in table.items()}
+    assert behind["32, alike"] == pytest.approx(6.02, abs=0.01) == behind["whole, alike"]
+    assert behind["32, learned its size"] == pytest.approx(6.02, abs=0.01)
+    assert behind["whole, learned its size"] == pytest.approx(15.56, abs=0.01)
+
+
+def test_lpips_by_size_is_a_ratio_to_that_of_full_size():
+    def lpips(x, y):
+        return (x - y).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    scores = {}
+    measure(lambda x: {"trained": x + 0.3, "full size": x + 0.2}, {"whole": torch.rand(2, 3, 16, 16)}, lpips,
+            scores)
+    assert summarise(scores)["whole, trained"]["lpips ratio"] == pytest.approx(1.5)
+
+
+def test_strips_of_three_sizes_show_the_same_pixels():
+    x = torch.rand(1, 3, 96, 160)
+    found = views(x, SizesConfig(sizes=(32, 48, 64, 0), tiled=256), 8, 11)
+    rows = strips(measure(lambda x: {"negative": -x}, found, None, {}), 32)
+    assert list(rows) == [f"{size}, {name}" for size in ("32", "64", "tiled 256")
+                          for name in ("negative", "input")]
+    for row, image in rows.items():
+        sign = -1 if "negative" in row else 1
+        assert torch.equal(sign * image, x[:, :, 32:64, 64:96])
+
+
 # ---------------------------------------------------------------- as scripts
 
 PICTURES = {"sensitivity": "_images.png", "knockout": ".png", "spectrum": ".png", "losses": ".png",
-            "timebins": ".png", "latents": "_images.png", "tsne": ".png"}
+            "timebins": ".png", "latents": "_images.png", "tsne": ".png", "sizes": "_images.png"}
 
 
 def module(name):
@@ -150,7 +210,8 @@ def test_an_experiment_that_cannot_be_made_says_what_is_wanted(tiny_vae, tiny_ba
         module("timebins").main(config_of("timebins")(run=tiny_base, images=4))
 
 
-@pytest.mark.parametrize("name", ["sensitivity", "knockout", "spectrum", "timebins", "latents", "tsne"])
+@pytest.mark.parametrize("name", ["sensitivity", "knockout", "spectrum", "timebins", "latents", "tsne",
+                                  "sizes"])
 def test_one_image_is_enough_or_too_few_is_said(tiny_run, tmp_path, name):
     Config = config_of(name)
     if name in ("sensitivity", "tsne"):                                # distances, and neighbours
@@ -172,6 +233,31 @@ def test_unreadable_images_are_left_out_of_an_experiment(tiny_vae, tmp_path, cap
         (tmp_path / f"{i}.png").write_bytes(b"half")
     with pytest.raises(SystemExit, match="none of 3 images can be read"):
         shared.open_run(cfg)
+
+
+def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_config, tmp_path, capsys):
+    """And its row is the step 0 of that run; files come at their own size."""
+    run = tmp_path / "run"
+    train_vae.main(davae_config(run, fit="closed", gan=0.0, steps=1, save_every=0))
+    for i, (width, height) in enumerate([(64, 64), (90, 70)]):
+        noise = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{i}.png")
+    cfg = SizesConfig(run=str(run), out=str(tmp_path), data_dir=str(tmp_path / "photos"), sizes=(32, 0))
+    table = module("sizes").main(cfg)["table"]
+    assert list(table)[:4] == ["32, base only", "32, closed form", "32, trained", "32, full size"]
+    started = module("sizes").main(replace(cfg, run=str(run / "step_000000")))["table"]
+    assert started["whole, trained"] == table["whole, closed form"] != table["whole, trained"]
+
+    shutil.rmtree(run / "step_000000")
+    capsys.readouterr()
+    table = module("sizes").main(cfg)["table"]
+    assert "whole, closed form" not in table and table["whole, trained"]["crops"] == 2
+    assert "no rows 'closed form'; wanted" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="90 pixels; wanted multiples of 4, 11 or more"):
+        module("sizes").main(replace(cfg, sizes=(64, 90)))
+    with pytest.raises(SystemExit, match="as large as one of --sizes; give less"):
+        module("sizes").main(replace(cfg, sizes=(128,), halvings=0))
 
 
 def test_there_is_a_test_for_each_experiment():

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 import train_vae
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, align_loss
-from support import data, fit, runs
+from support import data, fit, ranks, runs
+from support.bases import TAEF2
 from support.metrics import psnr
 from support.weights import load_davae
 
@@ -143,6 +144,33 @@ def test_the_details_are_of_unit_mean_square_and_little_noise_and_the_base_laten
     assert torch.equal(vae.encode(x)[:, :4], before)
 
 
+def make_taef2():
+    torch.manual_seed(0)
+    return DAVAE(TAEF2(C=4, width=4), DAVAEConfig(D=8, latent_shortcut=True)).double().eval()
+
+
+@pytest.mark.parametrize("make_one", [lambda: make(VAVAE, D=8), make_taef2], ids=["VA-VAE", "TAEF2"])
+@torch.no_grad()
+def test_new_blocks_know_no_size_they_make_of_a_crop_what_they_make_of_it_in_the_whole_image(make_one):
+    """But for two positions at its border, one for each convolution. The base's own norms and attention see
+    all of an image, so the crop is one of the latents and features that they gave.
+    """
+    vae = make_one()
+    fit.fit_new_blocks(vae, images(4, 8 * vae.f).split(2))
+    x = images(1, 12 * vae.f)
+    z = vae.encode_base(x)                                              # (1, 4, 12, 12)
+    h = vae.detail_encoder(x)                                           # (1, width, 24, 24)
+
+    def up(z, h):
+        return vae.up(torch.cat([z, vae.down(h)[:, :vae.D]], dim=1))
+
+    whole = up(z, h)
+    crop = up(z[:, :, 1:9, 3:11], h[:, :, 2:18, 6:22])                  # 8 of 12 positions, 16 of 24 features
+    inside = whole[:, :, 6:14, 10:18]
+    assert torch.allclose(crop[:, :, 4:12, 4:12], inside, rtol=0, atol=1e-10 * inside.abs().max())
+    assert not torch.allclose(crop[:, :, :2], whole[:, :, 2:4, 6:22])   # the zeros beyond the border are seen
+
+
 # ---------------------------------------------------------------- alignment
 
 
@@ -218,3 +246,28 @@ def test_fitted_blocks_beat_the_base_alone_on_photos_before_any_training(shared)
     x = photos("eval", 32)
     base, full = train_vae.reconstruct(vae, x)
     assert psnr(full, x).mean() > psnr(base, x).mean() + 2.5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_fitted_blocks_are_as_far_behind_full_size_on_photos_of_512_pixels_as_on_their_crops(shared):
+    every = data.open_dataset(str(shared("data/cid512/train")), 512, 0, 0)
+
+    def photos(first, last, count):
+        indices = torch.linspace(first, last, count).long().tolist()
+        return data.to_tensor(data.stack(every, indices)[0])
+
+    def behind(x):
+        scores = []
+        for part in x.split(16 if x.shape[-1] < 512 else 1):
+            full = vae.base.decode(vae.base.encode(part)).float()
+            scores.append(psnr(full, part) - psnr(vae.decode(vae.encode(part)).float(), part))
+        return torch.cat(scores).mean().item()
+
+    vae = DAVAE(load_davae(shared("weights/taef2")).base, DAVAEConfig(D=96, latent_shortcut=True)).eval()
+    x = photos(165, 204, 3)
+    crops = x.unflatten(3, (4, 128)).unflatten(2, (4, 128)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    with ranks.autocast("auto", x.device):
+        fit.fit_new_blocks(vae, photos(0, 160, 8).split(2))
+        assert abs(behind(x) - behind(crops)) < 0.3
+        assert behind(crops) < 1.5

@@ -1,0 +1,199 @@
+"""Is a DA-VAE as good on whole images as on crops?  How far it is behind its base VAE, by size.
+
+Each image is looked at in crops, whole, halved, and, with --tiled=, repeated by mirrors until it is so large:
+
+    base only     the base channels alone, bicubically enlarged
+    closed form   the run's step 0, if it began so and still has it (--save_every=0 keeps it)
+    trained       the run
+    full size     the base VAE on all pixels, r^2 times the positions: what the closed form takes details from
+
+A model that learned the size of its training images as well is further behind full size at other sizes.
+
+    python experiments/sizes.py out/tiny-vae --sizes=32,0 --images=100
+
+Writes sizes.json (of each size and decoding the mean over crops; dB behind full size, ratio to its LPIPS) and
+sizes_images.png (the same pixels, in the middle of the first images, from three of the sizes).
+"""
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))              # the six scripts and support/ are there
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import evaluate
+from davae import base_image
+from experiments import shared
+from support import data, metrics, ranks, runs, weights
+from support.config import field
+from support.measurements import run_folder
+from train_vae import reconstruct
+
+
+@dataclass
+class Config(shared.Config):
+    sizes: tuple = field((64, 128, 256, 512, 0), "sides of crops in pixels; 0: whole images as they are",
+                         within=(0, 16_384), count=(1, 12))
+    halvings: int = field(2, "also whole images halved, up to so many times", within=(0, 6))
+    tiled: int = field(0, "also whole images repeated to squares of this side; 0: not", within=(0, 16_384))
+    lpips_trunk: str = field("", "local weight file of SqueezeNet, to measure LPIPS as well")
+    dtype: str = field("auto", "of the VAEs' products", choices=("auto", "float32", "bfloat16"))
+
+
+def views(x, cfg, f, least):
+    """One image (1, 3, H, W) at each size: {size: (n, 3, h, w)}, sides multiples of f and at least `least`.
+
+    A size for which the image is too small or, tiled, too large is left out.
+    """
+    found = {str(side): crops(x, side) for side in cfg.sizes if side}
+    if 0 in cfg.sizes:
+        found["whole"] = x
+    if cfg.tiled:
+        found[f"tiled {cfg.tiled}"] = tiled(x, cfg.tiled)
+    for n in range(1, cfg.halvings + 1):
+        if min(x.shape[2:]) >= 2**n * f:
+            small = base_image(x, 2**n)
+            H, W = small.shape[2:]
+            found[f"1/{2**n}"] = middle(small, H // f * f, W // f * f)
+    return {size: view for size, view in found.items() if len(view) and min(view.shape[2:]) >= least}
+
+
+def crops(x, side):
+    """As many as fit side by side around the middle: (1, 3, H, W) -> (n, 3, side, side), n perhaps 0.
+
+    Their numbers in both directions are odd, so crop n // 2 is in the middle.
+    """
+    H, W = [pixels // side - (pixels // side + 1) % 2 for pixels in x.shape[2:]]
+    if min(H, W) < 1:
+        return x.new_empty(0, 3, side, side)
+    grid = middle(x, H * side, W * side).view(3, H, side, W, side)
+    return grid.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def middle(x, height, width):
+    """(B, 3, H, W) -> (B, 3, height, width), in one piece."""
+    top = (x.shape[2] - height) // 2
+    left = (x.shape[3] - width) // 2
+    return x[:, :, top:top + height, left:left + width].contiguous()
+
+
+def tiled(x, side):
+    """An image amid its mirror images: (1, 3, H, W) -> (1, 3, side, side); none if it is larger."""
+    H, W = x.shape[2:]
+    if max(H, W) > side:
+        return x[:0]
+    top = (side - H) // 2
+    left = (side - W) // 2
+    around = (0, 0), (0, 0), (top, side - H - top), (left, side - W - left)
+    return torch.from_numpy(np.pad(x.numpy(), around, mode="symmetric"))
+
+
+@torch.no_grad()
+def decodings(vae, start, dtype, x):
+    """{name: what became of x (B, 3, H, W)}, in [-1, 1].   start: the DAVAE in closed form, or None"""
+    rows = {}
+    with ranks.autocast(dtype, x.device):
+        rows["base only"], trained = reconstruct(vae, x)
+        if start is not None:
+            rows["closed form"] = start.decode(start.encode(x))
+        rows["trained"] = trained
+        rows["full size"] = vae.base.decode(vae.base.encode(x))
+    return {name: y.float().clamp(-1, 1) for name, y in rows.items()}
+
+
+def measure(decode, found, lpips, scores):
+    """Add an image's to scores, {size: {name: [(n, 2 or 3)]}}; over 512 pixels one view at a time.
+
+    returns {size: {name: (1, 3, h, w)}}: the crop in the middle, decoded, and as "input" itself
+    """
+    shown = {}
+    for size, view in found.items():
+        at_once = max(1, 512**2 // view[0, 0].numel())
+        part, place = divmod(len(view) // 2, at_once)
+        rows = scores.setdefault(size, {})
+        for k, x in enumerate(view.split(at_once)):
+            decoded = decode(x)
+            for name, y in decoded.items():
+                rows.setdefault(name, []).append(evaluate.pair_scores(x, y, lpips).cpu())
+            if k == part:
+                shown[size] = {name: y[place][None].cpu() for name, y in (decoded | {"input": x}).items()}
+    return shown
+
+
+def summarise(scores):
+    """The table {"size, name": numbers}, each a mean over all crops, of the scores that `measure` made."""
+    table = {}
+    for size, rows in scores.items():
+        means = {name: torch.cat(parts).mean(0).tolist() for name, parts in rows.items()}
+        full = means["full size"]
+        for name, mean in means.items():
+            row = dict(zip(("psnr", "ssim", "lpips"), mean)) | {"crops": sum(map(len, rows[name]))}
+            row["dB behind"] = full[0] - mean[0]
+            if len(mean) == 3:
+                row["lpips ratio"] = mean[2] / full[2]
+            table[f"{size}, {name}"] = row
+    return table
+
+
+def strips(shown, side):
+    """{row: (1, 3, side, side)}: the same pixels of what `measure` gave, at three sizes that have them."""
+    sizes = [size for size, rows in shown.items() if "/" not in size and min(rows["input"].shape[2:]) >= side]
+    found = {}
+    for k in sorted({0, len(sizes) // 2, len(sizes) - 1} if sizes else ()):
+        for name, y in shown[sizes[k]].items():
+            found[f"{sizes[k]}, {name}"] = middle(y, side, side)
+    return found
+
+
+def closed_form(run):
+    """The DAVAE in closed form that the run began with; None, with a word, where there is none."""
+    step = run_folder(run.folder) / "step_000000"
+    if run.dit is None and run.config["config"].get("fit") == "closed" and step.exists():
+        return weights.load_davae(step).to(run.device, memory_format=torch.channels_last)
+    print(f"{run.folder}: no rows 'closed form'; wanted --fit=closed, and step_000000 kept (--save_every=0)")
+    return None
+
+
+def images_of(run, cfg):
+    """Held-out images one by one, (1, 3, H, W); files at their own size, cut to multiples of the VAE's f."""
+    dataset, index = evaluate.held_out(run, cfg.data_dir, cfg.images)
+    for batch, _, _ in data.read(dataset, index, run.vae.f if dataset.paths else 0):
+        yield from batch.split(1)
+
+
+def main(cfg):
+    if cfg.out:
+        runs.make_folder(cfg.out)
+    run = evaluate.load(cfg.run, cfg.weights, cfg.device)
+    f = run.vae.f
+    if not run.vae.D:
+        raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
+    lpips = metrics.make_lpips("squeeze", cfg.lpips_trunk).to(run.device) if cfg.lpips_trunk else None
+    least = 17 if cfg.lpips_trunk else data.SMALLEST
+    for side in filter(None, (*cfg.sizes, cfg.tiled)):
+        if side % f or side < least:
+            raise SystemExit(f"--sizes, --tiled: {side} pixels; wanted multiples of {f}, {least} or more")
+    start = closed_form(run)
+    window = min([128, run.config["config"]["image_size"], *filter(None, cfg.sizes)])
+
+    decode = partial(decodings, run.vae, start, cfg.dtype)
+    scores, pictures = {}, {}
+    for i, x in enumerate(tqdm(images_of(run, cfg), desc="images", mininterval=1)):
+        found = {size: view.to(run.device) for size, view in views(x, cfg, f, least).items()}
+        shown = measure(decode, found, lpips, scores)
+        rows = strips(shown, window) if i < 6 else {}
+        if rows.keys() == pictures.keys() or not pictures:
+            for row, image in rows.items():
+                pictures.setdefault(row, []).append(image)
+    if not scores:
+        raise SystemExit(f"{cfg.data_dir}: no image can be read and is as large as one of --sizes; give less")
+    pictures = {row: torch.cat(images) for row, images in pictures.items()}
+    return shared.write("sizes", cfg, run, summarise(scores), pictures=pictures)
+
+
+if __name__ == "__main__":
+    shared.start(main, Config)
