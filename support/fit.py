@@ -38,6 +38,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.dcae import Stem
+
 TAPS = 9                                               # positions of a 3x3 patch; number 4 is its centre
 
 
@@ -138,9 +140,10 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
 
 def check_fit(vae, align):
     """raises: ValueError if this DAVAE cannot start in closed form"""
-    conv = stem(vae.base)[-1]
+    last = stem(vae.base)[-1]
+    conv = last.conv if isinstance(last, Stem) else last           # DC-AE's is a convolution and a shortcut
     if not isinstance(conv, nn.Conv2d) or max(conv.kernel_size) > 2 * vae.r + 1:
-        raise ValueError(f"{type(vae.base).__name__}.from_latent ends in {conv}: wanted a convolution of at "
+        raise ValueError(f"{type(vae.base).__name__}.from_latent ends in {last}: wanted a convolution of at "
                          f"most {2 * vae.r + 1} pixels (davae.py:BaseVAE says where to cut), or --fit=random")
     most = vae.r**2 * vae.C
     if vae.D > most:
@@ -155,8 +158,8 @@ def check_count(positions, unknowns):
     """raises: ValueError if there are too few latent pixels to fit so many unknowns for each feature"""
     if positions < unknowns:
         raise ValueError(f"the closed form has {unknowns} unknowns for each feature, and the images have "
-                         f"{positions} latent pixels: wanted some {20 * unknowns}; give more or larger images, "
-                         "or --fit=random")
+                         f"{positions} latent pixels: wanted some {20 * unknowns}; give more or larger "
+                         "images, or --fit=random")
 
 
 # ---------------------------------------------------------------- the moments of the images
@@ -217,7 +220,7 @@ def features_of_patches(vae):
         U = F.pixel_shuffle(patch.unflatten(1, (-1, 3, 3)), vae.r)                   # (n, C, 3r, 3r)
         return F.pixel_unshuffle(conv(U), vae.r)[:, :, 1, 1]
 
-    units = torch.eye(n, dtype=torch.float64, device=conv.weight.device)
+    units = torch.eye(n, dtype=torch.float64, device=vae.mean.device)
     bias = features(torch.zeros_like(units[:1]))                                     # (1, r^2 F)
     of_U = torch.cat([features(part) for part in units.split(256)]) - bias
     of_z = bias.new_zeros(TAPS * vae.C, bias.shape[1])

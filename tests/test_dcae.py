@@ -8,6 +8,7 @@ import torch
 from davae import DAVAE, DAVAEConfig, PlainVAE, half
 from support import dcae, dcae_names, metrics
 from support.bases import DCAE
+from support.fit import fit_new_blocks
 from support.weights import build_vae, load_base_vae, load_davae, save_base_vae
 
 RES, VIT = "ResBlock", "EfficientViTBlock"
@@ -272,6 +273,17 @@ def test_the_latents_stem_is_linear_so_that_a_davae_enters_before_the_first_nonl
     a, b = torch.randn(2, 1, 8, 4, 4)
     zero = stem(torch.zeros_like(a))
     assert torch.allclose(stem(a + b) - zero, stem(a) - zero + stem(b) - zero, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["1.0", "1.5"])
+def test_in_closed_form_all_directions_of_the_latent_are_its_own_full_size_decode(small, name):
+    base = load_base_vae(small(name).state_dict()).double()
+    vae = DAVAE(base, DAVAEConfig(D=4 * base.C, latent_shortcut=True)).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 3, 8 * vae.f, 8 * vae.f, generator=generator, dtype=torch.float64) * 2 - 1
+    fit_new_blocks(vae, x.split(4), strength=1e-13)
+    with torch.no_grad():
+        assert torch.allclose(vae.decode(vae.encode(x[:2])), base.decode(base.encode(x[:2])), atol=1e-5)
 
 
 # ---------------------------------------------------------------- the published sizes
