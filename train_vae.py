@@ -99,13 +99,13 @@ PRESETS = {
     # 18.96 dB against 17.00 dB of the base channels alone, same images; 85 s on 2 cores (2026-11-25)
     "tiny": dict(
         out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none",
-        train="decoder", stats=1024, align=0.05, adaptive_align=False, gan=0.1, disc_start=870, disc_width=16,
-        steps=1100, batch_size=4, lr=3e-3, cooldown=0.5, log_every=50, save_every=550),
+        train="decoder", stats=1024, align=0.05, adaptive_align=False, gan=0.1, disc_start=400, disc_width=16,
+        steps=900, batch_size=4, lr=3e-3, cooldown=0.5, log_every=50, save_every=450),
 
     # TAEF2, TO MEASURE
     "photos": dict(
         out="out/photos-vae", base="taef2", D=96, image_size=512, crop=(64, 128, 256), halvings=2,
-        detail_dropout=0.0, perceptual="none", gan=0.0, align=0.05, adaptive_align=False, stats=100,
+        detail_dropout=0.0, perceptual="squeeze", gan=0.0, align=0.05, adaptive_align=False, stats=100,
         steps=400, batch_size=4, micro_batch=4, lr=1e-5, warmup=20, beta1=0.9, beta2=0.999, cooldown=0.5,
         log_every=20, save_every=200),
 

@@ -41,6 +41,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from kernels import at_least_float32
+
 HEAD = 32                    # channels of an attention head, in all published files
 
 
@@ -272,7 +274,8 @@ def relu_attention(qkv):
     """
     h, w = qkv.shape[2:]
     with torch.autocast(qkv.device.type, enabled=False):               # sums over all positions
-        q, k, v = qkv.float().flatten(2).unflatten(1, (-1, 3, HEAD)).unbind(dim=2)    # (B, heads, HEAD, h*w)
+        qkv = qkv.to(at_least_float32(qkv.dtype)).flatten(2)
+        q, k, v = qkv.unflatten(1, (-1, 3, HEAD)).unbind(dim=2)        # (B, heads, HEAD, h*w)
         q = F.relu(q)
         k = F.relu(k)
         values = v @ k.transpose(-1, -2)                               # (B, heads, HEAD, HEAD)

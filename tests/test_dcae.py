@@ -404,7 +404,7 @@ def test_a_run_of_train_vae_on_it_trains_the_new_parts_and_loads_again(small, va
     save_base_vae(base, tmp_path / "base")
     train_vae.main(vae_config(
         tmp_path / "run", preset="tiny", base=str(tmp_path / "base"), D=8, image_size=64, images=8, stats=4,
-        steps=1, batch_size=2))
+        fit="random", steps=1, batch_size=2))
     vae = load_davae(tmp_path / "run")
     assert type(vae.base) is DCAE and vae.f == 16 and build_vae(vae.config()).config() == vae.config()
     assert all(torch.equal(x, base.state_dict()[key]) for key, x in vae.base.state_dict().items())
