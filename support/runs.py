@@ -288,7 +288,9 @@ def make_if_missing(flag, cfg, script, PRESETS, Config, main):
             continue
         if flag in getattr(cfg, "given", ()) and read_summary(run).get("steps") == step_of(run):
             continue
-        same = {field: getattr(cfg, field) for field in ("device", "dtype", "data_dir")}
+        same = {field: getattr(cfg, field) for field in ("device", "data_dir")}
+        if cfg.dtype != "auto":                    # else as the preset says
+            same["dtype"] = cfg.dtype
         stage = Config(**{"preset": name, **values, **same})
         if not is_finished(stage):
             print(f"\n{cfg.out} needs {run}, which is not there yet: running  python {script} {name}")
