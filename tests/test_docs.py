@@ -44,7 +44,7 @@ TOY = {
     "python finetune.py": f"{DIT} --vae=./out/tiny-vae --base=./out/tiny-base",
     "python finetune.py --steps=900": f"{DIT} --vae=./out/tiny-vae --base=./out/tiny-base --steps=4",
     "python sample.py out/tiny": DRAW,
-    "python sample.py out/tiny/step_000600": f"{DRAW} --run=out/tiny/step_000002 --out=out/some-samples",
+    "python sample.py out/tiny/step_000420": f"{DRAW} --run=out/tiny/step_000002 --out=out/some-samples",
     "python evaluate.py out/tiny": MEASURE,
     "python evaluate.py out/tiny-vae": MEASURE,
     "python evaluate.py out/tiny-base": MEASURE,
@@ -59,7 +59,8 @@ TOY = {
     "python experiments/latents.py out/tiny-vae --other=out/no-align": LOOK,
     "python experiments/tsne.py out/tiny-vae --other=out/no-align": LOOK,
     "python experiments/sizes.py out/tiny-vae --sizes=32,0 --images=100": LOOK,
-    "python train_vae.py photos --base=weights/taef2 --data_dir=photos/train": VAE,
+    "python train_vae.py photos --base=weights/taef2 --data_dir=photos/train "
+    "--lpips_trunk=squeezenet1_1_features.pth": f"{VAE} --image_size=256 --crop=64",
     "python finetune.py photos-base --data_dir=photos/train":
         f"{DIT} --vae=./out/photos-vae --E=32 --depth=1",
     "python finetune.py photos --data_dir=photos/train":
