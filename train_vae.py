@@ -505,14 +505,14 @@ def statistics_images(cfg, train_set, device, rank, world):
         yield data.to_tensor(x).to(device)
 
 
-def validation_images(cfg, train_set):
+def validation_images(cfg, train_set, n=64):
     """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
 
-    64 of them, or four megapixels, but 8 at least.
+    At most n, and four megapixels of them, but 8 at least.
 
     Built-in images need no --val_dir: held out are those of another seed.
     """
-    n = max(8, min(64, 2048**2 // cfg.image_size**2))
+    n = min(n, max(8, 2048**2 // cfg.image_size**2))
     held_out = train_set
     if cfg.val_dir or cfg.data_dir == "procedural":
         held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
