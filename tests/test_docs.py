@@ -66,10 +66,13 @@ TOY = {
     "python finetune.py photos --data_dir=photos/train":
         f"{DIT} --vae=./out/photos-vae --base=./out/photos-base",
     "python sample.py out/photos": DRAW,
-    "python evaluate.py out/photos-vae --data_dir=photos/eval --perceptual=squeeze "
+    "python evaluate.py out/photos-vae --data_dir=photos/eval --whole=True --perceptual=squeeze "
     "--lpips_trunk=squeezenet1_1_features.pth": MEASURE,
     "python evaluate.py out/photos --data_dir=photos/eval --lpips_trunk=squeezenet1_1_features.pth": MEASURE,
-    "python evaluate.py out/photos-vae --data_dir=kodak --whole=True": "",
+    "python evaluate.py out/photos-vae --data_dir=kodak --whole=True --perceptual=squeeze "
+    "--lpips_trunk=squeezenet1_1_features.pth": "",
+    "python experiments/sizes.py out/photos-vae --data_dir=kodak --images=6 "
+    "--lpips_trunk=squeezenet1_1_features.pth": "--sizes=64,0 --halvings=0",
     "python finetune.py imagenet512 --dry_run=True": "",
     "python finetune.py sd35m-1024 --dry_run=True": "",
     "python finetune.py sd35m-2048 --dry_run=True": "",
