@@ -41,8 +41,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import at_least_float32
-
 HEAD = 32                    # channels of an attention head, in all published files
 
 
@@ -268,13 +266,13 @@ class LinearAttention(nn.Module):
 
 
 def relu_attention(qkv):
-    """Per head, at position i:  sum_j (q_i . k_j) v_j / sum_j (q_i . k_j),  q and k after ReLU; float32.
+    """Per head, at position i:  sum_j (q_i . k_j) v_j / sum_j (q_i . k_j),  q and k after ReLU, in float32.
 
     Summed over j first, it needs no (h*w)^2 scores.  (B, heads * 3 * HEAD, h, w) -> (B, heads * HEAD, h, w)
     """
     h, w = qkv.shape[2:]
     with torch.autocast(qkv.device.type, enabled=False):               # sums over all positions
-        qkv = qkv.to(at_least_float32(qkv.dtype)).flatten(2)
+        qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).flatten(2)
         q, k, v = qkv.unflatten(1, (-1, 3, HEAD)).unbind(dim=2)        # (B, heads, HEAD, h*w)
         q = F.relu(q)
         k = F.relu(k)
