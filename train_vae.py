@@ -122,7 +122,8 @@ PRESETS = {
         beta2=0.999, detail_dropout=0.0, fit="random"),
 }
 # the start of photos in closed form and nothing else: one step that moves nothing
-PRESETS["photos-quick"] = PRESETS["photos"] | dict(out="out/photos-quick-vae", steps=1, lr=0.0)
+PRESETS["photos-quick"] = PRESETS["photos"] | dict(
+    out="out/photos-quick-vae", perceptual="none", steps=1, lr=0.0)
 
 # On resume, beside what changes no result and where things lie; anything else would be another run.
 MAY_CHANGE = {"steps", "lr", "cooldown", "clip"}
@@ -509,9 +510,8 @@ def statistics_images(cfg, train_set, device, rank, world):
 def validation_images(cfg, train_set, n=64):
     """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
 
-    At most n, and four megapixels of them, but 8 at least.
-
-    Built-in images need no --val_dir: held out are those of another seed.
+    At most n, and four megapixels of them, but 8 at least. Built-in images need no --val_dir: held out are
+    those of another seed.
     """
     n = min(n, max(8, 2048**2 // cfg.image_size**2))
     held_out = train_set
