@@ -31,7 +31,7 @@ from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_differ
 from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
-from support import config, figures, identity, plan, ranks, runs
+from support import checks, config, figures, identity, levels, plan, ranks, runs
 from support.config import field
 from support.latents import check_sizes, check_statistics, latent_source, open_training_set
 from support.text import Conditioner
@@ -78,6 +78,10 @@ class Config:
     label_dropout: float = field(0.1, "probability of training without a label or caption", within=(0, 1))
     weighting: str = field("paper", "of times, see `draw_time`; sigma: as the authors' SD3 code",
                            choices=("paper", "sigma", "uniform"))
+    keep_levels: tuple = field((), "details shown of an image, one of these; empty: all (DC-AE 1.5, Eq. 2)",
+                               within=(0, 4096), count=(0, 256))
+    keep_mean: str = field("all", "of squared errors, over all channels (Eq. 2), or those shown (their code)",
+                           choices=("all", "shown"))
     # optimisation
     steps: int = field(140_000, "optimizer steps", at_least=1)
     batch_size: int = field(640, "images per optimizer step, over all ranks", within=(1, 1_000_000))
@@ -135,6 +139,11 @@ PRESETS = {
         batch_size=128, micro_batch=16, lr=1e-4, beta2=0.999, clip=0.5, flip=False, save_every=1000, cfg=2.5,
         shift=1 / 3, grid="sd3", sample_steps=30),
 }
+# the rivals' VAEs (see train_vae.py); with DC-AE 1.5's also its training
+PRESETS["photos-vf"] = PRESETS["photos"] | dict(out="out/photos-vf", vae="out/photos-vf-vae")
+PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
+    out="out/photos-dcae15", vae="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), N=0)
+
 # Tab. S1; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
@@ -171,7 +180,7 @@ def flow_loss(model, z_all, cond, w, cfg):
         loss = mse + cosine * (1 - cos(v, v*))              the cosine over all channels, mean over positions
 
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
-    cfg:   D, cosine and weighting are read
+    cfg:   D, cosine, weighting, keep_levels and keep_mean are read
     returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights)
     Differs from the paper, as the authors' code does: w(n) leaves the cosine alone,
     so details learn from step 0.
@@ -186,9 +195,16 @@ def flow_loss(model, z_all, cond, w, cfg):
     x_t = s * z_all + (1 - s) * noise
     target = z_all - noise                                                    # v*
 
+    weight = weight.view(-1, 1, 1, 1)
+    if cfg.keep_levels:                                                       # hide details (DC-AE 1.5)
+        keep = levels.draw(cfg.keep_levels, len(z_all), z_all.device)
+        mask = levels.seen_of_all(keep, C, D)                                 # (B, C+D, 1, 1)
+        model, target = levels.masked(model, mask), target * mask
+        weight = weight * levels.share(mask, D, w) if cfg.keep_mean == "shown" else weight
+
     v = model(x_t, t, *cond).float()
     error = (v - target).square()                                             # (B, C+D, h, w)
-    mse = (weight.view(-1, 1, 1, 1) * error).mean((0, 2, 3))                  # (C+D,)
+    mse = (weight * error).mean((0, 2, 3))                                    # (C+D,)
     loss = (mse[:C].sum() + w * mse[C:].sum()) / (C + w * D)
     if cfg.cosine:
         loss = loss + cfg.cosine * (1 - F.cosine_similarity(v, target, dim=1, eps=COSINE_EPS)).mean()
@@ -262,6 +278,7 @@ def main(cfg):
     if run.done:
         return run.summary()
     check_sizes(vae, train_set, cfg)
+    levels.check(cfg.keep_levels, vae.C, cfg.D)
 
     # the transformer and its average: from the newest checkpoint, if there is one, else widened from the base
     if run.checkpoint:
@@ -448,7 +465,7 @@ def initial_dit(cfg, vae, train_set):
     if Path(source).is_dir() and runs.checkpoints(source):
         source = runs.latest_checkpoint(source)
     base = load_dit(source, cfg.base_weights or None)
-    check_base(cfg, vae, base, len(train_set.classes))
+    checks.check_base(cfg, vae, base, len(train_set.classes))
     model = deepcopy(base)
     if cfg.D:
         model.expand_channels(cfg.D)
@@ -462,36 +479,12 @@ def new_dit(cfg, C, f, num_classes):
     if cfg.model not in MODELS:
         raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
     ModelConfig, Model = MODELS[cfg.model]
-    check_text(cfg, f"--model={cfg.model}", ModelConfig)
+    checks.check_text(cfg, f"--model={cfg.model}", ModelConfig)
     grid = cfg.image_size // f // cfg.p
     settings = dict(C=C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
                     num_classes=num_classes, qk_norm=cfg.qk_norm)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
-
-
-def check_base(cfg, vae, base, num_classes):
-    """raises: SystemExit with one sentence if the base model does not fit the VAE, the images or flags."""
-    if (base.cfg.C, base.cfg.D) != (vae.C, 0):
-        raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a "
-                         f"base model of {cfg.vae}'s {vae.C} channels")
-    check_text(cfg, f"{cfg.base}: a {type(base).__name__}", type(base.cfg))
-    if not cfg.text and base.cfg.num_classes < num_classes:
-        raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
-    p, side = base.cfg.p, cfg.image_size // vae.f
-    grid = getattr(base.cfg, "grid", side // p)                    # MMDiT takes any
-    if side != grid * p:
-        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {grid}x{grid} tokens of {p}x{p} "
-                         f"latent pixels; with {cfg.vae} give --image_size={grid * p * vae.f}")
-
-
-def check_text(cfg, what, ModelConfig):
-    """raises: SystemExit if a transformer of texts gets none, or one of classes gets texts or adapters."""
-    takes_text = "context" in {f.name for f in dataclasses.fields(ModelConfig)}
-    if takes_text and not cfg.text:
-        raise SystemExit(f"{what} draws from texts; give them with --text=")
-    if not takes_text and (cfg.text or cfg.lora):
-        raise SystemExit(f"{what} takes neither texts nor adapters; leave --text= and --lora= out")
 
 
 def description(cfg, dit, train_set):

@@ -39,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.dcae import Stem
+from support.levels import importance
 
 TAPS = 9                                               # positions of a 3x3 patch; number 4 is its centre
 
@@ -93,7 +94,8 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
     """Set the down and the up block of a DAVAE with `latent_shortcut`.
 
     images: batches (B, 3, H, W) of training images; some 20 latent pixels for each of the 9 (C+D) unknowns
-    align:  0 the basis of reduced-rank regression; 1 group means are the best linear guess of z; or between
+    align:  0 the directions of reduced-rank regression, strongest first as support/levels.py counts them;
+            1 group means are the best linear guess of z; or between
     strength: of the ridge, against what the images leave undetermined
     Every rank may fit the same images: DistributedDataParallel goes on with what rank 0 found.
     returns {"kept": the part of the features' energy that z does not tell, and [z, z_d] do;
@@ -116,6 +118,8 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
 
     # the D directions of U of which the decoder makes most
     V = reduced_rank(R[U, U], M, vae.D)                            # (r^2 C, D)
+    if align == 0:
+        V = V[:, importance(C, vae.D)]                             # strongest first in the order of levels
     V = V / (V.T @ G[U, U] @ V).diagonal().sqrt()
     own = V.T @ G[U, U] @ V                                        # moments of z_d: z_d^T z_d, with ones
     with_z = V.T @ G[U, z]                                         # on the diagonal, and z_d^T z

@@ -244,7 +244,8 @@ def load_text_encoders(folder, device):
 
     raises: SystemExit saying what is missing or broken: transformers, or a part of the folder
     """
-    AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel = import_transformers()
+    AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel = import_transformers(
+        "AutoTokenizer", "CLIPTextModelWithProjection", "T5EncoderModel")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     kinds = {"": CLIPTextModelWithProjection, "_2": CLIPTextModelWithProjection, "_3": T5EncoderModel}
     parts = []
@@ -261,18 +262,18 @@ def load_text_encoders(folder, device):
     return parts
 
 
-def import_transformers():
-    """AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel.   raises: SystemExit with the cause"""
+def import_transformers(*names):
+    """Classes of transformers.   raises: SystemExit with the cause"""
     try:
         import_torchvision()                       # because transformers will
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
-        return AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+        import transformers
+        return [getattr(transformers, name) for name in names]     # imported when asked for
     except LOADING_ERRORS as error:
         cause = error
     while cause.__cause__:                         # transformers wraps what went wrong in errors of its own
         cause = cause.__cause__
     if isinstance(cause, ModuleNotFoundError) and cause.name in ("torchvision", "transformers"):
-        raise SystemExit(f"encoding text needs {cause.name}: pip install {cause.name}")
+        raise SystemExit(f"{' and '.join(names)} need {cause.name}: pip install {cause.name}")
     raise SystemExit(f"transformers cannot be imported ({first_line(cause)}); install the versions that "
                      "requirements.txt names")
 

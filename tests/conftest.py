@@ -223,9 +223,9 @@ def widened(stock):
 @pytest.fixture(scope="session", autouse=True)
 def validation_on_few_images():
     """Sixty-four images would be most of the work of runs this short."""
-    import train_vae
+    from support import data
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vae.validation_images, "__defaults__", (8,))
+        patch.setattr(data.validation_images, "__defaults__", (8,))
         yield
 
 

@@ -80,7 +80,7 @@ def test_vae_loss_is_the_sum_of_its_terms_with_adaptive_weights(kl_config):
     cfg = Config(D=12, gan=0.1, align=0.5, kl=1e-6)
     disc = PatchGAN(4).eval()
     rec = vae(x)
-    nets = SimpleNamespace(lpips=None, disc=disc)
+    nets = SimpleNamespace(lpips=None, teacher=None, disc=disc)
     loss, parts = vae_loss(vae, rec, x, cfg, nets, gan_on=True)
     l1 = (rec.x_hat - x).abs().mean()
     align = align_loss(rec.z, rec.z_d)
@@ -313,8 +313,8 @@ def test_what_a_loss_of_ones_own_trains_is_saved_for_resuming_and_not_with_the_m
     plain_loss = train_vae.vae_loss
 
     class Networks(train_vae.LossNetworks):
-        def __init__(self, cfg, device):
-            super().__init__(cfg, device)
+        def __init__(self, cfg, vae, device):
+            super().__init__(cfg, vae, device)
             self.own["projection"] = torch.nn.Conv2d(12, 4, 1)
 
     def loss_with_projection(vae, rec, x, cfg, nets, gan_on=False):
