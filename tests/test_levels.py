@@ -203,7 +203,7 @@ def test_at_level_zero_the_widened_model_computes_the_base_models_velocities_bit
 
 def test_a_bias_of_P_new_would_break_that():
     base, model = a_dit(D=12)
-    model.P.bias.data += torch.randn(48)                              # where a bias of P_new would come in, too
+    model.P.bias.data += torch.randn(48)                              # as a bias of P_new would
     x_t, t, y = torch.randn(2, 16, 4, 4), torch.rand(2), torch.tensor([0, 1])
     with torch.no_grad():
         v = levels.masked(model, levels.seen_of_all(0, 4, 12))(x_t, t, y)
