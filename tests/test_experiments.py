@@ -175,7 +175,8 @@ def test_strips_of_three_sizes_show_the_same_pixels():
 # ---------------------------------------------------------------- as scripts
 
 PICTURES = {"sensitivity": "_images.png", "knockout": ".png", "spectrum": ".png", "losses": ".png",
-            "timebins": ".png", "latents": "_images.png", "tsne": ".png", "sizes": "_images.png"}
+            "timebins": ".png", "latents": "_images.png", "tsne": ".png", "sizes": "_images.png",
+            "levels": "_images.png"}
 
 
 def module(name):
