@@ -65,6 +65,7 @@ class Config:
     depth: int = field(28, "no base given: blocks", within=(1, 1000))
     A: int = field(16, "no base given: heads", within=(1, 1024))
     qk_norm: bool = field(False, "no base given: RMSNorm on q and k")
+    zero_init: bool = field(True, "P_new and O_new start at zero; False: at random, without the warm start")
     # SD3.5 (the base is an MMDiT, the images have captions)
     text: str = field("", "shards of the captions (`python sample.py text`), or a folder of encoders")
     t5_tokens: int = field(256, "tokens given to T5", within=(1, 4096))
@@ -317,7 +318,7 @@ def main(cfg):
         z_all, y = next(latents(0))
         if rank == 0:
             check_statistics(z_all, vae.C, cfg.out)
-        if base is not None and cfg.D:
+        if base is not None and cfg.D and cfg.zero_init:
             prove_warm_start(base.to(device), dit, vae, z_all, y, condition, run)
         save_what_stays(run, vae, dit)
         save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
@@ -469,6 +470,9 @@ def initial_dit(cfg, vae, train_set):
     model = deepcopy(base)
     if cfg.D:
         model.expand_channels(cfg.D)
+    if cfg.D and not cfg.zero_init:
+        model.P_new.reset_parameters()
+        model.O_new.reset_parameters()
     if cfg.lora:
         add_lora(model, cfg.lora, cfg.lora)
     return base, model

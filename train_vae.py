@@ -51,14 +51,15 @@ class Config:
     base: str = field("", "the frozen base VAE: a file, a folder or a run; D = 0: where to start, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
-    train: str = field("all", "all; or not the detail encoder (the authors' SD3 script); or the new blocks",
-                       choices=("all", "decoder", "blocks"))
+    train: str = field("all", "all; not the detail encoder (the authors' SD3 script); nor the down block; or "
+                              "the new blocks", choices=("all", "decoder", "up", "blocks"))
     detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
     keep_levels: tuple = field((), "instead: how many details an image keeps, one of these (DC-AE 1.5)",
                                within=(0, 4096), count=(0, 256))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
-    fit: str = field("closed", "how the new blocks start: by least squares, or at random as the paper's",
-                     choices=("closed", "random"))
+    fit: str = field("closed", "how the new blocks start: by least squares; at random as the paper's; or "
+                               "details are pixels of the full-size latent",
+                     choices=("closed", "random", "pixels"))
     fit_align: float = field(1.0, "fit=closed: 1 details start aligned to z, at no cost; 0 not; or between",
                              within=(0, 1))
     C: int = field(16, "D = 0, no base given: latent channels", within=(1, 4096))
@@ -322,7 +323,7 @@ def main(cfg):
     in_memory = dict(memory_format=ranks.layout(vae.base.width, device))
     vae = vae.to(device, **in_memory).train()
     freeze(vae, cfg.train)
-    if vae.D and cfg.fit == "closed" and not run.checkpoint:
+    if vae.D and cfg.fit != "random" and not run.checkpoint:
         start_in_closed_form(cfg, vae, train_set, device, rank)
     nets = LossNetworks(cfg, vae, device)
     trained = [p for p in [*vae.parameters(), *nets.own.parameters()] if p.requires_grad]
@@ -452,7 +453,7 @@ def initial_vae(cfg):
     if cfg.D == 0:
         return PlainVAE(base)
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale,
-                                   latent_shortcut=cfg.fit == "closed"))
+                                   latent_shortcut=cfg.fit != "random"))
 
 
 def make_if_missing(flag, cfg):
@@ -461,9 +462,11 @@ def make_if_missing(flag, cfg):
 
 
 def freeze(vae, train):
-    """Freeze a DA-VAE's detail encoder (train="decoder"), or all but the new blocks (train="blocks")."""
-    if vae.D and train in ("decoder", "blocks"):
+    """Freeze a DA-VAE's detail encoder ("decoder"), the down block too ("up"), or the decoder ("blocks")."""
+    if vae.D and train in ("decoder", "up", "blocks"):
         vae.detail_encoder.requires_grad_(False)
+    if vae.D and train == "up":
+        vae.down.requires_grad_(False)
     if vae.D and train == "blocks":
         vae.decoder.requires_grad_(False)
 
@@ -471,7 +474,9 @@ def freeze(vae, train):
 def start_in_closed_form(cfg, vae, train_set, device, rank):
     """Fit the new blocks, and say how well.  Each rank does it all; DDP then goes on with rank 0's."""
     with ranks.autocast(cfg.dtype, device):
-        found = fit_new_blocks(vae, data.fitting_images(cfg, vae, train_set, device, rank), cfg.fit_align)
+        images = data.fitting_images(cfg, vae, train_set, device, rank)
+        pixels = cfg.fit == "pixels"
+        found = fit_new_blocks(vae, images, 0.0 if pixels else cfg.fit_align, pixels)
     if rank == 0:
         print(f"{cfg.out}: the new blocks start in closed form; of what z does not tell of the decoder's "
               f"features they keep {found['kept']:.1%}, and the details tell {found['told']:.1%} of z")

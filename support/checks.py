@@ -16,6 +16,9 @@ def before_training(cfg, vae):
     levels.check(cfg.keep_levels, vae.C, vae.D)
     if cfg.D and cfg.train == "blocks" and is_judged(cfg):
         raise SystemExit("--train=blocks freezes the layer by which the GAN is weighted; give --gan=0")
+    if cfg.D and cfg.train == "up" and cfg.adaptive_align:
+        raise SystemExit("--train=up freezes the layer by which the alignment is weighted; give "
+                         "--adaptive_align=False")
     if cfg.D and cfg.rescale and cfg.detail_dropout == 1:
         raise SystemExit("--rescale=True divides by 1 - detail_dropout: wanted --detail_dropout below 1")
 

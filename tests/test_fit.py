@@ -151,6 +151,20 @@ def test_without_alignment_the_strongest_directions_come_first_in_the_order_of_l
     assert torch.allclose(cosines.diagonal(), torch.ones(4).double(), atol=1e-6)
 
 
+@torch.no_grad()
+def test_of_pixels_the_details_are_three_of_four_of_the_full_size_latent():
+    """Space to depth, up to the scale of each, groups being base channels."""
+    vae = make(SD3, D=12)
+    x = images()
+    found = fit.fit_new_blocks(vae, [x], align=0.0, pixels=True)
+    z_d = vae.detail_posterior(x).mean                                 # (B, 12, h, w)
+    full = F.pixel_unshuffle(vae.base.posterior(x).mean, 2).unflatten(1, (4, 4))[:, :, 1:].flatten(1, 2)
+    scale = full.square().mean((0, 2, 3), keepdim=True).sqrt()
+    assert torch.allclose(z_d, full / scale, atol=1e-9)
+    best = fit.fit_new_blocks(make(SD3, D=12), [x], align=0.0)
+    assert 0 < found["kept"] < best["kept"] <= 1
+
+
 def test_the_details_are_of_unit_mean_square_and_little_noise_and_the_base_latent_is_untouched():
     vae = make(VAVAE, D=8)
     x = images()
