@@ -316,7 +316,8 @@ def main(cfg):
 
     # the VAE, the networks of its losses, an optimizer for each player: new, or from the newest checkpoint
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
-    run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"))
+    run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"),
+                teacher=identity.of_source(cfg.teacher) or cfg.teacher)
     if run.done:
         return run.summary()
     checks.before_training(cfg, vae)

@@ -35,7 +35,7 @@ NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkp
              "log_every", "save_every", "dry_run"}
 
 # Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
-SOURCES = {"data_dir", "val_dir", "vae", "base", "text", "lpips_trunk"}
+SOURCES = {"data_dir", "val_dir", "vae", "base", "text", "lpips_trunk", "teacher"}
 
 # What a run is made of, and the field that says where it is.
 PARTS = {
@@ -44,6 +44,7 @@ PARTS = {
     "classes": "data_dir",
     "vae": "vae",
     "base": "base",
+    "teacher": "teacher",
     "texts": "text",
 }
 

@@ -287,6 +287,8 @@ def test_a_base_vae_is_trained_on_a_teacher_and_neither_it_nor_the_projection_is
     train_vae.main(replace(broken, steps=4))
     assert same_weights(straight, broken)
     step = Path(straight.out) / "step_000004"
+    with pytest.raises(SystemExit, match="was started with other teacher than --teacher=base has now"):
+        train_vae.main(replace(straight, teacher="base", steps=6))
     exported = load_file(step / "model.safetensors")
     assert all(name.startswith("base.") for name in exported)
     assert list(runs.read_state_dict(step / "train_state.pt")["own"]) == ["project.weight"]
