@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from davae import AutoencoderKL, BaseVAE, normalise
 from support import dcae
+from support.flux2 import AutoencoderKLFlux2
 
 # ---------------------------------------------------------------- TAEF2
 
@@ -202,6 +203,7 @@ class DCAE(BaseVAE):
 
 BASES = {
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2,
     "TAEF2": TAEF2,
     "DCAE": DCAE,
 }

@@ -29,6 +29,7 @@ from support.bases import BASES
 from support.config import field
 from support.dcae_names import import_dcae, is_dcae, published_scales
 from support.files import fill, pick_weights, read_json, some
+from support.flux2 import import_flux2, is_flux2
 from support.runs import latest_checkpoint, read_config, read_state_dict
 from support.usit import export_usit, import_usit, is_usit
 
@@ -54,10 +55,16 @@ def load_base_vae(source):
             config = read_diffusers_config(folder, "AutoencoderDC")
             sd, settings = import_dcae(sd, config)
             sd |= dcae_statistics(settings, config, folder, name)
+        elif is_flux2(sd):
+            kind = "AutoencoderKLFlux2"
+            config = read_diffusers_config(folder, kind)
+            check_diffusers_config(config, {"patch_size": [2, 2]})
+            sd, settings = import_flux2(sd, stated(config, "batch_norm_eps", 1e-4))
+            sd |= statistics(0.0, 1.0, settings["C"])              # the pipeline's are in two layers
         else:
             config = read_diffusers_config(folder, "AutoencoderKL")
             kind, sd, settings = formats.import_vae(sd)
-        if kind == "AutoencoderKL":
+        if kind.startswith("AutoencoderKL"):
             check_diffusers_config(config, {
                 "act_fn": "silu",                                  # which no key or shape would show
                 "latent_channels": settings["C"],
@@ -65,6 +72,7 @@ def load_base_vae(source):
                 "layers_per_block": settings["blocks"],
             })
             settings["groups"] = groups_of(settings["widths"], config)
+        if kind == "AutoencoderKL":
             sd |= latent_statistics(settings, config, folder, name)
         elif kind == "TAEF2":
             sd |= statistics(0.0, 1.0, channels=32)

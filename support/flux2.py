@@ -1,0 +1,116 @@
+"""FLUX.2's VAE as a base (AutoencoderKLFlux2), and its names and statistics in public files."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from davae import AutoencoderKL, normalise, per_channel, unnormalise
+from support.formats import bare, import_kl, kl_sizes, need
+
+
+class AutoencoderKLFlux2(AutoencoderKL):
+    """FLUX.2's VAE: an AutoencoderKL, f8, 32 channels, whose latents are normalised in blocks of 2x2 pixels.
+
+    FLUX.2's transformer takes patches of 2x2 latent pixels. Its pipeline unshuffles them into 128 channels,
+    and normalises those, by the running statistics of a BatchNorm that the VAE's file holds: so each of the
+    four pixels of a block has statistics of its own (diffusers 0.42.1, pipeline_flux2_klein.py).
+
+    Here the patches are the transformer's (p = 2, support/diffusers_dit.py), and the normalisation is the
+    VAE's: a latent keeps 32 channels at f8, and what the pipeline's statistics do to it is the last layer of
+    `to_moments` and undone by the first of `from_latent`. Why not 128 channels at f16? Details stand in C
+    groups (Eq. 3): of 32 there may be 32, 64, 96, of 128 none fewer than 128; the closed form of
+    support/fit.py has (9 r^2 C)^2 moments, 16 times as many; and TAEF2 speaks these very latents, at f8, with
+    32 channels, so that the two are bases for the same transformer. Why not in the transformer? The noise of
+    x_t is that of the normalised latent.
+
+    `mean` and `std` stay 0 and 1, as TAEF2's; trained as a plain VAE (D = 0) they are measured, as usual.
+    """
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.to_moments = nn.Sequential(*self.to_moments, NormaliseBlocks(cfg.C))
+        self.from_latent = nn.Sequential(UnnormaliseBlocks(cfg.C), *self.from_latent)
+
+
+class Blocks(nn.Module):
+    """Statistics of C channels in each pixel of a 2x2 block: of channel c, pixel i, j, number 4c + 2i + j."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4 * C))
+        self.register_buffer("std", torch.ones(4 * C))
+
+    @staticmethod
+    def unshuffle(x):
+        """(B, C, h, w) -> (B, 4C, h/2, w/2).   raises: ValueError if h or w is odd"""
+        h, w = x.shape[2:]
+        if h % 2 or w % 2:
+            raise ValueError(f"a latent of {h}x{w} pixels: FLUX.2's are made of 2x2 blocks, so both sides of "
+                             "the base image must be multiples of 2 f")
+        return F.pixel_unshuffle(x, 2)
+
+
+class NormaliseBlocks(Blocks):
+    """Mean and logvar of raw latents -> of normalised ones: (B, 2C, h, w) -> (B, 2C, h, w)."""
+
+    def forward(self, moments):
+        mean, logvar = moments.chunk(2, dim=1)
+        mean = normalise(self.unshuffle(mean), self.mean, self.std)
+        logvar = self.unshuffle(logvar) - 2 * per_channel(self.std.log())
+        return torch.cat([F.pixel_shuffle(mean, 2), F.pixel_shuffle(logvar, 2)], dim=1)
+
+
+class UnnormaliseBlocks(Blocks):
+    """Normalised latents -> raw ones: (B, C, h, w) -> (B, C, h, w)."""
+
+    def forward(self, z):
+        return F.pixel_shuffle(unnormalise(self.unshuffle(z), self.mean, self.std), 2)
+
+
+# ---------------------------------------------------------------- its file
+
+
+STATISTICS = ("bn.running_mean", "bn.running_var")     # of latents that are unshuffled, (4C,) each
+COUNTER = "bn.num_batches_tracked"                     # a whole number, and of no use here
+BESIDE = {                                             # in its authors' file, these belong to the halves
+    "encoder.quant_conv": "quant_conv",
+    "decoder.post_quant_conv": "post_quant_conv",
+}
+
+
+def is_flux2(sd):
+    """Has the state dict an autoencoder's names, and a BatchNorm's statistics beside them?"""
+    names = [f".{key}" for key in sd]
+    marks = (".decoder.conv_in.weight", f".{STATISTICS[0]}")
+    return all(any(name.endswith(mark) for name in names) for mark in marks)
+
+
+def import_flux2(sd, eps):
+    """FLUX.2's VAE -> (state dict in our names, sizes): diffusers' names, or its authors', which are LDM's.
+
+    eps: of the BatchNorm: std = sqrt(running_var + eps)
+    raises: ValueError with one sentence if it is not whole
+    """
+    sd = bare({key: weight for key, weight in sd.items() if not key.endswith(COUNTER)}, STATISTICS[:1])
+    need(sd, *STATISTICS)
+    mean = sd["bn.running_mean"].float()
+    std = (sd["bn.running_var"].float() + eps).sqrt()
+    sd = {lifted(key): weight for key, weight in sd.items() if key not in STATISTICS}
+    kl = import_kl(sd)
+    sizes = kl_sizes(kl)
+
+    ours = {}
+    for key, weight in kl.items():
+        if key.startswith("from_latent."):                 # where ours has one layer more, the first
+            _, number, part = key.split(".")
+            key = f"from_latent.{int(number) + 1}.{part}"
+        ours[key] = weight
+    last = 2 if sizes["quant"] else 1
+    for layer in (f"to_moments.{last}", "from_latent.0"):
+        ours |= {f"{layer}.mean": mean, f"{layer}.std": std}
+    return ours, sizes
+
+
+def lifted(key):
+    """A name of the authors' file, but for the convolutions beside the latent, which LDM has by themselves."""
+    layer, _, part = key.rpartition(".")
+    return f"{BESIDE[layer]}.{part}" if layer in BESIDE else key
