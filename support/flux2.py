@@ -111,6 +111,6 @@ def import_flux2(sd, eps):
 
 
 def lifted(key):
-    """A name of the authors' file, but for the convolutions beside the latent, which LDM has by themselves."""
+    """A name of the authors' file as LDM's, which has the convolutions beside the latent by themselves."""
     layer, _, part = key.rpartition(".")
     return f"{BESIDE[layer]}.{part}" if layer in BESIDE else key

@@ -24,7 +24,7 @@ import torch
 
 from davae import DAVAE, DAVAEConfig, PlainVAE
 from dit import MODELS, LightningDiT, MMDiT, USiT, merge_lora, rope_table, sincos_table
-from support import formats, runs
+from support import diffusers_dit, formats, runs
 from support.bases import BASES
 from support.config import field
 from support.dcae_names import import_dcae, is_dcae, published_scales
@@ -404,6 +404,10 @@ def read_public_dit(where, weights):
         ours, sizes = import_usit(sd)
         return "USiT", sizes, ours
     folder = None if isinstance(where, dict) or not where.is_dir() else where
+    if folder is not None and (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+        if config.get("_class_name") in diffusers_dit.KINDS:
+            return diffusers_dit.import_transformer(config, sd)
     config = read_diffusers_config(folder, "SD3Transformer2DModel")
     kind, ours, sizes, tables = formats.import_dit(sd)
     shown = {"in_channels": sizes["C"], "patch_size": sizes["p"], "num_layers": sizes["depth"]}
