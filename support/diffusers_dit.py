@@ -63,6 +63,7 @@ class DiffusersDiT(Transformer):
     first = last = ""          # the names there of its first and last layer
     p = 1                      # patch side: of a Linear first layer, how its pipeline packs latents
     width_of_text = ""         # the name of cfg.context in diffusers' config
+    mark = ""                  # a weight that no other transformer here has
     lora_targets = ()          # the layers of each block that get an adapter
 
     def __init__(self, cfg):
@@ -153,12 +154,13 @@ class Flux2Config(DiffusersConfig):
 class Flux2(DiffusersDiT):
     """Flux2Transformer2DModel: two kinds of blocks, over text and image tokens apart and then together.
 
-    beside: nothing is taken of it: pass (B, 0)
+    beside: (B, any), of which nothing is read
     """
     theirs = "Flux2Transformer2DModel"
     first, last = "x_embedder", "proj_out"
     p = 2
     width_of_text = "joint_attention_dim"
+    mark = "double_stream_modulation_img.linear.weight"
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.linear_out",
                     "attn.to_qkv_mlp_proj", "attn.to_out")
 
@@ -203,6 +205,7 @@ class Sana(DiffusersDiT):
     theirs = "SanaTransformer2DModel"
     first, last = "patch_embed.proj", "proj_out"
     width_of_text = "caption_channels"
+    mark = "caption_norm.weight"
     lora_targets = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
                     "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 
@@ -259,6 +262,14 @@ def take(net, name):
 KINDS = {Model.theirs: Model for Model in (Flux2, Sana)}           # class in diffusers -> ours
 
 
+def refuse_bare(sd):
+    """raises: ValueError for the weights of one of KINDS, which came without their config.json"""
+    for theirs, Model in KINDS.items():
+        if Model.mark in sd:
+            raise ValueError(f"the weights of diffusers' {theirs} alone; wanted its folder, where config.json "
+                             "has the settings")
+
+
 def import_transformer(config, sd):
     """A folder of diffusers -> (kind, fields of its config, state dict in our names).
 
@@ -282,6 +293,28 @@ def import_transformer(config, sd):
 
 def export_transformer(model):
     """A wrapped transformer without adapters -> (config.json, weights) of diffusers, for C + D channels."""
+    channels = model.cfg.p**2 * (model.cfg.C + model.cfg.D)
+    config = {"_class_name": model.theirs} | model.cfg.net
+    return config | {"in_channels": channels, "out_channels": channels}, merged(model)
+
+
+def export_adapters(model):
+    """(weights under peft's names, the adapted layers, the layers that are saved whole: first and last)."""
+    theirs = merged(model)
+    lora = {}
+    targets = []
+    for name, weight in theirs.items():
+        layer, _, matrix = name.rpartition(".")
+        if matrix in ("A", "B"):
+            lora[f"base_model.model.{layer}.lora_{matrix}.weight"] = weight[0].contiguous()
+            targets += [layer] if matrix == "A" else []
+        if layer in (model.first, model.last):
+            lora[f"base_model.model.{name}"] = weight
+    return lora, targets, [model.first, model.last]
+
+
+def merged(model):
+    """Its state dict in diffusers' names, with P_new inside P and O_new inside O."""
     sd = {name: weight.detach() for name, weight in model.state_dict().items()}
     for layer, axis in (("P", 1), ("O", 0)):
         for part in ("weight", "bias"):
@@ -293,9 +326,7 @@ def export_transformer(model):
     for name, weight in sd.items():
         front, _, rest = name.partition(".")
         theirs[f"{layers[front]}.{rest}" if front in layers else rest] = weight.contiguous()
-    channels = model.cfg.p**2 * (model.cfg.C + model.cfg.D)
-    config = {"_class_name": model.theirs} | model.cfg.net
-    return config | {"in_channels": channels, "out_channels": channels}, theirs
+    return theirs
 
 
 MODELS["Flux2"] = (Flux2Config, Flux2)

@@ -414,7 +414,6 @@ def looks_like(sd):
     """A few words for a state dict that is no transformer known here."""
     signs = {
         "a LoRA": ["lora_"],
-        "FLUX.2's transformer without its config.json": ["double_stream_modulation_img."],
         "an incomplete SD3 transformer": ["joint_blocks.", "transformer_blocks."],
         "an autoencoder": ["encoder.", "decoder."],
         "one file of our own checkpoint": ["P.weight"],
