@@ -266,8 +266,8 @@ def refuse_bare(sd):
     """raises: ValueError for the weights of one of KINDS, which came without their config.json"""
     for theirs, Model in KINDS.items():
         if Model.mark in sd:
-            raise ValueError(f"the weights of diffusers' {theirs} alone; wanted its folder, where config.json "
-                             "has the settings")
+            raise ValueError(f"the weights of diffusers' {theirs} alone; wanted its folder, with the "
+                             "settings in config.json")
 
 
 def import_transformer(config, sd):

@@ -32,7 +32,7 @@ class PipelineText:
         unused = dict(transformer=None, vae=None, scheduler=None)
         try:
             self.pipeline = Pipeline.from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, **unused)
+                folder, dtype=dtype, local_files_only=True, **unused)
         except (OSError, ValueError) as error:
             cause = str(error).strip().split("\n")[0]
             raise SystemExit(f"{folder}: its text encoder cannot be loaded ({cause})") from None

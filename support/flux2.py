@@ -1,4 +1,6 @@
 """FLUX.2's VAE as a base (AutoencoderKLFlux2), and its names and statistics in public files."""
+from types import SimpleNamespace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -64,6 +66,33 @@ class UnnormaliseBlocks(Blocks):
 
     def forward(self, z):
         return F.pixel_shuffle(unnormalise(self.unshuffle(z), self.mean, self.std), 2)
+
+
+class InPipeline(nn.Module):
+    """A DA-VAE (or a PlainVAE) as the `vae` of FLUX.2's pipelines, for text to image (docs/recipes.md).
+
+        pipeline.vae = InPipeline(vae)
+        pipeline.vae_scale_factor = vae.f
+
+    Its latents are normalised, so the statistics that the pipeline takes off change nothing.
+    """
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+        self.bn = nn.BatchNorm2d(4 * (vae.C + vae.D), affine=False, eps=0.0)
+        self.config = SimpleNamespace(batch_norm_eps=0.0)
+
+    @property
+    def device(self):
+        return self.bn.running_mean.device
+
+    @property
+    def dtype(self):
+        return torch.float32
+
+    def decode(self, z, return_dict=False):
+        return (self.vae.decode(z.float()),)
 
 
 # ---------------------------------------------------------------- its file

@@ -1,19 +1,20 @@
-"""support/diffusers_text.py: texts as diffusers' pipelines encode them; and FLUX.2 from captions to its pipeline."""
+"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 from captions to its own pipeline."""
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 import finetune
 import sample
 from davae import DAVAE, DAVAEConfig
 from finetune import PRESETS
 from support import data, metrics, runs, text
-from support.weights import ExportConfig, load_base_vae, load_dit, main_export
+from support.flux2 import InPipeline
+from support.weights import ExportConfig, load_base_vae, load_davae, load_dit, load_run, main_export
 
 CPU = torch.device("cpu")
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
@@ -34,16 +35,17 @@ def letters(special, kind, **names):
 
 @pytest.fixture(scope="module")
 def klein(diffusers, randomise, tmp_path_factory):
-    """A saved Flux2KleinPipeline of small random parts: Qwen3 of 28 layers, transformer, VAE (f = 2, C = 4)."""
+    """A saved Flux2KleinPipeline of small random parts: Qwen3, transformer, VAE (f = 2, C = 4)."""
     from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(0)
-    tokenizer, size = letters(["<|end|>", "<|im_start|>", "<|im_end|>"], Qwen2TokenizerFast, pad_token="<|end|>",
-                              eos_token="<|im_end|>", unk_token="<|end|>")
+    tokenizer, size = letters(
+        ["<|end|>", "<|im_start|>", "<|im_end|>"], Qwen2TokenizerFast, pad_token="<|end|>",
+        eos_token="<|im_end|>", unk_token="<|end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     encoder = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=28, num_attention_heads=2,
+        vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=27, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4))
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -66,20 +68,20 @@ def klein(diffusers, randomise, tmp_path_factory):
 
 
 def test_klein_texts_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
-    text.cache_text(klein, ["a fox", "snow"], tmp_path, CPU, t5_tokens=20)
-    context, beside = text.TextCache(tmp_path, t5_tokens=20)(["snow", "", "a fox"])
+    text.cache_text(klein, ["a fox", "snow"], tmp_path, CPU, t5_tokens=25)
+    context, beside = text.TextCache(tmp_path, t5_tokens=25)(["snow", "", "a fox"])
     pipeline = diffusers.Flux2KleinPipeline.from_pretrained(klein)
-    ref, _ = pipeline.encode_prompt(["snow", "", "a fox"], max_sequence_length=20)
-    assert torch.equal(context, ref) and context.shape == (3, 20, 24) and len(beside) == 3
+    ref, _ = pipeline.encode_prompt(["snow", "", "a fox"], max_sequence_length=25)
+    assert torch.equal(context, ref) and context.shape == (3, 25, 24) and len(beside) == 3
     assert (ref[0] - ref[1]).abs().max() > 1e-3
     assert "1 of 3 texts are cut" not in capsys.readouterr().out
-    text.cache_text(klein, ["an owl"], tmp_path / "short", CPU, t5_tokens=18)
-    assert "1 of 2 texts are cut, for the encoder reads 18 tokens: 'an owl'" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="made with .* 20 T5 tokens"):
-        text.cache_text(klein, ["owl"], tmp_path, CPU, t5_tokens=24)
+    text.cache_text(klein, ["an owl"], tmp_path / "short", CPU, t5_tokens=22)
+    assert "1 of 2 texts are cut, for the encoder reads 22 tokens: 'an owl'" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="made with .* 25 T5 tokens"):
+        text.cache_text(klein, ["owl"], tmp_path, CPU, t5_tokens=22)
 
 
-def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, tmp_path):
+def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, tmp_path, monkeypatch):
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
     torch.manual_seed(0)
     tokenizer, size = letters(["<pad>", "<eos>", "<bos>", "<unk>", "\u2581"], GemmaTokenizerFast)
@@ -91,13 +93,20 @@ def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, 
     text.cache_text(tmp_path / "sana", ["a fox"], tmp_path / "text", CPU, t5_tokens=12)
     context, mask = text.TextCache(tmp_path / "text")(["a fox", ""])
 
-    seen = {}
-    pipeline.transformer = SimpleNamespace()
-    monkey = pipeline.encode_prompt
-    assert monkey is not None and seen == {}
-    ours = pipeline.encode_prompt("a fox", False, max_sequence_length=12, device=CPU)
-    assert context.shape == (2, 12, 8) and mask.shape == (2, 12)
-    assert mask[1].sum() < 12 and mask[0].sum() > mask[1].sum() and ours is not None
+    # what the pipeline itself hands to its transformer, of a prompt and of guidance's empty one
+    class Seen(Exception):
+        pass
+
+    def encode_prompt(*args, **options):
+        raise Seen(type(pipeline).encode_prompt(pipeline, *args, **options))
+
+    monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt, raising=False)
+    with pytest.raises(Seen) as caught:
+        pipeline("a fox", max_sequence_length=12, use_resolution_binning=False, height=64, width=64)
+    positive, positive_mask, negative, negative_mask = caught.value.args[0]
+    assert torch.equal(context, torch.cat([positive, negative]))
+    assert torch.equal(mask, torch.cat([positive_mask, negative_mask]).float())
+    assert mask[1].sum() < mask[0].sum()
 
 
 # ---------------------------------------------------------------- from captions to FLUX.2's own pipeline
@@ -148,6 +157,7 @@ def test_every_weight_can_be_trained(run, klein, tmp_path):
 
 def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(run, klein, diffusers, tmp_path, error):
     """docs/recipes.md has the lines; the shift is what the pipeline computes from the number of tokens."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
     steps = 3
     main_export(ExportConfig(run=run.out, out=str(tmp_path / "exported"), weights="model"))
     transformer = diffusers.Flux2Transformer2DModel.from_pretrained(tmp_path / "exported" / "transformer")
@@ -160,7 +170,7 @@ def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(run, klein, diff
         prompt="a fox", height=32, width=48, num_inference_steps=steps, guidance_scale=4.0,
         latents=F.pixel_unshuffle(noise, 2), max_sequence_length=16, output_type="pt").images
 
-    mu = compute_mu(tokens=24, steps=steps)
+    mu = compute_empirical_mu(24, steps)                           # of 4 x 6 tokens
     dit, _, about = load_run(run.out, "model")
     settings = sample.settings_of(
         sample.Config(prompts="a fox", steps=steps, height=32, width=48, shift=math.exp(-mu), seed=0,
