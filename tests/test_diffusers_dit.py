@@ -1,14 +1,18 @@
 """support/diffusers_dit.py: FLUX.2's and Sana's transformers against diffusers' own, small and random."""
+import re
 import sys
+import types
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import dit
 from dit import LoRA, add_lora, merge_lora, warm_start_difference
-from support import metrics
+from support import diffusers_dit, metrics, weights
 from support.diffusers_dit import Flux2, Flux2Config, Sana, SanaConfig, export_transformer
 from support.weights import load_dit
 
@@ -143,8 +147,8 @@ def test_a_guidance_distilled_flux2_is_given_its_scale(make, inputs):
     net = make("Flux2Transformer2DModel", **FLUX2 | {"guidance_embeds": True})
     z, t, context, mask = inputs()
     model = Flux2(Flux2Config(C=4, context=12, net=dict(net.config), guidance=2.5))
-    _, weights = export_transformer(model)
-    assert weights.keys() == net.state_dict().keys()
+    _, sd = export_transformer(model)
+    assert sd.keys() == net.state_dict().keys()
     model.net.load_state_dict({k: v for k, v in net.state_dict().items() if k in model.net.state_dict()})
     model.P.load_state_dict(net.x_embedder.state_dict())
     model.O.load_state_dict(net.proj_out.state_dict())
@@ -204,11 +208,11 @@ def test_adapters_start_as_the_model_itself_train_alone_and_merge(kind, adapted,
 @pytest.mark.parametrize("kind", ["Flux2", "Sana"])
 def test_the_widened_model_goes_back_as_a_stock_one(kind, ours, inputs, randomise, make, error):
     model = randomise(ours(kind, D=8), names="_new")
-    config, weights = export_transformer(model)
+    config, sd = export_transformer(model)
     z, t, *cond = inputs(12)
     settings = {name: value for name, value in config.items() if name != "_class_name"}
     stock = make(config["_class_name"], **settings)
-    stock.load_state_dict(weights)
+    stock.load_state_dict(sd)
     v = velocity(stock, kind, z, t, *cond)
     assert error(model(z, t, *cond), v) < 1e-5 and v[:, 4:].abs().max() > 1e-2
 
@@ -257,3 +261,42 @@ def test_the_defaults_are_klein_4b_and_sana_1600m(make):
     assert (klein.cfg.E, klein.cfg.depth, len(klein.blocks)) == (3072, 25, 25)
     assert sum(p.numel() for p in sana.parameters()) == 1_604_462_752
     assert (sana.cfg.E, sana.cfg.depth, sana.cfg.C) == (2240, 20, 32)
+
+
+# ---------------------------------------------------------------- a third, as docs/recipes.md has it
+
+
+@torch.no_grad()
+def test_the_third_in_the_recipes_is_flux1_to_the_last_bit(make, inputs, tmp_path, monkeypatch):
+    source = next(block for block in blocks_of_recipes() if "class Flux1(" in block)
+    monkeypatch.setattr(dit, "MODELS", dict(dit.MODELS))
+    monkeypatch.setattr(diffusers_dit, "KINDS", dict(diffusers_dit.KINDS))
+    monkeypatch.setattr(weights, "MODELS", dit.MODELS)
+    monkeypatch.setattr(weights, "KINDS", diffusers_dit.KINDS)
+    module = types.ModuleType("flux1")
+    monkeypatch.setitem(sys.modules, "flux1", module)
+    exec(compile(source, "flux1.py", "exec"), module.__dict__)
+
+    net = make(
+        "FluxTransformer2DModel", in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=6, guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6))
+    net.save_pretrained(tmp_path)
+    from diffusers import FluxPipeline
+    z, t, context, _ = inputs()
+    pooled = torch.randn(2, 6)
+    ids = FluxPipeline._prepare_latent_image_ids(2, 4, 6, z.device, z.dtype)
+    v = -net(FluxPipeline._pack_latents(z, 2, 4, 8, 12), context, pooled, 1 - t, ids, torch.zeros(5, 3),
+             torch.full((2,), 4.0), return_dict=False)[0]
+    v = FluxPipeline._unpack_latents(v, 8 * 8, 12 * 8, 8)
+    model = load_dit(tmp_path)
+    assert torch.equal(model(z, t, context, pooled), v)
+    model.expand_channels(4)
+    assert warm_start_difference(load_dit(tmp_path), model, z, (context, pooled)) == (0.0, 0.0)
+    add_lora(model, r=2)
+    assert sum(isinstance(layer, LoRA) for layer in model.modules()) == 5 + 3 + 1
+
+
+def blocks_of_recipes():
+    text = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    return re.findall(r"(?ms)^```python\n(.*?)^```", text)

@@ -1,6 +1,8 @@
 """support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 from captions to its own pipeline."""
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,7 @@ import sample
 from davae import DAVAE, DAVAEConfig
 from finetune import PRESETS
 from support import data, metrics, runs, text
-from support.flux2 import InPipeline
-from support.weights import ExportConfig, load_base_vae, load_davae, load_dit, load_run, main_export
+from support.weights import ExportConfig, load_base_vae, load_dit, load_run, main_export
 
 CPU = torch.device("cpu")
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
@@ -40,7 +41,7 @@ def klein(diffusers, randomise, tmp_path_factory):
     torch.manual_seed(0)
     tokenizer, size = letters(
         ["<|end|>", "<|im_start|>", "<|im_end|>"], Qwen2TokenizerFast, pad_token="<|end|>",
-        eos_token="<|im_end|>", unk_token="<|end|>")
+        eos_token="<|im_end|>", unk_token="<|end|>", additional_special_tokens=["<|im_start|>"])
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -155,25 +156,30 @@ def test_every_weight_can_be_trained(run, klein, tmp_path):
     assert sum(moved) > 0.9 * len(moved)
 
 
-def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(run, klein, diffusers, tmp_path, error):
-    """docs/recipes.md has the lines; the shift is what the pipeline computes from the number of tokens."""
+def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(run, klein, tmp_path, error):
+    """By the lines in docs/recipes.md; the shift is what the pipeline computes from the number of tokens."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
     steps = 3
     main_export(ExportConfig(run=run.out, out=str(tmp_path / "exported"), weights="model"))
-    transformer = diffusers.Flux2Transformer2DModel.from_pretrained(tmp_path / "exported" / "transformer")
-    vae = load_davae(tmp_path / "exported" / "vae")
-    pipeline = diffusers.Flux2KleinPipeline.from_pretrained(klein, transformer=transformer, vae=None)
-    pipeline.vae = InPipeline(vae)
-    pipeline.vae_scale_factor = vae.f
+    recipe = next(block for block in blocks_of_recipes() if "Flux2KleinPipeline" in block)
+    recipe = recipe.replace("exported/", f"{tmp_path}/exported/").replace("FLUX.2-klein-base-4B", str(klein))
+    names = {}
+    exec(recipe.partition("image = ")[0], names)
+    pipeline = names["pipeline"]
     noise = sample.sample_noise(0, [0], (12, 8, 12))
     theirs = pipeline(
         prompt="a fox", height=32, width=48, num_inference_steps=steps, guidance_scale=4.0,
         latents=F.pixel_unshuffle(noise, 2), max_sequence_length=16, output_type="pt").images
 
     mu = compute_empirical_mu(24, steps)                           # of 4 x 6 tokens
-    dit, _, about = load_run(run.out, "model")
+    dit, vae, about = load_run(run.out, "model")
     settings = sample.settings_of(
         sample.Config(prompts="a fox", steps=steps, height=32, width=48, shift=math.exp(-mu), seed=0,
                       dtype="float32"), about, "")
     ours, _ = sample.generate(dit, vae, [0], settings, text.text_for(run.text, [], "", 0, CPU, 16))
     assert error(ours / 2 + 0.5, theirs) < 1e-4 and theirs.std() > 0.05
+
+
+def blocks_of_recipes():
+    text = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    return re.findall(r"(?ms)^```python\n(.*?)^```", text)
