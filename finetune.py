@@ -496,7 +496,7 @@ def check_base(cfg, vae, base, num_classes):
 
 def check_text(cfg, what, ModelConfig):
     """raises: SystemExit if a transformer of texts gets none, or one of classes gets texts or adapters."""
-    takes_text = "context" in {f.name for f in dataclasses.fields(ModelConfig)}
+    takes_text = plan.takes_text(ModelConfig)
     if takes_text and not cfg.text:
         raise SystemExit(f"{what} draws from texts; give them with --text=")
     if not takes_text and (cfg.text or cfg.lora):
@@ -517,7 +517,7 @@ def dry_run(cfg):
     """Print what a run would be, of models of their published sizes.  Returns the numbers."""
     import train_vae
     with torch.device("meta"):                                     # shapes alone: no memory, no weights
-        model, inputs, r = plan.published(cfg, new_dit, train_vae.PRESETS)
+        model, inputs, r = plan.published(cfg, MODELS, new_dit, train_vae.PRESETS)
         forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)

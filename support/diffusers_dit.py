@@ -15,7 +15,6 @@ sigma = 1 - t, and the model predicts noise - data: `forward` exchanges the two,
 Dimension key and time are dit.py's. diffusers (0.42.1 was read and compared) is needed for these models only.
 Compared with small models of random weights; pretrained ones were not run.
 """
-import contextlib
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dit import MODELS, Transformer, add_lora, widen
+from support.diffusers_text import class_of
 from support.files import some
-from support.metrics import import_torchvision
 
 # ---------------------------------------------------------------- what is the same for all
 
@@ -60,7 +59,8 @@ class DiffusersDiT(Transformer):
     raises:  ValueError for a latent of another shape, or if diffusers' config is of a model that is left out
     """
     theirs = ""                # its class in diffusers
-    first = last = ""          # the names there of its first and last layer
+    first = ""                 # the names there of its first and last layer
+    last = ""
     p = 1                      # patch side: of a Linear first layer, how its pipeline packs latents
     width_of_text = ""         # the name of cfg.context in diffusers' config
     mark = ""                  # a weight that no other transformer here has
@@ -223,19 +223,6 @@ class Sana(DiffusersDiT):
 
 
 # ---------------------------------------------------------------- the parts of diffusers
-
-
-def class_of(name):
-    """A class of diffusers.   raises: SystemExit if diffusers is not there, or older than the class"""
-    with contextlib.suppress(ModuleNotFoundError):
-        import_torchvision()                       # because diffusers will, where there is one
-    try:
-        import diffusers
-        return getattr(diffusers, name)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        cause = str(error).strip().split("\n")[-1]
-        raise SystemExit(f"this transformer is diffusers' {name}, which cannot be imported ({cause}); wanted "
-                         "diffusers 0.42.1 or newer: pip install diffusers") from None
 
 
 def settings_of(net):

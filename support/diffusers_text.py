@@ -6,14 +6,28 @@ Each pipeline has an `encode_prompt` of its own: what it puts around a text, whi
 takes, how it pads. It is called as it is, with nothing of the pipeline loaded but tokenizer and encoder; what
 it gives goes into the cache of support/text.py, as SD3.5's does.
 """
+import contextlib
 import inspect
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from support.diffusers_dit import class_of
 from support.files import read_json
+from support.metrics import import_torchvision
+
+
+def class_of(name):
+    """A class of diffusers.   raises: SystemExit if diffusers is not there, or older than the class"""
+    with contextlib.suppress(ModuleNotFoundError):
+        import_torchvision()                       # because diffusers will, where there is one
+    try:
+        import diffusers
+        return getattr(diffusers, name)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        cause = str(error).strip().split("\n")[-1]
+        raise SystemExit(f"wanted diffusers' {name}, which cannot be imported ({cause}): install "
+                         "diffusers 0.42.1 or newer, pip install diffusers") from None
 
 
 class PipelineText:

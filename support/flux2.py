@@ -1,36 +1,11 @@
-"""FLUX.2's VAE as a base (AutoencoderKLFlux2), and its names and statistics in public files."""
+"""FLUX.2's VAE: how its latents are normalised, and its names in public files; the class is in bases.py."""
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from davae import AutoencoderKL, normalise, per_channel, unnormalise
 from support.formats import bare, import_kl, kl_sizes, need
-
-
-class AutoencoderKLFlux2(AutoencoderKL):
-    """FLUX.2's VAE: an AutoencoderKL, f8, 32 channels, whose latents are normalised in blocks of 2x2 pixels.
-
-    FLUX.2's transformer takes patches of 2x2 latent pixels. Its pipeline unshuffles them into 128 channels,
-    and normalises those, by the running statistics of a BatchNorm that the VAE's file holds: so each of the
-    four pixels of a block has statistics of its own (diffusers 0.42.1, pipeline_flux2_klein.py).
-
-    Here the patches are the transformer's (p = 2, support/diffusers_dit.py), and the normalisation is the
-    VAE's: a latent keeps 32 channels at f8, and what the pipeline's statistics do to it is the last layer of
-    `to_moments` and undone by the first of `from_latent`. Why not 128 channels at f16? Details stand in C
-    groups (Eq. 3): of 32 there may be 32, 64, 96, of 128 none fewer than 128; the closed form of
-    support/fit.py has (9 r^2 C)^2 moments, 16 times as many; and TAEF2 speaks these very latents, at f8, with
-    32 channels, so that the two are bases for the same transformer. Why not in the transformer? The noise of
-    x_t is that of the normalised latent.
-
-    `mean` and `std` stay 0 and 1, as TAEF2's; trained as a plain VAE (D = 0) they are measured, as usual.
-    """
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        self.to_moments = nn.Sequential(*self.to_moments, NormaliseBlocks(cfg.C))
-        self.from_latent = nn.Sequential(UnnormaliseBlocks(cfg.C), *self.from_latent)
 
 
 class Blocks(nn.Module):
@@ -40,6 +15,10 @@ class Blocks(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(4 * C))
         self.register_buffer("std", torch.ones(4 * C))
+
+    def per_channel(self):
+        """mean and std as they are broadcast over (B, 4C, h/2, w/2)."""
+        return self.mean[:, None, None], self.std[:, None, None]
 
     @staticmethod
     def unshuffle(x):
@@ -55,9 +34,10 @@ class NormaliseBlocks(Blocks):
     """Mean and logvar of raw latents -> of normalised ones: (B, 2C, h, w) -> (B, 2C, h, w)."""
 
     def forward(self, moments):
+        shift, scale = self.per_channel()
         mean, logvar = moments.chunk(2, dim=1)
-        mean = normalise(self.unshuffle(mean), self.mean, self.std)
-        logvar = self.unshuffle(logvar) - 2 * per_channel(self.std.log())
+        mean = (self.unshuffle(mean) - shift) / scale
+        logvar = self.unshuffle(logvar) - 2 * scale.log()
         return torch.cat([F.pixel_shuffle(mean, 2), F.pixel_shuffle(logvar, 2)], dim=1)
 
 
@@ -65,7 +45,8 @@ class UnnormaliseBlocks(Blocks):
     """Normalised latents -> raw ones: (B, C, h, w) -> (B, C, h, w)."""
 
     def forward(self, z):
-        return F.pixel_shuffle(unnormalise(self.unshuffle(z), self.mean, self.std), 2)
+        shift, scale = self.per_channel()
+        return F.pixel_shuffle(self.unshuffle(z) * scale + shift, 2)
 
 
 class InPipeline(nn.Module):

@@ -3,7 +3,6 @@ import dataclasses
 
 import torch
 
-from dit import MODELS
 from support.config import flags
 
 # Transformer: channels and f of the VAE whose latents the pretrained one knows
@@ -16,12 +15,12 @@ LATENTS = {
 }
 
 
-def published(cfg, new_dit, vaes):
+def published(cfg, MODELS, new_dit, vaes):
     """(model, inputs, r) of what `cfg` would train: of cfg.model's published sizes; with texts, SD3.5's.
 
     Made where the caller says: on "meta", without memory.
-    new_dit: finetune.py's, for models of classes; vaes: train_vae.py's PRESETS, of which the one that makes
-    cfg.vae says r
+    MODELS: dit.py's; new_dit: finetune.py's, for models of classes; vaes: train_vae.py's PRESETS, of which
+    the one that makes cfg.vae says r
     raises: SystemExit if the images do not divide into tokens
     """
     r = 2
@@ -29,7 +28,7 @@ def published(cfg, new_dit, vaes):
         if values["out"] == cfg.vae:
             r = values.get("r", 2)
     kind = cfg.model
-    if cfg.text and not takes_text(kind):
+    if cfg.text and not (kind in MODELS and takes_text(MODELS[kind][0])):
         kind = "MMDiT"
     C, f = LATENTS.get(kind, LATENTS["LightningDiT"])
     f = r * f
@@ -46,9 +45,9 @@ def published(cfg, new_dit, vaes):
     return model, [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond], r
 
 
-def takes_text(kind):
-    """Does this transformer draw from texts?"""
-    return kind in MODELS and "context" in {f.name for f in dataclasses.fields(MODELS[kind][0])}
+def takes_text(ModelConfig):
+    """Does the transformer of this config draw from texts?"""
+    return "context" in {f.name for f in dataclasses.fields(ModelConfig)}
 
 
 def text_inputs(kind, cfg, tokens):

@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_one_sentence(ours, inputs, theirs, tmp_path, make)
 
 def test_without_diffusers_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(SystemExit, match="diffusers' Flux2Transformer2DModel, which cannot be imported"):
+    with pytest.raises(SystemExit, match="wanted diffusers' Flux2Transformer2DModel, which cannot"):
         Flux2(Flux2Config())
 
 
