@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_difference
+from dit import MODELS, add_lora, kind_of, warm_start_difference
 from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
@@ -148,6 +148,15 @@ PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
 # Tab. S1; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
+
+# FLUX.2 klein (support/diffusers_dit.py), of the kind that is not distilled; FLUX.2's own shift; not run
+PRESETS["klein-1024"] = PRESETS["sd35m-1024"] | dict(
+    out="out/klein-1024", vae="out/klein-vae", base="FLUX.2-klein-base-4B", text="out/klein-text",
+    model="Flux2", t5_tokens=512, D=96, lora=128, micro_batch=4, cfg=4.0, shift=0.18, grid="plain",
+    sample_steps=50)
+# r = 4; not run
+PRESETS["klein-2048"] = PRESETS["klein-1024"] | dict(
+    out="out/klein-2048", vae="out/klein-2048-vae", image_size=2048)
 
 # DC-AE 1.5's recipe for USiT-H, on a DA-VAE of DC-AE f32c32: 64 tokens; clip and flip are ours; not run
 PRESETS["usit-base"] = dict(
@@ -502,26 +511,15 @@ def description(cfg, dit, train_set):
 
 
 def dry_run(cfg):
-    """Print what a run would be, on DC-AE (USiT), VA-VAE (other `model`s) or SD3.  Returns the numbers."""
+    """Print what a run would be, of models of their published sizes.  Returns the numbers."""
+    import train_vae
     with torch.device("meta"):                                     # shapes alone: no memory, no weights
-        if cfg.text:
-            C, f, texts = 16, 16, 77 + cfg.t5_tokens               # on SD3's VAE
-            model = MMDiT(MMDiTConfig(C=C, D=cfg.D))
-            cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
-        else:
-            C, texts = 32, 0
-            f = 64 if cfg.model == "USiT" else 32
-            model = new_dit(cfg, C, f, num_classes=1000)
-            cond = [torch.zeros(1, dtype=torch.long)]
-        side = cfg.image_size // f
-        if cfg.image_size % (f * model.cfg.p):
-            raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of {f * model.cfg.p}")
-        inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
+        model, inputs, r = plan.published(cfg, MODELS, new_dit, train_vae.PRESETS)
         forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
         _, step, kept = cost(model, inputs)
-    return plan.show(cfg, model, C + cfg.D, side, texts, forward, step, kept)
+    return plan.show(cfg, model, inputs, r, forward, step, kept)
 
 
 # ---------------------------------------------------------------- saving, pictures, the end

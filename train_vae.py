@@ -136,6 +136,11 @@ PRESETS = {
         kl=1e-7, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
         beta2=0.999, detail_dropout=0.0, fit="random"),
 }
+# FLUX.2's VAE, as sd35m; not run
+PRESETS["klein"] = PRESETS["sd35m"] | dict(
+    out="out/klein-vae", base="FLUX.2-klein-base-4B", D=96, fit="closed")
+# 2,048 pixels with the latents of 512; not run
+PRESETS["klein-2048"] = PRESETS["klein"] | dict(out="out/klein-2048-vae", image_size=2048, r=4, crop=(1024,))
 # the start of photos in closed form and nothing else: one step that moves nothing
 PRESETS["photos-quick"] = PRESETS["photos"] | dict(
     out="out/photos-quick-vae", perceptual="none", steps=1, lr=0.0)
