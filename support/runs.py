@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import files, ranks
+from support import files, hub, ranks
 
 # ---------------------------------------------------------------- a run, as a training script holds it
 
@@ -521,14 +521,14 @@ def check_whole(path):
 
 def read_state_dict(source):
     """What a weight file holds: a .safetensors or torch file, a folder with one, shards and their index; a
-    dict as it is.
+    name on Hugging Face; a dict as it is.
 
     Pickles are memory-mapped, and nothing in them runs.
     raises: SystemExit saying what is wrong with the file
     """
     if isinstance(source, dict):
         return source
-    path = files.weight_file(Path(source))
+    path = files.weight_file(Path(hub.local(source)))
     check_whole(path)
     return files.read(path)
 

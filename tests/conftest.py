@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = ROOT.parent / "shared"            # photos and weights that cannot be redistributed with the code
 
+os.environ["HF_HUB_OFFLINE"] = "1"         # no test asks the real hub; tests/test_hub.py has one of its own
+
 torch.set_num_threads(1)                   # for tensors this small, threads would only wait for each other
 
 
