@@ -127,7 +127,7 @@ def weights_of(names, folder):
     if chosen is None:
         folders = sorted({name.partition("/")[0] for name in names if "/" in name})
         raise ValueError(f"no weights in {folder or 'it'}, but {files.some(sorted(by_name)) or '-'}; "
-                         f"folders are {files.some(folders) or 'none'}")
+                         f"its folders are {files.some(folders) or 'none'}")
     return describing + with_shards(beside, chosen.as_posix())
 
 
@@ -223,7 +223,7 @@ def what_failed(error, repo, revision):
                 "check the name; of a private one, run  hf auth login  or set HF_TOKEN")
     if status in (401, 403):
         return f"your token is refused ({status})", f"run  hf auth login  with one that may read {page}"
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids to ask", "fetch it once without that, or give a local path"
     while error.__cause__ is not None:                             # the hub's own words are about its cache
         error = error.__cause__

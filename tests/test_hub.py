@@ -1,4 +1,4 @@
-"""support/hub.py: weights by name, from a server that speaks Hugging Face's protocol; sentences for failures."""
+"""support/hub.py: weights by name, from a server that speaks Hugging Face's protocol; what is refused."""
 import dataclasses
 import hashlib
 import json
@@ -277,8 +277,8 @@ def test_what_is_not_in_a_repository_is_told_with_what_is():
 
 
 @pytest.mark.parametrize("source", [
-    "out/tiny", "weights/model.pt", "/abs/olute", "./here/it", "../up/it", "taef2", "here/missing", "here/it/is",
-    "https://huggingface.co/org/name", "~/a/b", ""])
+    "out/tiny", "weights/model.pt", "/abs/olute", "./here/it", "../up/it", "taef2", "here/missing",
+    "here/it/is", "https://huggingface.co/org/name", "~/a/b", ""])
 def test_a_path_is_no_name(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
