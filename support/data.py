@@ -138,7 +138,7 @@ class Dataset:
 
 
 def open_dataset(data_dir, size, length=6000, seed=0):
-    """The data set that `data_dir` means: "" or "procedural" the built-in one, else a folder, or one of shards.
+    """The data set that `data_dir` means: "" or "procedural" the built-in one, else a folder or its shards.
 
     size: of the square images; length, seed: of the built-in set
     raises: ValueError if it is no folder, or there are no images
@@ -398,8 +398,8 @@ class ImageShards(ImageFiles):
             print(f"{shown(self.root)}: and {len(self.bad) - 3} more like these", file=sys.stderr)
         if not len(self.index):
             raise ValueError(f"{shown(self.root)}: no images in its {len(self.index.tars)} shards "
-                             f"({listed(self.left_out) or 'nothing whole'}); wanted NAME.jpg or the like, NAME "
-                             "without dots, and NAME.cls or NAME.txt")
+                             f"({listed(self.left_out) or 'nothing whole'}); wanted NAME.jpg or the like, "
+                             "NAME without dots, and NAME.cls or NAME.txt")
         self.labels, self.classes = shards.classes_of(self.index)
         captions = list(self.index.captions)
         self.captions = captions if any(captions) else None

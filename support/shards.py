@@ -8,10 +8,10 @@
     photos/classes.txt                    the names of the classes, one a line, if there are any
 
 A tar file is a row of headers and contents. Its headers are read once, into an index of places and sizes, and
-of the labels and captions, which are small. After that, image i is a seek and a read: any order of the images
-costs the same, a run that resumes reads on where it was, and ranks share the images, as in a folder. The index
-is kept beside the shards, in .shards.npz, or in ~/.cache/davae where that folder cannot be written to, and is
-made again when the size or time of a shard has changed.
+of the labels and captions, which are small. After that, image i is a seek and a read: any order of the
+images costs the same, a run that resumes reads on where it was, and ranks share the images, as in a folder.
+The index is kept beside the shards, in .shards.npz, or in ~/.cache/davae where that folder cannot be written
+to, and is made again when the size or time of a shard has changed.
 
 Nothing is fetched: shards elsewhere are yours to copy or to mount before (`aws s3 sync`, `rclone mount`).
 """
@@ -258,8 +258,8 @@ def drop_unlabelled(columns, without, faults, folder):
     """
     total = len(columns["names"])
     if len(without) >= max(10, total / 100):
-        raise ValueError(f"{shown(folder)}: {len(without)} of {total} images have no class (as {without[0]}): "
-                         "add their .cls, or take them or all .cls out")
+        raise ValueError(f"{shown(folder)}: {len(without)} of {total} images have no class (so {without[0]}) "
+                         "and others have: add their .cls, or take them out")
     keep = [i for i, label in enumerate(columns["labels"]) if label]
     for name, column in columns.items():
         columns[name] = [column[i] for i in keep]
@@ -301,7 +301,7 @@ def load(place, tars):
             if about["version"] != VERSION or about["tars"] != tars:
                 return None
             return about, {name: file[name] for name in file.files if name != "about"}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
 
 
