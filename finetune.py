@@ -90,6 +90,7 @@ class Config:
     clip: float = field(1.0, "gradient norm limit; 0: none, as the authors", at_least=0)
     ema: float = field(0.999, "decay of the weight average that is sampled from", within=(0, 1))
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
     # sampling defaults, kept with the model
     cfg: float = field(4.0, "guidance scale of the pictures and sample.py's default", within=(0, 1000))

@@ -86,6 +86,7 @@ class Config:
     compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; on a GPU not run")
     stats: int = field(10_000, "training images for the latent statistics", at_least=1)
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
 
 
