@@ -39,7 +39,7 @@ class Config:
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data
-    data_dir: str = field("procedural", "a folder of images, or 'procedural' for the built-in ones")
+    data_dir: str = field("procedural", "a folder of images or tar shards; 'procedural': the built-in ones")
     val_dir: str = field("", "held-out images; empty: built-in ones, or training images")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
@@ -48,7 +48,7 @@ class Config:
     halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
     # model
-    base: str = field("", "the frozen base VAE: a file, a folder or a run; D = 0: where to start, or empty")
+    base: str = field("", "the frozen base VAE: a file, folder, run or org/name; D = 0: where to start, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
     train: str = field("all", "all; or not the detail encoder (the authors' SD3 script); or the new blocks",
@@ -86,8 +86,8 @@ class Config:
     compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; on a GPU not run")
     stats: int = field(10_000, "training images for the latent statistics", at_least=1)
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
-    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
 
 
 PRESETS = {

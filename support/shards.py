@@ -10,7 +10,7 @@
 A tar file is a row of headers and contents. Its headers are read once, into an index of places and sizes, and
 of the labels and captions, which are small. After that, image i is a seek and a read: any order of the
 images costs the same, a run that resumes reads on where it was, and ranks share the images, as in a folder.
-The index is kept beside the shards, in .shards.npz, or in ~/.cache/davae where that folder cannot be written
+The index is kept beside the shards, in .shards.npz, or in ~/.cache/da-vae where that folder cannot be written
 to, and is made again when the size or time of a shard has changed.
 
 Nothing is fetched: shards elsewhere are yours to copy or to mount before (`aws s3 sync`, `rclone mount`).
@@ -273,7 +273,7 @@ def place_of_index(folder):
     """The index's file: beside the shards, or in the user's cache.   raises: ValueError if neither can be"""
     if os.access(folder, os.W_OK):
         return Path(folder) / ".shards.npz"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "davae"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "da-vae"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -39,8 +39,8 @@ def load_base_vae(source):
     """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
 
     source: a file (VA-VAE's .pt, SD3's single file, a VAE or DC-AE alone), a folder (diffusers' VAE or whole
-    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), a name on Hugging Face, or a state
-            dict.
+    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), the name of one on Hugging Face, or a
+    state dict.
     raises: SystemExit saying what the source looks like and what was wanted
     """
     source = find_vae(source)

@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_written_to_has_its_index_in_the_cache(photos, s
     opened(folder)
     opened(folder)
     assert len(scans) == 1 and not (folder / ".shards.npz").exists()
-    assert len(list((tmp_path / "cache" / "davae").glob("shards-*.npz"))) == 1
+    assert len(list((tmp_path / "cache" / "da-vae").glob("shards-*.npz"))) == 1
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="wanted a place for the index of .*XDG_CACHE_HOME"):
