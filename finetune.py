@@ -47,7 +47,7 @@ class Config:
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents
-    data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built-in ones")
+    data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built in")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
     flip: bool = field(True, "mirror half of the images")

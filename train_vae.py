@@ -48,7 +48,7 @@ class Config:
     halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
     # model
-    base: str = field("", "the frozen base VAE: a file, folder, run or org/name; D = 0: where to start, or empty")
+    base: str = field("", "the frozen base VAE: a path or org/name; D = 0: where to start, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
     train: str = field("all", "all; or not the detail encoder (the authors' SD3 script); or the new blocks",
