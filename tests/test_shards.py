@@ -3,6 +3,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -170,6 +171,16 @@ def test_a_shard_that_is_cut_off_is_named_and_read_as_far_as_it_goes(tmp_path, c
     assert again.bad == dataset.bad                                # the index remembers
 
 
+def test_shards_that_change_under_a_run_are_named(photos, capsys):
+    folder = photos()
+    dataset = opened(folder)
+    os.truncate(folder / "00001.tar", 1000)
+    (folder / "00002.tar").unlink()
+    assert dataset.exact(4) is None and dataset.exact(11) is None and dataset.exact(0) is not None
+    assert "has become shorter since" in dataset.bad["00001.tar/0004.png"]
+    assert "No such file" in dataset.bad["00002.tar/0011.png"]
+
+
 def test_damaged_labels_and_captions_are_named_and_their_images_left_out(tmp_path, capsys):
     members = {}
     for i in range(40):
@@ -240,7 +251,12 @@ def scans(monkeypatch):
     """A list that grows with each index that is made."""
     made = []
     scan = shards.scan
-    monkeypatch.setattr(shards, "scan", lambda *args: made.append(1) or scan(*args))
+
+    def counted(*args):
+        made.append(1)
+        time.sleep(0.05)                                           # long enough for others to come
+        return scan(*args)
+    monkeypatch.setattr(shards, "scan", counted)
     return made
 
 
