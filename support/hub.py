@@ -9,6 +9,7 @@ its token (`hf auth login`, HF_TOKEN), its offline mode (HF_HUB_OFFLINE=1) and i
 repository may hold 30 GB of which a load reads two files: `wanted` says which, before anything is fetched.
 Without a network, what an earlier load has fetched is found in the cache.
 """
+import functools
 import os
 import re
 import sys
@@ -48,18 +49,21 @@ def local(source, part=""):
           of transformers
     raises: SystemExit, one sentence, where it cannot be had
     """
-    if not is_name(source):
-        return source
-    source = os.fspath(source)
+    return fetch(os.fspath(source), part) if is_name(source) else source
+
+
+@functools.cache                           # a run asks several times: to load, and for the identity
+def fetch(source, part):
+    """`local` of a name."""
     repo, revision, inside = NAME.fullmatch(source).group("repo", "revision", "inside")
     HfApi, snapshot_download, HTTPError = import_hub(source)
     try:
         sizes = {}
         for file in HfApi().model_info(repo, revision=revision, timeout=10, files_metadata=True).siblings:
             sizes[file.rfilename] = file.size or 0
-        fetch, path = choose(source, list(sizes), inside or "", part)
-        say(source, fetch, sizes, cached(repo, revision))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=fetch)) / path
+        names, path = choose(source, list(sizes), inside or "", part)
+        say(source, names, sizes, cached(repo, revision))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=names)) / path
     except (HTTPError, OSError, ValueError) as error:
         reason, advice = what_failed(error, repo, revision)
     found = cached(repo, revision)
@@ -199,9 +203,9 @@ def cached(repo, revision):
     return found if found.is_dir() else None
 
 
-def say(source, fetch, sizes, there):
+def say(source, names, sizes, there):
     """Print what will be downloaded; by rank 0."""
-    missing = [name for name in fetch if there is None or not (there / name).exists()]
+    missing = [name for name in names if there is None or not (there / name).exists()]
     if missing and ranks.this_rank() == 0:
         from huggingface_hub import constants
         size = sum(sizes[name] for name in missing) / 1e6

@@ -117,6 +117,7 @@ def connect(tmp_path, monkeypatch):
     from huggingface_hub import constants
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub.fetch.cache_clear()
     for name, value in (("HF_HUB_OFFLINE", False), ("HF_TOKEN_PATH", str(tmp_path / "no-token")),
                         ("HF_HUB_CACHE", str(tmp_path / "cache"))):
         monkeypatch.setattr(constants, name, value)
@@ -300,9 +301,11 @@ def test_a_second_load_is_from_the_cache_with_the_server_down(online, sd3_folder
     fake = online({"org/sd3": sd3_folder})
     first = weights.load_base_vae("org/sd3")
     asked = list(fake.asked)
+    hub.fetch.cache_clear()                                        # as in another process
     weights.load_base_vae("org/sd3")
     assert fake.asked == asked                                     # nothing is fetched twice
     fake.stop()
+    hub.fetch.cache_clear()
     capsys.readouterr()
     assert same(weights.load_base_vae("org/sd3"), first)
     assert "org/sd3: taken from the cache" in capsys.readouterr().err
@@ -318,6 +321,7 @@ def test_the_identity_of_weights_is_that_of_their_contents_wherever_the_cache_is
     online({"org/sd3": sd3_folder})
     here = identity.of_source("org/sd3", "vae")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    hub.fetch.cache_clear()
     assert here == identity.of_source("org/sd3", "vae") == identity.of_source(sd3_folder, "vae")
     assert here != identity.of_source("org/sd3", "transformer")
     assert identity.of_source("org/nothing", "vae") is None
