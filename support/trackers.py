@@ -13,7 +13,6 @@ import importlib.util
 import os
 import re
 import sys
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +143,7 @@ class WeightsAndBiases(Tracker):
         self.errors = (*self.errors, wandb.Error)
         kept = out / "wandb_id.txt"
         if not kept.exists() or not self.start:
-            kept.write_text(uuid.uuid4().hex[:12])
+            kept.write_text(os.urandom(6).hex())
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "davae", name=out.name, id=kept.read_text().strip(),
             resume="allow", dir=out, config=dataclasses.asdict(self.cfg),
