@@ -47,7 +47,7 @@ class Config:
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents
-    data_dir: str = field("procedural", "a folder of images or latent shards; 'procedural': built-in images")
+    data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built in")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
     flip: bool = field(True, "mirror half of the images")
@@ -56,7 +56,7 @@ class Config:
     detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")
     # model
     D: int = field(96, "detail channels, the VAE's; 0: a base DiT, on the base channels", within=(0, 4096))
-    base: str = field("", "the pretrained DiT to widen: a run or released weights; empty: from scratch")
+    base: str = field("", "the DiT to widen: a run, released weights or their org/name; empty: none")
     base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
                               choices=("", "ema", "model"))
     model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS, as USiT")
@@ -101,6 +101,7 @@ class Config:
     shift: float = field(0.3, "time shift of the pictures and sample.py's default", within=(0.001, 1000))
     grid: str = field("plain", "time grid of the pictures and sample.py's default", choices=("plain", "sd3"))
     sample_steps: int = field(50, "Euler steps of the pictures", within=(1, 1_000_000))
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
     dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import data, identity, ranks, runs
+from support import data, hub, identity, ranks, runs
 from support.captions import read_text, shown
 from support.config import field
 from support.diffusers_text import PIPELINES, kind_of_pipeline
@@ -69,7 +69,11 @@ class Conditioner:
 
 
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
-    """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first."""
+    """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first.
+
+    folder: may be the encoders' name on Hugging Face
+    """
+    folder = hub.local(folder, "text")
     if not (Path(folder) / "text_encoder").is_dir():
         return TextCache(folder, device, t5_tokens)
     shards = Path(out) / "text"
@@ -163,10 +167,11 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
 
     Each shard holds `context`, `pooled` and, as metadata, its prompts and what made it; a run that is cut off
     goes on after its last whole shard.
-    encoders: a diffusers folder with text encoders, SD3.5's or one of PIPELINES
+    encoders: a diffusers folder with text encoders, SD3.5's or one of PIPELINES, or its name on Hugging Face
     shard:    texts per file
     raises:   SystemExit if `out` was made by other encoders or with another t5_tokens, or the disk is small
     """
+    encoders = hub.local(encoders, "text")
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
     runs.make_folder(out)
     known = cached_prompts(out, made_by)

@@ -8,10 +8,10 @@
 
     main_export(cfg)            `python sample.py export`: a run of finetune.py in the public formats
 
-A source is a file, a folder or a state dict. A load finds the files, reads them, brings their names to ours
-(support/formats.py), builds the module on the "meta" device, where it costs neither memory nor random
-numbers, and fills it, strictly. What is wrong with a source is one sentence that begins with its name
-(SystemExit).
+A source is a file, a folder, a name on Hugging Face (support/hub.py) or a state dict. A load finds the files,
+reads them, brings their names to ours (support/formats.py), builds the module on the "meta" device, where it
+costs neither memory nor random numbers, and fills it, strictly. What is wrong with a source is one sentence
+that begins with its name (SystemExit).
 """
 import contextlib
 import math
@@ -24,7 +24,7 @@ import torch
 
 from davae import DAVAE, DAVAEConfig, PlainVAE
 from dit import MODELS, LightningDiT, MMDiT, USiT, merge_lora, rope_table, sincos_table
-from support import formats, runs
+from support import formats, hub, runs
 from support.bases import BASES
 from support.config import field
 from support.dcae_names import import_dcae, is_dcae, published_scales
@@ -48,7 +48,8 @@ def load_base_vae(source):
     """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
 
     source: a file (VA-VAE's .pt, SD3's single file, a VAE or DC-AE alone), a folder (diffusers' VAE or whole
-    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), or a state dict.
+    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), the name of one on Hugging Face, or a
+    state dict.
     raises: SystemExit saying what the source looks like and what was wanted
     """
     source = find_vae(source)
@@ -91,7 +92,11 @@ def load_base_vae(source):
 
 
 def find_vae(source):
-    """The VAE's own folder in a diffusers pipeline or an export of ours; any other source is itself."""
+    """The VAE's own folder in a diffusers pipeline or an export of ours; any other source is itself.
+
+    A name on the hub is fetched (support/hub.py).
+    """
+    source = hub.local(source, "vae")
     if isinstance(source, dict) or runs.checkpoints(source):
         return source
     inside = Path(source) / "vae"
@@ -378,7 +383,11 @@ def load_dit(source, weights=None):
 
 
 def find_dit(source):
-    """The transformer's own folder in a diffusers pipeline, a run's newest checkpoint; else the source."""
+    """The transformer's own folder in a diffusers pipeline, a run's newest checkpoint; else the source.
+
+    A name on the hub is fetched (support/hub.py).
+    """
+    source = hub.local(source, "transformer")
     if isinstance(source, dict):
         return source
     if runs.checkpoints(source):
