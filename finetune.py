@@ -428,11 +428,12 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
 
 
 def share_frozen(dit, ema, rounded):
-    """Let the EMA use the model's own frozen weights; if `rounded`, matrices in bfloat16, as in autocast."""
+    """Let the EMA use the model's own frozen weights; if `rounded`, in bfloat16 what autocast would round."""
+    for layer in dit.modules():
+        if rounded and isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.bfloat16()
     for p, e in zip(dit.parameters(), ema.parameters()):
         if not p.requires_grad:
-            if rounded and p.ndim > 1:
-                p.data = p.data.bfloat16()
             e.data = p.data
 
 
