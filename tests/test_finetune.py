@@ -111,13 +111,14 @@ def test_ema_follows_the_closed_form():
 
 def test_of_what_is_frozen_only_what_autocast_would_round_is_kept_in_bfloat16():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    model.table = torch.nn.Parameter(torch.randn(6, 4))              # as Sana's shifts: never a matrix product
+    model.table = torch.nn.Parameter(torch.randn(6, 4))            # as Sana has: no matrix product
     model.requires_grad_(False)
     model[1].requires_grad_(True)
     ema = deepcopy(model)
     finetune.share_frozen(model, ema, rounded=True)
     assert model[0].weight.dtype == torch.bfloat16
-    assert {p.dtype for p in (model[0].bias, model[1].weight, model[2].weight, model.table)} == {torch.float32}
+    others = (model[0].bias, model[1].weight, model[2].weight, model.table)
+    assert {p.dtype for p in others} == {torch.float32}
     assert ema[0].weight.data_ptr() == model[0].weight.data_ptr()
     assert ema[1].weight.data_ptr() != model[1].weight.data_ptr()
 
