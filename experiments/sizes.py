@@ -5,6 +5,7 @@ Each image is looked at in crops, whole, halved, and, with --tiled=, repeated by
     base only     the base channels alone, bicubically enlarged
     closed form   the run's step 0, if it began so and still has it (--save_every=0 keeps it)
     trained       the run
+    <other>       another DA-VAE of that base, by its folder: --other=out/photos-quick-vae, the start alone
     full size     the base VAE on all pixels, r^2 times the positions: what the closed form takes details from
 
 A model that learned the size of its training images as well is further behind full size at other sizes.
@@ -93,13 +94,13 @@ def tiled(x, side):
 
 
 @torch.no_grad()
-def decodings(vae, start, dtype, x):
-    """{name: what became of x (B, 3, H, W)}, in [-1, 1].   start: the DAVAE in closed form, or None"""
+def decodings(vae, others, dtype, x):
+    """{name: what became of x (B, 3, H, W)}, in [-1, 1].   others: {name: DAVAE}, decoded besides"""
     rows = {}
     with ranks.autocast(dtype, x.device):
         rows["base only"], trained = reconstruct(vae, x)
-        if start is not None:
-            rows["closed form"] = start.decode(start.encode(x))
+        for name, other in others.items():
+            rows[name] = other.decode(other.encode(x))
         rows["trained"] = trained
         rows["full size"] = vae.base.decode(vae.base.encode(x))
     return {name: y.float().clamp(-1, 1) for name, y in rows.items()}
@@ -149,13 +150,18 @@ def strips(shown, side):
     return found
 
 
-def closed_form(run):
-    """The DAVAE in closed form that the run began with; None, with a word, where there is none."""
+def others(run, other):
+    """{name: DAVAE} beside the run: the closed form that it began with, if it still has it, and --other."""
+    found = {}
     step = run_folder(run.folder) / "step_000000"
     if run.dit is None and run.config["config"].get("fit") == "closed" and step.exists():
-        return weights.load_davae(step).to(run.device, memory_format=torch.channels_last)
-    print(f"{run.folder}: no rows 'closed form'; wanted --fit=closed, and step_000000 kept (--save_every=0)")
-    return None
+        found["closed form"] = weights.load_davae(step)
+    elif not other:
+        print(f"{run.folder}: no rows 'closed form'; wanted --fit=closed, and step_000000 kept "
+              "(--save_every=0), or --other=, a run of photos-quick")
+    if other:
+        found[Path(other).name] = weights.load_davae(other)
+    return {name: vae.to(run.device, memory_format=torch.channels_last) for name, vae in found.items()}
 
 
 def images_of(run, cfg):
@@ -177,10 +183,10 @@ def main(cfg):
     for side in filter(None, (*cfg.sizes, cfg.tiled)):
         if side % f or side < least:
             raise SystemExit(f"--sizes, --tiled: {side} pixels; wanted multiples of {f}, {least} or more")
-    start = closed_form(run)
+    beside = others(run, cfg.other)
     window = min([128, run.config["config"]["image_size"], *filter(None, cfg.sizes)])
 
-    decode = partial(decodings, run.vae, start, cfg.dtype)
+    decode = partial(decodings, run.vae, beside, cfg.dtype)
     scores, pictures = {}, {}
     for i, x in enumerate(tqdm(images_of(run, cfg), desc="images", mininterval=1)):
         found = {size: view.to(run.device) for size, view in views(x, cfg, f, least).items()}

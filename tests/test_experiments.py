@@ -1,7 +1,6 @@
 """experiments/: each finds what was put there to be found, and writes its numbers and pictures."""
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -249,11 +248,15 @@ def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_conf
     started = module("sizes").main(replace(cfg, run=str(run / "step_000000")))["table"]
     assert started["whole, trained"] == table["whole, closed form"] != table["whole, trained"]
 
-    shutil.rmtree(run / "step_000000")
+    (run / "step_000000").rename(tmp_path / "start")
     capsys.readouterr()
     table = module("sizes").main(cfg)["table"]
     assert "whole, closed form" not in table and table["whole, trained"]["crops"] == 2
     assert "no rows 'closed form'; wanted" in capsys.readouterr().out
+    beside = module("sizes").main(replace(cfg, other=str(tmp_path / "start")))["table"]
+    assert beside["whole, start"] == started["whole, trained"]
+    assert beside["whole, trained"] == table["whole, trained"]
+    assert "no rows" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="90 pixels; wanted multiples of 4, 11 or more"):
         module("sizes").main(replace(cfg, sizes=(64, 90)))
     with pytest.raises(SystemExit, match="as large as one of --sizes; give less"):
