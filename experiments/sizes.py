@@ -13,7 +13,8 @@ A model that learned the size of its training images as well is further behind f
     python experiments/sizes.py out/tiny-vae --sizes=32,0 --images=100
 
 Writes sizes.json (of each size and decoding the mean over crops; dB behind full size, ratio to its LPIPS) and
-sizes_images.png (the same pixels, in the middle of the first images, from three of the sizes).
+sizes_images.png (the same pixels, in the middle of the first images, from three of the sizes). With
+--sizes=48,0 --tiled=256 it is the picture of docs/closed_form.md.
 """
 import sys
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from tqdm import tqdm
 import evaluate
 from davae import base_image
 from experiments import shared
-from support import data, metrics, ranks, runs, weights
+from support import data, figures, metrics, ranks, runs, weights
 from support.config import field
 from support.measurements import run_folder
 from train_vae import reconstruct
@@ -41,6 +42,7 @@ class Config(shared.Config):
                          within=(0, 16_384), count=(1, 12))
     halvings: int = field(2, "also whole images halved, up to so many times", within=(0, 6))
     tiled: int = field(0, "also whole images repeated to squares of this side; 0: not", within=(0, 16_384))
+    shown: int = field(2, "images in the picture", within=(0, 100))
     lpips_trunk: str = field("", "local weight file of SqueezeNet, to measure LPIPS as well")
     dtype: str = field("auto", "of the VAEs' products", choices=("auto", "float32", "bfloat16"))
 
@@ -141,13 +143,25 @@ def summarise(scores):
 
 
 def strips(shown, side):
-    """{row: (1, 3, side, side)}: the same pixels of what `measure` gave, at three sizes that have them."""
+    """{size: {name: (1, 3, side, side)}}: the same pixels of what `measure` gave, at three sizes of all."""
     sizes = [size for size, rows in shown.items() if "/" not in size and min(rows["input"].shape[2:]) >= side]
     found = {}
     for k in sorted({0, len(sizes) // 2, len(sizes) - 1} if sizes else ()):
-        for name, y in shown[sizes[k]].items():
-            found[f"{sizes[k]}, {name}"] = middle(y, side, side)
+        found[sizes[k]] = {name: middle(y, side, side) for name, y in shown[sizes[k]].items()}
     return found
+
+
+def draw(pictures, path):
+    """The `strips` of some images as one picture: for each size a row per image, a column per decoding."""
+    cells = {}
+    for size in pictures[0]:
+        for i, found in enumerate(pictures):
+            for name, y in found[size].items():
+                cells[size, name, i] = y
+    x = torch.cat(list(cells.values()))
+    labels = [f"{size}, {name}" for size, name, _ in cells]
+    columns = len(found[size])
+    figures.save_grid(x, path, columns, max(1, 192 // x.shape[-1]), labels)
 
 
 def others(run, other):
@@ -187,18 +201,18 @@ def main(cfg):
     window = min([128, run.config["config"]["image_size"], *filter(None, cfg.sizes)])
 
     decode = partial(decodings, run.vae, beside, cfg.dtype)
-    scores, pictures = {}, {}
-    for i, x in enumerate(tqdm(images_of(run, cfg), desc="images", mininterval=1)):
+    scores, pictures = {}, []
+    for x in tqdm(images_of(run, cfg), desc="images", mininterval=1):
         found = {size: view.to(run.device) for size, view in views(x, cfg, f, least).items()}
-        shown = measure(decode, found, lpips, scores)
-        rows = strips(shown, window) if i < 6 else {}
-        if rows.keys() == pictures.keys() or not pictures:
-            for row, image in rows.items():
-                pictures.setdefault(row, []).append(image)
+        shown = strips(measure(decode, found, lpips, scores), window)
+        if len(pictures) < cfg.shown and shown and (not pictures or shown.keys() == pictures[0].keys()):
+            pictures.append(shown)
     if not scores:
         raise SystemExit(f"{cfg.data_dir}: no image can be read and is as large as one of --sizes; give less")
-    pictures = {row: torch.cat(images) for row, images in pictures.items()}
-    return shared.write("sizes", cfg, run, summarise(scores), pictures=pictures)
+    table = shared.write("sizes", cfg, run, summarise(scores))
+    if pictures:
+        draw(pictures, Path(cfg.out or cfg.run) / "sizes_images.png")
+    return table
 
 
 if __name__ == "__main__":
