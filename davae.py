@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from kernels.attention import sdpa
 from kernels.groupnorm_silu import groupnorm_silu
+from support import levels
 from support.fit import LatentHead
 
 
@@ -84,8 +85,7 @@ def half(x):
 def base_image(x, r):
     """The image that the base VAE sees: (B, 3, H, W) -> (B, 3, H/r, W/r), halved log2(r) times.
 
-    Differs from the paper, which has r = 2 only: bicubic resizing to a quarter in one step, without
-    antialiasing, would leave out pixels; halved twice, every pixel counts.
+    Differs from the paper, which has r = 2 only: to a quarter in one step, bicubic would leave out pixels.
     """
     while r > 1:
         x = half(x)
@@ -158,8 +158,6 @@ class UpBlock(nn.Module):
     main path: conv3x3 to F*r^2 channels, pixel-shuffle by r
     shortcut:  each latent channel repeated until there are F*r^2, pixel-shuffle by r; where the numbers do
                not divide, a 1x1 convolution, zero at first, in place of the repetition
-    With 128 latent channels and F = 512, features 0 to 3 so start as the nearest-neighbour upsampling of
-    channel 0, features 4 to 7 as that of channel 1, and so on.
     Differs from the paper: Fig. S1 shuffles first and convolves after; this is what the authors' code does.
     """
 
@@ -188,8 +186,8 @@ class Reconstruction:
     """What one training pass gives to the losses."""
     x_hat: torch.Tensor               # (B, 3, H, W)
     posterior: Posterior              # of z_d; of z where there are no details
+    z_d: torch.Tensor                 # (B, D, h, w) raw, sampled; (B, C, h, w) where there are no details
     z: torch.Tensor = None            # (B, C, h, w) normalised; None where there are no details
-    z_d: torch.Tensor = None          # (B, D, h, w) raw, sampled
 
 
 class DAVAE(nn.Module):
@@ -225,19 +223,16 @@ class DAVAE(nn.Module):
         self.register_buffer("mean", torch.zeros(cfg.D))           # of z_d, measured on training images
         self.register_buffer("std", torch.ones(cfg.D))
 
-    def forward(self, x):
-        """One training pass, with sampled details: (B, 3, H, W) -> Reconstruction."""
+    def forward(self, x, keep=None):
+        """One training pass, with sampled details: (B, 3, H, W) -> Reconstruction.
+
+        keep: (B,) how many details the decoder sees of each image (support/levels.py); None: detail dropout
+        """
         z = self.encode_base(x)                                    # (B, C, h, w)
         posterior = self.detail_posterior(x)
-        z_d = posterior.sample()                                   # (B, D, h, w), aligned before its dropout
-
-        # detail dropout, per image: the decoder also learns to do without z_d
-        keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.cfg.detail_dropout
-        keep = keep.to(z_d.dtype)
-        if self.cfg.rescale:
-            keep = keep / (1 - self.cfg.detail_dropout)
-
-        return Reconstruction(self.decode_raw(z, z_d * keep), posterior, z, z_d)
+        z_d = posterior.sample()                                   # (B, D, h, w), aligned before it is hidden
+        seen = levels.dropout(x, self.cfg) if keep is None else levels.seen(keep, self.C, self.D)
+        return Reconstruction(self.decode_raw(z, z_d * seen.to(z_d.dtype)), posterior, z_d, z)
 
     @torch.no_grad()
     def encode_base(self, x):
@@ -263,10 +258,16 @@ class DAVAE(nn.Module):
         z_d = posterior.sample() if sample else posterior.mean
         return torch.cat([z, normalise(z_d, self.mean, self.std)], dim=1)
 
-    def decode(self, z_all):
-        """Image of a normalised latent: (B, C+D, h, w) -> (B, 3, f*h, f*w), nominally in [-1, 1]."""
+    def decode(self, z_all, keep=None):
+        """Image of a normalised latent: (B, C+D, h, w) -> (B, 3, f*h, f*w), nominally in [-1, 1].
+
+        keep: take so many of the details (support/levels.py), and zero, not their mean, for the others
+        """
         z, z_d = z_all.split([self.C, self.D], dim=1)
-        return self.decode_raw(z, unnormalise(z_d, self.mean, self.std))
+        z_d = unnormalise(z_d, self.mean, self.std)
+        if keep is not None:
+            z_d = z_d * levels.seen(keep, self.C, self.D).to(z_d)
+        return self.decode_raw(z, z_d)
 
     def decode_raw(self, z, z_d):
         """Image of a normalised base latent and raw details, as the losses need it."""
@@ -298,10 +299,12 @@ class PlainVAE(nn.Module):
         self.C = base.C
         self.f = base.f
 
-    def forward(self, x):
-        """One training pass, with a sampled latent: (B, 3, H, W) -> Reconstruction."""
+    def forward(self, x, keep=None):
+        """One training pass, with a sampled latent: (B, 3, H, W) -> Reconstruction; see DAVAE.forward."""
         posterior = self.base.posterior(x)
-        return Reconstruction(self.base.decoder(self.base.from_latent(posterior.sample())), posterior)
+        z = posterior.sample()
+        seen = z if keep is None else z * levels.seen(keep, self.C, self.C).to(z)
+        return Reconstruction(self.base.decoder(self.base.from_latent(seen)), posterior, z)
 
     @torch.no_grad()
     def encode(self, x, sample=False):
@@ -309,7 +312,11 @@ class PlainVAE(nn.Module):
         check_sides(x, self.f)
         return self.base.encode(x)
 
-    def decode(self, z):
+    def decode(self, z, keep=None):
+        """Image of a normalised latent; see DAVAE.decode."""
+        if keep is not None:
+            seen = levels.seen(keep, self.C, self.C).to(z)
+            z = z * seen + normalise(0 * z, self.base.mean, self.base.std) * (1 - seen)
         return self.base.decode(z)
 
     encode_base = encode
@@ -544,10 +551,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features at the latent's resolution -> image.
-
-    `up` counts its levels from full size down, as the encoder does, so the last one runs first.
-    """
+    """Features at the latent's resolution -> image; `up` counts from full size down: the last runs first."""
 
     def __init__(self, cfg):
         super().__init__()

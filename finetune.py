@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_difference
+from dit import MODELS, add_lora, kind_of, warm_start_difference
 from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
-from support import config, figures, identity, plan, ranks, runs
+from support import checks, config, figures, identity, levels, plan, ranks, runs
 from support.config import field
 from support.latents import check_sizes, check_statistics, latent_source, open_training_set
 from support.text import Conditioner
@@ -47,7 +47,7 @@ class Config:
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents
-    data_dir: str = field("procedural", "a folder of images or latent shards; 'procedural': built-in images")
+    data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built in")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
     flip: bool = field(True, "mirror half of the images")
@@ -56,7 +56,7 @@ class Config:
     detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")
     # model
     D: int = field(96, "detail channels, the VAE's; 0: a base DiT, on the base channels", within=(0, 4096))
-    base: str = field("", "the pretrained DiT to widen: a run or released weights; empty: from scratch")
+    base: str = field("", "the DiT to widen: a run, released weights or their org/name; empty: none")
     base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
                               choices=("", "ema", "model"))
     model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS, as USiT")
@@ -65,6 +65,7 @@ class Config:
     depth: int = field(28, "no base given: blocks", within=(1, 1000))
     A: int = field(16, "no base given: heads", within=(1, 1024))
     qk_norm: bool = field(False, "no base given: RMSNorm on q and k")
+    zero_init: bool = field(True, "P_new and O_new start at zero; False: at random, without the warm start")
     # SD3.5 (the base is an MMDiT, the images have captions)
     text: str = field("", "shards of the captions (`python sample.py text`), or a folder of encoders")
     t5_tokens: int = field(256, "tokens given to T5", within=(1, 4096))
@@ -78,6 +79,10 @@ class Config:
     label_dropout: float = field(0.1, "probability of training without a label or caption", within=(0, 1))
     weighting: str = field("paper", "of times, see `draw_time`; sigma: as the authors' SD3 code",
                            choices=("paper", "sigma", "uniform"))
+    keep_levels: tuple = field((), "details shown of an image, one of these; empty: all (DC-AE 1.5, Eq. 2)",
+                               within=(0, 4096), count=(0, 256))
+    keep_mean: str = field("all", "of squared errors, over all channels (Eq. 2), or those shown (their code)",
+                           choices=("all", "shown"))
     # optimisation
     steps: int = field(140_000, "optimizer steps", at_least=1)
     batch_size: int = field(640, "images per optimizer step, over all ranks", within=(1, 1_000_000))
@@ -96,6 +101,7 @@ class Config:
     shift: float = field(0.3, "time shift of the pictures and sample.py's default", within=(0.001, 1000))
     grid: str = field("plain", "time grid of the pictures and sample.py's default", choices=("plain", "sd3"))
     sample_steps: int = field(50, "Euler steps of the pictures", within=(1, 1_000_000))
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
     dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
 
 
@@ -135,9 +141,23 @@ PRESETS = {
         batch_size=128, micro_batch=16, lr=1e-4, beta2=0.999, clip=0.5, flip=False, save_every=1000, cfg=2.5,
         shift=1 / 3, grid="sd3", sample_steps=30),
 }
+# the rivals' VAEs (see train_vae.py); with DC-AE 1.5's also its training
+PRESETS["photos-vf"] = PRESETS["photos"] | dict(out="out/photos-vf", vae="out/photos-vf-vae")
+PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
+    out="out/photos-dcae15", vae="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), N=0)
+
 # Tab. S1; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
+
+# FLUX.2 klein (support/diffusers_dit.py), of the kind that is not distilled; FLUX.2's own shift; not run
+PRESETS["klein-1024"] = PRESETS["sd35m-1024"] | dict(
+    out="out/klein-1024", vae="out/klein-vae", base="FLUX.2-klein-base-4B", text="out/klein-text",
+    model="Flux2", t5_tokens=512, D=96, lora=128, micro_batch=4, cfg=4.0, shift=0.18, grid="plain",
+    sample_steps=50)
+# r = 4; not run
+PRESETS["klein-2048"] = PRESETS["klein-1024"] | dict(
+    out="out/klein-2048", vae="out/klein-2048-vae", image_size=2048)
 
 # DC-AE 1.5's recipe for USiT-H, on a DA-VAE of DC-AE f32c32: 64 tokens; clip and flip are ours; not run
 PRESETS["usit-base"] = dict(
@@ -171,7 +191,7 @@ def flow_loss(model, z_all, cond, w, cfg):
         loss = mse + cosine * (1 - cos(v, v*))              the cosine over all channels, mean over positions
 
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
-    cfg:   D, cosine and weighting are read
+    cfg:   D, cosine, weighting, keep_levels and keep_mean are read
     returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights)
     Differs from the paper, as the authors' code does: w(n) leaves the cosine alone,
     so details learn from step 0.
@@ -186,9 +206,16 @@ def flow_loss(model, z_all, cond, w, cfg):
     x_t = s * z_all + (1 - s) * noise
     target = z_all - noise                                                    # v*
 
+    weight = weight.view(-1, 1, 1, 1)
+    if cfg.keep_levels:                                                       # hide details (DC-AE 1.5)
+        keep = levels.draw(cfg.keep_levels, len(z_all), z_all.device)
+        mask = levels.seen_of_all(keep, C, D)                                 # (B, C+D, 1, 1)
+        model, target = levels.masked(model, mask), target * mask
+        weight = weight * levels.share(mask, D, w) if cfg.keep_mean == "shown" else weight
+
     v = model(x_t, t, *cond).float()
     error = (v - target).square()                                             # (B, C+D, h, w)
-    mse = (weight.view(-1, 1, 1, 1) * error).mean((0, 2, 3))                  # (C+D,)
+    mse = (weight * error).mean((0, 2, 3))                                    # (C+D,)
     loss = (mse[:C].sum() + w * mse[C:].sum()) / (C + w * D)
     if cfg.cosine:
         loss = loss + cfg.cosine * (1 - F.cosine_similarity(v, target, dim=1, eps=COSINE_EPS)).mean()
@@ -262,6 +289,7 @@ def main(cfg):
     if run.done:
         return run.summary()
     check_sizes(vae, train_set, cfg)
+    levels.check(cfg.keep_levels, vae.C, cfg.D)
 
     # the transformer and its average: from the newest checkpoint, if there is one, else widened from the base
     if run.checkpoint:
@@ -300,7 +328,7 @@ def main(cfg):
         z_all, y = next(latents(0))
         if rank == 0:
             check_statistics(z_all, vae.C, cfg.out)
-        if base is not None and cfg.D:
+        if base is not None and cfg.D and cfg.zero_init:
             prove_warm_start(base.to(device), dit, vae, z_all, y, condition, run)
         save_what_stays(run, vae, dit)
         save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
@@ -448,10 +476,13 @@ def initial_dit(cfg, vae, train_set):
     if Path(source).is_dir() and runs.checkpoints(source):
         source = runs.latest_checkpoint(source)
     base = load_dit(source, cfg.base_weights or None)
-    check_base(cfg, vae, base, len(train_set.classes))
+    checks.check_base(cfg, vae, base, len(train_set.classes))
     model = deepcopy(base)
     if cfg.D:
         model.expand_channels(cfg.D)
+    if cfg.D and not cfg.zero_init:
+        model.P_new.reset_parameters()
+        model.O_new.reset_parameters()
     if cfg.lora:
         add_lora(model, cfg.lora, cfg.lora)
     return base, model
@@ -462,36 +493,12 @@ def new_dit(cfg, C, f, num_classes):
     if cfg.model not in MODELS:
         raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
     ModelConfig, Model = MODELS[cfg.model]
-    check_text(cfg, f"--model={cfg.model}", ModelConfig)
+    checks.check_text(cfg, f"--model={cfg.model}", ModelConfig)
     grid = cfg.image_size // f // cfg.p
     settings = dict(C=C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
                     num_classes=num_classes, qk_norm=cfg.qk_norm)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
-
-
-def check_base(cfg, vae, base, num_classes):
-    """raises: SystemExit with one sentence if the base model does not fit the VAE, the images or flags."""
-    if (base.cfg.C, base.cfg.D) != (vae.C, 0):
-        raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a "
-                         f"base model of {cfg.vae}'s {vae.C} channels")
-    check_text(cfg, f"{cfg.base}: a {type(base).__name__}", type(base.cfg))
-    if not cfg.text and base.cfg.num_classes < num_classes:
-        raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
-    p, side = base.cfg.p, cfg.image_size // vae.f
-    grid = getattr(base.cfg, "grid", side // p)                    # MMDiT takes any
-    if side != grid * p:
-        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {grid}x{grid} tokens of {p}x{p} "
-                         f"latent pixels; with {cfg.vae} give --image_size={grid * p * vae.f}")
-
-
-def check_text(cfg, what, ModelConfig):
-    """raises: SystemExit if a transformer of texts gets none, or one of classes gets texts or adapters."""
-    takes_text = "context" in {f.name for f in dataclasses.fields(ModelConfig)}
-    if takes_text and not cfg.text:
-        raise SystemExit(f"{what} draws from texts; give them with --text=")
-    if not takes_text and (cfg.text or cfg.lora):
-        raise SystemExit(f"{what} takes neither texts nor adapters; leave --text= and --lora= out")
 
 
 def description(cfg, dit, train_set):
@@ -505,26 +512,15 @@ def description(cfg, dit, train_set):
 
 
 def dry_run(cfg):
-    """Print what a run would be, on DC-AE (USiT), VA-VAE (other `model`s) or SD3.  Returns the numbers."""
+    """Print what a run would be, of models of their published sizes.  Returns the numbers."""
+    import train_vae
     with torch.device("meta"):                                     # shapes alone: no memory, no weights
-        if cfg.text:
-            C, f, texts = 16, 16, 77 + cfg.t5_tokens               # on SD3's VAE
-            model = MMDiT(MMDiTConfig(C=C, D=cfg.D))
-            cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
-        else:
-            C, texts = 32, 0
-            f = 64 if cfg.model == "USiT" else 32
-            model = new_dit(cfg, C, f, num_classes=1000)
-            cond = [torch.zeros(1, dtype=torch.long)]
-        side = cfg.image_size // f
-        if cfg.image_size % (f * model.cfg.p):
-            raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of {f * model.cfg.p}")
-        inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
+        model, inputs, r = plan.published(cfg, MODELS, new_dit, train_vae.PRESETS)
         forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
         _, step, kept = cost(model, inputs)
-    return plan.show(cfg, model, C + cfg.D, side, texts, forward, step, kept)
+    return plan.show(cfg, model, inputs, r, forward, step, kept)
 
 
 # ---------------------------------------------------------------- saving, pictures, the end

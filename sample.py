@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dit import merge_lora
 from kernels import choose
-from support import config, data, figures, identity, ranks, runs
+from support import config, data, figures, identity, levels, ranks, runs
 from support import text as texts
 from support.config import field
 from support.weights import ExportConfig, main_export, load_run
@@ -56,6 +56,8 @@ class Config:
     cfg: float = field(-1.0, "guidance scale, 1: none; negative: the run's own", within=(-1, 1000))
     cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end", within=(0, 1))
     cfg_end: float = field(1.0, "see cfg_start", within=(0, 1))
+    keep: int = field(-1, "draw and decode the first details alone (support/levels.py); negative: all",
+                      within=(-1, 4096))
     cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's figures",
                               at_least=0)
     slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5",
@@ -73,10 +75,11 @@ class Config:
 
 @torch.no_grad()
 def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1.0), channels=None, slg=0.0,
-                skip=(7, 8, 9), ahead=0):
+                skip=(7, 8, 9), ahead=0, mask=None):
     """Integrate dx/dt = v(x, t) from noise (t = 0) to data (t = 1) by Euler's method, with guidance.
 
     noise:    (B, C+D, h, w)
+    mask:     (1, C+D, 1, 1) of 1 and 0, channels that take part (support/levels.py); None: all
     ts:       increasing floats from 0 to 1, see time_grid
     cond, uncond, scale: see guided_velocity
     interval: guidance is on where interval[0] <= t <= interval[1]
@@ -89,7 +92,7 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
     Outside the interval, and with scale 1, the unconditional pass is not computed at all. Nothing here waits
     for the device, so that a CUDA graph can record it.
     """
-    x = noise
+    x = noise if mask is None else noise * mask
     N = len(ts) - 1
     guided = [scale != 1.0 and interval[0] <= t <= interval[1] for t in ts[:-1]]
     known = modulations_ahead(model, ts[:-1], guided, cond, uncond, ahead)
@@ -104,6 +107,8 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
             c = v
         if slg and 0.01 * N < n < 0.2 * N:
             v = v + slg * (c - model(x, t, *cond, skip=skip))
+        if mask is not None:
+            v = v * mask
         x = x + (ts[n + 1] - ts[n]) * v
     return x
 
@@ -273,6 +278,8 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     if min(s["height"], s["width"]) < side or s["height"] % side or s["width"] % side:
         raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
     noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, s["height"] // vae.f, s["width"] // vae.f))
+    keep = s.get("keep")
+    mask = None if keep is None else levels.seen_of_all(keep, vae.C, dit.cfg.D).to(device)
     ts = time_grid(s["steps"], s["shift"], s["grid"] == "sd3")
     cond, uncond = conditions(dit, indices, s, text)
     # A sharded model's layers are whole only while it runs; a transformer of one's own may have no adaLN.
@@ -283,13 +290,13 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     with torch.no_grad(), autocast:
         z_all = flow(dit, noise.to(device), ts, cond, uncond, scale=s["cfg"],
                      interval=(s["cfg_start"], s["cfg_end"]), channels=s["cfg_channels"] or None,
-                     slg=s.get("slg", 0.0), ahead=ahead)
+                     slg=s.get("slg", 0.0), ahead=ahead, mask=mask)
         # a few at a time: the decoder's activations are the largest there are
         parts = z_all.split(8)
         base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in parts]).float().clamp(-1, 1)
         if vae.D and not dit.cfg.D:                # a base DiT on a DA-VAE has nothing but the base channels
             return base, base
-        full = torch.cat([vae.decode(z) for z in parts]).float().clamp(-1, 1)
+        full = torch.cat([vae.decode(z, keep) for z in parts]).float().clamp(-1, 1)
     return full, base
 
 
@@ -322,7 +329,10 @@ def settings_of(cfg, about, checkpoint):
     if cfg.cfg_start > cfg.cfg_end:
         raise SystemExit(f"--cfg_start={cfg.cfg_start} is after --cfg_end={cfg.cfg_end}: guidance would "
                          "never be on; give --cfg=1 to do without")
-    channels = about["model"]["C"] + about["model"]["D"]
+    C, D = about["model"]["C"], about["model"]["D"]
+    if cfg.keep >= 0:
+        s["keep"] = levels.check((cfg.keep,), C, D, "--keep")[0]
+    channels = C + D
     if not 0 <= cfg.cfg_channels <= channels:
         raise SystemExit(f"--cfg_channels={cfg.cfg_channels}: the model has {channels} channels; wanted as "
                          "many of them as are guided, or 0 for all")

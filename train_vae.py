@@ -16,17 +16,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
-from davae import align_loss, base_image
+from davae import align_loss, base_image, group_mean
 from kernels import choose
-from support import config, data, figures, identity, ranks, runs
+from support import checks, config, data, figures, held_out, identity, levels, ranks, runs
 from support.bases import TinyBlock, WideBlock
 from support.config import field
 from support.dcae import EViTBlock, ResBlock
 from support.fit import fit_new_blocks
 from support.metrics import make_lpips, psnr
+from support.vf import Teacher, vf_loss
 from support.weights import load_davae, load_measured
 
 
@@ -39,7 +39,7 @@ class Config:
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data
-    data_dir: str = field("procedural", "a folder of images, or 'procedural' for the built-in ones")
+    data_dir: str = field("procedural", "a folder of images or tar shards; procedural: built-in ones")
     val_dir: str = field("", "held-out images; empty: built-in ones, or training images")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
@@ -48,15 +48,18 @@ class Config:
     halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
     # model
-    base: str = field("", "the frozen base VAE: a file, a folder or a run; D = 0: where to start, or empty")
+    base: str = field("", "the frozen base VAE: a path or org/name; D = 0: where to start, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
-    train: str = field("all", "all; or not the detail encoder (the authors' SD3 script); or the new blocks",
-                       choices=("all", "decoder", "blocks"))
+    train: str = field("all", "all; not the detail encoder (the authors' SD3 script); nor the down block; or "
+                              "the new blocks", choices=("all", "decoder", "up", "blocks"))
     detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
+    keep_levels: tuple = field((), "instead: how many details an image keeps, one of these (DC-AE 1.5)",
+                               within=(0, 4096), count=(0, 256))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
-    fit: str = field("closed", "how the new blocks start: by least squares, or at random as the paper's",
-                     choices=("closed", "random"))
+    fit: str = field("closed", "how the new blocks start: by least squares; at random as the paper's; or "
+                               "details are pixels of the full-size latent",
+                     choices=("closed", "random", "pixels"))
     fit_align: float = field(1.0, "fit=closed: 1 details start aligned to z, at no cost; 0 not; or between",
                              within=(0, 1))
     C: int = field(16, "D = 0, no base given: latent channels", within=(1, 4096))
@@ -64,12 +67,24 @@ class Config:
                           within=(1, 8192), count=(1, 12))
     blocks: int = field(2, "D = 0, no base given: residual blocks per level", within=(1, 100))
     groups: int = field(32, "D = 0, no base given: groups of each GroupNorm", within=(1, 8192))
+    attn: tuple = field((), "D = 0, no base given: levels with attention, 0 at full size", within=(0, 11),
+                        count=(0, 12))
+    quant: bool = field(False, "D = 0, no base given: 1x1 convolutions on both sides of the latent")
     # losses (Tab. S1)
     perceptual: str = field("vgg", "network of LPIPS", choices=("vgg", "squeeze", "none"))
     lpips_trunk: str = field("", "local weight file of that network, instead of torchvision's download")
-    kl: float = field(1e-6, "weight of the KL term, a mean over elements", at_least=0)
+    reduction: str = field("mean", "of L1, LPIPS and KL over an image; sum: as VA-VAE, and half of the KL",
+                           choices=("mean", "sum"))
+    kl: float = field(1e-6, "weight of the KL term", at_least=0)
     align: float = field(0.5, "lambda_align, times the adaptive ratio", at_least=0)
     adaptive_align: bool = field(True, "scale the alignment by a ratio of gradient norms, as on ImageNet")
+    project: str = field("mean", "what is aligned: group means, a trained 1x1 convolution, or raw details",
+                         choices=("mean", "conv", "raw"))
+    distance: str = field("mse", "of the alignment: squared, or VA-VAE's, of cosines (support/vf.py)",
+                          choices=("mse", "vf"))
+    margins: tuple = field((0.5, 0.25), "distance=vf: m1 of cosines, m2 of their matrix", within=(0, 2),
+                           count=(2, 2))
+    teacher: str = field("base", "of the alignment: the base latent, or a folder with DINOv2 or MAE")
     gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator", at_least=0)
     disc_start: int = field(5001, "step at which the discriminator starts, for both players", at_least=0)
     disc_width: int = field(64, "channels of the discriminator's first layer", within=(1, 4096))
@@ -87,6 +102,7 @@ class Config:
     stats: int = field(10_000, "training images for the latent statistics", at_least=1)
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
 
 
 PRESETS = {
@@ -121,9 +137,30 @@ PRESETS = {
         kl=1e-7, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
         beta2=0.999, detail_dropout=0.0, fit="random"),
 }
+# FLUX.2's VAE, as sd35m; not run
+PRESETS["klein"] = PRESETS["sd35m"] | dict(
+    out="out/klein-vae", base="FLUX.2-klein-base-4B", D=96, fit="closed")
+# 2,048 pixels with the latents of 512; not run
+PRESETS["klein-2048"] = PRESETS["klein"] | dict(out="out/klein-2048-vae", image_size=2048, r=4, crop=(1024,))
 # the start of photos in closed form and nothing else: one step that moves nothing
 PRESETS["photos-quick"] = PRESETS["photos"] | dict(
     out="out/photos-quick-vae", perceptual="none", steps=1, lr=0.0)
+
+# the rivals on the same photos and base: VA-VAE's distance in place of Eq. (4); DC-AE 1.5's structured latent
+PRESETS["photos-vf"] = PRESETS["photos"] | dict(
+    out="out/photos-vf-vae", distance="vf", align=0.1, adaptive_align=True)
+PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
+    out="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), align=0.0, fit_align=0.0)
+
+# VA-VAE itself, f16d32: 100 epochs, and twice 15 from the phase before; not run
+PRESETS["vavae-1"] = dict(
+    out="out/vavae-1", D=0, r=1, C=32, widths=(128, 128, 256, 256, 512), attn=(4,), quant=True,
+    image_size=256, data_dir="imagenet/train", teacher="dinov2-large", project="conv", distance="vf",
+    margins=(0.0, 0.0), align=0.5, reduction="sum", gan=0.5, disc_start=2501, steps=500_000,
+    batch_size=256, micro_batch=8)
+PRESETS["vavae-2"] = PRESETS["vavae-1"] | dict(
+    out="out/vavae-2", base="out/vavae-1", align=0.1, disc_start=1, steps=75_000)
+PRESETS["vavae"] = PRESETS["vavae-2"] | dict(out="out/vavae", base="out/vavae-2", margins=(0.5, 0.25))
 
 # On resume, beside what changes no result and where things lie; anything else would be another run.
 MAY_CHANGE = {"steps", "lr", "cooldown", "clip"}
@@ -145,12 +182,15 @@ def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
     nll = sum(parts.values())                                              # the reconstruction error
     parts["kl"] = rec.posterior.kl()
     loss = nll + cfg.kl * parts["kl"]
+    if cfg.reduction == "sum":
+        nll = nll * x[0].numel()
+        loss = nll + cfg.kl * 0.5 * parts["kl"] * rec.z_d[0].numel()
 
-    if vae.D:
-        parts["align"] = align_loss(rec.z, rec.z_d)                        # Eq. (3), (4)
+    if checks.is_aligned(cfg):
+        parts |= alignment(rec, x, cfg, nets)                              # Eq. (3), (4)
         weight = cfg.align
         if cfg.adaptive_align:
-            parts["a_w"] = adaptive_weight(nll, parts["align"], vae.down.conv.weight, limit=1e8)
+            parts["a_w"] = adaptive_weight(nll, parts["align"], first_conv(vae).weight, limit=1e8)
             weight = cfg.align * parts["a_w"]
         loss = loss + weight * parts["align"]
 
@@ -160,6 +200,26 @@ def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
         loss = loss + cfg.gan * parts["d_w"] * parts["g"]
 
     return loss, {name: value.detach() for name, value in parts.items()}
+
+
+def alignment(rec, x, cfg, nets):
+    """{"align": how far the latent is from its teacher, and its terms}.  Eq. (3), (4); or VA-VAE's VF loss.
+
+    The teacher is z, or a vision transformer's features of x. What is aligned is the sampled z_d (without
+    details, as in VA-VAE itself: the whole latent), after a projection to the teacher's channels.
+    """
+    s = rec.z_d
+    f = rec.z if nets.teacher is None else nets.teacher(x, s.shape[-1])
+    if cfg.project == "mean" and cfg.distance == "mse":                    # the paper's
+        return {"align": align_loss(f, s)}
+    if cfg.project == "mean":
+        s = group_mean(s, f.shape[1])
+    if cfg.project == "conv":
+        s = nets.own["project"](s)
+    if cfg.distance == "mse":
+        return {"align": F.mse_loss(s.float(), f.detach().float())}
+    terms = vf_loss(s, f, cfg.margins)
+    return {"align": sum(terms.values())} | terms
 
 
 def adaptive_weight(nll, loss, weight, limit):
@@ -172,6 +232,11 @@ def adaptive_weight(nll, loss, weight, limit):
     return (a.norm() / (b.norm() + 1e-4)).clamp(0.0, limit).detach()
 
 
+def first_conv(vae):
+    """The layer that makes the latent; the alignment's adaptive weight compares gradients there."""
+    return vae.down.conv if vae.D else vae.base.to_moments[0]
+
+
 def last_conv(vae):
     """The layer that paints the pixels; the GAN's adaptive weight compares gradients there."""
     decoder = vae.base.decoder if vae.decoder is None else vae.decoder
@@ -182,10 +247,6 @@ def last_conv(vae):
 def hinge_loss(real, fake):
     """Discriminator's hinge loss of two logit maps: zero where real >= 1 and fake <= -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-# The side of the smallest images of which the layers of these networks leave anything.
-SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
 
 
 class PatchGAN(nn.Sequential):
@@ -215,20 +276,25 @@ class LossNetworks:
 
     disc:  PatchGAN or None; trained against the VAE, by an optimizer of its own
     lpips: LPIPS or None; frozen
-    own:   what a loss of yours trains together with the VAE: put a module in here, and it is in the VAE's
-           optimizer, its gradients are averaged over the ranks, and it is in train_state.pt
-           (an example is in docs/recipes.md)
+    teacher: a vision transformer, or None: details are aligned to z; frozen
+    own:   what a loss trains together with the VAE, as the projection of --project=conv: a module in here is
+           in the VAE's optimizer, its gradients are averaged over the ranks, and it is in train_state.pt
     """
 
-    def __init__(self, cfg, device):
-        if cfg.D and cfg.train == "blocks" and cfg.gan and cfg.disc_start < cfg.steps:
-            raise SystemExit("--train=blocks freezes the layer by which the GAN is weighted; give --gan=0")
+    def __init__(self, cfg, vae, device):
         torch.manual_seed(cfg.seed)
         self.disc = PatchGAN(cfg.disc_width).to(device) if cfg.gan else None
         self.lpips = None
         if cfg.perceptual != "none":
             self.lpips = make_lpips(cfg.perceptual, cfg.lpips_trunk).to(device)
-        self.own = nn.ModuleDict().to(device)
+        self.teacher = None
+        if checks.is_aligned(cfg) and cfg.teacher != "base":
+            self.teacher = Teacher(cfg.teacher).to(device)
+        self.own = nn.ModuleDict()
+        if checks.is_aligned(cfg) and cfg.project == "conv":
+            width = self.teacher.width if self.teacher else vae.C
+            self.own["project"] = nn.Conv2d(vae.D or vae.C, width, 1, bias=False)
+        self.own.to(device)
 
     def state_dict(self):
         state = {"own": self.own.state_dict()}
@@ -256,16 +322,17 @@ def main(cfg):
 
     # the VAE, the networks of its losses, an optimizer for each player: new, or from the newest checkpoint
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
-    run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"))
+    run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"),
+                teacher=identity.of_source(cfg.teacher) or cfg.teacher)
     if run.done:
         return run.summary()
-    check_sizes(cfg, vae)
+    checks.before_training(cfg, vae)
     in_memory = dict(memory_format=ranks.layout(vae.base.width, device))
     vae = vae.to(device, **in_memory).train()
     freeze(vae, cfg.train)
-    if vae.D and cfg.fit == "closed" and not run.checkpoint:
+    if vae.D and cfg.fit != "random" and not run.checkpoint:
         start_in_closed_form(cfg, vae, train_set, device, rank)
-    nets = LossNetworks(cfg, device)
+    nets = LossNetworks(cfg, vae, device)
     trained = [p for p in [*vae.parameters(), *nets.own.parameters()] if p.requires_grad]
     opt = adamw(trained, cfg)
     opt_d = adamw(nets.disc.parameters(), cfg) if nets.disc else None
@@ -279,7 +346,7 @@ def main(cfg):
         nets.disc.requires_grad_(False)            # but in its own step
 
     # a disk that is too small shows now, not after hours
-    val = validation_images(cfg, train_set).to(device)
+    val = held_out.validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
     part = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
     choose.before_training(run, device, part, lambda x, _: vae(training_batch(x, 1, cfg)))
@@ -301,8 +368,9 @@ def main(cfg):
         images = data.to_tensor(x).to(device)
         for (part,) in ranks.micro_batches(model, accumulate, images, seed=cfg.seed, step=step):
             part = training_batch(part, step, cfg).contiguous(**in_memory)
+            keep = levels.draw(cfg.keep_levels, len(part), device) if cfg.keep_levels else None
             with autocast:
-                rec = model(part)
+                rec = model(part, keep)
                 loss, parts = vae_loss(vae, rec, part, cfg, nets, gan_on)
             (loss / accumulate).backward()
             run.log.add(parts)
@@ -329,7 +397,7 @@ def main(cfg):
     if run.start == cfg.steps:                     # a job that was cut off between its last save and here
         validate(run, cfg.steps, vae, val)
     with autocast:
-        vae.measure(statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
+        vae.measure(held_out.statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
     save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
@@ -385,16 +453,14 @@ def initial_vae(cfg):
     """The VAE at step 0; a base that is missing is trained first, where a preset here makes it."""
     torch.manual_seed(cfg.seed)
     if cfg.D == 0 and not cfg.base:
-        sizes = KLConfig(C=cfg.C, widths=cfg.widths, blocks=cfg.blocks, groups=cfg.groups)
+        sizes = KLConfig(cfg.C, cfg.widths, cfg.blocks, cfg.attn, cfg.quant, cfg.groups)
         return PlainVAE(AutoencoderKL(sizes))
     make_if_missing("base", cfg)
     base = load_measured(cfg.base).base
     if cfg.D == 0:
         return PlainVAE(base)
-    if cfg.rescale and cfg.detail_dropout == 1:
-        raise SystemExit("--rescale=True divides by 1 - detail_dropout: wanted --detail_dropout below 1")
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale,
-                                   latent_shortcut=cfg.fit == "closed"))
+                                   latent_shortcut=cfg.fit != "random"))
 
 
 def make_if_missing(flag, cfg):
@@ -402,30 +468,12 @@ def make_if_missing(flag, cfg):
     runs.make_if_missing(flag, cfg, "train_vae.py", PRESETS, Config, main)
 
 
-def check_sizes(cfg, vae):
-    """raises: SystemExit with one sentence if images, or crops of them, do not fit the VAE."""
-    side = vae.f if cfg.D else vae.f * cfg.r       # a base VAE is mostly trained on small images
-    for name, pixels in [("image_size", cfg.image_size)] + [("crop", side) for side in cfg.crop]:
-        if pixels % side:
-            fits = max(1, round(pixels / side)) * side
-            raise SystemExit(f"--{name}={pixels}: this VAE takes multiples of {side}; give --{name}={fits}")
-    shrunk = 1 if cfg.D else cfg.r
-    seen = cfg.image_size // shrunk
-    if cfg.crop and max(cfg.crop) > seen:
-        raise SystemExit(f"--crop={max(cfg.crop)} is larger than --image_size={cfg.image_size}"
-                         f"{f' / {shrunk}' if shrunk > 1 else ''}; give less")
-    seen = min([seen, *cfg.crop])
-    judged = cfg.gan and cfg.disc_start < cfg.steps
-    smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if judged else 1)
-    if seen < smallest:
-        raise SystemExit(f"--image_size={cfg.image_size}, --crop: images of {seen} pixels; wanted "
-                         f"{smallest} or more, or --gan=0 and --perceptual=none")
-
-
 def freeze(vae, train):
-    """Freeze a DA-VAE's detail encoder (train="decoder"), or all but the new blocks (train="blocks")."""
-    if vae.D and train in ("decoder", "blocks"):
+    """Freeze a DA-VAE's detail encoder ("decoder"), the down block too ("up"), or the decoder ("blocks")."""
+    if vae.D and train in ("decoder", "up", "blocks"):
         vae.detail_encoder.requires_grad_(False)
+    if vae.D and train == "up":
+        vae.down.requires_grad_(False)
     if vae.D and train == "blocks":
         vae.decoder.requires_grad_(False)
 
@@ -433,25 +481,12 @@ def freeze(vae, train):
 def start_in_closed_form(cfg, vae, train_set, device, rank):
     """Fit the new blocks, and say how well.  Each rank does it all; DDP then goes on with rank 0's."""
     with ranks.autocast(cfg.dtype, device):
-        found = fit_new_blocks(vae, fitting_images(cfg, vae, train_set, device, rank), cfg.fit_align)
+        images = held_out.fitting_images(cfg, vae, train_set, device, rank)
+        pixels = cfg.fit == "pixels"
+        found = fit_new_blocks(vae, images, 0.0 if pixels else cfg.fit_align, pixels)
     if rank == 0:
         print(f"{cfg.out}: the new blocks start in closed form; of what z does not tell of the decoder's "
               f"features they keep {found['kept']:.1%}, and the details tell {found['told']:.1%} of z")
-
-
-def fitting_images(cfg, vae, train_set, device, rank):
-    """What the closed form reads: evenly spaced training images, 20 latent pixels for each of its unknowns.
-
-    Yields batches (B, 3, H, W) in [-1, 1], of at most 16 images and a megapixel, but one image at least.
-    """
-    unknowns = 9 * (vae.C + vae.D) + 1                             # of the up block, for each feature
-    n = math.ceil(20 * unknowns * vae.f**2 / cfg.image_size**2)
-    index = torch.linspace(0, len(train_set) - 1, min(n, len(train_set))).long()
-    size = min(16, max(1, 1024**2 // cfg.image_size**2))
-    title = f"{cfg.out}: fitting the new blocks"
-    for part in tqdm(index.split(size), desc=title, disable=rank > 0, mininterval=1):
-        x, _ = data.stack(train_set, part.tolist())
-        yield data.to_tensor(x).to(device)
 
 
 def adamw(parameters, cfg):
@@ -497,32 +532,6 @@ def restore(run, nets, opt, opt_d):
     opt.load_state_dict(state["opt"])
     if opt_d:
         opt_d.load_state_dict(state["opt_d"])
-
-
-def statistics_images(cfg, train_set, device, rank, world):
-    """Batches of this rank's share of the first cfg.stats training images."""
-    mine = range(min(cfg.stats, len(train_set)))[rank::world]
-    for k in range(0, len(mine), cfg.micro_batch):
-        x, _ = data.stack(train_set, mine[k:k + cfg.micro_batch])
-        yield data.to_tensor(x).to(device)
-
-
-def validation_images(cfg, train_set, n=64):
-    """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
-
-    At most n, and four megapixels of them, but 8 at least. Built-in images need no --val_dir: held out are
-    those of another seed.
-    """
-    n = min(n, max(8, 2048**2 // cfg.image_size**2))
-    held_out = train_set
-    if cfg.val_dir or cfg.data_dir == "procedural":
-        held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
-    index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
-    batches = [x for x, _, _ in data.read(held_out, index.tolist())]
-    if not batches:
-        raise SystemExit(f"{cfg.val_dir or cfg.data_dir}: none of the {len(index)} images for validation can "
-                         "be read")
-    return torch.cat(batches)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.dcae import Stem
+from support.levels import importance
 
 TAPS = 9                                               # positions of a 3x3 patch; number 4 is its centre
 
@@ -89,11 +90,14 @@ def ridge(pairs, strength=1e-3):
 
 
 @torch.no_grad()
-def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
+def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     """Set the down and the up block of a DAVAE with `latent_shortcut`.
 
     images: batches (B, 3, H, W) of training images; some 20 latent pixels for each of the 9 (C+D) unknowns
-    align:  0 the basis of reduced-rank regression; 1 group means are the best linear guess of z; or between
+    align:  0 the directions of reduced-rank regression, strongest first as support/levels.py counts them;
+            1 group means are the best linear guess of z; or between
+    pixels: no directions are sought: z_d is D/C of every r^2 pixels of U as they are (space to depth), which
+            a baseline would take; with `align` 0
     strength: of the ridge, against what the images leave undetermined
     Every rank may fit the same images: DistributedDataParallel goes on with what rank 0 found.
     returns {"kept": the part of the features' energy that z does not tell, and [z, z_d] do;
@@ -116,6 +120,10 @@ def fit_new_blocks(vae, images, align=1.0, strength=1e-6):
 
     # the D directions of U of which the decoder makes most
     V = reduced_rank(R[U, U], M, vae.D)                            # (r^2 C, D)
+    if align == 0:
+        V = V[:, importance(C, vae.D)]                             # strongest first in the order of levels
+    if pixels:
+        V = some_pixels(C, vae.r**2, vae.D // C).to(V)
     V = V / (V.T @ G[U, U] @ V).diagonal().sqrt()
     own = V.T @ G[U, U] @ V                                        # moments of z_d: z_d^T z_d, with ones
     with_z = V.T @ G[U, z]                                         # on the diagonal, and z_d^T z
@@ -239,6 +247,12 @@ def reduced_rank(RR, M, D):
     S = torch.linalg.cholesky(M + little)
     _, Q = torch.linalg.eigh(S.T @ RR @ S)                         # the largest come last
     return S @ Q.flip(1)[:, :D]
+
+
+def some_pixels(C, pixels, group):
+    """V (pixels * C, group * C) with U V the last `group` of every `pixels` pixels of each channel of U."""
+    of_one = torch.eye(pixels)[:, pixels - group:]
+    return torch.kron(torch.eye(C), of_one)
 
 
 def alignment(moments, with_z, amount):

@@ -53,6 +53,12 @@ TOY = {
     "python docs/walkthrough.py out/tiny --other=out/no-align": f"{LOOK} --out=pictures",
     "python experiments/sensitivity.py out/tiny-vae --images=200": LOOK,
     "python experiments/knockout.py out/tiny-vae --images=200": LOOK,
+    "python experiments/levels.py out/tiny-vae --images=200": LOOK,
+    "python train_vae.py tiny --keep_levels=0,8,16,24 --out=out/levels": f"{VAE} --base=./out/tiny-base-vae",
+    "python experiments/levels.py out/levels --other=out/tiny-vae": LOOK,
+    "python finetune.py tiny --vae=out/levels --keep_levels=0,8,16,24 --out=out/tiny-levels":
+        f"{DIT} --base=./out/tiny-base",
+    "python sample.py out/tiny-levels --keep=8": DRAW,
     "python experiments/losses.py out/tiny": LOOK,
     "python experiments/timebins.py out/tiny --images=500": f"{LOOK} --bins=2",
     "python experiments/spectrum.py out/tiny-vae --other=out/no-align": LOOK,
@@ -76,6 +82,8 @@ TOY = {
     "python finetune.py imagenet512 --dry_run=True": "",
     "python finetune.py sd35m-1024 --dry_run=True": "",
     "python finetune.py sd35m-2048 --dry_run=True": "",
+    "python finetune.py klein-1024 --dry_run=True": "",
+    "python finetune.py klein-2048 --dry_run=True": "",
 }
 
 EXEMPT = r"pip install|pytest|python -m kernels.bench --device=cpu"      # test_peers.py runs what is in that

@@ -173,7 +173,8 @@ def test_strips_of_three_sizes_show_the_same_pixels():
 # ---------------------------------------------------------------- as scripts
 
 PICTURES = {"sensitivity": "_images.png", "knockout": ".png", "spectrum": ".png", "losses": ".png",
-            "timebins": ".png", "latents": "_images.png", "tsne": ".png", "sizes": "_images.png"}
+            "timebins": ".png", "latents": "_images.png", "tsne": ".png", "sizes": "_images.png",
+            "levels": "_images.png"}
 
 
 def module(name):
@@ -264,7 +265,7 @@ def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_conf
 
 def test_there_is_a_test_for_each_experiment():
     folder = Path(shared.__file__).parent
-    assert {path.stem for path in folder.glob("*.py")} - {"shared"} == set(PICTURES)
+    assert {path.stem for path in folder.glob("*.py")} - {"shared", "ablation"} == set(PICTURES)
 
 
 @pytest.mark.parametrize("name", ["losses", "sensitivity"])        # with the common Config; with its own

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import train_vae
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, align_loss
-from support import data, fit, ranks, runs
+from support import data, fit, levels, ranks, runs
 from support.bases import TAEF2
 from support.metrics import psnr
 from support.weights import load_davae
@@ -131,6 +131,38 @@ def test_every_direction_more_keeps_more_of_the_features():
         left.append((found - target).square().sum().item())
         assert 0.3 < kept <= 1
     assert left[0] > 1.2 * left[1] > 1.44 * left[2] > 1.728 * left[3]
+
+
+def test_without_alignment_the_strongest_directions_come_first_in_the_order_of_levels(monkeypatch):
+    found = []
+    search = fit.reduced_rank
+
+    def remembered(*args):
+        found.append(search(*args))
+        return found[0]
+
+    monkeypatch.setattr(fit, "reduced_rank", remembered)
+    vae = make(VAVAE, D=12)
+    fit.fit_new_blocks(vae, [images()], align=0.0)
+    places = levels.seen(4, 4, 12).flatten().nonzero().flatten()      # the channels of the first level,
+    directions = vae.down.proj.weight[places, :, 0, 0]
+    strongest = found[0][:, :4].T                                      # up to their lengths
+    cosines = F.cosine_similarity(directions[:, None], strongest[None], dim=2)
+    assert torch.allclose(cosines.diagonal(), torch.ones(4).double(), atol=1e-6)
+
+
+@torch.no_grad()
+def test_of_pixels_the_details_are_three_of_four_of_the_full_size_latent():
+    """Space to depth, up to the scale of each, groups being base channels."""
+    vae = make(SD3, D=12)
+    x = images()
+    found = fit.fit_new_blocks(vae, [x], align=0.0, pixels=True)
+    z_d = vae.detail_posterior(x).mean                                 # (B, 12, h, w)
+    full = F.pixel_unshuffle(vae.base.posterior(x).mean, 2).unflatten(1, (4, 4))[:, :, 1:].flatten(1, 2)
+    scale = full.square().mean((0, 2, 3), keepdim=True).sqrt()
+    assert torch.allclose(z_d, full / scale, atol=1e-9)
+    best = fit.fit_new_blocks(make(SD3, D=12), [x], align=0.0)
+    assert 0 < found["kept"] < best["kept"] <= 1
 
 
 def test_the_details_are_of_unit_mean_square_and_little_noise_and_the_base_latent_is_untouched():

@@ -135,13 +135,13 @@ def test_another_alignment_is_one_choice_on_the_command_line(forked, trained):
     recipe, copy = forked(1)
     for line in recipe.commands:
         copy.script(line, trained["base"])
-    cosine, mse = copy.log("out/cosine"), copy.log("out/mse")
-    assert cosine[0]["l1"] == mse[0]["l1"]                        # the same step of the same weights
-    assert cosine[0]["align"] != mse[0]["align"] and 0 <= cosine[0]["align"] <= 2
-    assert cosine[-1]["l1"] != mse[-1]["l1"]                      # trained by another gradient
-    assert copy.config("out/cosine")["config"]["distance"] == "cosine"
-    with pytest.raises(AssertionError, match="wanted mse or cosine"):
-        copy.run(sys.executable, "train_vae.py", "tiny", "--distance=cosin")
+    l1, mse = copy.log("out/l1"), copy.log("out/mse")
+    assert l1[0]["l1"] == mse[0]["l1"]                            # the same step of the same weights
+    assert l1[0]["align"] ** 2 < mse[0]["align"]                  # by Jensen's inequality
+    assert l1[-1]["l1"] != mse[-1]["l1"]                          # trained by another gradient
+    assert copy.config("out/l1")["config"]["distance"] == "l1"
+    with pytest.raises(AssertionError, match="wanted mse or vf or l1"):
+        copy.run(sys.executable, "train_vae.py", "tiny", "--distance=l2")
 
 
 def test_a_projection_of_the_loss_is_trained_resumed_averaged_and_not_exported(forked, trained):
@@ -150,25 +150,25 @@ def test_a_projection_of_the_loss_is_trained_resumed_averaged_and_not_exported(f
     copy.script(f"{single} --micro_batch=2", trained["base"])
     copy.script(f"{double} --micro_batch=2", trained["base"])
 
-    # D = 20 is no multiple of C = 8; the projection has changed since step 0
+    # the projection has changed since step 0
     first = torch.load(copy.folder / "out/projection/step_000000/train_state.pt", weights_only=True)["own"]
     last = copy.own("out/projection")
-    assert last["projection.weight"].shape == (8, 20, 1, 1)
-    assert not torch.equal(first["projection.weight"], last["projection.weight"])
+    name = "project.0.weight"
+    assert not torch.equal(first[name], last[name])
 
     # two processes make what one does
-    for name, weight in copy.own("out/projection-2").items():
-        assert torch.allclose(weight, last[name], atol=1e-4)
+    for key, weight in copy.own("out/projection-2").items():
+        assert torch.allclose(weight, last[key], atol=1e-4)
 
     # beside the model, and not in it
     with safe_open(copy.checkpoint("out/projection") / "model.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "projection" in name]      # noqa: SIM118  (not a dict)
+        assert not [key for key in file.keys() if "project" in key]            # noqa: SIM118  (not a dict)
 
     # a run that goes on goes on with it
     copy.script(f"{single} --micro_batch=2", trained["base"], steps=6)
     now = copy.own("out/projection")
-    before = (last["projection.weight"] - first["projection.weight"]).abs().max()
-    change = (now["projection.weight"] - last["projection.weight"]).abs().max()
+    before = (last[name] - first[name]).abs().max()
+    change = (now[name] - last[name]).abs().max()
     assert 0 < change < 0.003 < 0.006 < before                    # one small step from there, not from anew
 
 

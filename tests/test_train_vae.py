@@ -80,7 +80,7 @@ def test_vae_loss_is_the_sum_of_its_terms_with_adaptive_weights(kl_config):
     cfg = Config(D=12, gan=0.1, align=0.5, kl=1e-6)
     disc = PatchGAN(4).eval()
     rec = vae(x)
-    nets = SimpleNamespace(lpips=None, disc=disc)
+    nets = SimpleNamespace(lpips=None, teacher=None, disc=disc)
     loss, parts = vae_loss(vae, rec, x, cfg, nets, gan_on=True)
     l1 = (rec.x_hat - x).abs().mean()
     align = align_loss(rec.z, rec.z_d)
@@ -275,6 +275,10 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
     (dict(crop=(10,)), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
     (dict(crop=(32, 128)), "--crop=128 is larger than --image_size=64; give less"),
     (dict(D=0, base="", image_size=64, crop=(40,)), "--crop=40 is larger than --image_size=64 / 2; give"),
+    (dict(train="up", gan=0.0), "--train=up freezes the layer by which the alignment is weighted; give"),
+    (dict(project="raw"), "--project=raw leaves the latent other channels than the teacher has, and --dist"),
+    (dict(teacher="dino"), "--project=mean groups details by the base's channels, and --teacher= names"),
+    (dict(keep_levels=(0, 13)), "--keep_levels=0,13: wanted numbers of detail channels, 0 to 12; 13 is none"),
     (dict(train="blocks"), "--train=blocks freezes the layer by which the GAN is weighted; give --gan=0"),
     (dict(rescale=True, detail_dropout=1.0), "--rescale=True divides by 1 - detail_dropout"),
     (dict(image_size=20), "images of 20 pixels; wanted 24 or more, or --gan=0"),
@@ -313,8 +317,8 @@ def test_what_a_loss_of_ones_own_trains_is_saved_for_resuming_and_not_with_the_m
     plain_loss = train_vae.vae_loss
 
     class Networks(train_vae.LossNetworks):
-        def __init__(self, cfg, device):
-            super().__init__(cfg, device)
+        def __init__(self, cfg, vae, device):
+            super().__init__(cfg, vae, device)
             self.own["projection"] = torch.nn.Conv2d(12, 4, 1)
 
     def loss_with_projection(vae, rec, x, cfg, nets, gan_on=False):

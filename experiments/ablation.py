@@ -1,0 +1,330 @@
+"""Does it work?  The method without each of its parts, against its rivals, and against a sceptic's baseline.
+
+An arm changes one thing of the preset tiny (or photos): flags of train_vae.py for the DA-VAE, of
+finetune.py for the transformer. A cell is an arm with a seed. The cells of a seed share base VAE and base
+DiT, and arms of the same flags in stage 1 their DA-VAE, so arms are compared in pairs, seed by seed.
+
+    python experiments/ablation.py                                   # what is missing is run; then the report
+    python experiments/ablation.py --arms="paper,no alignment" --seeds=0
+    python experiments/ablation.py --report=True                     # of the cells that there are; seconds
+    python experiments/ablation.py photos --base=weights/taef2 --data_dir=photos/train \\
+        --eval_dir=photos/eval --lpips_trunk=squeezenet1_1_features.pth
+
+A finished cell is a line of experiments/results/<preset>.jsonl, with the commands that made it. The report is
+<preset>.md there (means over the seeds, differences to the arm `paper`) and <preset>.png (curves). What
+counts was decided before: a difference to `paper` that has the same sign with every seed, and whose mean is
+larger than the range of `paper` itself over the seeds. All else is "no difference".
+"""
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))              # the six scripts and support/ are there
+
+import finetune
+from support import config, figures, ranks, runs
+from support.config import field
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Config:
+    preset: str = field("tiny", "tiny, on built-in images, or photos")
+    arms: str = field("", "names in ARMS, separated by commas; empty: all", text=True)
+    seeds: tuple = field((0, 1, 2, 3, 4), "of all that a cell trains and draws", at_least=0)
+    n: int = field(2000, "samples of a cell", within=(2, 100_000))
+    out: str = field("out/ablation", "folder for the runs; one whose cells are lines may be deleted")
+    results: str = field("", "folder for lines and report; empty: experiments/results")
+    report: bool = field(False, "run nothing")
+    train_flags: str = field("", "more flags for every training, as for a trial of two steps", text=True)
+    base: str = field("taef2", "photos: the base VAE")
+    data_dir: str = field("", "photos: images to train on, a folder of classes")
+    eval_dir: str = field("", "photos: held-out images of the same classes")
+    lpips_trunk: str = field("", "photos: SqueezeNet's weights, for LPIPS and distances")
+
+
+# ---------------------------------------------------------------- the arms
+
+
+@dataclass
+class Arm:
+    """What an arm changes.   vae: flags of train_vae.py; dit: flags of finetune.py"""
+    asks: str                          # the question, as it stands in the report
+    vae: str = ""
+    dit: str = ""
+    base: str = "warm"                 # warm start; scratch; scratch+: with the base DiT's steps as well;
+                                       # none: the base DiT itself is measured
+
+
+# Nothing is learned but decoder and up block: the same information, in one basis or another.
+FIXED = "--train=up --align=0 --adaptive_align=False --gan=0"
+LEVELS = {"tiny": "0,8,16,24", "photos": "0,32,64,96"}             # for {levels}
+
+ARMS = {
+    "paper": Arm("the method"),
+    "no alignment": Arm("does alignment help generation?", "--align=0"),
+    "no schedule": Arm("does w(n) help?", dit="--N=0"),
+    "random P_new, O_new": Arm("does the zero start help?", dit="--zero_init=False"),
+    "scratch": Arm("does the warm start help, at equal steps?", base="scratch"),
+    "scratch, equal compute": Arm("and with the base model's steps besides?", base="scratch+"),
+    "half size": Arm("do details beat the base model, enlarged (Tab. S2)?", base="none"),
+
+    "space to depth": Arm("must details be learned?", f"--fit=pixels {FIXED}"),
+    "closed, unaligned": Arm("or only chosen?", f"--fit=closed --fit_align=0 {FIXED}"),
+    "closed, half aligned": Arm("or half aligned?", f"--fit=closed --fit_align=0.5 {FIXED}"),
+    "closed, aligned": Arm("or aligned at no cost?", f"--fit=closed --fit_align=1 {FIXED}"),
+
+    "align 0.1": Arm("how much alignment?", "--align=0.1 --adaptive_align=True"),
+    "align 0.5": Arm("how much alignment?", "--align=0.5 --adaptive_align=True"),
+    "align 2.5": Arm("how much alignment?", "--align=2.5 --adaptive_align=True"),
+
+    "VF, mean": Arm("is it the distance?", "--distance=vf --align=0.5 --adaptive_align=True"),
+    "VF, conv": Arm("or the projection?", "--distance=vf --project=conv --align=0.5 --adaptive_align=True"),
+    "SLS": Arm("does an order of channels do it?", "--align=0 --keep_levels={levels}", "--N=0"),
+    "ADT": Arm("or hiding channels from the DiT?", "--align=0", "--N=0 --keep_levels={levels}"),
+    "SLS + ADT": Arm("or both, as DC-AE 1.5?", "--align=0 --keep_levels={levels}",
+                     "--N=0 --keep_levels={levels}"),
+    "all": Arm("and everything together?", "--keep_levels={levels}", "--keep_levels={levels}"),
+}
+OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
+
+
+# ---------------------------------------------------------------- a cell
+
+
+def commands(cfg, name, seed):
+    """(the commands that train an arm, the run that is then measured); runs that are finished say so."""
+    arm = ARMS[name]
+    folder = f"{cfg.out}/{cfg.preset}/seed{seed}"
+    base_vae = f"{folder}/base-vae"
+    common = f"--seed={seed} {cfg.train_flags}"
+    stage1 = f"{common}"
+    if cfg.preset == "photos":
+        base_vae = cfg.base
+        common = f"{common} --data_dir={shlex.quote(cfg.data_dir)}"
+        stage1 = f"{common} --lpips_trunk={shlex.quote(cfg.lpips_trunk)}"
+    vae_flags = fill(arm.vae, cfg)
+    vae = f"{folder}/vae-{slug(vae_flags) or 'paper'}"
+    base_dit = f"{folder}/base-dit"
+    plain = f"{folder}/vae-paper"                                  # the base DiT sees its base channels only
+
+    made = []
+    if cfg.preset == "tiny":
+        made.append(f"train_vae.py tiny-base {common} --out={base_vae}")
+    for out, flags in {plain: "", vae: vae_flags}.items():
+        made.append(f"train_vae.py {cfg.preset} {stage1} --base={base_vae} --out={out} {flags}")
+    if not arm.base.startswith("scratch"):
+        made.append(f"finetune.py {cfg.preset}-base {common} --vae={plain} --out={base_dit}")
+    if arm.base == "none":
+        return made, base_dit
+
+    start = f"--base={base_dit}"
+    if arm.base.startswith("scratch"):
+        start = from_scratch(cfg.preset, arm.base == "scratch+")
+    run = f"{folder}/{slug(name)}"
+    made.append(f"finetune.py {cfg.preset} {common} --vae={vae} {start} --out={run} {fill(arm.dit, cfg)}")
+    return made, run
+
+
+def from_scratch(preset, longer):
+    """Flags of a DiT of the base DiT's sizes with no base; if `longer`, of its steps as well."""
+    base = finetune.PRESETS[f"{preset}-base"]
+    sizes = " ".join(f"--{key}={base[key]}" for key in ("p", "E", "depth", "A") if key in base)
+    steps = finetune.PRESETS[preset]["steps"] + (base["steps"] if longer else 0)
+    return f"--base= {sizes} --steps={steps}"
+
+
+def fill(flags, cfg):
+    return flags.format(levels=LEVELS[cfg.preset])
+
+
+def slug(text):
+    """A name or flags as part of a folder's name."""
+    words = "".join(c if c.isalnum() or c in ".+" else " " for c in text).split()
+    return "-".join(words)
+
+
+def run_cell(cfg, name, seed):
+    """Train an arm with a seed and measure it.  Returns its line of the results."""
+    since = time.time()
+    made, run = commands(cfg, name, seed)
+    for command in made:
+        execute(command)
+
+    held_out, features = "", "--features=probe"
+    if cfg.preset == "photos":
+        held_out = f"--data_dir={shlex.quote(cfg.eval_dir)}"
+        features = f"--features=squeeze --perceptual=squeeze --lpips_trunk={shlex.quote(cfg.lpips_trunk)}"
+    line = {"arm": name, "seed": seed, "commands": made, "curves": curves(run)}
+    for scale in (1, 2):
+        out = f"{run}/cfg{scale}.json"
+        execute(f"evaluate.py {run} {held_out} --n={cfg.n} --steps=25 --cfg={scale} {features} --out={out}")
+        entry = json.loads(Path(out).read_text())[-1]
+        line["reconstruction"] = rounded(entry["reconstruction"])
+        line[f"samples, cfg {scale}"] = rounded(entry["generation"])
+    if ARMS[name].base != "none":
+        execute(f"experiments/timebins.py {run} {held_out} --images=500 --bins=5")
+        line["loss by time"] = json.loads(Path(run, "timebins.json").read_text())["panels"][0][3]
+    return line | {"seconds": round(time.time() - since)}
+
+
+def execute(command):
+    """Run a script of this repository.   raises: SystemExit with the end of its output, if it fails"""
+    script, *words = shlex.split(command)
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout[-1000:]}{done.stderr[-3000:]}\nthis failed: python {command}")
+
+
+def rounded(table):
+    """{row: {metric: number}} of metrics.json to five digits, without speeds."""
+    found = {}
+    for row, metrics in table.items():
+        found[row] = {name: float(f"{value:.5g}") for name, value in metrics.items() if name != "img/s"}
+    return found
+
+
+def curves(run):
+    """{"base", "detail": [[steps], [losses]]} of a run's log, each the mean of five of its rows."""
+    found = {}
+    for name, (steps, losses) in figures.read_log(run).items():
+        if name in ("base", "detail"):
+            parts = [range(k, min(k + 5, len(steps))) for k in range(0, len(steps), 5)]
+            means = [round(sum(losses[i] for i in part) / len(part), 4) for part in parts]
+            found[name] = [[steps[part[-1]] for part in parts], means]
+    return found
+
+
+# ---------------------------------------------------------------- the report
+
+
+def number(line, metric):
+    """One number of a cell; None where it has none.   metric: a key of METRICS"""
+    group, rows, name = METRICS[metric]
+    found = next((line[group][row] for row in rows if row in line[group]), None)
+    if found is None:
+        return None
+    if group == "curves":
+        return found[1][-1]
+    return next((value for key, value in found.items() if key.endswith(name)), None)
+
+
+# What is tabulated: the group in a line, its rows (the first that is there), how the metric's name ends. The
+# base model has no samples of its own at full size; its images, enlarged, take their place.
+SAMPLES = ("samples", "base only, bilinear")
+METRICS = {
+    "PSNR (dB)": ("reconstruction", ("DA-VAE",), "psnr"),
+    "FD, reconstructions": ("reconstruction", ("DA-VAE",), "-FD"),
+    "FD, samples": ("samples, cfg 1", SAMPLES, "-FD"),
+    "FD, cfg 2": ("samples, cfg 2", SAMPLES, "-FD"),
+    "KID, cfg 2": ("samples, cfg 2", SAMPLES, "-KID"),
+    "FD, base only, cfg 2": ("samples, cfg 2", ("base only, bicubic",), "-FD"),
+    "base loss": ("curves", ("base",), ""),
+    "detail loss": ("curves", ("detail",), ""),
+}
+JUDGED = "FD, cfg 2"                                               # by it arms are called better or worse
+
+
+def read(path):
+    """{arm: {seed: line}} of a results file; of a cell that stands there twice, the later line."""
+    cells = {}
+    if path.exists():
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            cells.setdefault(line["arm"], {})[line["seed"]] = line
+    return cells
+
+
+def verdict(cells, name):
+    """What the arm's differences to `paper` come to, in FD (less is better), by the rule in the docstring."""
+    seeds = sorted(set(cells[name]) & set(cells.get("paper", {})))
+    if name == "paper" or len(seeds) < 2:
+        return ""
+    own = [number(cells["paper"][seed], JUDGED) for seed in seeds]
+    differences = [number(cells[name][seed], JUDGED) - value for seed, value in zip(seeds, own)]
+    mean = sum(differences) / len(differences)
+    said = f"{mean:+.3f}, {sum(d < 0 for d in differences)} of {len(seeds)} below: "
+    same_sign = all(d < 0 for d in differences) or all(d > 0 for d in differences)
+    if not same_sign or abs(mean) <= max(own) - min(own):
+        return f"{said}no difference"
+    return f"{said}{'better' if mean < 0 else 'worse'} than paper"
+
+
+def report(cells, folder, preset):
+    """Write <preset>.md and <preset>.png, and print the table."""
+    lines = [f"# {preset}: {sum(map(len, cells.values()))} cells\n",
+             f"| arm | asks | seeds | {' | '.join(METRICS)} | {JUDGED}, to paper |",
+             "|---" * (len(METRICS) + 4) + "|"]
+    for name in [name for name in ARMS if name in cells]:
+        found = []
+        for metric in METRICS:
+            values = [number(line, metric) for line in cells[name].values()]
+            values = [value for value in values if value is not None]
+            found.append(spread(values) if values else "")
+        row = [name, ARMS[name].asks, str(len(cells[name])), *found, verdict(cells, name)]
+        lines.append(f"| {' | '.join(row)} |")
+    hours = sum(line["seconds"] for arm in cells.values() for line in arm.values()) / 3600
+    lines.append(f"\nMean over the seeds (smallest to largest). {hours:.1f} hours of cells in all.\n")
+    text = "\n".join(lines)
+    runs.replace(folder / f"{preset}.md", text)
+    print(text)
+
+    points = {name: [[number(line, metric) for line in arm.values()] for metric in ("PSNR (dB)", JUDGED)]
+              for name, arm in cells.items()}
+    panels = [("PSNR of reconstructions (dB)", "FD of samples", "o", points)]
+    for loss in ("base", "detail"):
+        panels.append(("step", f"{loss} loss", "-", mean_curves(cells, loss)))
+    figures.plot(panels, folder / f"{preset}.png", size=(16, 6))
+
+
+def spread(values):
+    return f"{sum(values) / len(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+
+def mean_curves(cells, loss):
+    """{arm: [steps, losses]}, means over its seeds."""
+    found = {}
+    for name, arm in cells.items():
+        logged = [line["curves"][loss] for line in arm.values() if loss in line["curves"]]
+        if logged:
+            values = [sum(at) / len(at) for at in zip(*[losses for _, losses in logged])]
+            found[name] = [logged[0][0][:len(values)], values]
+    return found
+
+
+# ---------------------------------------------------------------- the script
+
+
+def main(cfg):
+    if cfg.preset not in LEVELS:
+        raise SystemExit(f"{cfg.preset}: wanted {' or '.join(LEVELS)}")
+    folder = Path(cfg.results or ROOT / "experiments/results")
+    path = folder / f"{cfg.preset}.jsonl"
+    names = cfg.arms.split(",") if cfg.arms else list(ARMS if cfg.preset == "tiny" else OF_PHOTOS)
+    unknown = [name for name in names if name not in ARMS]
+    if unknown:
+        raise SystemExit(f"--arms: {unknown[0]!r} is none of {', '.join(ARMS)}")
+
+    cells = read(path)
+    wanted = [] if cfg.report else [(seed, name) for seed in cfg.seeds for name in names]
+    for seed, name in wanted:
+        if seed not in cells.get(name, {}):
+            line = run_cell(cfg, name, seed)
+            runs.make_folder(folder)
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            cells = read(path)
+            print(f"seed {seed}, {name}: {line['seconds']} s, {JUDGED} {number(line, JUDGED)}", flush=True)
+    if not cells:
+        raise SystemExit(f"{path}: has no cells yet; run without --report=True")
+    report(cells, folder, cfg.preset)
+    return cells
+
+
+if __name__ == "__main__":
+    ranks.launch(main, config.cli(Config, {"tiny": {}, "photos": {}}))

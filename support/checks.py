@@ -1,0 +1,89 @@
+"""Which settings do not fit together, or not the models: one sentence each, before the first step."""
+from support import levels, plan
+
+# ---------------------------------------------------------------- train_vae.py
+
+# The side of the smallest images of which the layers of these networks leave anything.
+SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
+
+
+def before_training(cfg, vae):
+    """raises: SystemExit with the first sentence that applies"""
+    check_sizes(cfg, vae)
+    check_alignment(cfg, vae)
+    levels.check(cfg.keep_levels, vae.C, vae.D)
+    if cfg.D and cfg.train == "blocks" and is_judged(cfg):
+        raise SystemExit("--train=blocks freezes the layer by which the GAN is weighted; give --gan=0")
+    if cfg.D and cfg.train == "up" and cfg.adaptive_align:
+        raise SystemExit("--train=up freezes the layer by which the alignment is weighted; give "
+                         "--adaptive_align=False")
+    if cfg.D and cfg.rescale and cfg.detail_dropout == 1:
+        raise SystemExit("--rescale=True divides by 1 - detail_dropout: wanted --detail_dropout below 1")
+
+
+def is_aligned(cfg):
+    """Is there anything to align, and to what?  Without details (D = 0), only where a teacher is named."""
+    return cfg.D > 0 or cfg.teacher != "base"
+
+
+def is_judged(cfg):
+    """Does the discriminator ever start?"""
+    return cfg.gan > 0 and cfg.disc_start < cfg.steps
+
+
+def check_sizes(cfg, vae):
+    """raises: SystemExit with one sentence if images, or crops of them, do not fit the VAE."""
+    side = vae.f if cfg.D else vae.f * cfg.r       # a base VAE is mostly trained on small images
+    for name, pixels in [("image_size", cfg.image_size)] + [("crop", side) for side in cfg.crop]:
+        if pixels % side:
+            fits = max(1, round(pixels / side)) * side
+            raise SystemExit(f"--{name}={pixels}: this VAE takes multiples of {side}; give --{name}={fits}")
+    shrunk = 1 if cfg.D else cfg.r
+    seen = cfg.image_size // shrunk
+    if cfg.crop and max(cfg.crop) > seen:
+        raise SystemExit(f"--crop={max(cfg.crop)} is larger than --image_size={cfg.image_size}"
+                         f"{f' / {shrunk}' if shrunk > 1 else ''}; give less")
+    seen = min([seen, *cfg.crop])
+    smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if is_judged(cfg) else 1)
+    if seen < smallest:
+        raise SystemExit(f"--image_size={cfg.image_size}, --crop: images of {seen} pixels; wanted "
+                         f"{smallest} or more, or --gan=0 and --perceptual=none")
+
+
+def check_alignment(cfg, vae):
+    """raises: SystemExit if the projection cannot lead to the teacher's channels, or the distance needs it"""
+    if not is_aligned(cfg):
+        return
+    if cfg.project == "mean" and cfg.teacher != "base":
+        raise SystemExit("--project=mean groups details by the base's channels, and --teacher= names another "
+                         "teacher; give --project=conv, or --project=raw with --distance=vf")
+    if cfg.project == "raw" and cfg.distance == "mse" and (cfg.teacher != "base" or vae.C != vae.D):
+        raise SystemExit("--project=raw leaves the latent other channels than the teacher has, and "
+                         "--distance=mse compares channel by channel; give --distance=vf")
+
+
+# ---------------------------------------------------------------- finetune.py
+
+
+def check_base(cfg, vae, base, num_classes):
+    """raises: SystemExit with one sentence if the base model does not fit the VAE, the images or flags."""
+    if (base.cfg.C, base.cfg.D) != (vae.C, 0):
+        raise SystemExit(f"{cfg.base}: takes {base.cfg.C} base and {base.cfg.D} detail channels; wanted a "
+                         f"base model of {cfg.vae}'s {vae.C} channels")
+    check_text(cfg, f"{cfg.base}: a {type(base).__name__}", type(base.cfg))
+    if not cfg.text and base.cfg.num_classes < num_classes:
+        raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
+    p, side = base.cfg.p, cfg.image_size // vae.f
+    grid = getattr(base.cfg, "grid", side // p)                    # MMDiT takes any
+    if side != grid * p:
+        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {grid}x{grid} tokens of {p}x{p} "
+                         f"latent pixels; with {cfg.vae} give --image_size={grid * p * vae.f}")
+
+
+def check_text(cfg, what, ModelConfig):
+    """raises: SystemExit if a transformer of texts gets none, or one of classes gets texts or adapters."""
+    takes_text = plan.takes_text(ModelConfig)
+    if takes_text and not cfg.text:
+        raise SystemExit(f"{what} draws from texts; give them with --text=")
+    if not takes_text and (cfg.text or cfg.lora):
+        raise SystemExit(f"{what} takes neither texts nor adapters; leave --text= and --lora= out")

@@ -1,0 +1,92 @@
+"""Channels in an order of importance: what DC-AE 1.5 calls structured latents and augmented training.
+
+Some steps hide the last channels of that order: from the decoder while the VAE trains, so that the first ones
+learn to do without them (Eq. 1); from the transformer's input, output and target in stage 2, so that it
+learns the first ones by themselves, too (Eq. 2). Levels are numbers of channels that are shown. Each image
+draws its own, all entries of the list being equally likely; one that stands there twice comes twice as often.
+
+Of a DA-VAE only details are hidden, and levels count these: (0, 32, 64, 96) for D = 96. The order goes
+through the groups of Eq. (3) in turn: the first detail of every group, then the second of every group, and so
+on. Without details (D = 0, the pure form) levels count the latent's channels, which are in order as they are.
+
+Differs from DC-AE 1.5, where one level is drawn for a whole step: an image of its own draw has the same mean,
+and less noise. And their scripts also keep a level's weights by slicing, which is right for patches of one
+latent pixel only; hiding is the same, for any patch.
+"""
+import torch
+import torch.nn.functional as F
+
+# An arbitrary number, by which these draws have a generator of their own: with or without them, images, noise
+# and times of a step are the same.
+APART = 0x1E7E15
+
+
+def importance(groups, channels):
+    """The place of each channel in the order, 0 first: (channels,), for `groups` equal groups of them."""
+    index = torch.arange(channels)
+    size = channels // groups
+    return index % size * groups + index // size
+
+
+def seen(keep, groups, channels):
+    """1 where a channel is among the `keep` first of the order, 0 where it is hidden.
+
+    keep: an int, or (B,);  returns (B, channels, 1, 1) float32, B = 1 for an int
+    """
+    keep = torch.as_tensor(keep).view(-1, 1)
+    mask = importance(groups, channels).to(keep.device) < keep
+    return mask.float()[:, :, None, None]
+
+
+def seen_of_all(keep, C, D):
+    """The same for z_all of C base channels, always seen, and D details; D = 0: of C channels."""
+    if D == 0:
+        return seen(keep, C, C)
+    return F.pad(seen(keep, C, D), (0, 0, 0, 0, C, 0), value=1.0)             # (B, C+D, 1, 1)
+
+
+def dropout(x, cfg):
+    """Detail dropout, in the authors' code: (B, 1, 1, 1), 0 for an image whose details are hidden, else 1.
+
+    Two levels, none or all, and the shared random numbers. cfg: a DAVAEConfig; rescale makes the 1 larger.
+    """
+    seen = torch.rand(len(x), 1, 1, 1, device=x.device) >= cfg.detail_dropout
+    return seen / (1 - cfg.detail_dropout) if cfg.rescale else seen
+
+
+def draw(levels, B, device):
+    """(B,) of the levels, independent and uniform; the generator of everything else is left as it is."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() ^ APART)
+    chosen = torch.randint(len(levels), (B,), generator=generator)
+    return torch.tensor(levels)[chosen].to(device)
+
+
+def masked(model, mask):
+    """A transformer whose input and output are multiplied by `mask` (B, C+D, 1, 1): it neither sees nor says
+    anything of hidden channels.
+    """
+    def hide(x_t, t, *cond, **options):
+        return model(x_t * mask, t, *cond, **options) * mask
+    return hide
+
+
+def share(mask, D, w):
+    """(B, 1, 1, 1): times this, a mean over all channels becomes one over those that are shown.
+
+    With weight w on details, as in Eq. (13). DC-AE 1.5's code so divides, where its Eq. 2 does not.
+    """
+    weights = mask.new_ones(1, mask.shape[1], 1, 1)
+    if D:
+        weights[:, -D:] = w
+    return weights.sum() / (weights * mask).sum(dim=1, keepdim=True)
+
+
+def check(levels, C, D, flag="--keep_levels"):
+    """The levels.   raises: SystemExit with one sentence if a latent of C + D channels has no such level"""
+    least, most = (0, D) if D else (1, C)
+    for k in levels:
+        if not least <= k <= most:
+            what = "detail channels" if D else "channels"
+            given = ",".join(map(str, levels))
+            raise SystemExit(f"{flag}={given}: wanted numbers of {what}, {least} to {most}; {k} is none")
+    return levels

@@ -1,0 +1,120 @@
+"""VA-VAE's vision-foundation (VF) loss: a latent is drawn towards features by cosines, with margins.
+
+    L_mcos = mean over i     of relu(1 - m1 - cos(s_i, f_i))                 the same position of both
+    L_mdms = mean over i, j  of relu(|cos(s_i, s_j) - cos(f_i, f_j)| - m2)   all pairs within an image
+
+s: the student, a latent (perhaps projected); f: the teacher, without gradient. Where a margin is met, the
+gradient is exactly zero. Cosines see directions only: lengths are free, other than under the squared distance
+of DA-VAE's Eq. (4). The formulas and margins are those of VA-VAE's code (Yao et al., 2025).
+
+The teacher is the base latent (ours), or a vision transformer (`Teacher`), as in VA-VAE.
+"""
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from support import hub
+from support.text import LOADING_ERRORS, first_line, import_transformers
+
+# Of more positions than MOST, a new DRAWN of them in each step: the matrix of 4,096 has 64 MiB an image.
+MOST = 1024
+DRAWN = 512
+APART = 0x5F3759                  # a generator of their own, so that a step's other random numbers stay
+
+
+def vf_loss(s, f, margins):
+    """{"mcos": L_mcos, "mdms": L_mdms}, each () float32, whatever autocast says.
+
+    s: (B, K, h, w), f: (B, K', h, w). L_mdms needs no common K; where they differ, there is no L_mcos.
+    margins: (m1, m2), in [0, 2]
+    """
+    m1, m2 = margins
+    with torch.autocast(s.device.type, enabled=False):
+        s = F.normalize(s.float().flatten(2), dim=1, eps=1e-12)               # (B, K, N), unit columns
+        f = F.normalize(f.detach().float().flatten(2), dim=1, eps=1e-12)
+        if s.shape[2] > MOST:
+            generator = torch.Generator().manual_seed(torch.initial_seed() ^ APART)
+            some = torch.randperm(s.shape[2], generator=generator)[:DRAWN].to(s.device)
+            s, f = s[:, :, some], f[:, :, some]
+        difference = s.mT @ s - f.mT @ f                                      # (B, N, N)
+        terms = {"mdms": F.relu(difference.abs() - m2).mean()}
+        if s.shape[1] == f.shape[1]:
+            terms["mcos"] = F.relu(1 - m1 - (s * f).sum(dim=1)).mean()
+    return terms
+
+
+class Teacher(nn.Module):
+    """A frozen vision transformer of a local folder, DINOv2 or MAE, as VA-VAE shows images to it.
+
+    An image comes in [-1, 1] as the VAE sees it (ImageNet's mean and std are not applied), bilinearly resized
+    so that the transformer's patches are the VAE's latent positions: 256 pixels at f16 to 224, 16 x 16
+    patches of 14. Features are the last ones, after the final norm, without the class token. The table of
+    positions is resized as timm does it for VA-VAE: bicubic, antialiased.
+
+    folder: as transformers' `save_pretrained` writes it, or its name on Hugging Face
+    raises: SystemExit with one sentence if it is no such folder, or transformers is missing
+    """
+
+    def __init__(self, folder):
+        super().__init__()
+        self.net = load_transformer(folder).eval().requires_grad_(False)
+        self.width = self.net.config.hidden_size
+        self.patch = self.net.config.patch_size
+        self.is_mae = self.net.config.model_type == "vit_mae"
+        if self.is_mae:
+            self.net.config.mask_ratio = 0.0          # it would hide most of its patches
+        embeddings = self.net.embeddings
+        self.table = embeddings.position_embeddings.detach().clone()          # (1, 1 + n*n, width)
+
+    def train(self, mode=True):
+        return super().train(False)                   # frozen: no dropout, whatever the VAE does
+
+    @torch.no_grad()
+    def forward(self, x, side):
+        """(B, 3, H, H) in [-1, 1] -> (B, width, side, side), `side` being that of the VAE's latent."""
+        self.resize_positions(side)
+        pixels = side * self.patch
+        if x.shape[-1] != pixels:
+            x = F.interpolate(x, (pixels, pixels), mode="bilinear", align_corners=False)
+        options = {}
+        if self.is_mae:                               # in order, and not shuffled as in its own training
+            options["noise"] = torch.linspace(0, 1, side**2, device=x.device).expand(len(x), -1)
+            options["interpolate_pos_encoding"] = True
+        features = self.net(x, **options).last_hidden_state                   # (B, 1 + side^2, width)
+        return features[:, 1:].mT.unflatten(2, (side, side))
+
+    def resize_positions(self, side):
+        """Make the table one of side x side patches, which the transformer then takes as it is."""
+        embeddings = self.net.embeddings
+        if embeddings.position_embeddings.shape[1] == 1 + side**2:
+            return
+        table = self.table.to(embeddings.position_embeddings.device)
+        first, grid = table[:, :1], table[:, 1:]
+        n = round(grid.shape[1] ** 0.5)
+        grid = F.interpolate(grid.mT.unflatten(2, (n, n)), (side, side), mode="bicubic", antialias=True)
+        table = torch.cat([first, grid.flatten(2).mT], dim=1)
+        embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
+
+
+def load_transformer(folder):
+    """The DINOv2 or MAE of a folder, by transformers.   raises: SystemExit with one sentence"""
+    folder = hub.local(folder, "clip")
+    config = Path(folder) / "config.json"
+    if not config.exists():
+        raise SystemExit(f"--teacher={folder}: has no config.json; wanted `base`, or a folder with a DINOv2 "
+                         "or MAE as transformers saves it")
+    kind = json.loads(config.read_text()).get("model_type")
+    if kind not in ("dinov2", "vit_mae"):
+        raise SystemExit(f"--teacher={folder}: holds a model of type {kind!r}; wanted dinov2 or vit_mae")
+    AutoModel, = import_transformers("AutoModel")
+    try:
+        net, found = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except LOADING_ERRORS as error:
+        raise SystemExit(f"--teacher={folder}: cannot be loaded ({first_line(error)})") from None
+    missing = sorted(found["missing_keys"])
+    if missing:                                       # transformers would only warn, and take random numbers
+        raise SystemExit(f"--teacher={folder}: lacks {len(missing)} tensors, the first {missing[0]}")
+    return net

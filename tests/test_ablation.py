@@ -1,0 +1,129 @@
+"""experiments/ablation.py: which commands make an arm, what counts as a difference, and the report."""
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import finetune
+import train_vae
+from experiments import ablation
+from experiments.ablation import ARMS, JUDGED, Config, commands, number, verdict
+from support import config
+
+
+def line(arm, seed, fd, psnr=19.0, row="samples"):
+    """A cell's line with these numbers in it."""
+    samples = {row: {"Probe-FD": fd, "Probe-KID": 0.01}, "base only, bicubic": {"Probe-FD": 1.5}}
+    return {"arm": arm, "seed": seed, "seconds": 60, "commands": [],
+            "reconstruction": {"DA-VAE": {"psnr": psnr, "Probe-FD": 0.5}},
+            "samples, cfg 1": samples, "samples, cfg 2": samples,
+            "curves": {"base": [[10, 20], [0.4, 0.3]], "detail": [[10, 20], [0.9, 0.5]]}}
+
+
+def cells_of(**arms):
+    """{arm: {seed: line}} of the distances of each arm, seed by seed."""
+    return {name.replace("_", " "): {seed: line(name, seed, fd) for seed, fd in enumerate(values)}
+            for name, values in arms.items()}
+
+
+@pytest.mark.parametrize("values,said", [
+    ((0.5, 0.6, 0.7), "better than paper"),                           # each 0.3 below; the range is 0.2
+    ((1.1, 1.2, 1.3), "worse than paper"),
+    ((0.7, 0.8, 0.9), "no difference"),                               # the same sign, but less than the range
+    ((0.1, 0.2, 1.1), "no difference"),                               # much on the mean, not with every seed
+])
+def test_a_difference_counts_with_the_same_sign_for_every_seed_and_beyond_the_papers_own_range(values, said):
+    cells = cells_of(paper=(0.8, 0.9, 1.0), no_alignment=values)
+    assert verdict(cells, "no alignment").endswith(said)
+    assert verdict(cells, "paper") == ""
+
+
+def test_arms_are_compared_seed_by_seed_where_both_have_the_seed():
+    cells = cells_of(paper=(0.8, 0.9), no_alignment=(0.3, 0.4, 5.0))
+    assert verdict(cells, "no alignment") == "-0.500, 2 of 2 below: better than paper"
+    assert verdict(cells_of(paper=(0.8,), no_alignment=(0.3,)), "no alignment") == ""     # one seed is none
+
+
+@pytest.mark.parametrize("preset", ["tiny", "photos"])
+def test_every_arm_is_a_command_line_that_the_scripts_take(preset, monkeypatch):
+    cfg = Config(preset=preset, base="taef2", data_dir="my photos", eval_dir="eval", lpips_trunk="net.pth")
+    scripts = {"train_vae.py": train_vae, "finetune.py": finetune}
+    made = set()
+    for name in ARMS:
+        trained, run = commands(cfg, name, 3)
+        for command in trained:
+            script, *words = shlex.split(command)
+            module = scripts[script]
+            parsed = config.cli(module.Config, module.PRESETS, argv=words)
+            assert parsed.seed == 3
+        assert parsed.out == run                                      # the last one is measured
+        made.add((run, trained[-1]))
+    assert len(made) == len(ARMS)                                     # no two arms are the same run
+
+
+def test_an_arm_changes_what_it_says_and_shares_the_rest_of_its_seed():
+    cfg = Config()
+    paper, _ = commands(cfg, "paper", 0)
+    no_schedule, _ = commands(cfg, "no schedule", 0)
+    no_alignment, _ = commands(cfg, "no alignment", 0)
+    scratch, _ = commands(cfg, "scratch, equal compute", 0)
+    assert no_schedule[:-1] == paper[:-1] and "--N=0" in no_schedule[-1]
+    assert set(paper[:2]) <= set(no_alignment) and "--align=0" in no_alignment[2]
+    assert paper[2] in no_alignment                                   # the same base DiT
+    presets = finetune.PRESETS
+    assert f"--steps={presets['tiny']['steps'] + presets['tiny-base']['steps']}" in scratch[-1]
+    assert "--base= " in scratch[-1] and not any("tiny-base --" in c and "finetune" in c for c in scratch)
+
+
+def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
+    cells = [line("paper", 0, 0.8), line("paper", 1, 0.9), line("no schedule", 0, 0.4),
+             line("no schedule", 1, 0.5), line("paper", 1, 1.0)]      # a cell that was run once more
+    half = line("half size", 0, 1.2, row="base only, bilinear")
+    del half["curves"]["detail"]
+    path = tmp_path / "tiny.jsonl"
+    path.write_text("".join(json.dumps(cell) + "\n" for cell in [*cells, half]))
+    found = ablation.main(Config(results=str(tmp_path), report=True))
+    assert number(found["paper"][1], JUDGED) == 1.0
+    text = (tmp_path / "tiny.md").read_text()
+    assert "| paper | the method | 2 |" in text and "0.9 (0.8 to 1)" in text
+    assert "-0.450, 2 of 2 below: better than paper" in text
+    assert "| half size |" in text and "1.2 (1.2 to 1.2)" in text
+    assert Image.open(tmp_path / "tiny.png").width == 1600
+
+
+def test_losses_are_means_of_five_rows_of_the_log(tmp_path):
+    rows = [{"step": n, "base": float(n), "detail": 2.0} for n in range(1, 13)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ablation.curves(tmp_path) == {"base": [[5, 10, 12], [3.0, 8.0, 11.5]],
+                                         "detail": [[5, 10, 12], [2.0, 2.0, 2.0]]}
+
+
+def test_what_cannot_be_run_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="--arms: 'papers' is none of paper, no alignment"):
+        ablation.main(Config(arms="papers", results=str(tmp_path)))
+    with pytest.raises(SystemExit, match="has no cells yet; run without --report=True"):
+        ablation.main(Config(report=True, results=str(tmp_path)))
+
+
+def test_levels_of_the_arms_are_those_of_the_presets():
+    for preset, given in ablation.LEVELS.items():
+        known = {f.name: f.default for f in fields(train_vae.Config)} | train_vae.PRESETS[preset]
+        assert given.endswith(f",{known['D']}") and len(given.split(",")) == 4
+
+
+@pytest.mark.slow
+def test_two_arms_run_from_nothing_and_only_what_is_missing_runs_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--steps=2 --images=16 --batch_size=4 --micro_batch=4 --log_every=1 --save_every=0 --device=cpu "
+             "--dtype=float32")
+    cfg = Config(arms="paper,space to depth", seeds=(0,), n=20, results=str(tmp_path / "results"),
+                 train_flags=flags)
+    found = ablation.main(cfg)
+    assert set(found) == {"paper", "space to depth"} and "loss by time" in found["paper"][0]
+    lines = Path("results/tiny.jsonl").read_text()
+    monkeypatch.setattr(ablation, "execute", lambda command: pytest.fail("run again"))
+    ablation.main(cfg)
+    assert Path("results/tiny.jsonl").read_text() == lines
