@@ -79,6 +79,7 @@ TOY = {
     "--lpips_trunk=squeezenet1_1_features.pth": "",
     "python experiments/sizes.py out/photos-vae --data_dir=kodak --images=6 "
     "--lpips_trunk=squeezenet1_1_features.pth": "--sizes=64,0 --halvings=0",
+    "python experiments/budget.py": "",
     "python finetune.py imagenet512 --dry_run=True": "",
     "python finetune.py sd35m-1024 --dry_run=True": "",
     "python finetune.py sd35m-2048 --dry_run=True": "",
