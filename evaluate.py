@@ -453,10 +453,10 @@ def large_enough(batches, dataset, least):
 
 @dataclass
 class ReportConfig:
-    run: str = field("out/tiny", "a run of finetune.py or of train_vae.py, with D > 0; or a step folder")
+    run: str = field("out/tiny", "a run of finetune.py or of train_vae.py, with D > 0; or a step of it")
     out: str = field("", "the HTML file; empty: <run>/report.html")
-    data_dir: str = field("", "images to reconstruct; empty: drawings of another seed, the VAE's --val_dir, or "
-                              "training images, and the page says which")
+    data_dir: str = field("", "images to reconstruct; empty: drawings of another seed, or what the VAE was "
+                              "validated on, which may be training images: the page says so")
     images: int = field(8, "images to reconstruct", within=(1, 24))
     n: int = field(20, "samples to draw, for a run of finetune.py", within=(1, 100))
     seed: int = field(0, "of the samples' noise", within=(0, 2**64 - 1))
@@ -519,7 +519,7 @@ def draw_latents(cfg, run, text):
     own = run.config["config"]
     known = run.config["model"].get("num_classes", 0)
     classes = np.linspace(0, known - 1, min(10, known)).round().astype(int).tolist()
-    chosen = sample.Config(run=cfg.run, n=cfg.n, seed=cfg.seed, weights=cfg.weights, steps=own["sample_steps"],
+    chosen = sample.Config(n=cfg.n, seed=cfg.seed, weights=cfg.weights, steps=own["sample_steps"],
                            classes=tuple(classes))
     settings = sample.settings_of(chosen, run.config, run.checkpoint)
     if text is None:

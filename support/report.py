@@ -71,7 +71,7 @@ class Report:
 
 
 def write(report, path):
-    """Write the page.   raises: ValueError if it cannot be made small enough; OSError where the disk refuses"""
+    """Write the page.   raises: ValueError if it cannot be made small enough; OSError if the disk refuses"""
     dial = Dial(report)
     qualities = QUALITIES if report.x.shape[-1] <= SMALL else QUALITIES[1:]
     for quality in qualities:
@@ -101,7 +101,7 @@ def render(report, dial, quality):
         "sentences": "\n".join(f'<p class="lead">{text(sentence)}</p>' for sentence in sentences(report)),
         "facts": definitions(facts(report), "facts"),
         "run": text(report.folder),
-        "r": str(report.vae.r),
+        "small_side": small_side(report.vae.r),
         "side": str(min(size, SIDE)),
         "pixels": "pixels" if size <= SMALL else "",
         "sheets": "\n".join(dial.sheets(quality)),
@@ -116,7 +116,7 @@ def sentences(report):
     """What the run is, in three sentences."""
     vae, own, model = report.vae, report.about["config"], report.about["model"]
     size = f"{own['image_size']} × {own['image_size']} pixels"
-    side = "half the side" if vae.r == 2 else f"1/{vae.r} of the side"
+    side = small_side(vae.r)
     images = f"{own['images']:,} built-in drawings"
     if own["data_dir"] != "procedural":
         images = own["data_dir"]
@@ -132,8 +132,8 @@ def sentences(report):
     if report.samples is None:
         positions = (own["image_size"] // vae.f)**2
         return [f"A DA-VAE: beside the {vae.C} channels of a frozen base VAE, {own['base']}, which sees the "
-                f"image at {side}, stand {vae.D} detail channels, computed on the full-size image and aligned "
-                "to them.",
+                f"image at {side}, stand {vae.D} detail channels, computed on the full-size image and "
+                "aligned to them.",
                 f"An image of {size} becomes {positions} latent positions of {vae.C + vae.D} numbers, where "
                 f"the base VAE would need {positions * vae.r**2} positions of {vae.C}{quality}.",
                 f"It was trained for {length} on {images}."]
@@ -147,11 +147,17 @@ def sentences(report):
     if "warm_start" in run:
         trained = (f"Before its first step it differed from that model by {run['warm_start']}; then it was "
                    f"fine-tuned for {length} on {images}.")
-    return [f"A {model['kind']} of {report.samples.parameters / 1e6:.1f} million parameters that draws {drawn} "
-            f"at {size}, as {report.samples.tokens} tokens; it started {before}.",
+    drawer, samples = model["kind"], report.samples
+    return [f"A {drawer} of {samples.parameters / 1e6:.1f} million parameters that draws {drawn} at {size}, "
+            f"as {samples.tokens} tokens; it started {before}.",
             f"To the {vae.C} base channels, computed on the image at {side}, it adds {vae.D} detail channels "
             f"of a DA-VAE, computed on the image at full size{quality}.",
             trained]
+
+
+def small_side(r):
+    """How large the base image is, in words."""
+    return "half the side" if r == 2 else f"1/{r} of the side"
 
 
 def summaries(report):
@@ -389,7 +395,7 @@ def reduced(x, side):
 # {number in log.jsonl: its name on the page}
 FLOW = {"base": "base", "detail": "detail", "w": "w(n)"}
 AUTOENCODER = {
-    "DA-VAE: mean |x − x̂|, and distance of the details' group means to the base": {"align": "align", "l1": "L1"},
+    "DA-VAE: mean |x − x̂|, and the alignment of group means to the base": {"align": "align", "l1": "L1"},
     "DA-VAE: LPIPS": {"lpips": "LPIPS"},
     "DA-VAE: KL divergence of the details": {"kl": "KL"},
 }
@@ -400,8 +406,8 @@ def losses_section(report):
     charts = []
     davae = run_folder(report.folder)
     if report.samples:
-        charts.append(chart("Flow loss: mean (v − v*)² of base and detail channels; w(n), the details' weight",
-                            logged(davae, FLOW), wide=True))
+        title = "Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details"
+        charts.append(chart(title, logged(davae, FLOW), wide=True))
         davae = Path(report.about["config"]["vae"])
     for title, names in AUTOENCODER.items():
         charts.append(chart(title, logged(davae, names)))
@@ -425,9 +431,10 @@ HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "positions": "lat
 
 def measurements_section(report):
     """The latest entry of metrics.json, with its settings; nothing but the command where there is none."""
+    command = f"<code>python evaluate.py {text(report.folder)}</code>"
     entries = read_entries(run_folder(report.folder) / "metrics.json")
     if not entries:
-        return {"measured": "Not measured yet; this command does it:", "tables": "", "settings": "",
+        return {"measured": f"Not measured yet: {command} does it.", "tables": "", "settings": "",
                 "settings_without": "hidden"}
     entry = entries[-1]
     settings = entry["settings"]
@@ -435,10 +442,12 @@ def measurements_section(report):
               "generation": f"{settings.get('n', 0):,} samples"}
     tables = [scores(counts[name], entry[name]) for name in counts if entry.get(name)]
     known = {name: value for name, value in settings.items() if value not in ("", None)}
-    said = "An arrow says which way is better; the best number of a column is bold. Measured by"
+    machine = text(settings.get("ran_on", "an unknown machine"))
+    said = (f"Measured by {command} on {machine}. An arrow says which way is better; the best number of a "
+            "column is bold.")
     stale = out_of_date(run_folder(report.folder), entry)
     if stale:
-        said = f"Careful: {text(stale)}. Measured by"
+        said += f" Careful, {text(stale)}."
     return {"measured": said, "tables": "\n".join(tables), "settings": definitions(known, "settings"),
             "settings_without": ""}
 
