@@ -36,8 +36,8 @@ def fill(template, sections, places):
 
 
 def text(words):
-    """Words as they stand in HTML."""
-    return html.escape(str(words))
+    """Words as they stand in HTML; what is no UTF-8, in the name of a folder, is ?."""
+    return html.escape(str(words).encode("utf-8", "replace").decode())
 
 
 def attribute(thing):
@@ -72,7 +72,10 @@ def definitions(values, style):
 def picture(pixels, quality):
     """uint8 (H, W, 3) as a data URI.   quality: WebP's, 100: lossless"""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", lossless=quality == 100, quality=quality)
+    if quality == 100:                             # then the other number is effort; 100 takes 3 times
+        Image.fromarray(pixels).save(file, "WEBP", lossless=True, quality=50)
+    else:
+        Image.fromarray(pixels).save(file, "WEBP", quality=quality)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 

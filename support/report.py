@@ -106,7 +106,7 @@ def render(report, dial, quality):
         "pixels": "pixels" if size <= SMALL else "",
         "sheets": "\n".join(dial.sheets(quality)),
     }
-    return fill((Path(__file__).parent / "report.html").read_text(), sections, everywhere)
+    return fill((Path(__file__).parent / "report.html").read_text("utf-8"), sections, everywhere)
 
 
 # ---------------------------------------------------------------- what this run is
@@ -114,45 +114,62 @@ def render(report, dial, quality):
 
 def sentences(report):
     """What the run is, in three sentences."""
-    vae, own, model = report.vae, report.about["config"], report.about["model"]
-    size = f"{own['image_size']} × {own['image_size']} pixels"
-    side = small_side(vae.r)
-    images = f"{own['images']:,} built-in drawings"
-    if own["data_dir"] != "procedural":
-        images = own["data_dir"]
-    davae, run = summaries(report)
-    quality = ""
-    if "psnr" in davae:
-        quality = (f"; validation images come back at {davae['psnr']:.2f} dB with them, and at "
-                   f"{davae['psnr_base']:.2f} dB from the base channels alone")
-    length = f"{run.get('steps', own['steps']):,} steps"
-    if "seconds" in run:
-        length += f" ({duration(run['seconds'])})"
-
     if report.samples is None:
-        positions = (own["image_size"] // vae.f)**2
-        return [f"A DA-VAE: beside the {vae.C} channels of a frozen base VAE, {own['base']}, which sees the "
-                f"image at {side}, stand {vae.D} detail channels, computed on the full-size image and "
-                "aligned to them.",
-                f"An image of {size} becomes {positions} latent positions of {vae.C + vae.D} numbers, where "
-                f"the base VAE would need {positions * vae.r**2} positions of {vae.C}{quality}.",
-                f"It was trained for {length} on {images}."]
-
+        return sentences_of_autoencoder(report)
+    vae, own, model, samples = report.vae, report.about["config"], report.about["model"], report.samples
+    side = small_side(vae.r)
     kind = plural(model.get("num_classes", 0), "class")
-    drawn = "images" if kind == "1 class" else f"images of {'texts' if own.get('text') else kind}"
-    before = f"from {own['base']}, which drew {side} with as many tokens"
-    if not own["base"]:
-        before = "from random weights"
-    trained = f"It was trained for {length} on {images}."
+    drawn = "images" if kind == "1 class" else f"images of {kind}"
+    if own.get("text"):
+        drawn = "images of texts"
+    before = "from random weights"
+    if own["base"]:
+        before = f"from {own['base']}, which drew {side} with as many tokens"
+    _, run = summaries(report)
+    trained = "It was trained for"
     if "warm_start" in run:
-        trained = (f"Before its first step it differed from that model by {run['warm_start']}; then it was "
-                   f"fine-tuned for {length} on {images}.")
-    drawer, samples = model["kind"], report.samples
-    return [f"A {drawer} of {samples.parameters / 1e6:.1f} million parameters that draws {drawn} at {size}, "
-            f"as {samples.tokens} tokens; it started {before}.",
-            f"To the {vae.C} base channels, computed on the image at {side}, it adds {vae.D} detail channels "
-            f"of a DA-VAE, computed on the image at full size{quality}.",
-            trained]
+        trained = f"Before its first step it differed from that model by {run['warm_start']}; then came"
+    return [
+        f"A {model['kind']} of {samples.parameters / 1e6:.1f} million parameters that draws {drawn} at "
+        f"{own['image_size']} × {own['image_size']} pixels, as {plural(samples.tokens, 'token')}; it started "
+        f"{before}.",
+        f"To the {vae.C} base channels, computed on the image at {side}, it adds {vae.D} detail channels of "
+        f"a DA-VAE, computed on the image at full size{quality_of(report)}.",
+        f"{trained} {length_of(report)}."]
+
+
+def sentences_of_autoencoder(report):
+    vae, own = report.vae, report.about["config"]
+    positions = (own["image_size"] // vae.f)**2
+    return [
+        f"A DA-VAE: beside the {vae.C} channels of a frozen base VAE, {own['base']}, which sees the image at "
+        f"{small_side(vae.r)}, stand {vae.D} detail channels, computed on the full-size image and aligned to "
+        "them.",
+        f"An image of {own['image_size']} × {own['image_size']} pixels becomes {positions} latent positions "
+        f"of {vae.C + vae.D} numbers, where the base VAE would need {positions * vae.r**2} positions of "
+        f"{vae.C}{quality_of(report)}.",
+        f"It was trained for {length_of(report)}."]
+
+
+def quality_of(report):
+    """What the DA-VAE was validated to give, as the end of a sentence."""
+    davae, _ = summaries(report)
+    if "psnr" not in davae:
+        return ""
+    return (f"; validation images come back at {davae['psnr']:.2f} dB with them, and at "
+            f"{davae['psnr_base']:.2f} dB from the base channels alone")
+
+
+def length_of(report):
+    """How long, and on what, the run was trained."""
+    own = report.about["config"]
+    _, run = summaries(report)
+    images = own["data_dir"]
+    if images == "procedural":
+        images = f"{own['images']:,} built-in drawings"
+    if "seconds" not in run:
+        return f"{own['steps']:,} steps, which are not all made yet, on {images}"
+    return f"{run['steps']:,} steps ({duration(run['seconds'])}) on {images}"
 
 
 def small_side(r):
