@@ -20,7 +20,14 @@ from PIL import Image
 
 from support import config, figures, runs
 from support.data import to_uint8
-from support.measurements import HIGHER_IS_BETTER, LOWER_IS_BETTER, out_of_date, read_entries, run_folder
+from support.measurements import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    out_of_date,
+    read_entries,
+    run_folder,
+    step_measured,
+)
 from support.metrics import psnr, upsampled
 from support.page import attribute, chart, definitions, duration, fill, img, picture, plural, table, text
 
@@ -450,6 +457,8 @@ def measurements_section(report):
     """The latest entry of metrics.json, with its settings; nothing but the command where there is none."""
     command = f"<code>python evaluate.py {text(report.folder)}</code>"
     entries = read_entries(run_folder(report.folder) / "metrics.json")
+    if run_folder(report.folder) != Path(report.folder):           # one step of the run
+        entries = [entry for entry in entries if step_measured(entry) == Path(report.folder).name]
     if not entries:
         return {"measured": f"Not measured yet: {command} does it.", "tables": "", "settings": "",
                 "settings_without": "hidden"}
@@ -462,7 +471,7 @@ def measurements_section(report):
     machine = text(settings.get("ran_on", "an unknown machine"))
     said = (f"Measured by {command} on {machine}. An arrow says which way is better; the best number of a "
             "column is bold.")
-    stale = out_of_date(run_folder(report.folder), entry)
+    stale = out_of_date(report.folder, entry)
     if stale:
         said += f" Careful, {text(stale)}."
     return {"measured": said, "tables": "\n".join(tables), "settings": definitions(known, "settings"),
@@ -538,7 +547,7 @@ def commands_section(report):
         below = (f"<pre>{text(stage.command)}</pre>\n<details><summary>All settings</summary>"
                  f"{definitions(stage.settings, 'settings')}</details>")
         if not stage.command:
-            result = "weights that were given, not trained by these scripts"
+            result = "weights that were given; or a run that is not here any more"
             below = ""
         items.append(f'<li><h3><code>{text(stage.folder)}</code></h3>\n<p class="note">{text(result)}</p>'
                      f"{below}</li>")
