@@ -335,7 +335,6 @@ def main(cfg):
     del base                                                       # its memory is wanted
     if not cfg.shard:
         share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
-
     autocast = ranks.autocast(cfg.dtype, device)
     for n, (z_all, y) in run.steps(latents(run.start)):
 
@@ -370,6 +369,8 @@ def main(cfg):
     summary = run.finish("DA-VAE DiT" if cfg.D else "base DiT")
     if rank == 0:
         figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out])
+        import evaluate                                            # which stands no lower than this script
+        evaluate.report_at_the_end(cfg, condition.text)
     return summary
 
 
