@@ -40,23 +40,24 @@ from support.usit import USiTConfig
 # ---------------------------------------------------------------- the method: widening
 
 
-def widen(in_proj, out_proj, D):
+def widen(in_proj, out_proj, D, p=None):
     """Zero-initialised companions of a transformer's first and last layer: P', O' for D channels.  Sec. 3.2.
 
-    in_proj:  the patch embedder, a Conv2d C -> E whose stride is its kernel;  add P_new(z_d) to its output
+    in_proj:  the patch embedder, a Conv2d C -> E of stride p, or a Linear p*p*C -> E;  add P_new(z_d) to it
     out_proj: the head, a Linear E -> p*p*C;  concatenate O_new(x), unpatchified by itself, after its channels
     returns:  P_new (no bias: in_proj has it) and O_new, on the device and in the dtype of in_proj
 
-    Zeros do not stall the training: the base loss reaches P_new, through the whole model;
-    the detail loss reaches O_new.
+    Zeros do not stall the training: the base loss reaches P_new, through the whole model; the other, O_new.
     """
-    p = in_proj.kernel_size[0]
     like = dict(device=in_proj.weight.device, dtype=in_proj.weight.dtype)
-    P_new = nn.Conv2d(D, in_proj.out_channels, p, stride=p, bias=False, **like)
-    O_new = nn.Linear(out_proj.in_features, p * p * D, **like)
-    nn.init.zeros_(P_new.weight)
-    nn.init.zeros_(O_new.weight)
-    nn.init.zeros_(O_new.bias)
+    if isinstance(in_proj, nn.Linear):                                     # which does not show p
+        P_new = nn.Linear(p * p * D, in_proj.out_features, bias=False, **like)
+    else:
+        p = in_proj.kernel_size[0]
+        P_new = nn.Conv2d(D, in_proj.out_channels, p, stride=p, bias=False, **like)
+    O_new = nn.Linear(out_proj.in_features, p * p * D, bias=out_proj.bias is not None, **like)
+    for parameter in (*P_new.parameters(), *O_new.parameters()):
+        nn.init.zeros_(parameter)
     return P_new, O_new
 
 
@@ -78,7 +79,7 @@ class Transformer(nn.Module):
             raise ValueError(f"already expanded by D={self.cfg.D} channels; start from the base model again")
         if D < 1:
             raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
-        self.P_new, self.O_new = widen(self.P, self.O, D)
+        self.P_new, self.O_new = widen(self.P, self.O, D, self.cfg.p)
         self.cfg = replace(self.cfg, D=D)
 
     def square(self, z_all):
@@ -398,6 +399,7 @@ class MMDiT(DiT):
     returns: v (B, C+D, h, w) float32
     raises:  ValueError for a latent of another shape
     """
+    lora_targets = ("x.attn.qkv", "x.attn.proj", "x.attn2.qkv", "x.attn2.proj", "x.mlp.fc2", "x.adaLN")
 
     def __init__(self, cfg):
         blocks = [JointBlock(cfg, dual=i < cfg.dual, last=i == cfg.depth - 1) for i in range(cfg.depth)]
@@ -625,10 +627,7 @@ def rope_table(grid, K):
     return angle.cos().float(), angle.sin().float()
 
 
-# ---------------------------------------------------------------- adapters: LoRA, for SD3.5
-
-# The layers of each block that get an adapter
-LORA_TARGETS = ("x.attn.qkv", "x.attn.proj", "x.attn2.qkv", "x.attn2.proj", "x.mlp.fc2", "x.adaLN")
+# ---------------------------------------------------------------- adapters: LoRA, for models of text
 
 
 class LoRA(nn.Module):
@@ -652,17 +651,18 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, r=256, alpha=256.0):
-    """Put adapters of rank r into an MMDiT, in place; freeze all but them and P, P_new, O, O_new.  Sec. 4.
+    """Put adapters of rank r into a model, in place; freeze all but them and P, P_new, O, O_new.  Sec. 4.
 
-    As the paper does for SD3.5. B starts at zero, so nothing changes until training does.
-    Text-side layers and the first layer of each MLP stay frozen.
+    Into the layers of each block that `lora_targets` names: as the paper for SD3.5, whose text-side layers
+    and first layer of each MLP stay frozen. B starts at zero, so nothing changes until training does.
     """
     model.requires_grad_(False)
     for layer in (model.P, model.O, model.P_new, model.O_new):
         if layer is not None:
             layer.requires_grad_(True)
     for block in model.blocks:
-        targets = [(name, layer) for name, layer in block.named_modules() if name in LORA_TARGETS]
+        layers = [(name, layer) for name, layer in block.named_modules() if name in model.lora_targets]
+        targets = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
         for name, linear in targets:
             parent, _, leaf = name.rpartition(".")
             parts = 3 if leaf == "qkv" else 1

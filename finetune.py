@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dit import MODELS, MMDiT, MMDiTConfig, add_lora, kind_of, warm_start_difference
+from dit import MODELS, add_lora, kind_of, warm_start_difference
 from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
@@ -47,7 +47,7 @@ class Config:
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents
-    data_dir: str = field("procedural", "a folder of images or latent shards; 'procedural': built-in images")
+    data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built in")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
     flip: bool = field(True, "mirror half of the images")
@@ -56,7 +56,7 @@ class Config:
     detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")
     # model
     D: int = field(96, "detail channels, the VAE's; 0: a base DiT, on the base channels", within=(0, 4096))
-    base: str = field("", "the pretrained DiT to widen: a run or released weights; empty: from scratch")
+    base: str = field("", "the DiT to widen: a run, released weights or their org/name; empty: none")
     base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
                               choices=("", "ema", "model"))
     model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS, as USiT")
@@ -101,6 +101,7 @@ class Config:
     shift: float = field(0.3, "time shift of the pictures and sample.py's default", within=(0.001, 1000))
     grid: str = field("plain", "time grid of the pictures and sample.py's default", choices=("plain", "sd3"))
     sample_steps: int = field(50, "Euler steps of the pictures", within=(1, 1_000_000))
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
     dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
 
 
@@ -148,6 +149,15 @@ PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
 # Tab. S1; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
+
+# FLUX.2 klein (support/diffusers_dit.py), of the kind that is not distilled; FLUX.2's own shift; not run
+PRESETS["klein-1024"] = PRESETS["sd35m-1024"] | dict(
+    out="out/klein-1024", vae="out/klein-vae", base="FLUX.2-klein-base-4B", text="out/klein-text",
+    model="Flux2", t5_tokens=512, D=96, lora=128, micro_batch=4, cfg=4.0, shift=0.18, grid="plain",
+    sample_steps=50)
+# r = 4; not run
+PRESETS["klein-2048"] = PRESETS["klein-1024"] | dict(
+    out="out/klein-2048", vae="out/klein-2048-vae", image_size=2048)
 
 # DC-AE 1.5's recipe for USiT-H, on a DA-VAE of DC-AE f32c32: 64 tokens; clip and flip are ours; not run
 PRESETS["usit-base"] = dict(
@@ -419,11 +429,12 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
 
 
 def share_frozen(dit, ema, rounded):
-    """Let the EMA use the model's own frozen weights; if `rounded`, matrices in bfloat16, as in autocast."""
+    """Let the EMA use the model's own frozen weights; if `rounded`, in bfloat16 what autocast would round."""
+    for layer in dit.modules():
+        if rounded and isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.bfloat16()
     for p, e in zip(dit.parameters(), ema.parameters()):
         if not p.requires_grad:
-            if rounded and p.ndim > 1:
-                p.data = p.data.bfloat16()
             e.data = p.data
 
 
@@ -503,26 +514,15 @@ def description(cfg, dit, train_set):
 
 
 def dry_run(cfg):
-    """Print what a run would be, on DC-AE (USiT), VA-VAE (other `model`s) or SD3.  Returns the numbers."""
+    """Print what a run would be, of models of their published sizes.  Returns the numbers."""
+    import train_vae
     with torch.device("meta"):                                     # shapes alone: no memory, no weights
-        if cfg.text:
-            C, f, texts = 16, 16, 77 + cfg.t5_tokens               # on SD3's VAE
-            model = MMDiT(MMDiTConfig(C=C, D=cfg.D))
-            cond = [torch.empty(1, texts, model.cfg.context), torch.empty(1, model.cfg.pooled)]
-        else:
-            C, texts = 32, 0
-            f = 64 if cfg.model == "USiT" else 32
-            model = new_dit(cfg, C, f, num_classes=1000)
-            cond = [torch.zeros(1, dtype=torch.long)]
-        side = cfg.image_size // f
-        if cfg.image_size % (f * model.cfg.p):
-            raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of {f * model.cfg.p}")
-        inputs = [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond]
+        model, inputs, r = plan.published(cfg, MODELS, new_dit, train_vae.PRESETS)
         forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
         _, step, kept = cost(model, inputs)
-    return plan.show(cfg, model, C + cfg.D, side, texts, forward, step, kept)
+    return plan.show(cfg, model, inputs, r, forward, step, kept)
 
 
 # ---------------------------------------------------------------- saving, pictures, the end

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
 from davae import align_loss, base_image, group_mean
 from kernels import choose
-from support import checks, config, data, figures, identity, levels, ranks, runs
+from support import checks, config, data, figures, held_out, identity, levels, ranks, runs
 from support.bases import TinyBlock, WideBlock
 from support.config import field
 from support.dcae import EViTBlock, ResBlock
@@ -39,7 +39,7 @@ class Config:
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data
-    data_dir: str = field("procedural", "a folder of images, or 'procedural' for the built-in ones")
+    data_dir: str = field("procedural", "a folder of images or tar shards; procedural: built-in ones")
     val_dir: str = field("", "held-out images; empty: built-in ones, or training images")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
@@ -48,7 +48,7 @@ class Config:
     halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
     # model
-    base: str = field("", "the frozen base VAE: a file, a folder or a run; D = 0: where to start, or empty")
+    base: str = field("", "the frozen base VAE: a path or org/name; D = 0: where to start, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
     train: str = field("all", "all; not the detail encoder (the authors' SD3 script); nor the down block; or "
@@ -102,6 +102,7 @@ class Config:
     stats: int = field(10_000, "training images for the latent statistics", at_least=1)
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
+    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
 
 
 PRESETS = {
@@ -136,6 +137,11 @@ PRESETS = {
         kl=1e-7, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
         beta2=0.999, detail_dropout=0.0, fit="random"),
 }
+# FLUX.2's VAE, as sd35m; not run
+PRESETS["klein"] = PRESETS["sd35m"] | dict(
+    out="out/klein-vae", base="FLUX.2-klein-base-4B", D=96, fit="closed")
+# 2,048 pixels with the latents of 512; not run
+PRESETS["klein-2048"] = PRESETS["klein"] | dict(out="out/klein-2048-vae", image_size=2048, r=4, crop=(1024,))
 # the start of photos in closed form and nothing else: one step that moves nothing
 PRESETS["photos-quick"] = PRESETS["photos"] | dict(
     out="out/photos-quick-vae", perceptual="none", steps=1, lr=0.0)
@@ -340,7 +346,7 @@ def main(cfg):
         nets.disc.requires_grad_(False)            # but in its own step
 
     # a disk that is too small shows now, not after hours
-    val = data.validation_images(cfg, train_set).to(device)
+    val = held_out.validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
     part = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
     choose.before_training(run, device, part, lambda x, _: vae(training_batch(x, 1, cfg)))
@@ -391,7 +397,7 @@ def main(cfg):
     if run.start == cfg.steps:                     # a job that was cut off between its last save and here
         validate(run, cfg.steps, vae, val)
     with autocast:
-        vae.measure(data.statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
+        vae.measure(held_out.statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
     save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
@@ -475,7 +481,7 @@ def freeze(vae, train):
 def start_in_closed_form(cfg, vae, train_set, device, rank):
     """Fit the new blocks, and say how well.  Each rank does it all; DDP then goes on with rank 0's."""
     with ranks.autocast(cfg.dtype, device):
-        images = data.fitting_images(cfg, vae, train_set, device, rank)
+        images = held_out.fitting_images(cfg, vae, train_set, device, rank)
         pixels = cfg.fit == "pixels"
         found = fit_new_blocks(vae, images, 0.0 if pixels else cfg.fit_align, pixels)
     if rank == 0:

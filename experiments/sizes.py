@@ -5,6 +5,7 @@ Each image is looked at in crops, whole, halved, and, with --tiled=, repeated by
     base only     the base channels alone, bicubically enlarged
     closed form   the run's step 0, if it began so and still has it (--save_every=0 keeps it)
     trained       the run
+    <other>       another DA-VAE of that base, by its folder: --other=out/photos-quick-vae, the start alone
     full size     the base VAE on all pixels, r^2 times the positions: what the closed form takes details from
 
 A model that learned the size of its training images as well is further behind full size at other sizes.
@@ -12,7 +13,8 @@ A model that learned the size of its training images as well is further behind f
     python experiments/sizes.py out/tiny-vae --sizes=32,0 --images=100
 
 Writes sizes.json (of each size and decoding the mean over crops; dB behind full size, ratio to its LPIPS) and
-sizes_images.png (the same pixels, in the middle of the first images, from three of the sizes).
+sizes_images.png (the same pixels, in the middle of the first images, from three of the sizes). With
+--sizes=48,0 --tiled=256 it is the picture of docs/closed_form.md.
 """
 import sys
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from tqdm import tqdm
 import evaluate
 from davae import base_image
 from experiments import shared
-from support import data, metrics, ranks, runs, weights
+from support import data, figures, metrics, ranks, runs, weights
 from support.config import field
 from support.measurements import run_folder
 from train_vae import reconstruct
@@ -40,6 +42,7 @@ class Config(shared.Config):
                          within=(0, 16_384), count=(1, 12))
     halvings: int = field(2, "also whole images halved, up to so many times", within=(0, 6))
     tiled: int = field(0, "also whole images repeated to squares of this side; 0: not", within=(0, 16_384))
+    shown: int = field(2, "images in the picture", within=(0, 100))
     lpips_trunk: str = field("", "local weight file of SqueezeNet, to measure LPIPS as well")
     dtype: str = field("auto", "of the VAEs' products", choices=("auto", "float32", "bfloat16"))
 
@@ -93,13 +96,13 @@ def tiled(x, side):
 
 
 @torch.no_grad()
-def decodings(vae, start, dtype, x):
-    """{name: what became of x (B, 3, H, W)}, in [-1, 1].   start: the DAVAE in closed form, or None"""
+def decodings(vae, others, dtype, x):
+    """{name: what became of x (B, 3, H, W)}, in [-1, 1].   others: {name: DAVAE}, decoded besides"""
     rows = {}
     with ranks.autocast(dtype, x.device):
         rows["base only"], trained = reconstruct(vae, x)
-        if start is not None:
-            rows["closed form"] = start.decode(start.encode(x))
+        for name, other in others.items():
+            rows[name] = other.decode(other.encode(x))
         rows["trained"] = trained
         rows["full size"] = vae.base.decode(vae.base.encode(x))
     return {name: y.float().clamp(-1, 1) for name, y in rows.items()}
@@ -140,22 +143,39 @@ def summarise(scores):
 
 
 def strips(shown, side):
-    """{row: (1, 3, side, side)}: the same pixels of what `measure` gave, at three sizes that have them."""
+    """{size: {name: (1, 3, side, side)}}: the same pixels of what `measure` gave, at three sizes of all."""
     sizes = [size for size, rows in shown.items() if "/" not in size and min(rows["input"].shape[2:]) >= side]
     found = {}
     for k in sorted({0, len(sizes) // 2, len(sizes) - 1} if sizes else ()):
-        for name, y in shown[sizes[k]].items():
-            found[f"{sizes[k]}, {name}"] = middle(y, side, side)
+        found[sizes[k]] = {name: middle(y, side, side) for name, y in shown[sizes[k]].items()}
     return found
 
 
-def closed_form(run):
-    """The DAVAE in closed form that the run began with; None, with a word, where there is none."""
+def draw(pictures, path):
+    """The `strips` of some images as one picture: for each size a row per image, a column per decoding."""
+    cells = {}
+    for size in pictures[0]:
+        for i, found in enumerate(pictures):
+            for name, y in found[size].items():
+                cells[size, name, i] = y
+    x = torch.cat(list(cells.values()))
+    labels = [f"{size}, {name}" for size, name, _ in cells]
+    columns = len(found[size])
+    figures.save_grid(x, path, columns, max(1, 192 // x.shape[-1]), labels)
+
+
+def others(run, other):
+    """{name: DAVAE} beside the run: the closed form that it began with, if it still has it, and --other."""
+    found = {}
     step = run_folder(run.folder) / "step_000000"
     if run.dit is None and run.config["config"].get("fit") == "closed" and step.exists():
-        return weights.load_davae(step).to(run.device, memory_format=torch.channels_last)
-    print(f"{run.folder}: no rows 'closed form'; wanted --fit=closed, and step_000000 kept (--save_every=0)")
-    return None
+        found["closed form"] = weights.load_davae(step)
+    elif not other:
+        print(f"{run.folder}: no rows 'closed form'; wanted --fit=closed, and step_000000 kept "
+              "(--save_every=0), or --other=, a run of photos-quick")
+    if other:
+        found[Path(other).name] = weights.load_davae(other)
+    return {name: vae.to(run.device, memory_format=torch.channels_last) for name, vae in found.items()}
 
 
 def images_of(run, cfg):
@@ -177,22 +197,22 @@ def main(cfg):
     for side in filter(None, (*cfg.sizes, cfg.tiled)):
         if side % f or side < least:
             raise SystemExit(f"--sizes, --tiled: {side} pixels; wanted multiples of {f}, {least} or more")
-    start = closed_form(run)
+    beside = others(run, cfg.other)
     window = min([128, run.config["config"]["image_size"], *filter(None, cfg.sizes)])
 
-    decode = partial(decodings, run.vae, start, cfg.dtype)
-    scores, pictures = {}, {}
-    for i, x in enumerate(tqdm(images_of(run, cfg), desc="images", mininterval=1)):
+    decode = partial(decodings, run.vae, beside, cfg.dtype)
+    scores, pictures = {}, []
+    for x in tqdm(images_of(run, cfg), desc="images", mininterval=1):
         found = {size: view.to(run.device) for size, view in views(x, cfg, f, least).items()}
-        shown = measure(decode, found, lpips, scores)
-        rows = strips(shown, window) if i < 6 else {}
-        if rows.keys() == pictures.keys() or not pictures:
-            for row, image in rows.items():
-                pictures.setdefault(row, []).append(image)
+        shown = strips(measure(decode, found, lpips, scores), window)
+        if len(pictures) < cfg.shown and shown and (not pictures or shown.keys() == pictures[0].keys()):
+            pictures.append(shown)
     if not scores:
         raise SystemExit(f"{cfg.data_dir}: no image can be read and is as large as one of --sizes; give less")
-    pictures = {row: torch.cat(images) for row, images in pictures.items()}
-    return shared.write("sizes", cfg, run, summarise(scores), pictures=pictures)
+    table = shared.write("sizes", cfg, run, summarise(scores))
+    if pictures:
+        draw(pictures, Path(cfg.out or cfg.run) / "sizes_images.png")
+    return table
 
 
 if __name__ == "__main__":

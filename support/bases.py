@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from davae import AutoencoderKL, BaseVAE, normalise
-from support import dcae
+from support import dcae, flux2
 
 # ---------------------------------------------------------------- TAEF2
 
@@ -163,6 +163,33 @@ class SoftClamp(nn.Module):
         return 3 * torch.tanh(z / 3)
 
 
+# ---------------------------------------------------------------- FLUX.2
+
+
+class AutoencoderKLFlux2(AutoencoderKL):
+    """FLUX.2's VAE: an AutoencoderKL, f8, 32 channels, whose latents are normalised in blocks of 2x2 pixels.
+
+    FLUX.2's transformer takes patches of 2x2 latent pixels. Its pipeline unshuffles them into 128 channels,
+    and normalises those, by the running statistics of a BatchNorm that the VAE's file holds: so each of the
+    four pixels of a block has statistics of its own (diffusers 0.42.1, pipeline_flux2_klein.py).
+
+    Here the patches are the transformer's (p = 2, support/diffusers_dit.py), and the normalisation is the
+    VAE's: a latent keeps 32 channels at f8, and what the pipeline's statistics do to it is the last layer of
+    `to_moments` and undone by the first of `from_latent`. Why not 128 channels at f16? Details stand in C
+    groups (Eq. 3): of 32 there may be 32, 64, 96, of 128 none fewer than 128; the closed form of
+    support/fit.py has (9 r^2 C)^2 moments, 16 times as many; and TAEF2 speaks these very latents, at f8, with
+    32 channels, so that the two are bases for the same transformer. Why not in the transformer? The noise of
+    x_t is that of the normalised latent.
+
+    `mean` and `std` stay 0 and 1, as TAEF2's; trained as a plain VAE (D = 0) they are measured, as usual.
+    """
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.to_moments = nn.Sequential(*self.to_moments, flux2.NormaliseBlocks(cfg.C))
+        self.from_latent = nn.Sequential(flux2.UnnormaliseBlocks(cfg.C), *self.from_latent)
+
+
 # ---------------------------------------------------------------- DC-AE
 
 
@@ -202,6 +229,7 @@ class DCAE(BaseVAE):
 
 BASES = {
     "AutoencoderKL": AutoencoderKL,
+    "AutoencoderKLFlux2": AutoencoderKLFlux2,
     "TAEF2": TAEF2,
     "DCAE": DCAE,
 }

@@ -1,7 +1,5 @@
 """Which settings do not fit together, or not the models: one sentence each, before the first step."""
-import dataclasses
-
-from support import levels
+from support import levels, plan
 
 # ---------------------------------------------------------------- train_vae.py
 
@@ -84,7 +82,7 @@ def check_base(cfg, vae, base, num_classes):
 
 def check_text(cfg, what, ModelConfig):
     """raises: SystemExit if a transformer of texts gets none, or one of classes gets texts or adapters."""
-    takes_text = "context" in {f.name for f in dataclasses.fields(ModelConfig)}
+    takes_text = plan.takes_text(ModelConfig)
     if takes_text and not cfg.text:
         raise SystemExit(f"{what} draws from texts; give them with --text=")
     if not takes_text and (cfg.text or cfg.lora):

@@ -1,14 +1,18 @@
 """Images, from files or drawn: cropped to squares, and in batches that a resumed run reads on exactly.
 
-A folder of images is a data set (`ImageFolder`), and so is every class that keeps the contract in `Dataset`.
+A folder of images is a data set (`ImageFolder`), and one of tar shards (`ImageShards`), and so is every class
+that keeps the contract in `Dataset`.
 Pixels are uint8 (S, S, 3) while they are read and put into batches; `to_tensor` makes them (B, 3, S, S) in
 [-1, 1] for the models.
 """
 import functools
 import hashlib
+import io
 import itertools
+import json
 import math
 import os
+import re
 import struct
 import sys
 from collections import Counter, deque
@@ -17,9 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
-from tqdm import tqdm
 
-from support import identity
+from support import identity, shards
 from support.captions import read_captions, shown
 from support.drawings import SCENES, draw, make_textures
 
@@ -64,7 +67,8 @@ class Dataset:
         exact(i)     as image(i), but None if image i cannot be read; image(i) may put another in its place
         classes      list of the classes' names, that of label k at k; [] if there are none
         captions     list of N strings, "" where an image has none; None if no image has one
-        paths        list of N image files, for those who `read` whole images; None if there are none
+        paths        N image files, or other names, for those who `read` whole images; None if there are none
+        load(i)      image i as it is, a PIL image in RGB; here from paths[i]
         bad          {path: reason} of the files that were found to be unreadable so far
         fingerprint  a digest of images and labels
         left_out     {ending: count} of the files in its folder that it does not use
@@ -101,6 +105,9 @@ class Dataset:
     def exact(self, i):
         return self.image(i)
 
+    def load(self, i):
+        return load_image(self.paths[i])
+
     def report(self, path, reason, then):
         """Keep a file in `bad`, and name it on stderr, unless another thread was first to do so.
 
@@ -131,12 +138,15 @@ class Dataset:
 
 
 def open_dataset(data_dir, size, length=6000, seed=0):
-    """The data set that `data_dir` means: "" or "procedural" the built-in one, anything else a folder.
+    """The data set that `data_dir` means: "" or "procedural" the built-in one, else a folder or its shards.
 
     size: of the square images; length, seed: of the built-in set
+    raises: ValueError if it is no folder, or there are no images
     """
     if data_dir in ("", "procedural"):
         return Procedural(size, length, seed)
+    if has_shards(data_dir):
+        return ImageShards(data_dir, size)
     return ImageFolder(data_dir, size)
 
 
@@ -158,19 +168,21 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def load_image(path):
+def load_image(path, raw=None):
     """An image file (of an animation, the first frame) as RGB PIL image, turned upright by its EXIF data.
 
+    raw: its bytes, where it is no file of its own
     raises: ValueError naming the file and the reason
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if raw is None else io.BytesIO(raw)) as file:
             most = Image.MAX_IMAGE_PIXELS or math.inf
             if file.width * file.height > most:                     # Pillow itself would only warn
                 raise ValueError(f"{file.width}x{file.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
             return to_rgb(ImageOps.exif_transpose(file))
     except UnidentifiedImageError:
-        reason = "its bytes are no image" if os.path.getsize(path) else "the file is empty"
+        size = os.path.getsize(path) if raw is None else len(raw)
+        reason = "its bytes are no image" if size else "the file is empty"
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
     raise ValueError(f"cannot read the image {shown(path)}: {reason}")
@@ -235,14 +247,47 @@ def listed(counts):
     return ", ".join(parts[:10]) + (", ..." if len(parts) > 10 else "")
 
 
-class ImageFolder(Dataset):
+class ImageFiles(Dataset):
+    """Images as somebody saved them, centre-cropped to `size`: what folders and shards have in common.
+
+    An unreadable one is named once on stderr, kept in `bad`, and replaced by the next readable image; where
+    10 and 1 % of all prove unreadable, that is a ValueError.
+    """
+
+    def image(self, i):
+        """Image i as uint8 (size, size, 3) with its label; if it is unreadable, the next one that is not."""
+        for j in range(i, i + len(self)):
+            j = j % len(self)               # after the last image comes the first
+            row = self.exact(j, "the next image takes its place")
+            if row is not None:
+                return row
+            most = max(10, len(self) / 100)
+            if len(self.bad) >= min(len(self), most):
+                first = "; ".join(list(self.bad.values())[:3])
+                raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, "
+                                 f"repair or remove them; the first: {first}")
+
+    def exact(self, i, then="it is left out"):
+        """Image i as uint8 (size, size, 3) with its label; None if it is unreadable.
+
+        then: what becomes of it, as in `report`
+        """
+        path = self.paths[i]
+        if path in self.bad:
+            return None
+        try:
+            return np.asarray(center_crop(self.load(i), self.size)), int(self.labels[i])
+        except ValueError as error:
+            self.report(path, str(error), then)
+
+
+class ImageFolder(ImageFiles):
     """The images below `root`, centre-cropped to `size`.
 
     Sub-folders are classes, numbered in the order of their names as torchvision does; a folder without
-    sub-folders has no classes. An unreadable file is named once on stderr, kept in `bad`, and replaced by the
-    next readable image. Files that are no images, captions or lists of captions are counted in `left_out`.
-    raises: ValueError if there are no images or a class is empty; also when 10 files and 1 % of all prove
-    unreadable
+    sub-folders has no classes. Files that are no images, captions or lists of captions are counted in
+    `left_out`.
+    raises: ValueError if there are no images or a class is empty
     """
 
     def __init__(self, root, size):
@@ -300,36 +345,86 @@ class ImageFolder(Dataset):
             print(f"{shown(root)}: all images of its classes lie in folders of their own; if those are the "
                   f"classes, give {shown(os.path.join(root, self.classes[0]))}", file=sys.stderr)
 
-    def image(self, i):
-        """Image i as uint8 (size, size, 3) with its label; if it is unreadable, the next one that is not."""
-        for j in range(i, i + len(self)):
-            j = j % len(self)               # after the last image comes the first
-            row = self.exact(j, "the next image takes its place")
-            if row is not None:
-                return row
-            most = max(10, len(self) / 100)
-            if len(self.bad) >= min(len(self), most):
-                first = "; ".join(list(self.bad.values())[:3])
-                raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, "
-                                 f"repair or remove them; the first: {first}")
-
     @functools.cached_property
     def fingerprint(self):
         """Of the files themselves; a class is the folder in a file's name."""
         return identity.of_files(self.paths, self.root)
 
-    def exact(self, i, then="it is left out"):
-        """Image i as uint8 (size, size, 3) with its label; None if it is unreadable.
 
-        then: what becomes of it, as in `report`
-        """
-        path = self.paths[i]
-        if path in self.bad:
-            return None
+# ---------------------------------------------------------------- a folder of tar shards
+
+
+def has_shards(folder):
+    """Is it a folder of tar shards: *.tar in it, and no image that is a file of its own?
+
+    raises: ValueError for shards that cannot be read where they are
+    """
+    folder = os.fspath(folder)
+    if re.match(r"\w+://|pipe:", folder) or re.search(r"\{.*\}.*\.tar", folder):
+        raise ValueError(f"{shown(folder)}: wanted a folder on this machine, its *.tar are read by seeking; "
+                         "copy or mount it first, by a pipe of your own")
+    if os.path.isfile(folder) and folder.endswith(".tar"):
+        raise ValueError(f"{shown(folder)}: wanted the folder that it lies in, whose *.tar are read together")
+    if not os.path.isdir(folder):
+        return False
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith((".tar", ".tar.gz", ".tgz"))]
+        if not names or any(map(is_image, itertools.chain.from_iterable(find_files(folder).values()))):
+            return False
+    except OSError:                         # ImageFolder will say what is wrong
+        return False
+    if not any(name.endswith(".tar") for name in names):
+        raise ValueError(f"{shown(folder)}: its shards are compressed, and cannot be read by seeking; unpack "
+                         "them to .tar (gunzip *.tar.gz)")
+    return True
+
+
+class ImageShards(ImageFiles):
+    """The images in the *.tar of a folder, in webdataset's layout (support/shards.py), as if in a folder.
+
+    What is no whole sample is named once, and counted in `bad`; so is a shard that is cut off.
+    raises: ValueError if there are no images
+    """
+
+    def __init__(self, root, size):
+        self.root = os.fspath(root)
+        self.size = size
+        self.index = shards.read_index(self.root, EXTENSIONS)
+        self.left_out = self.index.left_out
+        self.bad = dict(self.index.faults)
+        for name, reason in list(self.bad.items())[:3]:
+            print(f"{shown(os.path.join(self.root, name))}: {reason}", file=sys.stderr)
+        if len(self.bad) > 3:
+            print(f"{shown(self.root)}: and {len(self.bad) - 3} more like these", file=sys.stderr)
+        if not len(self.index):
+            raise ValueError(f"{shown(self.root)}: no images in its {len(self.index.tars)} shards "
+                             f"({listed(self.left_out) or 'nothing whole'}); wanted NAME.jpg or the like, "
+                             "NAME without dots, and NAME.cls or NAME.txt")
+        self.labels, self.classes = shards.classes_of(self.index)
+        captions = list(self.index.captions)
+        self.captions = captions if any(captions) else None
+        self.paths = self.index.names
+
+    def load(self, i):
         try:
-            return np.asarray(center_crop(load_image(path), self.size)), int(self.labels[i])
-        except ValueError as error:
-            self.report(path, str(error), then)
+            raw = self.index.read(i)
+        except OSError as error:
+            raise ValueError(f"cannot read {shown(self.paths[i])}: {error.strerror}") from None
+        return load_image(self.paths[i], raw)
+
+    def summary(self):
+        return f"{super().summary()}; in {len(self.index.tars)} shards"
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Of names, sizes and classes of all images, and of the contents of at most a thousand shards."""
+        index = self.index
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for array in (index.names.text, index.size, self.labels):
+            digest.update(np.ascontiguousarray(array))
+        every = math.ceil(len(index.tars) / identity.AT_MOST)
+        tars = [os.path.join(self.root, name) for name in index.tars[::every]]
+        return identity.of_text(digest.hexdigest() + identity.of_files(tars, self.root))
 
 
 # ---------------------------------------------------------------- the built-in set
@@ -452,7 +547,7 @@ def exact_whole(dataset, multiple, i):
     if path in dataset.bad:
         return None
     try:
-        image = np.array(load_image(path))
+        image = np.array(dataset.load(i))
         x = crop_to_multiple(image, multiple)
         if min(x.shape[:2]) < SMALLEST:
             least = -(-SMALLEST // multiple) * multiple
@@ -498,47 +593,3 @@ def to_uint8(x):
     """
     x = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
     return x.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-# ---------------------------------------------------------------- what stage 1 looks at besides its batches
-
-
-def fitting_images(cfg, vae, train_set, device, rank):
-    """What the closed form reads: evenly spaced training images, 20 latent pixels for each of its unknowns.
-
-    Yields batches (B, 3, H, W) in [-1, 1], of at most 16 images and a megapixel, but one image at least.
-    """
-    unknowns = 9 * (vae.C + vae.D) + 1                             # of the up block, for each feature
-    n = math.ceil(20 * unknowns * vae.f**2 / cfg.image_size**2)
-    index = torch.linspace(0, len(train_set) - 1, min(n, len(train_set))).long()
-    size = min(16, max(1, 1024**2 // cfg.image_size**2))
-    title = f"{cfg.out}: fitting the new blocks"
-    for part in tqdm(index.split(size), desc=title, disable=rank > 0, mininterval=1):
-        x, _ = stack(train_set, part.tolist())
-        yield to_tensor(x).to(device)
-
-
-def statistics_images(cfg, train_set, device, rank, world):
-    """Batches of this rank's share of the first cfg.stats training images."""
-    mine = range(min(cfg.stats, len(train_set)))[rank::world]
-    for k in range(0, len(mine), cfg.micro_batch):
-        x, _ = stack(train_set, mine[k:k + cfg.micro_batch])
-        yield to_tensor(x).to(device)
-
-
-def validation_images(cfg, train_set, n=64):
-    """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
-
-    At most n, and four megapixels of them, but 8 at least. Built-in images need no --val_dir: held out are
-    those of another seed.
-    """
-    n = min(n, max(8, 2048**2 // cfg.image_size**2))
-    held_out = train_set
-    if cfg.val_dir or cfg.data_dir == "procedural":
-        held_out = open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
-    index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
-    batches = [x for x, _, _ in read(held_out, index.tolist())]
-    if not batches:
-        raise SystemExit(f"{cfg.val_dir or cfg.data_dir}: none of the {len(index)} images for validation can "
-                         "be read")
-    return torch.cat(batches)

@@ -54,21 +54,34 @@ def weight_file(path):
         raise SystemExit(f"{path}: {absent(path)}")
     if not path.is_dir():
         return index_of(path) if is_shard(path) else path
+    try:
+        chosen, names = one_model(sorted(path.iterdir()))
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
+    if chosen is None:
+        raise SystemExit(f"{path}: {without_weights(path)}")
+    if len(names) > 1:
+        print(f"{path}: of {', '.join(names)} takes {chosen.name}; name another to have that")
+    return weight_file(chosen)                                     # it may be a link to nothing
+
+
+def one_model(inside):
+    """(the file to take of a folder's files, names of all variants of its model); (None, []) without weights.
+
+    raises: ValueError if there is more than one model
+    """
     found = {}                                                     # {model: [(rank, file)]}
-    for file in sorted(path.iterdir()):
+    for file in inside:
         if is_weights(file) or is_index(file):
             model, rank = variant(file.name)
             found.setdefault(model, []).append((rank, file))
     if not found:
-        raise SystemExit(f"{path}: {without_weights(path)}")
+        return None, []
     variants = sorted(next(iter(found.values())))
     names = [file.name for files in found.values() for _, file in files]
     if len(found) > 1 or len(variants) > 1 and variants[0][0] == variants[1][0]:
-        raise SystemExit(f"{path}: holds {len(names)} weight files {names}; name the one you mean")
-    chosen = variants[0][1]
-    if len(names) > 1:
-        print(f"{path}: of {', '.join(names)} takes {chosen.name}; name another to have that")
-    return weight_file(chosen)                                     # it may be a link to nothing
+        raise ValueError(f"holds {len(names)} weight files {names}; name the one you mean")
+    return variants[0][1], names
 
 
 def variant(name):
@@ -130,10 +143,6 @@ def absent(path):
         return f"a link to {os.readlink(path)}, which is not there; copy the file itself"
     if re.match(r"(https?|hf|s3|gs):/", str(path)):
         return "an address, wanted a local file or folder: download it first"
-    hub = re.match(r"[\w-][\w.-]*/[\w.-]+", str(path))             # organisation/model
-    if hub and not path.is_absolute() and not os.path.exists(path.parts[0]):
-        return ("no such file or folder here; if it is a model on Hugging Face, wanted a local folder: run  "
-                f"huggingface-cli download {hub[0]} --local-dir={path.parts[1]}  and give that")
     return "no such file or folder"
 
 

@@ -14,6 +14,7 @@ Every function that finds something wrong raises ValueError with one sentence, w
 support/weights.py, which opens the files, puts it in front.
 """
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -165,7 +166,10 @@ def bare(sd, marks):
 
 def import_vae(sd):
     """A public autoencoder -> (kind, state dict in our names but for the statistics, sizes)."""
-    sd = bare(sd, ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.11.pool.0.weight"))
+    sd = bare(sd, ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.11.pool.0.weight",
+                   "encoder.layers.11.pool.0.weight"))
+    if "encoder.layers.11.pool.0.weight" in sd:                # its one file on Hugging Face
+        sd = two_files_of_taef2(sd)
     if "encoder.11.pool.0.weight" in sd:                       # the wide blocks are what only TAEF2 has
         return "TAEF2", import_taef2(sd), {}
     ours = import_kl(sd)
@@ -294,6 +298,18 @@ def export_kl(vae, diffusers=False):
     for key, weight in theirs.items():
         if ".attentions." in key and weight.ndim == 4:            # see `as_conv`
             theirs[key] = weight[:, :, 0, 0]
+    return theirs
+
+
+def two_files_of_taef2(sd):
+    """taef2.safetensors -> the names of the two .pth files, whose decoder counts the tanh before it, too."""
+    theirs = {}
+    for key, weight in sd.items():
+        match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", key)
+        if match:
+            half, number, rest = match.groups()
+            key = f"{half}.{int(number) + (half == 'decoder')}.{rest}"
+        theirs[key] = weight
     return theirs
 
 

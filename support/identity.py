@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support import files, runs
+from support import files, hub, runs
 
 ALL_BYTES = 512 << 20      # so many bytes are read whole; of more, as many are read in pieces
 PIECE = 64 << 10
@@ -71,10 +71,14 @@ def of_text(text):
 def of_source(source, part=""):
     """Sixteen digits of the weights that a path leads to; None if there is nothing.
 
-    source: a run or checkpoint folder of ours, a weight file, or a folder of weight files
+    source: a run or checkpoint folder of ours, a weight file, a folder of weight files; or the name of one of
+            them on Hugging Face, which is fetched: it has the digest of what it is the name of
     part:   the folder in a diffusers pipeline that matters: vae or transformer
     """
-    path = Path(source)
+    try:
+        path = Path(hub.local(source, part))
+    except SystemExit:                                             # the load will say why
+        return None
     if not source or not path.exists():
         return None
     if path.is_dir() and runs.checkpoints(path):

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from support import data, files, ranks, runs
+from support import data, files, hub, ranks, runs
 from support.fit import ridge
 from support.runs import hash_of
 
@@ -298,6 +298,7 @@ def inception_features(weights, device):
 
     It sees the images rounded to uint8.   weights: its file pt_inception-2015-12-05-6726825d.pth.
     """
+    weights = hub.local(weights)
     state = runs.read_state_dict(weights)      # refuses a file that holds code; torch-fidelity would run it
     files.refuse_not_finite(state, weights)
     import_torchvision()
@@ -496,9 +497,10 @@ def clip_scorer(folder, device):
     """(score, hash of the model): score(x (B, 3, H, W) in [-1, 1], B texts) -> (B,).
 
     100 max(cos, 0) of CLIP's embeddings (Hessel et al., 2021).
-    folder: a CLIPModel and its processor, as transformers saves them.
+    folder: a CLIPModel and its processor, as transformers saves them, or their name on Hugging Face.
     raises: SystemExit if it is no such folder.
     """
+    folder = hub.local(folder, "clip")
     if not (Path(folder) / "config.json").exists():
         raise SystemExit(f"--clip={folder}: wanted a local folder of a CLIP model: config.json, weights, "
                          "tokenizer, processor")

@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import files, ranks
+from support import files, hub, ranks, trackers
 
 # ---------------------------------------------------------------- a run, as a training script holds it
 
 # Fields of a Config that change no trained model, but for rounding: never compared.
 NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile",
-             "log_every", "save_every", "dry_run"}
+             "log_every", "save_every", "track", "dry_run"}
 
 # Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
 SOURCES = {"data_dir", "val_dir", "vae", "base", "text", "lpips_trunk", "teacher"}
@@ -62,6 +62,7 @@ class Run:
     """
 
     def __init__(self, cfg, free, rank):
+        trackers.asked_for(cfg)                        # what is missing for them is told before all else
         self.cfg = cfg
         self.rank = rank
         self.done = is_finished(cfg)                   # all steps are made, and nothing is written any more
@@ -83,6 +84,8 @@ class Run:
             # "extra" was its name before 2026-11
             self.results = state["results"] if "results" in state else state["extra"]
         self.log = Log(cfg.out, rank, self.start, cfg.steps, cfg.log_every, cfg.batch_size)
+        self.trackers = [] if self.done else trackers.open_trackers(cfg, self.start, rank)
+        self.log.sinks += self.trackers
 
     def train_state(self):
         """What the checkpoint holds beside the weights: optimizers, step, seconds."""
@@ -144,6 +147,7 @@ class Run:
             if self.stopping and step + 1 < cfg.steps:
                 if self.rank == 0:
                     tqdm.write(f"{cfg.out}: stopped after step {step + 1}; the same command goes on")
+                self.close_trackers()
                 raise SystemExit(0)
         ranks.heed_signals(False)
 
@@ -179,8 +183,13 @@ class Run:
         if self.rank == 0:
             with disk_may_fail(must=True):
                 write_json(Path(self.cfg.out) / "summary.json", summary)
+        self.close_trackers()
         self.lock.release()
         return summary
+
+    def close_trackers(self):
+        for tracker in self.trackers:
+            tracker.close()
 
     def summary(self):
         """The summary of a run that is finished, said aloud."""
@@ -289,7 +298,7 @@ def make_if_missing(flag, cfg, script, PRESETS, Config, main):
             continue
         if flag in getattr(cfg, "given", ()) and read_summary(run).get("steps") == step_of(run):
             continue
-        same = {field: getattr(cfg, field) for field in ("device", "data_dir")}
+        same = {field: getattr(cfg, field) for field in ("device", "data_dir", "track")}
         if cfg.dtype != "auto":                    # else as the preset says
             same["dtype"] = cfg.dtype
         stage = Config(**{"preset": name, **values, **same})
@@ -522,14 +531,14 @@ def check_whole(path):
 
 def read_state_dict(source):
     """What a weight file holds: a .safetensors or torch file, a folder with one, shards and their index; a
-    dict as it is.
+    name on Hugging Face; a dict as it is.
 
     Pickles are memory-mapped, and nothing in them runs.
     raises: SystemExit saying what is wrong with the file
     """
     if isinstance(source, dict):
         return source
-    path = files.weight_file(Path(source))
+    path = files.weight_file(Path(hub.local(source)))
     check_whole(path)
     return files.read(path)
 

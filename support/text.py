@@ -1,10 +1,11 @@
-"""Texts as conditions, in SD3.5's way: three encoders, the cache of what they give, what a step takes of it.
+"""Texts as conditions: SD3.5's three encoders, the cache of what they give, what a step takes of it.
 
     python sample.py text ENCODERS --out=out/text --data_dir=photos    # captions of a folder, or --prompts=
 
 Texts are encoded once (`cache_text`), into a folder of safetensors shards; training and sampling read the
 shards (`TextCache`), so that T5 and the transformer never share a GPU. `Conditioner` gives a training step
 what its model takes beside the latent and the time: labels, or texts where the run's config has `text`.
+Other models' encoders are in support/diffusers_text.py.
 """
 import json
 import os
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import data, identity, ranks, runs
+from support import data, hub, identity, ranks, runs
 from support.captions import read_text, shown
 from support.config import field
+from support.diffusers_text import PIPELINES, kind_of_pipeline
 from support.metrics import import_torchvision
 
 # ---------------------------------------------------------------- conditions of a training step
@@ -67,7 +69,11 @@ class Conditioner:
 
 
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
-    """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first."""
+    """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first.
+
+    folder: may be the encoders' name on Hugging Face
+    """
+    folder = hub.local(folder, "text")
     if not (Path(folder) / "text_encoder").is_dir():
         return TextCache(folder, device, t5_tokens)
     shards = Path(out) / "text"
@@ -161,10 +167,11 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
 
     Each shard holds `context`, `pooled` and, as metadata, its prompts and what made it; a run that is cut off
     goes on after its last whole shard.
-    encoders: a diffusers folder with text encoders
+    encoders: a diffusers folder with text encoders, SD3.5's or one of PIPELINES, or its name on Hugging Face
     shard:    texts per file
     raises:   SystemExit if `out` was made by other encoders or with another t5_tokens, or the disk is small
     """
+    encoders = hub.local(encoders, "text")
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
     runs.make_folder(out)
     known = cached_prompts(out, made_by)
@@ -174,15 +181,15 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
         print(f"{out}: holds all {len(known)} texts already")
         return
 
-    parts = load_text_encoders(encoders, device)
-    say_what_is_cut(parts, todo, t5_tokens)
+    encode = open_encoders(encoders, device, t5_tokens)
+    encode.say_what_is_cut(todo)
     first = next_number(out)
     starts = range(0, len(todo), shard)
     for n, start in enumerate(tqdm(starts, desc=f"encoding text to {out}", mininterval=1), first):
         chunk = todo[start:start + shard]
         context, pooled = [], []
         for k in range(0, len(chunk), batch_size):
-            tokens, vector = encode_text(parts, chunk[k:k + batch_size], t5_tokens)
+            tokens, vector = encode(chunk[k:k + batch_size])
             context.append(tokens.cpu())
             pooled.append(vector.cpu())
             if start == 0 and k == 0:
@@ -239,6 +246,28 @@ LOADING_ERRORS = (
 )
 
 
+def open_encoders(folder, device, tokens):
+    """encode(prompts) -> (context (B, T, W), pooled (B, P)), by the encoders of a folder; on `device`."""
+    kind = kind_of_pipeline(folder)
+    if kind in PIPELINES:
+        return PIPELINES[kind](folder, device, tokens)
+    return SD3Text(folder, device, tokens)
+
+
+class SD3Text:
+    """SD3.5's three encoders as one call."""
+
+    def __init__(self, folder, device, t5_tokens):
+        self.parts = load_text_encoders(folder, device)
+        self.t5_tokens = t5_tokens
+
+    def __call__(self, prompts):
+        return encode_text(self.parts, prompts, self.t5_tokens)
+
+    def say_what_is_cut(self, prompts):
+        say_what_is_cut(self.parts, prompts, self.t5_tokens)
+
+
 def load_text_encoders(folder, device):
     """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5.
 
@@ -273,7 +302,7 @@ def import_transformers(*names):
     while cause.__cause__:                         # transformers wraps what went wrong in errors of its own
         cause = cause.__cause__
     if isinstance(cause, ModuleNotFoundError) and cause.name in ("torchvision", "transformers"):
-        raise SystemExit(f"{' and '.join(names)} need {cause.name}: pip install {cause.name}")
+        raise SystemExit(f"this needs {cause.name}: pip install {cause.name}")
     raise SystemExit(f"transformers cannot be imported ({first_line(cause)}); install the versions that "
                      "requirements.txt names")
 
@@ -367,11 +396,12 @@ def say_what_is_cut(parts, prompts, t5_tokens):
 
 @dataclass
 class TextConfig:
-    encoders: str = field("", "a diffusers SD3.5 folder: text_encoder, _2 (CLIP), _3 (T5; may be missing)")
+    encoders: str = field("", "a diffusers folder of SD3.5 (text_encoder, _2, and _3 or not), klein, Sana")
     out: str = field("", "folder for the shards; one that is there is added to")
     data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
     prompts: str = field("", "texts separated by |, or a file with one a line", text=True)
-    t5_tokens: int = field(256, "tokens given to T5; the authors train with 512", within=(1, 4096))
+    t5_tokens: int = field(256, "tokens given to T5 (or Qwen3, Gemma); the authors train with 512",
+                           within=(1, 4096))
     batch_size: int = field(32, "texts per forward pass", at_least=1)
     shard: int = field(1024, "texts per file", at_least=1)
     device: str = field("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support import hub
 from support.text import LOADING_ERRORS, first_line, import_transformers
 
 # Of more positions than MOST, a new DRAWN of them in each step: the matrix of 4,096 has 64 MiB an image.
@@ -53,7 +54,7 @@ class Teacher(nn.Module):
     patches of 14. Features are the last ones, after the final norm, without the class token. The table of
     positions is resized as timm does it for VA-VAE: bicubic, antialiased.
 
-    folder: as transformers' `save_pretrained` writes it; nothing is downloaded
+    folder: as transformers' `save_pretrained` writes it, or its name on Hugging Face
     raises: SystemExit with one sentence if it is no such folder, or transformers is missing
     """
 
@@ -100,6 +101,7 @@ class Teacher(nn.Module):
 
 def load_transformer(folder):
     """The DINOv2 or MAE of a folder, by transformers.   raises: SystemExit with one sentence"""
+    folder = hub.local(folder, "clip")
     config = Path(folder) / "config.json"
     if not config.exists():
         raise SystemExit(f"--teacher={folder}: has no config.json; wanted `base`, or a folder with a DINOv2 "

@@ -3,15 +3,15 @@
     load_base_vae(source)       a base VAE: public files, diffusers' folders, or a run of train_vae.py
     load_davae(source)          a DAVAE: a run of train_vae.py; any other base VAE comes as a PlainVAE
     load_dit(source)            a transformer: our checkpoints, LightningDiT's or USiT's file, SD3.5's file or
-                                folder
+                                folder, FLUX.2's or Sana's folder
     load_run(run)               a run of finetune.py: its transformer, its VAE, its config.json
 
     main_export(cfg)            `python sample.py export`: a run of finetune.py in the public formats
 
-A source is a file, a folder or a state dict. A load finds the files, reads them, brings their names to ours
-(support/formats.py), builds the module on the "meta" device, where it costs neither memory nor random
-numbers, and fills it, strictly. What is wrong with a source is one sentence that begins with its name
-(SystemExit).
+A source is a file, a folder, a name on Hugging Face (support/hub.py) or a state dict. A load finds the files,
+reads them, brings their names to ours (support/formats.py), builds the module on the "meta" device, where it
+costs neither memory nor random numbers, and fills it, strictly. What is wrong with a source is one sentence
+that begins with its name (SystemExit).
 """
 import contextlib
 import math
@@ -24,13 +24,24 @@ import torch
 
 from davae import DAVAE, DAVAEConfig, PlainVAE
 from dit import MODELS, LightningDiT, MMDiT, USiT, merge_lora, rope_table, sincos_table
-from support import formats, runs
+from support import diffusers_dit, formats, hub, runs
 from support.bases import BASES
 from support.config import field
 from support.dcae_names import import_dcae, is_dcae, published_scales
+from support.diffusers_dit import (
+    KINDS,
+    DiffusersDiT,
+    export_adapters,
+    export_transformer,
+    import_transformer,
+    refuse_bare,
+)
 from support.files import fill, pick_weights, read_json, some
+from support.flux2 import import_flux2, is_flux2
 from support.runs import latest_checkpoint, read_config, read_state_dict
 from support.usit import export_usit, import_usit, is_usit
+
+MODELS |= diffusers_dit.MODELS
 
 # ---------------------------------------------------------------- base VAEs
 
@@ -39,7 +50,8 @@ def load_base_vae(source):
     """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
 
     source: a file (VA-VAE's .pt, SD3's single file, a VAE or DC-AE alone), a folder (diffusers' VAE or whole
-    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), or a state dict.
+    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), the name of one on Hugging Face, or a
+    state dict.
     raises: SystemExit saying what the source looks like and what was wanted
     """
     source = find_vae(source)
@@ -54,10 +66,16 @@ def load_base_vae(source):
             config = read_diffusers_config(folder, "AutoencoderDC")
             sd, settings = import_dcae(sd, config)
             sd |= dcae_statistics(settings, config, folder, name)
+        elif is_flux2(sd):
+            kind = "AutoencoderKLFlux2"
+            config = read_diffusers_config(folder, kind)
+            check_diffusers_config(config, {"patch_size": [2, 2]})
+            sd, settings = import_flux2(sd, stated(config, "batch_norm_eps", 1e-4))
+            sd |= statistics(0.0, 1.0, settings["C"])              # the pipeline's are in two layers
         else:
             config = read_diffusers_config(folder, "AutoencoderKL")
             kind, sd, settings = formats.import_vae(sd)
-        if kind == "AutoencoderKL":
+        if kind.startswith("AutoencoderKL"):
             check_diffusers_config(config, {
                 "act_fn": "silu",                                  # which no key or shape would show
                 "latent_channels": settings["C"],
@@ -65,6 +83,7 @@ def load_base_vae(source):
                 "layers_per_block": settings["blocks"],
             })
             settings["groups"] = groups_of(settings["widths"], config)
+        if kind == "AutoencoderKL":
             sd |= latent_statistics(settings, config, folder, name)
         elif kind == "TAEF2":
             sd |= statistics(0.0, 1.0, channels=32)
@@ -75,7 +94,11 @@ def load_base_vae(source):
 
 
 def find_vae(source):
-    """The VAE's own folder in a diffusers pipeline or an export of ours; any other source is itself."""
+    """The VAE's own folder in a diffusers pipeline or an export of ours; any other source is itself.
+
+    A name on the hub is fetched (support/hub.py).
+    """
+    source = hub.local(source, "vae")
     if isinstance(source, dict) or runs.checkpoints(source):
         return source
     inside = Path(source) / "vae"
@@ -339,7 +362,7 @@ def load_dit(source, weights=None):
 
     source:  a checkpoint folder of ours (config.json beside ema and model.safetensors), or released weights
              of LightningDiT, USiT or SD3.5 (single file, diffusers): a file, a folder (a pipeline's too), a
-             dict
+             dict; of FLUX.2 and Sana a folder, for their settings are in config.json alone
     weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
     raises:  SystemExit saying what the source looks like
     """
@@ -362,7 +385,11 @@ def load_dit(source, weights=None):
 
 
 def find_dit(source):
-    """The transformer's own folder in a diffusers pipeline, a run's newest checkpoint; else the source."""
+    """The transformer's own folder in a diffusers pipeline, a run's newest checkpoint; else the source.
+
+    A name on the hub is fetched (support/hub.py).
+    """
+    source = hub.local(source, "transformer")
     if isinstance(source, dict):
         return source
     if runs.checkpoints(source):
@@ -396,6 +423,11 @@ def read_public_dit(where, weights):
         ours, sizes = import_usit(sd)
         return "USiT", sizes, ours
     folder = None if isinstance(where, dict) or not where.is_dir() else where
+    if folder is not None and (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+        if config.get("_class_name") in KINDS:
+            return import_transformer(config, sd)
+    refuse_bare(sd)
     config = read_diffusers_config(folder, "SD3Transformer2DModel")
     kind, ours, sizes, tables = formats.import_dit(sd)
     shown = {"in_channels": sizes["C"], "patch_size": sizes["p"], "num_layers": sizes["depth"]}
@@ -486,11 +518,12 @@ def main_export(cfg):
     USiT         usit.pt: {"ema": weights} under U-ViT's names, for C + D channels
     SD3.5        transformer/: a stock SD3Transformer2DModel folder of diffusers with in_channels C + D; with
                  adapters also lora/, them alone in peft's format, for the unmerged transformer
+    FLUX.2, Sana the same, of their own classes (support/diffusers_dit.py)
     """
     dit, vae, _ = load_run(cfg.run, cfg.weights)
     if not cfg.out or os.path.lexists(cfg.out):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
-    if not isinstance(dit, (LightningDiT, MMDiT, USiT)):
+    if not isinstance(dit, (LightningDiT, MMDiT, USiT, DiffusersDiT)):
         raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")
     temporary = Path(f"{Path(cfg.out)}.tmp")
     runs.make_folder(temporary)
@@ -504,23 +537,32 @@ def main_export(cfg):
     else:
         if dit.cfg.lora:
             write_lora(dit, temporary / "lora", source)
-        merged = formats.export_diffusers(merge_lora(dit))
-        config = diffusers_config(dit.cfg)
+        dit = merge_lora(dit)
+        if isinstance(dit, MMDiT):
+            config, merged = diffusers_config(dit.cfg), formats.export_diffusers(dit)
+        else:
+            config, merged = export_transformer(dit)
         runs.save_folder(temporary / "transformer", {"diffusion_pytorch_model": merged}, config)
     temporary.replace(cfg.out)
     print(f"{cfg.out}: {', '.join(sorted(path.name for path in Path(cfg.out).iterdir()))}")
 
 
 def write_lora(dit, folder, source):
-    """The adapters of an MMDiT as peft reads them."""
-    runs.save_folder(folder, {"adapter_model": formats.export_lora(dit)}, source)
+    """The adapters of a transformer as peft reads them."""
+    if isinstance(dit, MMDiT):
+        lora = formats.export_lora(dit)
+        targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"]
+        ends = ["pos_embed.proj", "proj_out"]
+    else:
+        lora, targets, ends = export_adapters(dit)
+    runs.save_folder(folder, {"adapter_model": lora}, source)
     runs.write_json(folder / "adapter_config.json", {
         "peft_type": "LORA",
         "r": dit.cfg.lora,
         "lora_alpha": dit.cfg.alpha,
-        "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"],
+        "target_modules": targets,
         "bias": "none",
-        "modules_to_save": ["pos_embed.proj", "proj_out"],
+        "modules_to_save": ends,
     })
 
 

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = ROOT.parent / "shared"            # photos and weights that cannot be redistributed with the code
 
+os.environ["HF_HUB_OFFLINE"] = "1"         # no test asks the real hub; tests/test_hub.py has one of its own
+
 torch.set_num_threads(1)                   # for tensors this small, threads would only wait for each other
 
 
@@ -233,9 +235,9 @@ def report_at_the_end():
 @pytest.fixture(scope="session", autouse=True)
 def validation_on_few_images():
     """Sixty-four images would be most of the work of runs this short."""
-    from support import data
+    from support import held_out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.validation_images, "__defaults__", (8,))
+        patch.setattr(held_out.validation_images, "__defaults__", (8,))
         yield
 
 

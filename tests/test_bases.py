@@ -47,6 +47,23 @@ def test_taef2_keeps_the_names_that_its_checkpoints_have():
     assert names.index("encoder.12.pool.3.weight") < names.index("encoder.12.conv.0.weight")
 
 
+def test_taef2_is_read_from_its_two_files_and_from_the_one_on_hugging_face():
+    two, one = {}, {}
+    for key, weight in TAEF2().state_dict().items():
+        if key in ("mean", "std"):
+            continue
+        weight = torch.randn_like(weight)
+        theirs = key.replace("to_moments", "encoder.15").replace("from_latent", "decoder")
+        half, number, *rest = theirs.split(".")
+        number = int(number) + {"encoder": -1, "decoder": 0 if "latent" in key else 2}[half]
+        two[".".join([half, str(number), *rest])] = weight
+        one[".".join([half, "layers", str(number - (half == "decoder")), *rest])] = weight
+    a, b = load_base_vae(two).state_dict(), load_base_vae(one).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(SystemExit, match="layers that are not known here: encoder.layers.x.weight"):
+        load_base_vae(one | {"encoder.layers.x.weight": torch.ones(1)})
+
+
 @torch.no_grad()
 def test_taef2_is_a_base_but_not_a_plain_vae_to_train():
     x = torch.rand(1, 3, 32, 32) * 2 - 1
@@ -123,5 +140,5 @@ def test_a_base_that_is_not_in_the_dict_is_named_with_those_that_are(tmp_path, m
     monkeypatch.setitem(BASES, "Toy", Toy)
     save_base_vae(Toy(), tmp_path / "toy")
     monkeypatch.delitem(BASES, "Toy")
-    with pytest.raises(SystemExit, match="toy: its base VAE is a 'Toy'; BASES has AutoencoderKL, TAEF2"):
+    with pytest.raises(SystemExit, match="toy: its base VAE is a 'Toy'; BASES has AutoencoderKL, .*TAEF2"):
         load_base_vae(tmp_path / "toy")

@@ -363,7 +363,7 @@ def test_a_class_without_images_is_named_with_what_it_holds(tmp_path):
         data.ImageFolder(tmp_path / "dog", 8)
 
 
-@pytest.mark.parametrize("name", ["photos.zip", "photos.tar", "photo.png", "list.txt"])
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz", "photo.png", "list.txt"])
 def test_a_file_in_place_of_a_folder_is_refused_and_archives_are_to_be_unpacked(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
     with pytest.raises(ValueError, match=f"{name} is not a folder but a file; .*unpack an archive"):

@@ -382,7 +382,7 @@ def test_lora_starts_as_the_model_itself_and_freezes_all_but_the_first_and_last_
     def trained_in(block):
         return {name.removeprefix(f"{block}.") for name in trained if name.startswith(f"{block}.")}
 
-    adapters = {f"{target}.{part}" for target in dit.LORA_TARGETS for part in "AB"}
+    adapters = {f"{target}.{part}" for target in dit.MMDiT.lora_targets for part in "AB"}
     assert trained_in("blocks.0") == adapters
     assert trained_in("blocks.3") == {name for name in adapters if "attn2" not in name}  # no second attention
     first = model.blocks[0].x

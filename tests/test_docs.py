@@ -83,6 +83,8 @@ TOY = {
     "python finetune.py imagenet512 --dry_run=True": "",
     "python finetune.py sd35m-1024 --dry_run=True": "",
     "python finetune.py sd35m-2048 --dry_run=True": "",
+    "python finetune.py klein-1024 --dry_run=True": "",
+    "python finetune.py klein-2048 --dry_run=True": "",
 }
 
 EXEMPT = r"pip install|pytest|python -m kernels.bench --device=cpu"      # test_peers.py runs what is in that

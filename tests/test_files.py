@@ -201,15 +201,6 @@ def test_a_link_that_leads_nowhere_is_told_from_a_missing_file(tmp_path):
     assert refused(tmp_path / "other.pt") == f"{tmp_path}/other.pt: no such file or folder"
 
 
-@pytest.mark.parametrize("name", ["stabilityai/stable-diffusion-3.5-medium", "org/model", "org/model/vae"])
-def test_a_name_on_hugging_face_is_told_how_it_becomes_a_folder(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    repository = "/".join(name.split("/")[:2])
-    assert f"wanted a local folder: run  huggingface-cli download {repository} " in refused(Path(name))
-    (tmp_path / name.split("/")[0]).mkdir()                        # then it is a path with a mistake in it
-    assert refused(Path(name)) == f"{name}: no such file or folder"
-
-
 def test_an_address_is_no_path():
     for address in ("https://huggingface.co/org/model/resolve/main/model.safetensors", "hf://org/model"):
         assert "an address, wanted a local file" in refused(Path(address))

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 SUPPORT = sorted(f"support.{path.stem}" for path in ROOT.glob("support/*.py") if path.stem != "__init__")
 OPTIONAL = ("triton", "torchvision", "lpips", "torch_fidelity", "diffusers", "transformers", "matplotlib",
-            "sklearn")
+            "sklearn", "huggingface_hub", "tensorboard", "wandb")
 
 
 def run(code):

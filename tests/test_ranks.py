@@ -221,7 +221,7 @@ script.main = lambda cfg: None"""
 SLOW = """
 import time
 from datetime import timedelta
-from support import data, figures, latents
+from support import figures, held_out, latents
 join = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=8))
 
@@ -241,7 +241,7 @@ def slow(module, name, rank):
 # What takes its time, in each script: pictures, checkpoints, validation, statistics, caches, metrics.
 SLOW_PARTS = {
     "train_vae": ["figures, 'save_grid', 0", "runs, 'save_folder', 0", "script, 'reconstruct', 1",
-                  "data, 'statistics_images', 1", "figures, 'plot_losses', 0"],
+                  "held_out, 'statistics_images', 1", "figures, 'plot_losses', 0"],
     "finetune": ["latents, 'encode_shard', 0", "runs, 'save_folder', 0", "script, 'generate', 1",
                  "figures, 'save_grid', 0", "figures, 'plot_losses', 0"],
     "sample": ["script, 'save_png', 1", "script, 'write_npz', 0", "figures, 'save_grid', 0"],

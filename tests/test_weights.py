@@ -339,13 +339,6 @@ def test_the_vae_of_an_export_is_found_in_it(make_davae, tmp_path):
     assert torch.equal(load_base_vae(tmp_path).mean, vae.base.mean)
 
 
-@pytest.mark.parametrize("load", [load_base_vae, load_dit, weights.load_davae])
-def test_every_door_says_how_a_name_on_hugging_face_becomes_a_folder(load, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="huggingface-cli download stabilityai/stable-diffusion-3.5-medium "):
-        load("stabilityai/stable-diffusion-3.5-medium")
-
-
 # ------------------------------------------------- diffusers' VAEs, of whatever sizes and statistics
 
 
@@ -632,7 +625,7 @@ def test_folders_of_ours_that_are_no_vae_or_a_spoiled_one_get_one_sentence(make_
             "G",
             sd,
             config | {"base": config["base"] | {"kind": "VQGAN"}},
-            "a 'VQGAN'; BASES has AutoencoderKL, TAEF2, DCAE",
+            "a 'VQGAN'; BASES has AutoencoderKL, .*TAEF2, DCAE",
         ),
     ):
         runs.save_checkpoint(tmp_path / name, 1, {"model": state}, {}, {"model": described})

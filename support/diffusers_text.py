@@ -1,0 +1,106 @@
+"""Texts as the pipelines of diffusers encode them, for the transformers of support/diffusers_dit.py.
+
+    python sample.py text FLUX.2-klein-base-4B --out=out/klein-text --data_dir=captioned --t5_tokens=512
+
+Each pipeline has an `encode_prompt` of its own: what it puts around a text, which layers of the encoder it
+takes, how it pads. It is called as it is, with nothing of the pipeline loaded but tokenizer and encoder; what
+it gives goes into the cache of support/text.py, as SD3.5's does.
+"""
+import contextlib
+import inspect
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support.files import read_json
+from support.metrics import import_torchvision
+
+
+def class_of(name):
+    """A class of diffusers.   raises: SystemExit if diffusers is not there, or older than the class"""
+    with contextlib.suppress(ModuleNotFoundError):
+        import_torchvision()                       # because diffusers will, where there is one
+    try:
+        import diffusers
+        return getattr(diffusers, name)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        cause = str(error).strip().split("\n")[-1]
+        raise SystemExit(f"wanted diffusers' {name}, which cannot be imported ({cause}): install "
+                         "diffusers 0.42.1 or newer, pip install diffusers") from None
+
+
+class PipelineText:
+    """encode(prompts) -> (context (B, T, W), beside), as `DiffusersDiT.forward` takes them.
+
+    tokens: T, how many the encoder reads of a text; longer ones are cut
+    raises: SystemExit if diffusers is not there, or if the folder's encoder cannot be loaded
+    """
+    theirs = ""                # the pipeline's class in diffusers
+
+    def __init__(self, folder, device, tokens):
+        self.device = device
+        self.tokens = tokens
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        Pipeline = class_of(self.theirs)
+        unused = dict(transformer=None, vae=None, scheduler=None)
+        try:
+            self.pipeline = Pipeline.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, **unused)
+        except (OSError, ValueError) as error:
+            cause = str(error).strip().split("\n")[0]
+            raise SystemExit(f"{folder}: its text encoder cannot be loaded ({cause})") from None
+        self.pipeline.to(device)
+
+    def say_what_is_cut(self, prompts):
+        """Count and name the prompts that are longer than the encoder reads."""
+        cut = [f"{prompt[:40]!r}..." for prompt in prompts if self.length(prompt) > self.tokens]
+        if cut:
+            more = ", ..." if len(cut) > 3 else ""
+            tqdm.write(f"{len(cut)} of {len(prompts)} texts are cut, for the encoder reads {self.tokens} "
+                       f"tokens: {', '.join(cut[:3])}{more}")
+
+    def length(self, prompt):
+        return len(self.pipeline.tokenizer(prompt).input_ids)
+
+
+class KleinText(PipelineText):
+    """FLUX.2 klein's: three layers of Qwen3 side by side, of the text as a chat; padding counts as text."""
+    theirs = "Flux2KleinPipeline"
+
+    def __call__(self, prompts):
+        context, _ = self.pipeline.encode_prompt(prompts, self.device, max_sequence_length=self.tokens)
+        return context, context.new_zeros(len(prompts), 1)         # which the model does not read
+
+    def length(self, prompt):
+        chat = [{"role": "user", "content": prompt}]
+        return len(self.pipeline.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, enable_thinking=False, return_dict=False))
+
+
+class SanaText(PipelineText):
+    """Sana's: Gemma 2 behind instructions for it, and which tokens are text; "" without instructions."""
+    theirs = "SanaPipeline"
+
+    def __call__(self, prompts):
+        call = inspect.signature(type(self.pipeline).__call__)
+        instructions = call.parameters["complex_human_instruction"].default
+        contexts, masks = [], []
+        for prompt in prompts:
+            context, mask, _, _ = self.pipeline.encode_prompt(
+                prompt, do_classifier_free_guidance=False, device=self.device,
+                max_sequence_length=self.tokens,
+                complex_human_instruction=instructions if prompt else None)
+            contexts.append(context)
+            masks.append(mask.to(context.dtype))
+        return torch.cat(contexts), torch.cat(masks)
+
+
+# the class in a pipeline's model_index.json -> who encodes its texts
+PIPELINES = {Text.theirs: Text for Text in (KleinText, SanaText)}
+
+
+def kind_of_pipeline(folder):
+    """The class in a folder's model_index.json; None where there is none."""
+    index = Path(folder) / "model_index.json"
+    return read_json(index).get("_class_name") if index.is_file() else None

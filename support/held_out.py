@@ -1,0 +1,48 @@
+"""The images that stage 1 reads besides its batches: to fit new blocks, to measure latents, to validate."""
+import math
+
+import torch
+from tqdm import tqdm
+
+from support import data
+
+
+def fitting_images(cfg, vae, train_set, device, rank):
+    """What the closed form reads: evenly spaced training images, 20 latent pixels for each of its unknowns.
+
+    Yields batches (B, 3, H, W) in [-1, 1], of at most 16 images and a megapixel, but one image at least.
+    """
+    unknowns = 9 * (vae.C + vae.D) + 1                             # of the up block, for each feature
+    n = math.ceil(20 * unknowns * vae.f**2 / cfg.image_size**2)
+    index = torch.linspace(0, len(train_set) - 1, min(n, len(train_set))).long()
+    size = min(16, max(1, 1024**2 // cfg.image_size**2))
+    title = f"{cfg.out}: fitting the new blocks"
+    for part in tqdm(index.split(size), desc=title, disable=rank > 0, mininterval=1):
+        x, _ = data.stack(train_set, part.tolist())
+        yield data.to_tensor(x).to(device)
+
+
+def statistics_images(cfg, train_set, device, rank, world):
+    """Batches of this rank's share of the first cfg.stats training images."""
+    mine = range(min(cfg.stats, len(train_set)))[rank::world]
+    for k in range(0, len(mine), cfg.micro_batch):
+        x, _ = data.stack(train_set, mine[k:k + cfg.micro_batch])
+        yield data.to_tensor(x).to(device)
+
+
+def validation_images(cfg, train_set, n=64):
+    """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
+
+    At most n, and four megapixels of them, but 8 at least. Built-in images need no --val_dir: held out are
+    those of another seed.
+    """
+    n = min(n, max(8, 2048**2 // cfg.image_size**2))
+    held_out = train_set
+    if cfg.val_dir or cfg.data_dir == "procedural":
+        held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
+    index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
+    batches = [x for x, _, _ in data.read(held_out, index.tolist())]
+    if not batches:
+        raise SystemExit(f"{cfg.val_dir or cfg.data_dir}: none of the {len(index)} images for validation can "
+                         "be read")
+    return torch.cat(batches)

@@ -1,0 +1,333 @@
+"""Tar shards in webdataset's layout: a million images in a thousand files, each still one seek away.
+
+    photos/00000.tar, 00001.tar, ...      in them, what shares a name up to its first dot is one sample:
+        a/0001.jpg                        the image
+        a/0001.cls                        its class: a number, or a name
+        a/0001.txt                        its caption
+        a/0001.json                       or both: {"cls" or "label": ..., "text" or "caption": ...}
+    photos/classes.txt                    the names of the classes, one a line, if there are any
+
+A tar file is a row of headers and contents. Its headers are read once, into an index of places and sizes, and
+of the labels and captions, which are small. After that, image i is a seek and a read: any order of the
+images costs the same, a run that resumes reads on where it was, and ranks share the images, as in a folder.
+The index is kept beside the shards, in .shards.npz, or in ~/.cache/da-vae where that folder cannot be written
+to, and is made again when the size or time of a shard has changed.
+
+Nothing is fetched: shards elsewhere are yours to copy or to mount before (`aws s3 sync`, `rclone mount`).
+"""
+import json
+import os
+import re
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from support.captions import read_text, shown
+from support.identity import of_text
+
+VERSION = 1                                # of the index; one of another version is made again
+SMALL = 1 << 20                            # bytes: no label, caption or json is larger
+
+# Per tar file, the directory and name up to the first dot, and what is behind it.
+NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)")
+
+LABELS = ("cls", "label")                  # keys of a json, the preferred first
+CAPTIONS = ("text", "caption")
+
+# What a classes.txt, or labels that are numbers, may ask for.
+MOST_CLASSES = 1_000_000
+
+
+class Strings:
+    """A list of strings in two arrays: a million of them take a tenth of Python's memory.
+
+    text: their UTF-8 in a row, uint8;  ends: where each ends, int64
+    """
+
+    def __init__(self, text, ends):
+        self.text = text
+        self.ends = ends
+
+    @classmethod
+    def pack(cls, strings):
+        raw = [string.encode("utf-8", "surrogateescape") for string in strings]
+        ends = np.cumsum([len(part) for part in raw], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(raw), dtype=np.uint8), ends)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __iter__(self):
+        raw = self.text.tobytes()
+        start = 0
+        for end in self.ends.tolist():
+            yield raw[start:end].decode("utf-8", "surrogateescape")
+            start = end
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]                                    # IndexError behind the last
+        start = self.ends[i - 1] if i else 0
+        return self.text[start:self.ends[i]].tobytes().decode("utf-8", "surrogateescape")
+
+
+class Index:
+    """Where each image of a folder of shards is, and what belongs to it; in the order of names and places.
+
+    names      Strings: "00000.tar/a/0001.jpg"
+    labels     Strings: what its .cls or json says, "" where there is none
+    captions   Strings, "" where there is none
+    tars       names of the shards
+    faults     {name: reason} of what is no whole sample, and is not among the above
+    left_out   {ending: count} of other files in the shards
+    """
+
+    def __init__(self, folder, about, arrays):
+        self.folder = folder
+        self.tars = [name for name, _, _ in about["tars"]]
+        self.faults = about["faults"]
+        self.left_out = about["left_out"]
+        self.tar = arrays["tar"]                                   # (N,) which of `tars`
+        self.offset = arrays["offset"]                             # (N,) bytes
+        self.size = arrays["size"]
+        for column in ("names", "labels", "captions"):
+            setattr(self, column, Strings(arrays[column], arrays[f"{column}_ends"]))
+
+    def __len__(self):
+        return len(self.tar)
+
+    def read(self, i):
+        """The bytes of image i.   raises: OSError or ValueError if they are not there any more"""
+        path = os.path.join(self.folder, self.tars[self.tar[i]])
+        with open(path, "rb", buffering=0) as file:
+            file.seek(self.offset[i])
+            raw = file.read(self.size[i])
+        if len(raw) < self.size[i]:
+            raise ValueError("its shard has become shorter since the run began")
+        return raw
+
+
+def read_index(folder, endings):
+    """The Index of a folder of shards, made now if there is none, or none of these shards.
+
+    endings: of images, such as ".jpg".   Only one process makes it; others wait.
+    raises: ValueError saying what cannot be read
+    """
+    paths = sorted(path for path in Path(folder).glob("*.tar") if not path.name.startswith("."))
+    tars = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    place = place_of_index(folder)
+    with FileLock(f"{place}.lock"):
+        found = load(place, tars)
+        if found is None:
+            found = scan(folder, tars, endings)
+            try:
+                save(place, *found)
+            except OSError as error:
+                print(f"{place}: the index is not kept ({error.strerror}), and is made anew next time",
+                      file=sys.stderr)
+    return Index(folder, *found)
+
+
+# ---------------------------------------------------------------- making the index
+
+
+def scan(folder, tars, endings):
+    """(about, arrays) of an Index: all headers of the shards read, one shard after the other."""
+    columns = {name: [] for name in ("tar", "offset", "size", "names", "labels", "captions")}
+    faults, left_out = {}, Counter()
+    title = f"{shown(folder)}: index of {len(tars)} shards, made once"
+    for n, (tar, _, _) in enumerate(tqdm(tars, desc=title, mininterval=1)):
+        samples = read_tar(os.path.join(folder, tar), tar, endings, faults, left_out)
+        for sample in samples.values():
+            if "image" not in sample:                              # a caption of nothing
+                left_out.update(sample["endings"])
+                continue
+            name, offset, size = sample["image"]
+            try:
+                label, caption = label_and_caption(sample)
+            except ValueError as error:
+                faults[f"{tar}/{name}"] = str(error)
+                continue
+            row = (n, offset, size, f"{tar}/{name}", label, caption)
+            for column, value in zip(columns.values(), row):
+                column.append(value)
+
+    without = [name for name, label in zip(columns["names"], columns["labels"]) if not label]
+    if len(without) < len(columns["names"]):
+        drop_unlabelled(columns, without, faults, folder)
+    arrays = {name: np.array(columns[name], dtype=np.int64) for name in ("tar", "offset", "size")}
+    for name in ("names", "labels", "captions"):
+        packed = Strings.pack(columns[name])
+        arrays |= {name: packed.text, f"{name}_ends": packed.ends}
+    about = {"version": VERSION, "tars": tars, "faults": faults, "left_out": dict(left_out.most_common())}
+    return about, arrays
+
+
+def read_tar(path, tar, endings, faults, left_out):
+    """{key: sample} of one shard, in the order of its images; faults and left_out are added to.
+
+    A sample has "image", (name, offset, size), and the contents of "cls", "txt" and "json", where they are.
+    A shard that is cut off is read as far as it goes.
+    """
+    samples = {}
+    try:
+        with open(path, "rb") as file:
+            for member in members(file):
+                name = member.name.removeprefix("./")
+                match = NAME.fullmatch(name)
+                if not member.isreg() or member.issparse() or match is None:
+                    if not member.isdir() and "/." not in f"/{name}":              # hidden files
+                        left_out[os.path.splitext(name)[1].lower() or "without an ending"] += 1
+                    continue
+                ending = match["ending"].lower()
+                sample = samples.setdefault(match["key"], {"endings": []})
+                if f".{ending}" in endings and "image" not in sample:
+                    check_whole(file, member)
+                    sample["image"] = (name, member.offset_data, member.size)
+                elif ending in ("cls", "txt", "json") and member.size <= SMALL:
+                    file.seek(member.offset_data)
+                    sample[ending] = file.read(member.size)
+                    sample["endings"].append(f".{ending} without an image")
+                else:
+                    left_out[f".{ending}"] += 1
+    except (tarfile.TarError, EOFError) as error:
+        count = sum("image" in sample for sample in samples.values())
+        faults[tar] = f"is cut off or damaged ({error}); copy it again, the {count} images before are used"
+    except OSError as error:
+        raise ValueError(f"cannot read the shard {shown(path)}: {error.strerror}") from None
+    return samples
+
+
+def members(file):
+    """The headers in a tar file, one by one.   raises: TarError where it ends without its end mark"""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while True:
+            member = tar.next()
+            if member is None:
+                break
+            yield member
+            tar.members.clear()                                    # it would keep them all
+    file.seek(tar.offset)
+    if file.read(512) != bytes(512):                               # tarfile would pass over that
+        raise tarfile.ReadError("no end mark")
+
+
+def check_whole(file, member):
+    """raises: EOFError if the file ends before the member does"""
+    if member.offset_data + member.size > os.fstat(file.fileno()).st_size:
+        raise EOFError(f"{member.name} is not whole")
+
+
+def label_and_caption(sample):
+    """Both as strings, "" for none.   raises: ValueError saying which file of the sample is no such thing"""
+    both = {}
+    for name, ending in (("label", "cls"), ("caption", "txt")):
+        try:
+            both[name] = sample.get(ending, b"").decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"its .{ending} is not UTF-8") from None
+    if "json" in sample and not all(both.values()):
+        try:
+            found = json.loads(sample["json"])
+        except ValueError as error:
+            raise ValueError(f"its .json cannot be read ({error})") from None
+        found = found if isinstance(found, dict) else {}
+        both["label"] = both["label"] or first_of(found, LABELS)
+        both["caption"] = both["caption"] or first_of(found, CAPTIONS)
+    return both["label"], both["caption"]
+
+
+def first_of(found, keys):
+    """The string or whole number under the first of these keys, as a string; "" if there is none."""
+    for key in keys:
+        value = found.get(key)
+        if isinstance(value, str) or type(value) is int:
+            return str(value).strip()
+    return ""
+
+
+def drop_unlabelled(columns, without, faults, folder):
+    """Take images without a class out of the columns, where others have one.
+
+    raises: ValueError if they are 10, and 1 % of all
+    """
+    total = len(columns["names"])
+    if len(without) >= max(10, total / 100):
+        raise ValueError(f"{shown(folder)}: {len(without)} of {total} images have no class (so {without[0]}) "
+                         "and others have: add their .cls, or take them out")
+    keep = [i for i, label in enumerate(columns["labels"]) if label]
+    for name, column in columns.items():
+        columns[name] = [column[i] for i in keep]
+    faults |= dict.fromkeys(without, "it has no class, and others have one (.cls)")
+
+
+# ---------------------------------------------------------------- keeping the index
+
+
+def place_of_index(folder):
+    """The index's file: beside the shards, or in the user's cache.   raises: ValueError if neither can be"""
+    if os.access(folder, os.W_OK):
+        return Path(folder) / ".shards.npz"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "da-vae"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{cache}: {error.strerror}; wanted a place for the index of {shown(folder)}, give "
+                         "one with XDG_CACHE_HOME") from None
+    return cache / f"shards-{of_text(os.path.realpath(folder))}.npz"
+
+
+def save(place, about, arrays):
+    """Write the index beside its place, and rename it: it is whole or absent."""
+    aside = f"{place}.{os.getpid()}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            np.savez(file, about=json.dumps(about), **arrays)
+        os.replace(aside, place)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+
+
+def load(place, tars):
+    """(about, arrays) of an index; None if it is of other shards, of another version, or damaged."""
+    try:
+        with np.load(place) as file:
+            about = json.loads(str(file["about"]))
+            if about["version"] != VERSION or about["tars"] != tars:
+                return None
+            return about, {name: file[name] for name in file.files if name != "about"}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+# ---------------------------------------------------------------- classes
+
+
+def classes_of(index):
+    """(labels (N,) int64, names of the classes) of the images; names are [] if no image has a class.
+
+    Numbers are the classes' own, and their names stand in classes.txt, in order, or are the numbers. Names
+    are numbered in the order of classes.txt, or else of the alphabet.
+    raises: ValueError naming a label that is not in classes.txt, or no number where others are
+    """
+    texts = list(index.labels)
+    if not any(texts):
+        return np.zeros(len(index), dtype=np.int64), []
+    beside = os.path.join(index.folder, "classes.txt")
+    names = [line.strip() for line in read_text(beside).strip().split("\n")] if os.path.exists(beside) else []
+    number = {text: int(text) for text in set(texts) if text.isascii() and text.isdecimal()}
+    if not number or set(texts) <= set(names):                     # names, be they words or years
+        names = names or sorted(set(texts))
+        number = {name: k for k, name in enumerate(names)}
+    elif not names:
+        names = [str(k) for k in range(min(MOST_CLASSES, max(number.values()) + 1))]
+    for i, text in enumerate(texts):
+        if number.get(text, len(names)) >= len(names):
+            raise ValueError(f"{index.names[i]}: its class is {text[:40]!r}; wanted one of the {len(names)} "
+                             f"{'in classes.txt' if os.path.exists(beside) else 'numbers from 0 on'}")
+    return np.array([number[text] for text in texts], dtype=np.int64), names

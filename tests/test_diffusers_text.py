@@ -1,0 +1,185 @@
+"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 from captions to its own pipeline."""
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import finetune
+import sample
+from davae import DAVAE, DAVAEConfig
+from finetune import PRESETS
+from support import data, metrics, runs, text
+from support.weights import ExportConfig, load_base_vae, load_dit, load_run, main_export
+
+CPU = torch.device("cpu")
+LETTERS = "abcdefghijklmnopqrstuvwxyz,"
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    metrics.import_torchvision()
+    return pytest.importorskip("diffusers")
+
+
+def letters(special, kind, **names):
+    """A tokenizer of single letters."""
+    pieces = [*special, *LETTERS, "\u0120", "\u010a"]              # Qwen's blank and line end
+    tokenizer = kind(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], **names)
+    return tokenizer, len(pieces)
+
+
+@pytest.fixture(scope="module")
+def klein(diffusers, randomise, tmp_path_factory):
+    """A saved Flux2KleinPipeline of small random parts: Qwen3, transformer, VAE (f = 2, C = 4)."""
+    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    tokenizer, size = letters(
+        ["<|end|>", "<|im_start|>", "<|im_end|>"], Qwen2TokenizerFast, pad_token="<|end|>",
+        eos_token="<|im_end|>", unk_token="<|end|>", additional_special_tokens=["<|im_start|>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    encoder = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=27, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4))
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, layers_per_block=1,
+        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=4)
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    pipeline = diffusers.Flux2KleinPipeline(
+        transformer=randomise(transformer), vae=vae, text_encoder=encoder.eval(), tokenizer=tokenizer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    folder = tmp_path_factory.mktemp("klein")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_klein_texts_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
+    text.cache_text(klein, ["a fox", "snow"], tmp_path, CPU, t5_tokens=25)
+    context, beside = text.TextCache(tmp_path, t5_tokens=25)(["snow", "", "a fox"])
+    pipeline = diffusers.Flux2KleinPipeline.from_pretrained(klein)
+    ref, _ = pipeline.encode_prompt(["snow", "", "a fox"], max_sequence_length=25)
+    assert torch.equal(context, ref) and context.shape == (3, 25, 24) and len(beside) == 3
+    assert (ref[0] - ref[1]).abs().max() > 1e-3
+    assert "1 of 3 texts are cut" not in capsys.readouterr().out
+    text.cache_text(klein, ["an owl"], tmp_path / "short", CPU, t5_tokens=22)
+    assert "1 of 2 texts are cut, for the encoder reads 22 tokens: 'an owl'" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="made with .* 25 T5 tokens"):
+        text.cache_text(klein, ["owl"], tmp_path, CPU, t5_tokens=22)
+
+
+def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, tmp_path, monkeypatch):
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
+    torch.manual_seed(0)
+    tokenizer, size = letters(["<pad>", "<eos>", "<bos>", "<unk>", "\u2581"], GemmaTokenizerFast)
+    encoder = Gemma2Model(Gemma2Config(
+        vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, sliding_window=8))
+    pipeline = diffusers.SanaPipeline(tokenizer, encoder.eval(), None, None, None)
+    pipeline.save_pretrained(tmp_path / "sana")
+    text.cache_text(tmp_path / "sana", ["a fox"], tmp_path / "text", CPU, t5_tokens=12)
+    context, mask = text.TextCache(tmp_path / "text")(["a fox", ""])
+
+    # what the pipeline itself hands to its transformer, of a prompt and of guidance's empty one
+    class Seen(Exception):
+        pass
+
+    def encode_prompt(*args, **options):
+        raise Seen(type(pipeline).encode_prompt(pipeline, *args, **options))
+
+    monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt, raising=False)
+    with pytest.raises(Seen) as caught:
+        pipeline("a fox", max_sequence_length=12, use_resolution_binning=False, height=64, width=64)
+    positive, positive_mask, negative, negative_mask = caught.value.args[0]
+    assert torch.equal(context, torch.cat([positive, negative]))
+    assert torch.equal(mask, torch.cat([positive_mask, negative_mask]).float())
+    assert mask[1].sum() < mask[0].sum()
+
+
+# ---------------------------------------------------------------- from captions to FLUX.2's own pipeline
+
+
+@pytest.fixture(scope="module")
+def run(klein, tmp_path_factory):
+    """The Config of a finished run: three steps of a Flux2 with adapters, on a DA-VAE of FLUX.2's VAE."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    vae = DAVAE(load_base_vae(klein), DAVAEConfig(D=8)).eval()
+    runs.save_folder(folder / "vae", {"model": vae.state_dict()}, {"model": vae.config()})
+    photos = folder / "photos"
+    photos.mkdir()
+    drawn = data.Procedural(64, 8, 0)
+    for i in range(8):
+        Image.fromarray(drawn.image(i)[0]).resize((32, 32)).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text(["a fox", "snow"][i % 2])
+    texts = text.TextConfig(encoders=str(klein), out=str(folder / "text"), data_dir=str(photos), t5_tokens=16)
+    text.main_text(texts)
+    values = PRESETS["klein-1024"] | dict(
+        out=str(folder / "run"), vae=str(folder / "vae"), base=str(klein), text=texts.out, t5_tokens=16,
+        data_dir=str(photos), image_size=32, batch_size=4, micro_batch=2, D=8, lora=2, N=2, steps=3, lr=1e-2,
+        save_every=100, sample_steps=2, log_every=1, dtype="float32")
+    cfg = finetune.Config(preset="klein-1024", **values)
+    assert finetune.main(cfg)["warm_start"] == 0.0
+    return cfg
+
+
+def test_checkpoints_hold_what_is_trained_and_a_run_resumes_to_the_bit(run, tmp_path, same_weights):
+    saved = load_file(runs.latest_checkpoint(run.out) / "model.safetensors")
+    assert {name.split(".")[0] for name in saved} == {"P", "O", "P_new", "O_new", "net"}
+    assert all(name.rpartition(".")[2] in ("A", "B") for name in saved if name.startswith("net."))
+    again = replace(run, out=str(tmp_path / "again"), steps=1)
+    finetune.main(again)
+    finetune.main(replace(again, steps=3))
+    assert same_weights(run, again, ("model", "ema"))
+
+
+def test_every_weight_can_be_trained(run, klein, tmp_path):
+    cfg = replace(run, out=str(tmp_path / "whole"), lora=0, steps=1, checkpointing=True)
+    finetune.main(cfg)
+    after = load_dit(runs.latest_checkpoint(cfg.out), "model").state_dict()
+    before = load_dit(klein).state_dict()
+    moved = [not torch.equal(weight, after[name]) for name, weight in before.items()]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(run, klein, tmp_path, error):
+    """By the lines in docs/recipes.md; the shift is what the pipeline computes from the number of tokens."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+    steps = 3
+    main_export(ExportConfig(run=run.out, out=str(tmp_path / "exported"), weights="model"))
+    recipe = next(block for block in blocks_of_recipes() if "Flux2KleinPipeline" in block)
+    recipe = recipe.replace("exported/", f"{tmp_path}/exported/").replace("FLUX.2-klein-base-4B", str(klein))
+    names = {}
+    exec(recipe.partition("image = ")[0], names)
+    pipeline = names["pipeline"]
+    noise = sample.sample_noise(0, [0], (12, 8, 12))
+    theirs = pipeline(
+        prompt="a fox", height=32, width=48, num_inference_steps=steps, guidance_scale=4.0,
+        latents=F.pixel_unshuffle(noise, 2), max_sequence_length=16, output_type="pt").images
+
+    mu = compute_empirical_mu(24, steps)                           # of 4 x 6 tokens
+    dit, vae, about = load_run(run.out, "model")
+    settings = sample.settings_of(
+        sample.Config(prompts="a fox", steps=steps, height=32, width=48, shift=math.exp(-mu), seed=0,
+                      dtype="float32"), about, "")
+    ours, _ = sample.generate(dit, vae, [0], settings, text.text_for(run.text, [], "", 0, CPU, 16))
+    assert error(ours / 2 + 0.5, theirs) < 1e-4 and theirs.std() > 0.05
+
+
+def blocks_of_recipes():
+    text = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    return re.findall(r"(?ms)^```python\n(.*?)^```", text)

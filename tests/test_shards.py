@@ -1,0 +1,329 @@
+"""support/shards.py: webdataset's layout as a data set like a folder; what is damaged; the index."""
+import io
+import json
+import os
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support import data, shards
+
+SIZE = 16
+
+
+def image_bytes(seed, form="PNG", size=(20, 18)):
+    rng = np.random.default_rng(seed)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    """members: {name: bytes}"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(i, **files):
+    """{name: bytes} of sample i: an image, and what else it has."""
+    beside = {f"{i:04d}.{ending}": content for ending, content in files.items()}
+    return {f"{i:04d}.png": image_bytes(i)} | beside
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """photos(number, **files of each) -> a folder of three shards of images; {ending: f(i) -> bytes}"""
+    def make(number=12, **files):
+        for n, part in enumerate(np.array_split(np.arange(number), 3)):
+            members = {}
+            for i in part.tolist():
+                members |= sample(i, **{ending: content(i) for ending, content in files.items()})
+            write_tar(tmp_path / "photos" / f"{n:05d}.tar", members)
+        return tmp_path / "photos"
+    return make
+
+
+def label(i):
+    return b"%d\n" % (i % 3)
+
+
+def opened(folder):
+    return data.open_dataset(str(folder), SIZE)
+
+
+# ---------------------------------------------------------------- as a folder
+
+
+@pytest.mark.parametrize("start, rank, world", [(0, 0, 1), (7, 0, 1), (3, 1, 2)])
+def test_a_step_gets_the_same_images_as_from_a_folder_of_the_same_files(photos, tmp_path, start, rank, world):
+    folder = photos(txt=lambda i: b"number %d" % i)
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "files", filter="data")
+    sharded, plain = opened(folder), opened(tmp_path / "files")
+    assert sharded.captions == plain.captions == [f"number {i}" for i in range(12)]
+    settings = dict(batch_size=4, seed=5, start=start, rank=rank, world=world, flip=True)
+    streams = data.batches(sharded, **settings), data.batches(plain, **settings)
+    for _, (x, y), (x_files, y_files) in zip(range(5), *streams):
+        assert np.array_equal(x, x_files) and np.array_equal(y, y_files)
+
+
+def test_classes_are_numbers_or_names_and_classes_txt_names_the_numbers(photos):
+    folder = photos(cls=label)
+    assert opened(folder).labels.tolist() == [0, 1, 2] * 4
+    assert opened(folder).classes == ["0", "1", "2"]
+    (folder / "classes.txt").write_text("ant\nbee\ncat\ndog\n")
+    numbered = opened(folder)
+    assert numbered.classes == ["ant", "bee", "cat", "dog"] and numbered.labels.tolist() == [0, 1, 2] * 4
+    photos(cls=lambda i: ["cat", "ant"][i % 2].encode())
+    assert opened(folder).labels.tolist() == [2, 0] * 6            # in the order of classes.txt
+    (folder / "classes.txt").unlink()
+    assert opened(folder).classes == ["ant", "cat"] and opened(folder).labels.tolist() == [1, 0] * 6
+
+
+def test_a_json_has_class_and_caption_and_the_files_of_their_own_count_more(photos):
+    def about(i):
+        return json.dumps({"cls": i % 2, "caption": f"no. {i}", "url": "http://..."}).encode()
+    dataset = opened(photos(json=about))
+    assert dataset.labels.tolist() == [0, 1] * 6 and dataset.captions[11] == "no. 11"
+    dataset = opened(photos(json=about, txt=lambda i: b"another", cls=lambda i: b"1"))
+    assert set(dataset.labels) == {1} and set(dataset.captions) == {"another"}
+
+
+def test_without_labels_there_are_no_classes(photos):
+    dataset = opened(photos())
+    assert dataset.classes == [] and dataset.captions is None and set(dataset.labels) == {0}
+    assert dataset.summary() == "12 images without classes; in 3 shards"
+
+
+def test_names_are_read_up_to_their_first_dot_whatever_the_order_of_members(tmp_path):
+    members = {"b/1.txt": b"one", "./a.x/2.png": image_bytes(2), "b/1.PNG": image_bytes(1), "README": b"x",
+               "b/1.seg.png": b"mask", "._a.png": b"of macOS", "a.x/2.txt": b"two", "b/3.txt": b"of nothing"}
+    dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
+    assert dict(zip(dataset.paths, dataset.captions)) == {"0.tar/b/1.PNG": "one", "0.tar/a.x/2.png": "two"}
+    assert dataset.left_out == {".seg.png": 1, ".txt without an image": 1, "without an ending": 1}
+
+
+def test_whole_images_are_read_at_their_own_sizes(photos):
+    dataset = opened(photos(3))
+    found = [x.shape for x, _, _ in data.read(dataset, [0, 1, 2], whole=2)]
+    assert found == [(1, 3, 20, 18)] * 3
+
+
+def test_a_folder_of_images_with_a_tar_in_it_stays_a_folder_of_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(image_bytes(0))
+    write_tar(tmp_path / "backup.tar", sample(1))
+    dataset = opened(tmp_path)
+    assert isinstance(dataset, data.ImageFolder) and dataset.left_out == {".tar": 1}
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_a_damaged_image_is_named_and_replaced_as_in_a_folder(tmp_path, capsys):
+    members = {}
+    for i in range(30):
+        members |= sample(i, cls=b"0")
+    members["0003.png"] = members["0003.png"][:60]
+    members["0004.png"] = b""
+    dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
+    assert np.array_equal(dataset.image(3)[0], dataset.image(5)[0]) and dataset.exact(4) is None
+    assert list(dataset.bad) == ["0.tar/0003.png", "0.tar/0004.png"]
+    err = capsys.readouterr().err
+    assert "cannot read the image 0.tar/0003.png" in err and "0.tar/0004.png: the file is empty" in err
+
+
+def test_when_one_percent_and_ten_images_are_damaged_the_run_ends(tmp_path):
+    members = {}
+    for i in range(20):
+        members |= {f"{i}.png": b"no image" if i < 10 else image_bytes(i)}
+    dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
+    with pytest.raises(ValueError, match="10 of 20 images in .* are unreadable"):
+        dataset.image(0)
+
+
+@pytest.mark.parametrize("kept, images", [(0.5, 5), (1.0, 10)])
+def test_a_shard_that_is_cut_off_is_named_and_read_as_far_as_it_goes(tmp_path, capsys, kept, images):
+    members = {}
+    for i in range(10):
+        members |= sample(i)
+    path = write_tar(tmp_path / "s" / "0.tar", members)
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    whole = last.offset_data + -(-last.size // 512) * 512          # without the end mark
+    os.truncate(path, int(whole * kept))
+    write_tar(tmp_path / "s" / "1.tar", sample(99))
+    dataset = opened(tmp_path / "s")
+    assert len(dataset) == images + 1 and list(dataset.bad) == ["0.tar"]
+    assert f"copy it again, the {images} images before are used" in capsys.readouterr().err
+    assert "1 unreadable" in dataset.summary()
+    assert dataset.image(images)[0].shape == (SIZE, SIZE, 3)       # that of the next shard
+    again = opened(tmp_path / "s")
+    assert again.bad == dataset.bad                                # the index remembers
+
+
+def test_shards_that_change_under_a_run_are_named(photos, capsys):
+    folder = photos()
+    dataset = opened(folder)
+    os.truncate(folder / "00001.tar", 1000)
+    (folder / "00002.tar").unlink()
+    assert dataset.exact(4) is None and dataset.exact(11) is None and dataset.exact(0) is not None
+    assert "has become shorter since" in dataset.bad["00001.tar/0004.png"]
+    assert "No such file" in dataset.bad["00002.tar/0011.png"]
+
+
+def test_damaged_labels_and_captions_are_named_and_their_images_left_out(tmp_path, capsys):
+    members = {}
+    for i in range(40):
+        members |= sample(i, cls=b"1")
+    del members["0001.cls"]
+    members |= {"0002.txt": b"\xff\xfe", "0003.cls": b"\xff", "0004.json": b"{", "0005.json": b"[1]"}
+    dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
+    assert dataset.bad == {
+        "0.tar/0001.png": "it has no class, and others have one (.cls)",
+        "0.tar/0002.png": "its .txt is not UTF-8", "0.tar/0003.png": "its .cls is not UTF-8",
+        "0.tar/0004.png": dataset.bad["0.tar/0004.png"]}
+    assert "its .json cannot be read" in dataset.bad["0.tar/0004.png"]
+    assert len(dataset) == 36 and "4 unreadable" in dataset.summary()
+    assert "and 1 more like these" in capsys.readouterr().err
+
+
+def test_many_images_without_a_class_are_refused(photos):
+    folder = photos(30, cls=label)
+    write_tar(folder / "9.tar", {name: content for i in range(10) for name, content in sample(i).items()})
+    with pytest.raises(ValueError, match=r"10 of 40 images have no class \(so 9.tar/0000.png\)"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("text, sentence", [
+    (b"cat", "its class is 'cat'; wanted one of the 3 numbers from 0 on"),
+    (b"-1", "its class is '-1'"), (b"99999999999", "its class is '99999999999'; wanted one of the 1000000"),
+])
+def test_a_class_among_numbers_that_is_none_is_named(photos, text, sentence):
+    folder = photos(cls=lambda i: text if i == 7 else label(i))
+    with pytest.raises(ValueError, match=f"00001.tar/0007.png: {sentence}"):
+        opened(folder)
+    (folder / "classes.txt").write_text("0\n1\n2\n")
+    with pytest.raises(ValueError, match="wanted one of the 3 in classes.txt"):
+        opened(folder)
+
+
+def test_a_tar_that_is_none_and_shards_without_images_are_told(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "0.tar").write_bytes(b"no tar file" * 100)
+    with pytest.raises(ValueError, match="no images in its 1 shards"):
+        opened(tmp_path / "s")
+    write_tar(tmp_path / "s" / "1.tar", {"my.cat.1.jpg": b"", "my.cat.2.jpg": b""})
+    with pytest.raises(ValueError, match=r"its 2 shards \(1 .cat.1.jpg, 1 .cat.2.jpg\); .*NAME without"):
+        opened(tmp_path / "s")
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/photos", "pipe:cat x.tar", "https://a/{000..999}.tar",
+                                   "photos/{000..999}.tar"])
+def test_shards_elsewhere_are_the_user_s_to_copy(place):
+    with pytest.raises(ValueError, match="read by seeking; copy or mount it first, by a pipe of your own"):
+        opened(place)
+
+
+def test_one_tar_and_compressed_shards_are_told_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="wanted the folder that it lies in"):
+        opened(write_tar(tmp_path / "s" / "0.tar", sample(0)))
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "0.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="are compressed.*gunzip"):
+        opened(tmp_path / "z")
+
+
+# ---------------------------------------------------------------- the index
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """A list that grows with each index that is made."""
+    made = []
+    scan = shards.scan
+
+    def counted(*args):
+        made.append(1)
+        time.sleep(0.05)                                           # long enough for others to come
+        return scan(*args)
+    monkeypatch.setattr(shards, "scan", counted)
+    return made
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_has_changed(photos, scans):
+    folder = photos(cls=label)
+    first = opened(folder)
+    second = opened(folder)
+    assert len(scans) == 1 and list(second.paths) == list(first.paths)
+    assert np.array_equal(second.image(11)[0], first.image(11)[0]) and second.fingerprint == first.fingerprint
+    os.utime(folder / "00001.tar", (1, 1))
+    assert opened(folder).fingerprint == first.fingerprint and len(scans) == 2      # the same images
+    write_tar(folder / "00003.tar", sample(50, cls=b"2"))
+    assert len(opened(folder)) == 13 and len(scans) == 3
+    (folder / "00000.tar").unlink()
+    assert len(opened(folder)) == 9 and len(scans) == 4
+
+
+@pytest.mark.parametrize("spoil", [b"", b"PK\3\4 no index", None])
+def test_a_damaged_index_is_made_again(photos, scans, spoil):
+    folder = photos(cls=label)
+    opened(folder)
+    index = folder / ".shards.npz"
+    index.write_bytes(index.read_bytes()[:-40] if spoil is None else spoil)
+    assert len(opened(folder)) == 12 and len(scans) == 2
+    assert sorted(path.name for path in folder.glob("*.tmp")) == []
+
+
+def test_a_folder_that_cannot_be_written_to_has_its_index_in_the_cache(photos, scans, tmp_path, monkeypatch):
+    folder = photos(cls=label)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened(folder)
+    opened(folder)
+    assert len(scans) == 1 and not (folder / ".shards.npz").exists()
+    assert len(list((tmp_path / "cache" / "da-vae").glob("shards-*.npz"))) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="wanted a place for the index of .*XDG_CACHE_HOME"):
+        opened(folder)
+
+
+def test_of_many_ranks_one_makes_the_index(photos, scans):
+    folder = photos(cls=label)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(map(len, pool.map(opened, [folder] * 4))) == {12}
+    assert len(scans) == 1
+
+
+def test_the_fingerprint_is_that_of_images_and_classes(photos):
+    folder = photos(cls=label)
+    prints = {opened(folder).fingerprint}
+    (folder / "classes.txt").write_text("ant\nbee\ncat")
+    prints.add(opened(folder).fingerprint)
+    photos(cls=lambda i: b"2" if i == 3 else label(i))
+    prints.add(opened(folder).fingerprint)
+    photos(txt=lambda i: b"x")
+    prints.add(opened(folder).fingerprint)
+    assert len(prints) == 4
+    moved = folder.rename(folder.with_name("moved"))
+    assert opened(moved).fingerprint in prints
+
+
+def test_strings_in_two_arrays_are_the_list_that_was_packed():
+    strings = ["", "a", "", "üñ", "\udcff", "x\0y", ""]
+    packed = shards.Strings.pack(strings)
+    assert list(packed) == [packed[i] for i in range(7)] == strings and packed[-2] == "x\0y"
+    with pytest.raises(IndexError):
+        packed[7]
+    assert list(shards.Strings.pack([])) == []
