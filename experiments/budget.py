@@ -278,7 +278,7 @@ def short(x):
 
 
 def steps(job, cfg):
-    """A step on more and more GPUs, each with as many images as of the preset on eight; or its batch split."""
+    """A step on more and more GPUs, each with as many images as in the preset; or its batch split."""
     each = job.cfg.batch_size / MACHINE
     rows = []
     for gpus in cfg.gpus:
