@@ -72,7 +72,7 @@ class Job:
     trained: int
     blocks: int
     passes: int                    # of the transformer, for a sample: the paper's steps and guidance
-    measured: int                  # images that are reconstructed, and as many samples
+    measured: int                  # images that are reconstructed, and as many samples; 0: as the paper, none
     text: float = 0.0              # of a caption's encoders: 2 FLOPs a parameter and token
     text_bytes: int = 0            # of a caption's embeddings: (333, 4096) and (2048,) in bfloat16
 
@@ -118,7 +118,7 @@ JOBS = [
         text_bytes=TEXT_BYTES),
     Job("sd35m-2048", "sd35m", encode=30.995e12, decode=48.496e12, vae_step=50.68e12,
         forward=11.251e12, step=30.75e12, vae_total=168_046_382, vae_trained=84_226_699,
-        total=2_488_341_760, trained=245_368_448, blocks=24, passes=60, measured=MJHQ, text=TEXT,
+        total=2_488_341_760, trained=245_368_448, blocks=24, passes=60, measured=0, text=TEXT,
         text_bytes=TEXT_BYTES),
 ]
 
@@ -241,9 +241,10 @@ def stages(job, cfg):
     work = plan.work(run, job.forward, job.step)
     found.append((f"`finetune.py {job.preset}`", run.batch_size * run.steps, work, 0, saved))
 
-    n = job.measured                                               # in four rows: at most twice its work
-    found.append(("`evaluate.py`, reconstructions", n, 0, 2 * n * (job.encode + job.decode), 0))
-    found.append(("`evaluate.py`, samples", n, n * job.passes * job.forward, n * job.decode, 0))
+    n = job.measured
+    if n:                                                          # in four rows: at most twice the DA-VAE's
+        found.append(("`evaluate.py`, reconstructions", n, 0, 2 * n * (job.encode + job.decode), 0))
+        found.append(("`evaluate.py`, samples", n, n * job.passes * job.forward, n * job.decode, 0))
     return found
 
 
@@ -278,7 +279,7 @@ def short(x):
 
 
 def steps(job, cfg):
-    """A step on more and more GPUs, each with as many images as of the preset on eight; or its batch split."""
+    """A step on more and more GPUs, each with as many images as in the preset; or its batch split."""
     each = job.cfg.batch_size / MACHINE
     rows = []
     for gpus in cfg.gpus:

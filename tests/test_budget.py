@@ -100,12 +100,6 @@ def test_dollars_and_days_grow_with_the_images_and_with_the_price():
     assert on_the_fly == "1.00, 48" and train == "10.0, 480"
 
 
-@pytest.mark.parametrize("job", [IMAGENET, SD1024], ids=lambda job: job.preset)
-def test_the_transformers_counts_are_those_of_a_dry_run(job):
-    sizes = {"imagenet512": (237.4e9, 712.0e9), "sd35m-1024": (2.443e12, 6.237e12)}
-    assert (job.forward, job.step) == pytest.approx(sizes[job.preset], rel=1e-3)
-
-
 class Features(nn.Sequential):
     """VGG16's convolutions, as LPIPS runs them on both images."""
 

@@ -4,7 +4,15 @@ from dataclasses import replace
 import pytest
 
 import finetune
+from experiments import budget
 from finetune import PRESETS, Config
+
+# FLOPs of all images / (0.35 x 989 TFLOP/s) / 3600; SD3.5's blocks compute forward twice (checkpointing)
+HOURS = {
+    "imagenet512": "51.2 of an H100, 6.4 of eight",                # 89.6 M x 0.712 T
+    "sd35m-1024": "8.9 of an H100, 1.1 of eight",                  # 1.28 M x (6.237 + 2.443) T
+    "sd35m-2048": "32.4 of an H100, 4.0 of eight",                 # 0.96 M x (30.75 + 11.25) T
+}
 
 
 @pytest.mark.parametrize("preset, changes, forward, parameters", [
@@ -27,6 +35,11 @@ def test_dry_run_counts_what_the_models_really_cost(preset, changes, forward, pa
     assert f"the original {4 * numbers['tokens']}" in shown
     assert f"--out={PRESETS[preset]['out']}" in shown
     assert "GiB of states" in shown
+    if not changes:
+        assert HOURS[preset] in shown
+        job, = [job for job in budget.JOBS if job.preset == preset]
+        assert (job.forward, job.step) == pytest.approx((forward, numbers["step"]), rel=0.001)
+        assert (job.total, job.trained) == (numbers["parameters"], numbers["trained"])
 
 
 @pytest.mark.parametrize("changes,sentence", [
