@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 -- evaluate.py out/imagenet512 --data_dir=imagenet/val --images=50000 \\
         --n=50000 --inception_weights=inception.pth --reference=VIRTUAL_imagenet512.npz
     python evaluate.py compare out/photos out/other        # the latest measurements of two runs, side by side
+    python evaluate.py report out/tiny                     # report.html: the run on one page, to look at
 
 Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on the full-size image, with r^2
 times the tokens (r = 2: four times). Generation: samples, and the same latents through the base decoder
@@ -31,9 +32,9 @@ from tqdm import tqdm
 
 import sample
 from kernels import choose
-from support import config, data, metrics, ranks, runs, weights
+from support import config, data, metrics, ranks, report, runs, weights
 from support.config import field
-from support.figures import print_table
+from support.figures import print_table, stages_of
 from support.measurements import add_entry, check_writable, compare, read_entries, run_folder, state_of
 from support.metrics import FeatureNetwork, distances, moments, upsampled
 from support.ranks import autocast, from_all, gather
@@ -447,8 +448,125 @@ def large_enough(batches, dataset, least):
             dataset.report(dataset.paths[numbers[0]], reason, "it is left out")
 
 
+# ---------------------------------------------------------------- the report
+
+
+@dataclass
+class ReportConfig:
+    run: str = field("out/tiny", "a run of finetune.py or of train_vae.py, with D > 0; or a step of it")
+    out: str = field("", "the HTML file; empty: <run>/report.html")
+    data_dir: str = field("", "images to reconstruct; empty: drawings of another seed, or what the VAE was "
+                              "validated on, which may be training images: the page says so")
+    images: int = field(8, "images to reconstruct", within=(1, 24))
+    n: int = field(20, "samples to draw, for a run of finetune.py", within=(1, 100))
+    seed: int = field(0, "of the samples' noise", within=(0, 2**64 - 1))
+    weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
+    device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+
+
+def main_report(cfg, text=None):
+    """Write the page of a run, see support/report.py.
+
+    text: as `sample.generate` takes it; None: of a model of texts, it is found here
+    raises: SystemExit if the run has no details to show
+    """
+    run = load(cfg.run, cfg.weights, cfg.device)
+    if not run.vae.D or (run.dit is not None and not run.dit.cfg.D):
+        raise SystemExit(f"{cfg.run}: has no detail channels to show; wanted a run of finetune.py or of "
+                         "train_vae.py with D > 0")
+    path = Path(cfg.out or run_folder(cfg.run) / "report.html")
+    check_writable(path)
+    x, shown = images_to_show(cfg, run)
+    samples = draw_latents(cfg, run, text) if run.dit is not None else None
+    report.write(report.Report(cfg.run, run.config, run.vae, x, shown, samples, stages(run)), path)
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB: open it in a browser")
+
+
+def report_at_the_end(job, text):
+    """The report of a job of finetune.py that has just ended; what hinders it is said, and no more.
+
+    job: its Config; text: see `main_report`.  By one process
+    """
+    if not job.D:
+        return
+    with runs.picture_may_fail(f"{job.out}/report.html"):
+        try:
+            main_report(ReportConfig(run=job.out, device=job.device), text)
+        except SystemExit as reason:
+            print(f"{job.out}/report.html not written: {reason}")
+
+
+def images_to_show(cfg, run):
+    """(x (N, 3, H, W) in [-1, 1], which images these are, in words)."""
+    own = run.config["config"]
+    folder, shown = cfg.data_dir, "Held-out images"
+    if not folder and own["data_dir"] != "procedural":
+        stage_1 = own
+        if run.dit is not None and runs.checkpoints(own["vae"]):
+            stage_1 = runs.read_config(runs.latest_checkpoint(own["vae"]))["config"]
+        folder = stage_1.get("val_dir", "")
+    if not folder and own["data_dir"] != "procedural":
+        folder, shown = own["data_dir"], "Training images (--data_dir= takes others)"
+    dataset, index = held_out(run, folder, cfg.images)
+    batches = [x for x, _, _ in data.read(dataset, index)]
+    if not batches:
+        raise SystemExit(f"{folder}: none of {len(index)} images can be read; give others with --data_dir=")
+    return torch.cat(batches), shown
+
+
+def draw_latents(cfg, run, text):
+    """report.Samples of up to ten classes (or the run's texts), drawn as finetune.py draws its pictures."""
+    own = run.config["config"]
+    known = run.config["model"].get("num_classes", 0)
+    classes = np.linspace(0, known - 1, min(10, known)).round().astype(int).tolist()
+    chosen = sample.Config(n=cfg.n, seed=cfg.seed, weights=cfg.weights, steps=own["sample_steps"],
+                           classes=tuple(classes))
+    settings = sample.settings_of(chosen, run.config, run.checkpoint)
+    if text is None:
+        text = sample.text_of(chosen, run.config, settings, run_folder(cfg.run), run.rank, run.device)
+    latents = []
+
+    def flow(*args, **options):                                # keeps what `generate` only decodes
+        latents.append(sample.sample_flow(*args, **options))
+        return latents[-1]
+
+    for part in torch.arange(cfg.n).split(10):
+        sample.generate(run.dit, run.vae, part.tolist(), settings, text, flow)
+    parameters = sum(p.numel() for p in run.dit.parameters())
+    tokens = (own["image_size"] // run.vae.f // run.dit.cfg.p)**2
+    return report.Samples(torch.cat(latents), names_of(run, settings, cfg.n), settings, parameters, tokens)
+
+
+def names_of(run, settings, n):
+    """What samples 0, 1, ... are called, in turn: by class or text, or by number where there is one class."""
+    if "prompts" in settings:
+        return settings["prompts"]
+    known, classes = run.config["classes"], settings["classes"]
+    if len(classes) == 1:
+        return [f"sample {i + 1}" for i in range(n)]
+    return [known[k] if k < len(known) else f"class {k}" for k in classes]
+
+
+def stages(run):
+    """The report.Stages that led to a run: what it was made of, then the run itself."""
+    import finetune
+    import train_vae
+    scripts = {"finetune.py": finetune, "train_vae.py": train_vae}
+    own = run.config["config"]
+    saved = {}
+    for folder in stages_of([own.get("vae", ""), own["base"]]):
+        trained = runs.checkpoints(folder)
+        saved[folder] = runs.read_config(trained[-1]) if trained else {}
+    saved[run_folder(run.folder)] = run.config
+    found = []
+    for folder, about in saved.items():
+        script = scripts.get(about.get("script"), train_vae)
+        found.append(report.stage_in(folder, about, script.Config, script.PRESETS))
+    return found
+
+
 def command_line(argv):
-    """`compare A B`, or a run and flags."""
+    """`compare A B`, `report RUN`, or a run and flags."""
     if argv[:1] == ["analyse"]:
         raise SystemExit("the paper's analyses are scripts of their own, in experiments/: for example "
                          "python experiments/tsne.py RUN")
@@ -457,6 +575,8 @@ def command_line(argv):
     try:
         if argv[:1] == ["compare"]:
             compare(*argv[1:])
+        elif argv[:1] == ["report"]:
+            ranks.launch(main_report, config.cli(ReportConfig, argv=argv[1:]))
         else:
             ranks.launch(main, config.cli(Config, argv=argv))
     except ImportError as error:                    # torch-fidelity, transformers, lpips

@@ -337,7 +337,6 @@ def main(cfg):
     del base                                                       # its memory is wanted
     if not cfg.shard:
         share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
-
     autocast = ranks.autocast(cfg.dtype, device)
     for n, (z_all, y) in run.steps(latents(run.start)):
 
@@ -372,6 +371,8 @@ def main(cfg):
     summary = run.finish("DA-VAE DiT" if cfg.D else "base DiT")
     if rank == 0:
         figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out])
+        import evaluate                                            # which stands no lower than this script
+        evaluate.report_at_the_end(cfg, condition.text)
     return summary
 
 
@@ -430,11 +431,12 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
 
 
 def share_frozen(dit, ema, rounded):
-    """Let the EMA use the model's own frozen weights; if `rounded`, matrices in bfloat16, as in autocast."""
+    """Let the EMA use the model's own frozen weights; if `rounded`, in bfloat16 what autocast would round."""
+    for layer in dit.modules():
+        if rounded and isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.bfloat16()
     for p, e in zip(dit.parameters(), ema.parameters()):
         if not p.requires_grad:
-            if rounded and p.ndim > 1:
-                p.data = p.data.bfloat16()
             e.data = p.data
 
 

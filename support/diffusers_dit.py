@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dit import MODELS, Transformer, add_lora, widen
 from support.diffusers_text import class_of
 from support.files import some
 
@@ -49,7 +48,7 @@ class DiffusersConfig:
         return self.net["num_layers"] + self.net.get("num_single_layers", 0)
 
 
-class DiffusersDiT(Transformer):
+class DiffusersDiT(nn.Module):
     """Velocity of a latent, given the time and a text, by a transformer of diffusers.
 
     z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p
@@ -65,18 +64,27 @@ class DiffusersDiT(Transformer):
     width_of_text = ""         # the name of cfg.context in diffusers' config
     mark = ""                  # a weight that no other transformer here has
     lora_targets = ()          # the layers of each block that get an adapter
+    checkpointing = False      # True: recompute each block in the backward pass, to save memory
 
     def __init__(self, cfg):
         super().__init__()
         self.net = class_of(self.theirs).from_config(cfg.net)
-        self.cfg = replace(cfg, net=settings_of(self.net))
+        self.cfg = replace(cfg, D=0, net=settings_of(self.net))
         self.P = take(self.net, self.first)
         self.O = take(self.net, self.last)
         self.check(cfg.p**2 * cfg.C)
-        self.P_new, self.O_new = widen(self.P, self.O, cfg.D, cfg.p) if cfg.D else (None, None)
+        self.P_new, self.O_new = None, None
         self.net.enable_gradient_checkpointing()                   # `forward` says when
+        if cfg.D:
+            self.expand_channels(cfg.D)
         if cfg.lora:
+            from dit import add_lora                               # dit.py stands above support/
             add_lora(self, cfg.lora, cfg.alpha)
+
+    def expand_channels(self, D):
+        """See dit.py:Transformer.expand_channels."""
+        from dit import Transformer
+        Transformer.expand_channels(self, D)
 
     def check(self, numbers):
         """raises: ValueError unless so many numbers of a patch come in, and as many go out"""
@@ -316,5 +324,4 @@ def merged(model):
     return theirs
 
 
-MODELS["Flux2"] = (Flux2Config, Flux2)
-MODELS["Sana"] = (SanaConfig, Sana)
+MODELS = {"Flux2": (Flux2Config, Flux2), "Sana": (SanaConfig, Sana)}        # support/weights.py adds them

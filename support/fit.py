@@ -96,8 +96,7 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     images: batches (B, 3, H, W) of training images; some 20 latent pixels for each of the 9 (C+D) unknowns
     align:  0 the directions of reduced-rank regression, strongest first as support/levels.py counts them;
             1 group means are the best linear guess of z; or between
-    pixels: no directions are sought: z_d is D/C of every r^2 pixels of U as they are (space to depth), which
-            a baseline would take; with `align` 0
+    pixels: z_d is D/C of every r^2 pixels of U as they are (space to depth), the baseline; with `align` 0
     strength: of the ridge, against what the images leave undetermined
     Every rank may fit the same images: DistributedDataParallel goes on with what rank 0 found.
     returns {"kept": the part of the features' energy that z does not tell, and [z, z_d] do;
@@ -119,11 +118,7 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     R = G - G[:, :inputs] @ W
 
     # the D directions of U of which the decoder makes most
-    V = reduced_rank(R[U, U], M, vae.D)                            # (r^2 C, D)
-    if align == 0:
-        V = V[:, importance(C, vae.D)]                             # strongest first in the order of levels
-    if pixels:
-        V = some_pixels(C, vae.r**2, vae.D // C).to(V)
+    V = some_pixels(C, vae.r**2, vae.D // C).to(M) if pixels else reduced_rank(R[U, U], M, vae.D)
     V = V / (V.T @ G[U, U] @ V).diagonal().sqrt()
     own = V.T @ G[U, U] @ V                                        # moments of z_d: z_d^T z_d, with ones
     with_z = V.T @ G[U, z]                                         # on the diagonal, and z_d^T z
@@ -135,9 +130,9 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     kept = 1 - (left * (G @ left)).sum() / (K * (R @ K)).sum()
     told = (with_z * solve_ridge(own, with_z, strength)).sum() / G[z, z].trace()
 
-    # another basis of the same details: the up block undoes it
-    if align:
-        T = alignment(own, with_z, align)
+    # another basis of the same details, aligned or the strongest first: the up block undoes it
+    if align or not pixels:
+        T = alignment(own, with_z, align) if align else torch.eye(vae.D).to(V)[:, importance(C, vae.D)]
         V = V @ T
         W[inputs:] = on_patches(torch.linalg.inv(T)) @ W[inputs:]
 

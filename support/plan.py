@@ -1,4 +1,4 @@
-"""What a training run would take: sizes, FLOPs, memory, disk, from shapes alone."""
+"""What a training run would take: sizes, FLOPs, memory, disk, hours, from shapes alone."""
 import dataclasses
 
 import torch
@@ -13,6 +13,17 @@ LATENTS = {
     "Flux2": (32, 8),              # FLUX.2's VAE, or TAEF2
     "Sana": (32, 32),              # DC-AE
 }
+
+# Of an H100 SXM, dense bfloat16, as its data sheet says; and which part of that a transformer may reach:
+# assumed, lowest, highest, because this code has not run on a GPU. LightningDiT's authors report 285 img/s
+# a GPU, which is 0.20; the best that is published of a DiT, one of 7 B parameters, is 0.52.
+PEAK = 989e12
+REACHED = (0.35, 0.20, 0.50)
+
+
+def gpu_hours(flops, reached=REACHED[0], peak=PEAK):
+    """Hours of one GPU for so many FLOPs, at `reached` of its peak FLOP/s."""
+    return flops / (peak * reached) / 3600
 
 
 def published(cfg, MODELS, new_dit, vaes):
@@ -64,7 +75,7 @@ def show(cfg, model, inputs, r, forward, step, kept):
     forward, step: FLOPs of an image; kept: numbers that the backward pass keeps of an image
     returns {parameters, trained, tokens, forward, step}
     Memory is per GPU: exact for weights, gradients, AdamW and EMA;
-    for what the backward pass keeps an upper bound.
+    for what the backward pass keeps an upper bound. Hours are arithmetic, not a measurement.
     """
     channels, side = inputs[0].shape[1:3]
     texts = inputs[2].shape[1] if cfg.text else 0
@@ -95,6 +106,23 @@ def show(cfg, model, inputs, r, forward, step, kept):
           f"{cfg.micro_batch}; and the VAE; before the first step {start:.1f} GiB of weights")
     once = f"; {frozen * 4 / 2**30:.1f} GiB once in frozen/" if cfg.lora else ""
     print(f"disk    {latents:.2f} MiB of cached latents an image; {saved:.1f} GiB a checkpoint{once}")
+    print(f"        {latents * 2**20 / 1e6:.2f} TB of latents for a million images; {3 * saved:.1f} GiB of "
+          "checkpoints, three while one is written")
+    print(f"hours   {hours_line(cfg, forward, step)}")
     print(f"reads   {', '.join(reads)}")
     print(f"writes  {cfg.out}/: {writes}")
     return dict(parameters=total, trained=trained, tokens=tokens, forward=forward, step=step)
+
+
+def work(cfg, forward, step):
+    """FLOPs of all steps; with checkpointing, blocks are computed twice."""
+    again = forward if cfg.checkpointing else 0
+    return (step + again) * cfg.batch_size * cfg.steps
+
+
+def hours_line(cfg, forward, step):
+    """What `show` says of time."""
+    expected, longest, shortest = (gpu_hours(work(cfg, forward, step), part) for part in REACHED)
+    return (f"{expected:,.1f} of an H100, {expected / 8:,.1f} of eight, if {REACHED[0]:.0%} of its "
+            f"{PEAK / 1e12:.0f} TFLOP/s is reached (assumed; {REACHED[1]:.0%}: {longest:,.1f}, "
+            f"{REACHED[2]:.0%}: {shortest:,.1f}); the VAE's: experiments/budget.py")

@@ -302,7 +302,7 @@ def import_transformers(*names):
     while cause.__cause__:                         # transformers wraps what went wrong in errors of its own
         cause = cause.__cause__
     if isinstance(cause, ModuleNotFoundError) and cause.name in ("torchvision", "transformers"):
-        raise SystemExit(f"{' and '.join(names)} need {cause.name}: pip install {cause.name}")
+        raise SystemExit(f"this needs {cause.name}: pip install {cause.name}")
     raise SystemExit(f"transformers cannot be imported ({first_line(cause)}); install the versions that "
                      "requirements.txt names")
 

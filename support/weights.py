@@ -24,7 +24,7 @@ import torch
 
 from davae import DAVAE, DAVAEConfig, PlainVAE
 from dit import MODELS, LightningDiT, MMDiT, USiT, merge_lora, rope_table, sincos_table
-from support import formats, hub, runs
+from support import diffusers_dit, formats, hub, runs
 from support.bases import BASES
 from support.config import field
 from support.dcae_names import import_dcae, is_dcae, published_scales
@@ -40,6 +40,8 @@ from support.files import fill, pick_weights, read_json, some
 from support.flux2 import import_flux2, is_flux2
 from support.runs import latest_checkpoint, read_config, read_state_dict
 from support.usit import export_usit, import_usit, is_usit
+
+MODELS |= diffusers_dit.MODELS
 
 # ---------------------------------------------------------------- base VAEs
 

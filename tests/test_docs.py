@@ -49,6 +49,7 @@ TOY = {
     "python evaluate.py out/tiny-vae": MEASURE,
     "python evaluate.py out/tiny-base": MEASURE,
     "python evaluate.py compare out/tiny out/tiny-base": "",
+    "python evaluate.py report out/tiny --out=docs/demo.html": "--images=2 --n=4",
     "python train_vae.py tiny --align=0 --out=out/no-align": f"{VAE} --base=./out/tiny-base-vae",
     "python docs/walkthrough.py out/tiny --other=out/no-align": f"{LOOK} --out=pictures",
     "python experiments/sensitivity.py out/tiny-vae --images=200": LOOK,
@@ -79,6 +80,7 @@ TOY = {
     "--lpips_trunk=squeezenet1_1_features.pth": "",
     "python experiments/sizes.py out/photos-vae --data_dir=kodak --images=6 "
     "--lpips_trunk=squeezenet1_1_features.pth": "--sizes=64,0 --halvings=0",
+    "python experiments/budget.py": "",
     "python finetune.py imagenet512 --dry_run=True": "",
     "python finetune.py sd35m-1024 --dry_run=True": "",
     "python finetune.py sd35m-2048 --dry_run=True": "",
@@ -143,6 +145,8 @@ def parse(command):
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if script == "evaluate.py" and flags[0] == "compare":
         return script, flags[1:]
+    if script == "evaluate.py" and flags[0] == "report":
+        return script, cli(module.ReportConfig, argv=flags[1:])
     if script == "sample.py" and flags[0] in ("text", "export"):
         from support import text, weights
         Config = {"text": text.TextConfig, "export": weights.ExportConfig}[flags.pop(0)]

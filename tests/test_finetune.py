@@ -109,6 +109,20 @@ def test_ema_follows_the_closed_form():
         assert torch.allclose(p, m + 0.9**5 * (s - m), atol=1e-6)
 
 
+def test_of_what_is_frozen_only_what_autocast_would_round_is_kept_in_bfloat16():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    model.table = torch.nn.Parameter(torch.randn(6, 4))            # as Sana has: no matrix product
+    model.requires_grad_(False)
+    model[1].requires_grad_(True)
+    ema = deepcopy(model)
+    finetune.share_frozen(model, ema, rounded=True)
+    assert model[0].weight.dtype == torch.bfloat16
+    others = (model[0].bias, model[1].weight, model[2].weight, model.table)
+    assert {p.dtype for p in others} == {torch.float32}
+    assert ema[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert ema[1].weight.data_ptr() != model[1].weight.data_ptr()
+
+
 def test_warm_start_difference_is_zero_and_the_check_fails_with_a_random_P_new():
     base = tiny_dit()
     model = deepcopy(base)

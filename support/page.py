@@ -1,0 +1,172 @@
+"""Pieces of a web page that is one file: text, pictures, curves, tables. They know nothing of runs.
+
+What comes from outside goes through `text` or `attribute`, and is then safe in HTML, also between quotes.
+"""
+import base64
+import html
+import io
+import json
+import math
+import re
+
+from PIL import Image
+
+
+def fill(template, sections, places):
+    """A page: the template with only these sections, and its {{places}} filled with HTML.
+
+    sections: {id of a <section>: the places in it, {name: HTML}}, None: the page goes without that section
+    places: those outside of sections; {{contents}} is made here, links to the sections that are left
+    """
+    left = {name: found for name, found in sections.items() if found is not None}
+    places = dict(places)
+    for found in left.values():
+        places |= found
+
+    def keep(section):
+        return section[0] if section[1] in left else ""
+
+    page = re.sub(r'<section id="([\w-]+)".*?</section>\n', keep, template, flags=re.S)
+    heads = re.findall(r'<h2 id="([\w-]+)-title">(.*?)</h2>', page)
+    places["contents"] = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in heads)
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], page)
+
+
+# ---------------------------------------------------------------- text
+
+
+def text(words):
+    """Words as they stand in HTML; what is no UTF-8, in the name of a folder, is ?."""
+    return html.escape(str(words).encode("utf-8", "replace").decode())
+
+
+def attribute(thing):
+    """A thing as JSON in an attribute."""
+    return text(json.dumps(thing))
+
+
+def plural(count, noun):
+    """"1 class", "10 classes"."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}" + (ending if count != 1 else "")
+
+
+def duration(seconds):
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def definitions(values, style):
+    """{name: value} as a list of definitions."""
+    rows = [f'<div><dt>{text(name)}</dt><dd class="number">{text(value)}</dd></div>'
+            for name, value in values.items()]
+    return f'<dl class="{style}">{"".join(rows)}</dl>'
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def picture(pixels, quality):
+    """uint8 (H, W, 3) as a data URI.   quality: WebP's, 100: lossless"""
+    file = io.BytesIO()
+    if quality == 100:                             # then the other number is effort; 100 takes 3 times
+        Image.fromarray(pixels).save(file, "WEBP", lossless=True, quality=50)
+    else:
+        Image.fromarray(pixels).save(file, "WEBP", quality=quality)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def img(pixels, quality, alt):
+    """The same as an <img>.   alt: what it shows, in words"""
+    H, W = pixels.shape[:2]
+    return f'<img src="{picture(pixels, quality)}" width="{W}" height="{H}" alt="{text(alt)}">'
+
+
+# ---------------------------------------------------------------- curves
+
+
+def chart(title, curves, wide=False):
+    """A <figure> of curves {name: (steps, values)} over one axis that begins at 0; "" without any.
+
+    The drawing fills its box, whatever the box's shape; its labels are text beside it. The page's script lets
+    it be read off.
+    """
+    drawn = []
+    for hue, (name, (steps, values)) in enumerate(curves.items()):
+        points = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
+        if points:
+            drawn.append({"name": name, "hue": hue, "steps": [step for step, _ in points],
+                          "values": [float(f"{value:.5g}") for _, value in points]})
+    if not drawn:
+        return ""
+    last = max(curve["steps"][-1] for curve in drawn)
+    top = max(max(curve["values"]) for curve in drawn)
+    top = top if top > 0 else 1.0
+
+    lines, labels = [], []
+    for y in ticks(top):
+        lines.append(f'<path class="grid" d="M0 {100 - 100 * y / top:.2f} H100"/>')
+        labels.append(f'<span class="y" style="bottom:{100 * y / top:.2f}%">{y:g}</span>')
+    for x in ticks(last):
+        labels.append(f'<span class="x" style="left:{100 * x / last:.2f}%">{x:,g}</span>')
+    ends = apart([100 * curve["values"][-1] / top for curve in drawn], least=8)
+    for curve, end in zip(drawn, ends):
+        spots = [f"{100 * step / last:.2f} {100 - 100 * value / top:.2f}"
+                 for step, value in zip(curve["steps"], curve["values"])]
+        style = f"c{curve['hue']}"
+        lines.append(f'<path class="{style}" d="M{" L".join(spots)}"/>')
+        labels.append(f'<span class="name {style}" style="bottom:{end:.2f}%">{text(curve["name"])}</span>')
+        labels.append(f'<span class="mark {style}" hidden></span>')
+
+    first = min(curve["steps"][0] for curve in drawn)
+    latest = [f"{curve['name']} {curve['values'][-1]:.3g}" for curve in drawn]
+    read = text(f"step {last} · {' · '.join(latest)}")
+    data = attribute({"curves": drawn, "last": last, "top": top})
+    return f"""<figure class="chart{" wide" if wide else ""}" data-chart="{data}">
+<figcaption>{text(title)}</figcaption>
+<div class="plot" role="slider" tabindex="0" aria-label="{text(title)}; step" aria-valuemin="{first}"
+aria-valuemax="{last}" aria-valuenow="{last}" aria-valuetext="{read}">
+<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{"".join(lines)}</svg>
+{"".join(labels)}<span class="cursor" hidden></span></div>
+<div class="read">{read}</div>
+</figure>"""
+
+
+def ticks(top):
+    """0 and round numbers up to `top`: two to six of them."""
+    power = 10.0**math.floor(math.log10(top))
+    step = next(step for step in (power / 5, power / 2, power, 2 * power) if top / step < 5.5)
+    return [round(k * step, 10) for k in range(int(top / step + 1e-9) + 1)]
+
+
+def apart(heights, least):
+    """Heights in per cent, moved up where two are nearer than `least`."""
+    moved = list(heights)
+    order = sorted(range(len(moved)), key=lambda k: moved[k])
+    for low, high in zip(order, order[1:]):
+        moved[high] = max(moved[high], moved[low] + least)
+    return moved
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(title, heads, rows):
+    """A <table>: {column: its head}, {row: {column: (as it is written, is it the best?)}}.
+
+    On a narrow page each number stands under its column's head again, which is therefore with it, too.
+    """
+    columns = "".join(f'<th scope="col">{text(head)}</th>' for head in heads.values())
+    lines = []
+    for name, row in rows.items():
+        cells = []
+        for column, head in heads.items():
+            written, best = row.get(column, ("", False))
+            style = ' class="best"' if best else ""
+            cells.append(f'<td{style} data-name="{text(head)}">{text(written)}</td>')
+        lines.append(f'<tr><th scope="row">{text(name)}</th>{"".join(cells)}</tr>')
+    return (f'<table><caption>{text(title)}</caption>\n<thead><tr><th scope="col">which</th>{columns}</tr>'
+            f"</thead>\n<tbody>{''.join(lines)}</tbody></table>")

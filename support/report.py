@@ -1,0 +1,554 @@
+"""report.html: a run on one page, in one file that fetches nothing.
+
+    report.write(Report(...), "out/tiny/report.html")
+
+support/report.html is the page: prose, style, script, and {{places}}. Here is what goes into the places, one
+function a section in the page's order; a section for which a run has nothing is left out, and what can be
+made later is replaced by the command that makes it. The pieces (pictures, curves, tables) are of
+support/page.py.
+"""
+import re
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from support import config, figures, runs
+from support.data import to_uint8
+from support.measurements import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    out_of_date,
+    read_entries,
+    run_folder,
+    step_measured,
+)
+from support.metrics import psnr, upsampled
+from support.page import attribute, chart, definitions, duration, fill, img, picture, plural, table, text
+
+# Bytes. A page that comes out larger is made again with less quality: WebP's, of which 100 is lossless.
+LARGEST = 6_000_000
+QUALITIES = (100, 90, 75, 50, 25)
+
+# Pixels a side. Of larger images the dial shows the middle, pixel by pixel, and the samples are reduced.
+SIDE = 384
+
+# Images up to this side are shown enlarged, with their pixels as squares.
+SMALL = 128
+
+# At most so many numbers of details, from none to all, and so many samples, on the dial.
+STOPS = 8
+DIALLED = 10
+
+
+@dataclass
+class Stage:
+    """One training run of those that led to the one on the page."""
+    folder: str
+    summary: dict                  # summary.json; {}: not finished, or not trained here
+    command: str                   # a preset's name and what differs from it; "": not trained here
+    settings: dict                 # {field of its Config: value as text}
+
+
+@dataclass
+class Samples:
+    """Latents that a run has drawn."""
+    z_all: torch.Tensor            # (n, C+D, h, w); sample i is of names[i % len(names)]
+    names: list                    # of classes, or texts
+    settings: dict                 # see sample.settings_of
+    parameters: int                # of the transformer
+    tokens: int
+
+
+@dataclass
+class Report:
+    """What a page is made of."""
+    folder: str                    # the run, as it was given
+    about: dict                    # config.json of the checkpoint
+    vae: nn.Module                 # a DAVAE, in eval mode
+    x: torch.Tensor                # (N, 3, H, W) in [-1, 1], to reconstruct
+    shown: str                     # which images these are, in words
+    samples: Samples | None        # None: a run of train_vae.py
+    stages: list                   # of Stage, the run itself last
+
+
+def write(report, path):
+    """Write the page.   raises: ValueError if it cannot be made small enough; OSError if the disk refuses"""
+    dial = Dial(report)
+    qualities = QUALITIES if report.x.shape[-1] <= SMALL else QUALITIES[1:]
+    for quality in qualities:
+        page = render(report, dial, quality)
+        if len(page.encode()) <= LARGEST:
+            runs.replace(path, page)
+            return
+    raise ValueError(f"{path}: {len(page) / 1e6:.1f} MB even at the least quality, wanted at most "
+                     f"{LARGEST / 1e6:.0f} MB: show fewer images, with --images= and --n=")
+
+
+def render(report, dial, quality):
+    """The page as text."""
+    sections = {
+        "dial": dial_section(report, dial),
+        "wipe": wipe_section(report, dial),
+        "start": start_section(report, quality),
+        "samples": samples_section(report, dial, quality),
+        "losses": losses_section(report),
+        "measurements": measurements_section(report),
+        "commands": commands_section(report),
+    }
+    size = report.x.shape[-1]
+    everywhere = {
+        "title": text(report.folder),
+        "kind": "DA-VAE, a transformer on it" if report.samples else "DA-VAE, the autoencoder alone",
+        "sentences": "\n".join(f'<p class="lead">{text(sentence)}</p>' for sentence in sentences(report)),
+        "facts": definitions(facts(report), "facts"),
+        "run": text(report.folder),
+        "small_side": small_side(report.vae.r),
+        "side": str(min(size, SIDE)),
+        "pixels": "pixels" if size <= SMALL else "",
+        "sheets": "\n".join(dial.sheets(quality)),
+    }
+    return fill((Path(__file__).parent / "report.html").read_text("utf-8"), sections, everywhere)
+
+
+# ---------------------------------------------------------------- what this run is
+
+
+def sentences(report):
+    """What the run is, in three sentences."""
+    if report.samples is None:
+        return sentences_of_autoencoder(report)
+    vae, own, model, samples = report.vae, report.about["config"], report.about["model"], report.samples
+    side = small_side(vae.r)
+    kind = plural(model.get("num_classes", 0), "class")
+    drawn = "images" if kind == "1 class" else f"images of {kind}"
+    if own.get("text"):
+        drawn = "images of texts"
+    before = "from random weights"
+    if own["base"]:
+        before = f"from {own['base']}, which drew {side} with as many tokens"
+    _, run = summaries(report)
+    trained = "It was trained for"
+    if "warm_start" in run:
+        trained = f"Before its first step it differed from that model by {run['warm_start']}; then came"
+    return [
+        f"A {model['kind']} of {samples.parameters / 1e6:.1f} million parameters that draws {drawn} at "
+        f"{own['image_size']} × {own['image_size']} pixels, as {plural(samples.tokens, 'token')}; it started "
+        f"{before}.",
+        f"To the {vae.C} base channels, computed on the image at {side}, it adds {vae.D} detail channels of "
+        f"a DA-VAE, computed on the image at full size{quality_of(report)}.",
+        f"{trained} {length_of(report)}."]
+
+
+def sentences_of_autoencoder(report):
+    vae, own = report.vae, report.about["config"]
+    positions = (own["image_size"] // vae.f)**2
+    return [
+        f"A DA-VAE: beside the {vae.C} channels of a frozen base VAE, {own['base']}, which sees the image at "
+        f"{small_side(vae.r)}, stand {vae.D} detail channels, computed on the full-size image and aligned to "
+        "them.",
+        f"An image of {own['image_size']} × {own['image_size']} pixels becomes {positions} latent positions "
+        f"of {vae.C + vae.D} numbers, where the base VAE would need {positions * vae.r**2} positions of "
+        f"{vae.C}{quality_of(report)}.",
+        f"It was trained for {length_of(report)}."]
+
+
+def quality_of(report):
+    """What the DA-VAE was validated to give, as the end of a sentence."""
+    davae, _ = summaries(report)
+    if "psnr" not in davae:
+        return ""
+    return (f"; validation images come back at {davae['psnr']:.2f} dB with them, and at "
+            f"{davae['psnr_base']:.2f} dB from the base channels alone")
+
+
+def length_of(report):
+    """How long, and on what, the run was trained."""
+    own = report.about["config"]
+    _, run = summaries(report)
+    images = own["data_dir"]
+    if images == "procedural":
+        images = f"{own['images']:,} built-in drawings"
+    if "seconds" not in run:
+        return f"{own['steps']:,} steps, which are not all made yet, on {images}"
+    return f"{run['steps']:,} steps ({duration(run['seconds'])}) on {images}"
+
+
+def small_side(r):
+    """How large the base image is, in words."""
+    return "half the side" if r == 2 else f"1/{r} of the side"
+
+
+def summaries(report):
+    """summary.json of the DA-VAE and of the run itself; {} where one is missing."""
+    davae = {}
+    for stage in report.stages:
+        if stage.summary.get("stage") == "DA-VAE":
+            davae = stage.summary
+    return davae, report.stages[-1].summary
+
+
+def facts(report):
+    """The run's figures: {what it is: number}."""
+    vae = report.vae
+    davae, run = summaries(report)
+    what, count = "latent positions", (report.x.shape[-1] // vae.f)**2
+    if report.samples:
+        what, count = "tokens", report.samples.tokens
+    found = {f"{what} an image, not {count * vae.r**2}": count,
+             "channels, base + detail": f"{vae.C} + {vae.D}"}
+    if "psnr" in davae:
+        found["base only → with details"] = f"{davae['psnr_base']:.1f} → {davae['psnr']:.1f} dB"
+    if "warm_start" in run:
+        found["difference at the warm start"] = run["warm_start"]
+    seconds = [stage.summary["seconds"] for stage in report.stages if "seconds" in stage.summary]
+    if seconds:
+        found[f"of training, {plural(len(seconds), 'stage')}"] = duration(sum(seconds))
+    return found
+
+
+# ---------------------------------------------------------------- the detail dial
+
+
+class Dial:
+    """Images at every stop: the base alone, enlarged; then the first k details, for each k of `levels`.
+
+    x: (N, 3, H, W) the images; decoded: what is made of them, one (N, 3, H, W) in [-1, 1] each stop
+    psnr: (stops, N) of these, in dB
+    samples: the same of the samples' latents; [] where none were drawn
+    """
+
+    def __init__(self, report):
+        vae = report.vae
+        self.x = report.x
+        self.levels = levels_of(vae.C, vae.D)
+        with torch.no_grad():
+            z_all = torch.cat([vae.encode(part.to(vae.mean)) for part in report.x.split(4)])
+        self.decoded = decode_at_stops(vae, z_all, self.levels)
+        self.psnr = torch.stack([psnr(self.x, y) for y in self.decoded])
+        self.samples = []
+        if report.samples:
+            self.samples = decode_at_stops(vae, report.samples.z_all, self.levels)
+
+    def stops(self):
+        """[{"name", "what", "db"}] of the stops, as the page says them."""
+        names = ["base only", *map(str, self.levels)]
+        said = ["base channels only", *(f"{k} of {self.levels[-1]} details" for k in self.levels)]
+        decibels = [f"{mean:.2f} dB" for mean in self.psnr.mean(1).tolist()]
+        return [{"name": name, "what": what, "db": db} for name, what, db in zip(names, said, decibels)]
+
+    def sheets(self, quality):
+        """<img>s for the script: of both sets one a stop, the images side by side; and the input."""
+        named = {("held-out", "input"): self.x}
+        for k, images in enumerate(self.decoded):
+            named["held-out", k] = images
+        for k, images in enumerate(self.samples):
+            named["samples", k] = images[:DIALLED]
+        for (name, stop), images in named.items():
+            strip = np.concatenate(list(to_uint8(middle(images))), axis=1)          # (H, N * W, 3)
+            yield f'<img alt="" data-set="{name}" data-stop="{stop}" src="{picture(strip, quality)}">'
+
+
+def levels_of(C, D):
+    """0, C, 2C, ... D details; where these are many, evenly spread ones of them."""
+    levels = range(0, D + 1, C)
+    chosen = np.linspace(0, len(levels) - 1, min(STOPS, len(levels))).round()
+    return [levels[int(k)] for k in chosen]
+
+
+@torch.no_grad()
+def decode_at_stops(vae, z_all, levels):
+    """[(N, 3, H, W) in [-1, 1]]: the base alone, enlarged, and the first k details, for each k of `levels`.
+
+    In float32, and a few images at a time: the decoder's activations are the largest there are.
+    """
+    parts = z_all.split(4)
+    bases = [upsampled(vae.decode_base(z[:, :vae.C]), vae.r)["base only, bicubic"] for z in parts]
+    stops = [torch.cat(bases).cpu()]
+    for k in levels:
+        images = [vae.decode(z, keep=k).clamp(-1, 1) for z in parts]
+        stops.append(torch.cat(images).cpu())
+    return stops
+
+
+def middle(x):
+    """The middle of images that are larger than the page shows: (B, 3, H, W), at most SIDE pixels a side."""
+    top = max(0, x.shape[2] - SIDE) // 2
+    left = max(0, x.shape[3] - SIDE) // 2
+    return x[:, :, top:top + SIDE, left:left + SIDE]
+
+
+def dial_section(report, dial):
+    stops = dial.stops()
+    n = len(stops)
+    mean = dial.psnr.mean(1).tolist()
+    low, high = min(mean), max(mean)
+
+    # the dot of a stop stands in the middle of its column, from 8 to 70 % of the way up
+    left = [100 * (k + 0.5) / n for k in range(n)]
+    up = [8 + 62 * (y - low) / max(high - low, 0.1) for y in mean]
+    path = " L".join(f"{x:.2f} {100 - y:.2f}" for x, y in zip(left, up))
+    dots = [f'<span class="dot" style="left:{x:.2f}%;bottom:{y:.2f}%"><b>{value:.1f}</b></span>'
+            for x, y, value in zip(left, up, mean)]
+
+    cut = ""
+    if report.x.shape[-1] > SIDE:
+        cut = f" Shown are the middle {SIDE} × {SIDE} pixels, measured are whole images."
+    return {
+        "stops": attribute(stops),
+        "stop_count": str(n),
+        "last_stop": str(n - 1),
+        "what": stops[-1]["what"],
+        "db": stops[-1]["db"],
+        "image_count": str(len(report.x)),
+        "dial_path": f"M{path}",
+        "dial_dots": "".join(dots),
+        "dial_names": "".join(f"<span>{stop['name']}</span>" for stop in stops),
+        "shown": text(report.shown),
+        "cut": cut,
+        "dial_images": "\n".join(dial_images(dial)),
+        "dial_samples": "\n".join(dial_samples(report)),
+        "dial_without": "" if report.samples else "hidden",
+    }
+
+
+def dial_images(dial):
+    """A <figure> each reconstructed image, with its own PSNR."""
+    for i, values in enumerate(dial.psnr.T.tolist()):
+        decibels = [f"{value:.2f} dB" for value in values]
+        yield (f'<figure>{canvas(dial.x, "held-out", i, f"image {i + 1}, reconstructed")}<figcaption '
+               f'class="number" data-dbs="{attribute(decibels)}">{decibels[-1]}</figcaption></figure>')
+
+
+def dial_samples(report):
+    """A <figure> each sample, with its name."""
+    if report.samples:
+        names = report.samples.names
+        for i in range(min(DIALLED, len(report.samples.z_all))):
+            name = names[i % len(names)]
+            yield (f'<figure>{canvas(report.x, "samples", i, f"sample: {name}")}<figcaption>{text(name)}'
+                   "</figcaption></figure>")
+
+
+def canvas(x, name, i, alt):
+    """A <canvas> on which the dial draws image i of a set."""
+    side = min(x.shape[-1], SIDE)
+    return (f'<canvas width="{side}" height="{side}" data-dial="{name}" data-i="{i}" role="img" '
+            f'aria-label="{text(alt)}"></canvas>')
+
+
+# ---------------------------------------------------------------- the wipe
+
+
+def wipe_section(report, dial):
+    names = {"0": "base only", str(len(dial.levels)): "DA-VAE", "input": "input"}
+    base, full, given = names
+    pairs = []
+    for first, second in ((base, full), (full, given), (base, given)):
+        checked = "" if pairs else " checked"
+        pairs.append(
+            f'<label class="choice"><input type="radio" name="pair"{checked} data-first="{first}" '
+            f'data-second="{second}" data-first-name="{names[first]}" data-second-name="{names[second]}">'
+            f"{names[first]} and {names[second]}</label>")
+    side = min(report.x.shape[-1], SIDE)
+    thumbs = []
+    for i in range(len(report.x)):
+        checked = "" if thumbs else " checked"
+        thumbs.append(
+            f'<label><input type="radio" name="image" value="{i}"{checked} aria-label="image {i + 1}">'
+            f'<canvas width="{side}" height="{side}" data-i="{i}" aria-hidden="true"></canvas></label>')
+    return {"pairs": "\n".join(pairs), "thumbs": "\n".join(thumbs)}
+
+
+# ---------------------------------------------------------------- the warm start
+
+
+def start_section(report, quality):
+    """The number of the proof, and its picture; None for a run without one."""
+    _, run = summaries(report)
+    if "warm_start" not in run:
+        return None
+    path = run_folder(report.folder) / "warm_start.png"
+    shown = ""
+    if path.exists():
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        shown = img(pixels, quality, "two rows of samples, which are the same in both")
+    return {"warm_start": text(run["warm_start"]), "start_picture": shown,
+            "start_without": "" if shown else "hidden"}
+
+
+# ---------------------------------------------------------------- samples
+
+
+def samples_section(report, dial, quality):
+    """The samples of each class, under each the preview of the same latent; None where none were drawn."""
+    if not report.samples:
+        return None
+    names, settings = report.samples.names, report.samples.settings
+    full = to_uint8(reduced(dial.samples[-1], SIDE))
+    base = to_uint8(reduced(dial.samples[0], min(full.shape[1], SIDE) // report.vae.r))
+    figures = []
+    for k, name in enumerate(names[:len(full)]):
+        pictures = [f"<div>{img(full[i], quality, name)}{img(base[i], quality, f'{name}, base only')}</div>"
+                    for i in range(k, len(full), len(names))]
+        figures.append(f'<figure><figcaption>{text(name)}</figcaption><div class="pair">{"".join(pictures)}'
+                       "</div></figure>")
+    return {
+        "classes": "\n".join(figures),
+        "drawn": text(f"{settings['steps']} Euler steps, guidance {settings['cfg']:g}, time shift "
+                      f"{settings['shift']:g}, seed {settings['seed']}, {settings['weights']} weights."),
+    }
+
+
+def reduced(x, side):
+    """(B, 3, H, W) with sides of at most `side` pixels."""
+    if x.shape[-1] <= side:
+        return x
+    return F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------- losses
+
+
+# {number in log.jsonl: its name on the page}
+FLOW = {"base": "base", "detail": "detail", "w": "w(n)"}
+AUTOENCODER = {
+    "DA-VAE: mean |x − x̂|, and the alignment of group means to the base": {"align": "align", "l1": "L1"},
+    "DA-VAE: LPIPS": {"lpips": "LPIPS"},
+    "DA-VAE: KL divergence of the details": {"kl": "KL"},
+}
+
+
+def losses_section(report):
+    """Curves of the run and, of a run of finetune.py, of its DA-VAE; None where nothing was logged."""
+    charts = []
+    davae = run_folder(report.folder)
+    if report.samples:
+        title = "Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details"
+        charts.append(chart(title, logged(davae, FLOW), wide=True))
+        davae = Path(report.about["config"]["vae"])
+    for title, names in AUTOENCODER.items():
+        charts.append(chart(title, logged(davae, names)))
+    charts = "\n".join(filter(None, charts))
+    return {"charts": charts} if charts else None
+
+
+def logged(run, names):
+    """{name on the page: (steps, values)} of the numbers of these names that a run has logged."""
+    if not (run / "log.jsonl").exists():
+        return {}
+    log = figures.read_log(run)
+    return {name: log[key] for key, name in names.items() if key in log}
+
+
+# ---------------------------------------------------------------- measurements
+
+
+HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "positions": "latent positions"}
+
+
+def measurements_section(report):
+    """The latest entry of metrics.json, with its settings; nothing but the command where there is none."""
+    command = f"<code>python evaluate.py {text(report.folder)}</code>"
+    entries = read_entries(run_folder(report.folder) / "metrics.json")
+    if run_folder(report.folder) != Path(report.folder):           # one step of the run
+        entries = [entry for entry in entries if step_measured(entry) == Path(report.folder).name]
+    if not entries:
+        return {"measured": f"Not measured yet: {command} does it.", "tables": "", "settings": "",
+                "settings_without": "hidden"}
+    entry = entries[-1]
+    settings = entry["settings"]
+    counts = {"reconstruction": settings.get("held_out", "").partition(",")[0] or "images",
+              "generation": f"{settings.get('n', 0):,} samples"}
+    tables = [scores(counts[name], entry[name]) for name in counts if entry.get(name)]
+    known = {name: value for name, value in settings.items() if value not in ("", None)}
+    machine = text(settings.get("ran_on", "an unknown machine"))
+    said = (f"Measured by {command} on {machine}. An arrow says which way is better; the best number of a "
+            "column is bold.")
+    stale = out_of_date(report.folder, entry)
+    if stale:
+        said += f" Careful, {text(stale)}."
+    return {"measured": said, "tables": "\n".join(tables), "settings": definitions(known, "settings"),
+            "settings_without": ""}
+
+
+def scores(title, rows):
+    """A <table> of {row: {metric: number}}; the best of each metric stands out."""
+    metrics = dict.fromkeys(metric for row in rows.values() for metric in row)
+    heads, best = {}, {}
+    for metric in metrics:
+        if metric in ("images", "img/s"):
+            continue
+        heads[metric] = HEADS.get(metric, metric)
+        values = {row[metric] for row in rows.values() if row.get(metric) is not None}
+        if metric.endswith(HIGHER_IS_BETTER):
+            heads[metric] += " ↑"
+            best[metric] = max(values, default=None)
+        elif re.sub(r"@\d+|-50k", "", metric).endswith(LOWER_IS_BETTER):
+            heads[metric] += " ↓"
+            best[metric] = min(values, default=None)
+        if len(values) < 2:                        # the same in all rows, so none of them is the best
+            best.pop(metric, None)
+
+    written = {}
+    for name, row in rows.items():
+        numbers = {metric: row[metric] for metric in heads if row.get(metric) is not None}
+        written[name] = {metric: (as_text(metric, value), value == best.get(metric))
+                         for metric, value in numbers.items()}
+    return table(title, heads, written)
+
+
+def as_text(metric, value):
+    """A measured number as a table has it."""
+    forms = {"positions": ",.0f", "psnr": ".2f"}
+    return format(value, forms.get(metric, ".3g"))
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def stage_in(folder, saved, Config, presets):
+    """The Stage in a folder.
+
+    saved: config.json of its newest checkpoint; {}: it was not trained here
+    Config, presets: of the script that trained it; a field younger than the run has the preset's value
+    """
+    summary = runs.read_summary(folder)
+    if not saved:
+        return Stage(str(folder), summary, "", {})
+    name = saved["config"]["preset"]
+    preset = {"preset": name} | presets.get(name, {})
+    values = {}
+    for field in fields(Config):
+        if field.name in saved["config"]:
+            value = saved["config"][field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    flags = config.flags(Config(**preset | values))
+    usual = config.flags(Config(**preset))
+    changed = [flag for flag, before in zip(flags, usual) if flag != before]
+    settings = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    return Stage(str(folder), summary, shlex.join(["python", saved["script"], name, *changed]), settings)
+
+
+def commands_section(report):
+    """Of every stage: its folder, what it came to, the command, and all its settings."""
+    items = []
+    for stage in report.stages:
+        result = "not finished yet"
+        if stage.summary:
+            result = (f"{stage.summary['stage']}, {stage.summary['steps']:,} steps in "
+                      f"{duration(stage.summary['seconds'])}: {figures.result_of(stage.summary)}")
+        below = (f"<pre>{text(stage.command)}</pre>\n<details><summary>All settings</summary>"
+                 f"{definitions(stage.settings, 'settings')}</details>")
+        if not stage.command:
+            result = "weights that were given; or a run that is not here any more"
+            below = ""
+        items.append(f'<li><h3><code>{text(stage.folder)}</code></h3>\n<p class="note">{text(result)}</p>'
+                     f"{below}</li>")
+    return {"stages": "\n".join(items)}
