@@ -118,12 +118,14 @@ PRESETS = {
         flip=False, steps=420, batch_size=32, micro_batch=32, lr=1.5e-3, cooldown=0.5, ema=0.98, cfg=2.0,
         shift=1.0, sample_steps=20, log_every=25, save_every=420),
 
+    # base loss 0.97, some 20 CPU-minutes (2026-11-25)
     "photos-base": dict(
         out="out/photos-base", vae="out/photos-vae", D=0, E=256, depth=6, A=4, image_size=128, flip=False,
         steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
         log_every=50, save_every=600),
 
-    # textures and scenes of the class, few objects: docs/results.md (2026-11-21)
+    # 200 of the steps: colours and scenes, no objects, and SqueezeNet-FD 83, of the base channels alone 55
+    # (2026-11-25; docs/results.md)
     "photos": dict(
         out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128,
         flip=False, steps=300, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5,
