@@ -74,8 +74,8 @@ TOY = {
     "--sizes=0 --tiled=2048 --lpips_trunk=squeezenet1_1_features.pth": "--tiled=256 --halvings=0",
     "python train_vae.py tiny-base --out=out/drawings-base --r=1 --C=32 --groups=4 --steps=1500 "
     "--dtype=bfloat16": VAE,
-    "python train_vae.py tiny --base=out/drawings-base --out=out/drawings-vae --D=96 --fit=closed --train=all "
-    "--detail_dropout=0 --lr=3e-4 --warmup=20 --steps=300 --disc_start=100 --dtype=bfloat16": VAE,
+    "python train_vae.py tiny --base=out/drawings-base --out=out/drawings-vae --D=96 --fit=closed "
+    "--train=all --detail_dropout=0 --lr=3e-4 --warmup=20 --steps=300 --disc_start=100 --dtype=bfloat16": VAE,
     "python experiments/sizes.py out/drawings-vae --sizes=48,0 --tiled=256 --halvings=0 --images=10": LOOK,
     "python finetune.py photos-base --data_dir=photos/train":
         f"{DIT} --vae=./out/photos-vae --E=32 --depth=1",
