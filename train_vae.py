@@ -82,8 +82,8 @@ class Config:
                          choices=("mean", "conv", "raw"))
     distance: str = field("mse", "of the alignment: squared, or VA-VAE's, of cosines (support/vf.py)",
                           choices=("mse", "vf"))
-    margins: tuple = field((0.5, 0.25), "distance=vf: m1 of cosines, m2 of their matrix", within=(0, 2),
-                           count=(2, 2))
+    m1: float = field(0.5, "distance=vf: margin of the cosines", within=(0, 2))
+    m2: float = field(0.25, "distance=vf: margin of their matrix", within=(0, 2))
     teacher: str = field("base", "of the alignment: the base latent, or a folder with DINOv2 or MAE")
     gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator", at_least=0)
     disc_start: int = field(5001, "step at which the discriminator starts, for both players", at_least=0)
@@ -156,11 +156,11 @@ PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
 PRESETS["vavae-1"] = dict(
     out="out/vavae-1", D=0, r=1, C=32, widths=(128, 128, 256, 256, 512), attn=(4,), quant=True,
     image_size=256, data_dir="imagenet/train", teacher="dinov2-large", project="conv", distance="vf",
-    margins=(0.0, 0.0), align=0.5, reduction="sum", gan=0.5, disc_start=2501, steps=500_000,
+    m1=0.0, m2=0.0, align=0.5, reduction="sum", gan=0.5, disc_start=2501, steps=500_000,
     batch_size=256, micro_batch=8)
 PRESETS["vavae-2"] = PRESETS["vavae-1"] | dict(
     out="out/vavae-2", base="out/vavae-1", align=0.1, disc_start=1, steps=75_000)
-PRESETS["vavae"] = PRESETS["vavae-2"] | dict(out="out/vavae", base="out/vavae-2", margins=(0.5, 0.25))
+PRESETS["vavae"] = PRESETS["vavae-2"] | dict(out="out/vavae", base="out/vavae-2", m1=0.5, m2=0.25)
 
 # On resume, beside what changes no result and where things lie; anything else would be another run.
 MAY_CHANGE = {"steps", "lr", "cooldown", "clip"}
@@ -218,7 +218,7 @@ def alignment(rec, x, cfg, nets):
         s = nets.own["project"](s)
     if cfg.distance == "mse":
         return {"align": F.mse_loss(s.float(), f.detach().float())}
-    terms = vf_loss(s, f, cfg.margins)
+    terms = vf_loss(s, f, cfg.m1, cfg.m2)
     return {"align": sum(terms.values())} | terms
 
 

@@ -25,13 +25,12 @@ DRAWN = 512
 APART = 0x5F3759                  # a generator of their own, so that a step's other random numbers stay
 
 
-def vf_loss(s, f, margins):
+def vf_loss(s, f, m1, m2):
     """{"mcos": L_mcos, "mdms": L_mdms}, each () float32, whatever autocast says.
 
     s: (B, K, h, w), f: (B, K', h, w). L_mdms needs no common K; where they differ, there is no L_mcos.
-    margins: (m1, m2), in [0, 2]
+    m1, m2: the margins, in [0, 2]
     """
-    m1, m2 = margins
     with torch.autocast(s.device.type, enabled=False):
         s = F.normalize(s.float().flatten(2), dim=1, eps=1e-12)               # (B, K, N), unit columns
         f = F.normalize(f.detach().float().flatten(2), dim=1, eps=1e-12)

@@ -265,7 +265,7 @@ def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_conf
 
 def test_there_is_a_test_for_each_experiment():
     folder = Path(shared.__file__).parent
-    assert {path.stem for path in folder.glob("*.py")} - {"shared", "ablation"} == set(PICTURES)
+    assert {path.stem for path in folder.glob("*.py")} - {"shared", "ablation", "budget"} == set(PICTURES)
 
 
 @pytest.mark.parametrize("name", ["losses", "sensitivity"])        # with the common Config; with its own

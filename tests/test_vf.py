@@ -39,7 +39,7 @@ def cosine(a, b):
 def test_both_terms_are_those_of_a_double_loop_over_positions(margins):
     torch.manual_seed(0)
     s, f = torch.randn(2, 6, 3, 2), torch.randn(2, 6, 3, 2)
-    terms = vf_loss(s, f, margins)
+    terms = vf_loss(s, f, *margins)
     mcos, mdms = by_positions(s, f, *margins)
     assert terms["mcos"].item() == pytest.approx(mcos, abs=1e-6)
     assert terms["mdms"].item() == pytest.approx(mdms, abs=1e-6)
@@ -48,8 +48,8 @@ def test_both_terms_are_those_of_a_double_loop_over_positions(margins):
 def test_lengths_do_not_count_and_a_scaled_copy_of_the_teacher_has_no_loss():
     torch.manual_seed(0)
     s, f = torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)
-    assert all(value < 1e-6 for value in vf_loss(3 * f, f, (0.0, 0.0)).values())
-    terms, longer = vf_loss(s, f, (0.1, 0.1)), vf_loss(7 * s, f, (0.1, 0.1))
+    assert all(value < 1e-6 for value in vf_loss(3 * f, f, 0.0, 0.0).values())
+    terms, longer = vf_loss(s, f, 0.1, 0.1), vf_loss(7 * s, f, 0.1, 0.1)
     assert all(torch.allclose(terms[name], longer[name], atol=1e-6) for name in terms)
 
 
@@ -57,28 +57,28 @@ def test_where_both_margins_are_met_the_gradient_is_exactly_zero():
     torch.manual_seed(0)
     f = torch.randn(1, 6, 3, 3)
     s = (f + 0.1 * torch.randn_like(f)).requires_grad_()
-    assert sum(vf_loss(s, f, (0.0, 0.0)).values()) > 0
-    sum(vf_loss(s, f, (0.5, 0.25)).values()).backward()
+    assert sum(vf_loss(s, f, 0.0, 0.0).values()) > 0
+    sum(vf_loss(s, f, 0.5, 0.25).values()).backward()
     assert not s.grad.any()
 
 
 def test_the_matrix_needs_no_common_channels_and_no_common_axes_and_the_cosine_does():
     torch.manual_seed(0)
     s, f = torch.randn(2, 6, 3, 3), torch.randn(2, 9, 3, 3)
-    terms = vf_loss(s, f, (0.5, 0.1))
+    terms = vf_loss(s, f, 0.5, 0.1)
     assert list(terms) == ["mdms"]
     assert terms["mdms"].item() == pytest.approx(by_positions(s, f, 0.5, 0.1)[1], abs=1e-6)
     turn = torch.linalg.qr(torch.randn(6, 6)).Q
     turned = torch.einsum("bkhw,kl->blhw", s, turn)
-    plain, other = vf_loss(s, s, (0.0, 0.0)), vf_loss(turned, s, (0.0, 0.0))
+    plain, other = vf_loss(s, s, 0.0, 0.0), vf_loss(turned, s, 0.0, 0.0)
     assert other["mdms"] < 1e-5 and plain["mcos"] < 1e-6 < 0.1 < other["mcos"]
 
 
 def test_the_teacher_gets_no_gradient_and_autocast_no_say():
     s, f = torch.randn(1, 6, 4, 4, requires_grad=True), torch.randn(1, 6, 4, 4, requires_grad=True)
-    exact = vf_loss(s, f, (0.0, 0.0))
+    exact = vf_loss(s, f, 0.0, 0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        terms = vf_loss(s, f, (0.0, 0.0))
+        terms = vf_loss(s, f, 0.0, 0.0)
     assert all(torch.equal(exact[name], terms[name]) for name in exact)
     sum(terms.values()).backward()
     assert f.grad is None and s.grad.any()
@@ -90,14 +90,14 @@ def test_of_many_positions_some_are_drawn_the_same_for_both_and_from_a_generator
     torch.manual_seed(6)
     plain = torch.randn(3)
     torch.manual_seed(6)
-    some = vf_loss(s, f, (0.0, 0.0))
+    some = vf_loss(s, f, 0.0, 0.0)
     assert torch.equal(torch.randn(3), plain)
     torch.manual_seed(6)
-    again = vf_loss(s, f, (0.0, 0.0))
+    again = vf_loss(s, f, 0.0, 0.0)
     torch.manual_seed(7)
-    others = vf_loss(s, f, (0.0, 0.0))
+    others = vf_loss(s, f, 0.0, 0.0)
     assert torch.equal(some["mcos"], again["mcos"]) and not torch.equal(some["mcos"], others["mcos"])
-    assert vf_loss(2 * f, f, (0.0, 0.0))["mdms"] < 1e-6              # the same positions of both
+    assert vf_loss(2 * f, f, 0.0, 0.0)["mdms"] < 1e-6              # the same positions of both
     every = 1 - F.cosine_similarity(s, f, dim=1).mean()
     assert abs(some["mcos"] - every) < 0.1
 
@@ -105,10 +105,10 @@ def test_of_many_positions_some_are_drawn_the_same_for_both_and_from_a_generator
 def test_group_means_may_be_met_where_the_geometry_of_the_details_is_not():
     z = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)       # two channels, two positions
     z_d = z.repeat_interleave(2, dim=1)
-    assert align_loss(z, z_d) == 0 and vf_loss(z_d, z, (0.0, 0.0))["mdms"] < 1e-6
+    assert align_loss(z, z_d) == 0 and vf_loss(z_d, z, 0.0, 0.0)["mdms"] < 1e-6
     z_d[:, :2] += torch.tensor([[3.0, 3.0], [-3.0, -3.0]]).view(1, 2, 1, 2)      # adds up to 0 in its group
     assert align_loss(z, z_d) == 0
-    assert vf_loss(z_d, z, (0.0, 0.0))["mdms"] > 0.1
+    assert vf_loss(z_d, z, 0.0, 0.0)["mdms"] > 0.1
 
 
 def test_a_convolution_can_read_z_where_the_group_mean_cannot():
@@ -118,7 +118,7 @@ def test_a_convolution_can_read_z_where_the_group_mean_cannot():
     assert torch.equal(z_d.unflatten(1, (2, 2)).mean(2), torch.zeros_like(z))
     first = torch.zeros(2, 4, 1, 1)
     first[0, 0] = first[1, 2] = 1.0
-    assert vf_loss(F.conv2d(z_d, first), z, (0.0, 0.0))["mcos"] < 1e-6
+    assert vf_loss(F.conv2d(z_d, first), z, 0.0, 0.0)["mcos"] < 1e-6
 
 
 # ---------------------------------------------------------------- in the loss of stage 1
@@ -277,9 +277,9 @@ def test_a_base_vae_is_trained_on_a_teacher_and_neither_it_nor_the_projection_is
     folder, _ = transformers_folder("dinov2")
     own = dict(r=1, teacher=str(folder), project="conv", distance="vf", reduction="sum", align=0.5,
                adaptive_align=True)
-    first = vae_config(tmp_path / "1", **own, margins=(0.0, 0.0), steps=2)
+    first = vae_config(tmp_path / "1", **own, m1=0.0, m2=0.0, steps=2)
     train_vae.main(first)
-    second = replace(first, base=first.out, margins=(0.5, 0.25))
+    second = replace(first, base=first.out, m1=0.5, m2=0.25)
     straight = replace(second, out=str(tmp_path / "2"), steps=4)
     broken = replace(second, out=str(tmp_path / "3"), steps=2)
     train_vae.main(straight)
@@ -307,6 +307,6 @@ def test_the_layer_of_a_base_vaes_weight_is_the_encoders_last_convolution(kl_con
 def test_the_three_phases_of_va_vae_are_those_of_its_released_model():
     phases = [train_vae.PRESETS[name] for name in ("vavae-1", "vavae-2", "vavae")]
     assert [phase["align"] for phase in phases] == [0.5, 0.1, 0.1]
-    assert [phase["margins"] for phase in phases] == [(0.0, 0.0), (0.0, 0.0), (0.5, 0.25)]
+    assert [(phase["m1"], phase["m2"]) for phase in phases] == [(0.0, 0.0), (0.0, 0.0), (0.5, 0.25)]
     assert [phase.get("base") for phase in phases] == [None, phases[0]["out"], phases[1]["out"]]
     assert vf.MOST >= 16 * 16                                         # at 256 pixels all positions count
