@@ -216,6 +216,16 @@ def test_every_picture_and_every_link_of_a_page_leads_somewhere(page):
 
 
 @pytest.mark.house
+def test_each_recipe_applies_to_the_sources_as_they_are():
+    diffs = re.findall(r"(?ms)^```diff\n(.*?)^```", (ROOT / "docs/recipes.md").read_text())
+    assert len(diffs) == 7
+    for diff in diffs:
+        done = subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=diff, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, f"{done.stderr}\nthe source was changed: change docs/recipes.md, too"
+
+
+@pytest.mark.house
 def test_the_pictures_are_small():
     pictures = list(ROOT.glob("docs/**/*.png"))
     assert len(pictures) > 5

@@ -125,14 +125,6 @@ def forked(tmp_path):
     return make
 
 
-@pytest.mark.house
-@pytest.mark.parametrize("number", range(1, 8))
-def test_each_recipe_applies_to_the_sources_as_they_are(number):
-    done = subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=Recipe(number).diff,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stderr}\nthe source was changed: change docs/recipes.md, too"
-
-
 def test_there_are_seven_recipes_and_none_changes_more_than_twenty_lines():
     assert len(TITLES) == 7
     for number in range(1, 8):
