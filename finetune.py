@@ -124,8 +124,7 @@ PRESETS = {
         steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
         log_every=50, save_every=600),
 
-    # 200 of the steps: colours and scenes, no objects, and SqueezeNet-FD 83, of the base channels alone 55
-    # (2026-11-25; docs/results.md)
+    # 200 of the steps: scenes, no objects, SqueezeNet-FD 83, of the base channels alone 55 (2026-11-25)
     "photos": dict(
         out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128,
         flip=False, steps=300, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5,
@@ -143,7 +142,7 @@ PRESETS = {
         batch_size=128, micro_batch=16, lr=1e-4, beta2=0.999, clip=0.5, flip=False, save_every=1000, cfg=2.5,
         shift=1 / 3, grid="sd3", sample_steps=30),
 }
-# the rivals' VAEs (see train_vae.py); with DC-AE 1.5's also its training
+# the rivals' VAEs (see train_vae.py), with DC-AE 1.5's also its training: 50 steps of each were run, not more
 PRESETS["photos-vf"] = PRESETS["photos"] | dict(out="out/photos-vf", vae="out/photos-vf-vae")
 PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
     out="out/photos-dcae15", vae="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), N=0)
@@ -195,8 +194,7 @@ def flow_loss(model, z_all, cond, w, cfg):
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
     cfg:   D, cosine, weighting, keep_levels and keep_mean are read
     returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights)
-    Differs from the paper, as the authors' code does: w(n) leaves the cosine alone,
-    so details learn from step 0.
+    Differs from the paper, as the authors' code does: w(n) leaves the cosine alone, so details learn at once.
     """
     D = cfg.D
     C = z_all.shape[1] - D
@@ -210,8 +208,7 @@ def flow_loss(model, z_all, cond, w, cfg):
 
     weight = weight.view(-1, 1, 1, 1)
     if cfg.keep_levels:                                                       # hide details (DC-AE 1.5)
-        keep = levels.draw(cfg.keep_levels, len(z_all), z_all.device)
-        mask = levels.seen_of_all(keep, C, D)                                 # (B, C+D, 1, 1)
+        mask = levels.seen_of_all(levels.draw(cfg.keep_levels, len(z_all), z_all.device), C, D)
         model, target = levels.masked(model, mask), target * mask
         weight = weight * levels.share(mask, D, w) if cfg.keep_mean == "shown" else weight
 
@@ -242,8 +239,7 @@ def draw_time(B, weighting, device):
            diffusers' scheduler keeps shifted by 3; shifted again, by 4, it is sigma = 1 - t.
            The error is that of the denoised latent, sigma (v - v*), squared, and weighs as much as the
            ratio t / sigma, at most 5.
-    Differs from the authors' code: theirs also truncates the model's time to thousandths,
-    and rounds sigma to bfloat16.
+    Differs from the authors' code, which also cuts the time to thousandths and rounds sigma to bfloat16.
     """
     if weighting == "uniform":
         return torch.rand(B, device=device), torch.ones(B, device=device)
@@ -291,7 +287,6 @@ def main(cfg):
     if run.done:
         return run.summary()
     check_sizes(vae, train_set, cfg)
-    levels.check(cfg.keep_levels, vae.C, cfg.D)
 
     # the transformer and its average: from the newest checkpoint, if there is one, else widened from the base
     if run.checkpoint:
@@ -337,6 +332,7 @@ def main(cfg):
     del base                                                       # its memory is wanted
     if not cfg.shard:
         share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
+
     autocast = ranks.autocast(cfg.dtype, device)
     for n, (z_all, y) in run.steps(latents(run.start)):
 
@@ -370,9 +366,7 @@ def main(cfg):
 
     summary = run.finish("DA-VAE DiT" if cfg.D else "base DiT")
     if rank == 0:
-        figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out])
-        import evaluate                                            # which stands no lower than this script
-        evaluate.report_at_the_end(cfg, condition.text)
+        report(cfg, condition.text)
     return summary
 
 
@@ -593,6 +587,13 @@ def draw_samples(run, done, ema, vae, about, text):
             for file in (f"{cfg.out}/{name}_{done:06d}.png", f"{cfg.out}/{name}.png"):
                 figures.save_grid(x[:4 * n], file, n, max(1, 128 // x.shape[-1]), names * 4)
     ranks.wait_for_all()
+
+
+def report(cfg, text):
+    """Print a table of the stages and what to do next; draw the losses; write report.html."""
+    import evaluate                                                # which stands no lower than this script
+    figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out])
+    evaluate.report_at_the_end(cfg, text)
 
 
 if __name__ == "__main__":

@@ -231,12 +231,17 @@ JUDGED = "FD, cfg 2"                                               # by it arms 
 
 
 def read(path):
-    """{arm: {seed: line}} of a results file; of a cell that stands there twice, the later line."""
+    """{arm: {seed: line}} of a results file; of a cell that stands there twice, the later line.
+
+    raises: SystemExit for a line that is damaged: a cell is hours, so none is left out in silence
+    """
     cells = {}
-    if path.exists():
-        for text in path.read_text().splitlines():
+    for n, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
             line = json.loads(text)
-            cells.setdefault(line["arm"], {})[line["seed"]] = line
+        except ValueError:
+            raise SystemExit(f"{path}: line {n} is damaged; delete it, and its cell is run again") from None
+        cells.setdefault(line["arm"], {})[line["seed"]] = line
     return cells
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import data, identity, ranks, runs
+from support import data, identity, levels, ranks, runs
 
 SHARD = 1024                                       # images per file of cached latents
 AT_ONCE = 64                                       # images encoded at once for it
@@ -67,6 +67,7 @@ def check_sizes(vae, train_set, cfg):
         fits = max(1, round(cfg.image_size / side)) * side
         raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae or 'the VAE'} takes multiples of {side}; "
                          f"give --image_size={fits}")
+    levels.check(cfg.keep_levels, vae.C, cfg.D)
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
 

@@ -282,7 +282,8 @@ def load_text_encoders(folder, device):
         path = Path(folder) / f"text_encoder{suffix}"
         if path.is_dir():
             tokenizer = load_tokenizer(Path(folder) / f"tokenizer{suffix}", AutoTokenizer)
-            parts.append((tokenizer, load_encoder(path, kind, dtype).to(device).eval()))
+            encoder = load_pretrained(path, kind, "text encoder", dtype=dtype)
+            parts.append((tokenizer, encoder.to(device).eval()))
         elif suffix == "_3":
             parts.append(None)
         else:
@@ -307,17 +308,19 @@ def import_transformers(*names):
                      "requirements.txt names")
 
 
-def load_encoder(path, kind, dtype):
-    """A text encoder of a folder.   raises: SystemExit if it is not whole"""
+def load_pretrained(path, kind, what, **options):
+    """A model of a folder, by a class of transformers.   raises: SystemExit if it is not whole
+
+    what: what it is called in the sentence;  options: as `from_pretrained` takes them
+    """
     try:
-        encoder, found = kind.from_pretrained(path, dtype=dtype, local_files_only=True,
-                                              output_loading_info=True)
+        model, found = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
     except LOADING_ERRORS as error:
-        raise SystemExit(f"{path}: this text encoder cannot be loaded ({first_line(error)})") from None
+        raise SystemExit(f"{path}: this {what} cannot be loaded ({first_line(error)})") from None
     missing = sorted(found["missing_keys"])
     if missing:                                    # transformers would only warn, and take random numbers
-        raise SystemExit(f"{path}: this text encoder lacks {len(missing)} tensors, the first {missing[0]}")
-    return encoder
+        raise SystemExit(f"{path}: this {what} lacks {len(missing)} tensors, the first {missing[0]}")
+    return model
 
 
 def load_tokenizer(path, AutoTokenizer):

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support import hub
-from support.text import LOADING_ERRORS, first_line, import_transformers
+from support.text import import_transformers, load_pretrained
 
 # Of more positions than MOST, a new DRAWN of them in each step: the matrix of 4,096 has 64 MiB an image.
 MOST = 1024
@@ -109,11 +109,4 @@ def load_transformer(folder):
     if kind not in ("dinov2", "vit_mae"):
         raise SystemExit(f"--teacher={folder}: holds a model of type {kind!r}; wanted dinov2 or vit_mae")
     AutoModel, = import_transformers("AutoModel")
-    try:
-        net, found = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except LOADING_ERRORS as error:
-        raise SystemExit(f"--teacher={folder}: cannot be loaded ({first_line(error)})") from None
-    missing = sorted(found["missing_keys"])
-    if missing:                                       # transformers would only warn, and take random numbers
-        raise SystemExit(f"--teacher={folder}: lacks {len(missing)} tensors, the first {missing[0]}")
-    return net
+    return load_pretrained(folder, AutoModel, "teacher")

@@ -108,6 +108,14 @@ def test_what_cannot_be_run_is_one_sentence(tmp_path):
         ablation.main(Config(report=True, results=str(tmp_path)))
 
 
+def test_a_line_that_is_cut_off_is_named_and_no_cell_is_lost_in_silence(tmp_path):
+    path = tmp_path / "tiny.jsonl"
+    whole = json.dumps(line("paper", 0, 0.8)) + "\n"
+    path.write_text(whole + whole[:40])
+    with pytest.raises(SystemExit, match="line 2 is damaged; delete it, and its cell is run again"):
+        ablation.main(Config(results=str(tmp_path), report=True))
+
+
 def test_levels_of_the_arms_are_those_of_the_presets():
     for preset, given in ablation.LEVELS.items():
         known = {f.name: f.default for f in fields(train_vae.Config)} | train_vae.PRESETS[preset]

@@ -106,6 +106,7 @@ def known_config(**changes):
         p=1,
         out="out",
         D=12,
+        keep_levels=(),
         data_dir="procedural",
         image_size=64,
         flip=True,
