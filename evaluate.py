@@ -43,6 +43,7 @@ from support.runs import hash_of
 
 @dataclass
 class Config(sample.Config):       # run, steps, cfg, device and the rest of how samples are drawn
+    # what is measured
     out: str = field("", "the JSON file; empty: <run>/metrics.json")
     n: int = field(1000, "samples to draw, for a run of finetune.py", within=(1, 10_000_000))
     data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on such")
@@ -368,6 +369,7 @@ def sample_rows(dit, vae, full, base):
 
 def main(cfg):
     """Measure, print two tables, add them to metrics.json; ranks share the images.  Returns the new entry."""
+    cfg.run = cfg.run or runs.newest_run()
     out = Path(cfg.out or run_folder(cfg.run) / "metrics.json")
     read_entries(out)
     run = load(cfg.run, cfg.weights, cfg.device)
@@ -453,7 +455,7 @@ def large_enough(batches, dataset, least):
 
 @dataclass
 class ReportConfig:
-    run: str = field("out/tiny", "a run of finetune.py or of train_vae.py, with D > 0; or a step of it")
+    run: str = field("", "a run of either script with D > 0, or a step of it; empty: the newest in out/")
     out: str = field("", "the HTML file; empty: <run>/report.html")
     data_dir: str = field("", "images to reconstruct; empty: drawings of another seed, or what the VAE was "
                               "validated on, which may be training images: the page says so")
@@ -470,6 +472,7 @@ def main_report(cfg, text=None):
     text: as `sample.generate` takes it; None: of a model of texts, it is found here
     raises: SystemExit if the run has no details to show
     """
+    cfg.run = cfg.run or runs.newest_run()
     run = load(cfg.run, cfg.weights, cfg.device)
     if not run.vae.D or (run.dit is not None and not run.dit.cfg.D):
         raise SystemExit(f"{cfg.run}: has no detail channels to show; wanted a run of finetune.py or of "

@@ -15,7 +15,6 @@ summary.json. The same command again resumes.
 Time, here and everywhere: t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, v = data - noise.
 """
 import dataclasses
-import json
 import math
 from copy import deepcopy
 from dataclasses import dataclass
@@ -31,11 +30,11 @@ from dit import MODELS, add_lora, kind_of, warm_start_difference
 from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
-from support import checks, config, figures, identity, levels, plan, ranks, runs
+from support import checks, config, figures, identity, levels, plan, ranks, runs, stages
 from support.config import field
 from support.latents import check_sizes, check_statistics, latent_source, open_training_set
 from support.text import Conditioner
-from support.weights import load_dit, load_measured
+from support.weights import load_davae, load_dit, load_measured
 
 
 @dataclass
@@ -46,15 +45,17 @@ class Config:
     dtype: str = field("auto", "of products in autocast; auto: bfloat16 where there are instructions for it",
                        choices=("auto", "float32", "bfloat16"))
     seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
-    # data and latents
+    # data and latents (Sec. 3.1)
     data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built in")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
     flip: bool = field(True, "mirror half of the images")
     vae: str = field("", "a run of train_vae.py (or, with D = 0, any base VAE)")
+    base_vae: str = field("", "the VAE's base, to make all from it and the images in out/<images>-<base>/")
+    lpips_trunk: str = field("", "for stage 1: weights of LPIPS's network, instead of torchvision's download")
     cache: bool = field(True, "encode all images once and keep the latents on disk; False: encode as we go")
     detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")
-    # model
+    # model (Sec. 3.2)
     D: int = field(96, "detail channels, the VAE's; 0: a base DiT, on the base channels", within=(0, 4096))
     base: str = field("", "the DiT to widen: a run, released weights or their org/name; empty: none")
     base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
@@ -83,7 +84,7 @@ class Config:
                                within=(0, 4096), count=(0, 256))
     keep_mean: str = field("all", "of squared errors, over all channels (Eq. 2), or those shown (their code)",
                            choices=("all", "shown"))
-    # optimisation
+    # optimisation (Tab. S1)
     steps: int = field(140_000, "optimizer steps", at_least=1)
     batch_size: int = field(640, "images per optimizer step, over all ranks", within=(1, 1_000_000))
     micro_batch: int = field(80, "images per rank and forward pass", at_least=1)
@@ -280,10 +281,11 @@ def main(cfg):
     accumulate = ranks.accumulation(cfg.batch_size, cfg.micro_batch, world)
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
+    stages.plan(cfg, makers(), rank, device)
     run = runs.Run(cfg, MAY_CHANGE, rank)
     vae = load_vae(cfg, run).to(device, memory_format=torch.channels_last).requires_grad_(False)
     train_set = open_training_set(cfg, vae)
-    run.made_of(**sources(cfg, vae, train_set))
+    run.made_of(**identity.of_parts(cfg, vae, train_set))
     if run.done:
         return run.summary()
     check_sizes(vae, train_set, cfg)
@@ -294,7 +296,7 @@ def main(cfg):
         dit = load_dit(run.checkpoint, "model")
         ema = load_dit(run.checkpoint, "ema")
     else:
-        base, dit = initial_dit(cfg, vae, train_set)
+        base, dit = initial_dit(cfg, vae, len(train_set.classes))
         ema = deepcopy(dit)
     condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU for itself
     run.made_of(texts=condition.made_by)
@@ -331,7 +333,7 @@ def main(cfg):
         save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
     del base                                                       # its memory is wanted
     if not cfg.shard:
-        share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
+        ranks.share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
 
     autocast = ranks.autocast(cfg.dtype, device)
     for n, (z_all, y) in run.steps(latents(run.start)):
@@ -424,24 +426,13 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
         figures.save_grid(x, Path(cfg.out) / "warm_start.png", len(y), math.ceil(96 / x.shape[-1]), labels)
 
 
-def share_frozen(dit, ema, rounded):
-    """Let the EMA use the model's own frozen weights; if `rounded`, in bfloat16 what autocast would round."""
-    for layer in dit.modules():
-        if rounded and isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
-            layer.weight.data = layer.weight.data.bfloat16()
-    for p, e in zip(dit.parameters(), ema.parameters()):
-        if not p.requires_grad:
-            e.data = p.data
-
-
 # ---------------------------------------------------------------- set-up
 
 
-def make_if_missing(flag, cfg):
-    """Train the base DiT or VAE that cfg.<flag> names if it is a preset's folder, here or in train_vae.py."""
+def makers():
+    """The scripts that make what a run needs, this one last."""
     import train_vae
-    train_vae.make_if_missing(flag, cfg)
-    runs.make_if_missing(flag, cfg, "finetune.py", PRESETS, Config, main)
+    return [train_vae.MAKER, MAKER]
 
 
 def load_vae(cfg, run):
@@ -449,32 +440,20 @@ def load_vae(cfg, run):
     if run.checkpoint and not Path(cfg.vae).exists():
         return load_measured(Path(cfg.out) / "vae")
     if not run.checkpoint:
-        make_if_missing("vae", cfg)
-        make_if_missing("base", cfg)
+        stages.make_missing(cfg, makers())
     return load_measured(cfg.vae)
 
 
-def sources(cfg, vae, train_set):
-    """What the run is made of, for `Run.made_of`; of texts, see support/text.py."""
-    return {
-        "images": train_set.fingerprint,
-        "captions": identity.of_text(json.dumps(train_set.captions)) if cfg.text else None,
-        "classes": None if cfg.text else train_set.classes,
-        "vae": runs.hash_of(vae),
-        "base": identity.of_source(cfg.base, "transformer"),
-    }
+def initial_dit(cfg, vae, classes, known=()):
+    """(base, model): the pretrained transformer or None, and the model at step 0, widened from it.
 
-
-def initial_dit(cfg, vae, train_set):
-    """(base, model): the pretrained transformer or None, and the model at step 0, widened from it."""
+    classes: how many the images have; known: {folder: a transformer that stands in for the run there}
+    """
     torch.manual_seed(cfg.seed)
     if not cfg.base:
-        return None, new_dit(cfg, vae.C, vae.f, max(1, len(train_set.classes)))
-    source = cfg.base
-    if Path(source).is_dir() and runs.checkpoints(source):
-        source = runs.latest_checkpoint(source)
-    base = load_dit(source, cfg.base_weights or None)
-    checks.check_base(cfg, vae, base, len(train_set.classes))
+        return None, new_dit(cfg, vae.C, vae.f, max(1, classes))
+    base = known[cfg.base] if cfg.base in known else load_dit(cfg.base, cfg.base_weights or None)
+    checks.check_base(cfg, vae, base, classes)
     model = deepcopy(base)
     if cfg.D:
         model.expand_channels(cfg.D)
@@ -484,6 +463,25 @@ def initial_dit(cfg, vae, train_set):
     if cfg.lora:
         add_lora(model, cfg.lora, cfg.lora)
     return base, model
+
+
+def trial(cfg, device, known, classes):
+    """(a transformer such as this run's, a function that makes a pass of a step on noise): for a plan.
+
+    known: {folder: model} of runs that are not made yet; classes: how many the images have
+    """
+    vae = known[cfg.vae] if cfg.vae in known else load_davae(cfg.vae)
+    dit = initial_dit(cfg, vae, classes, known)[1].to(device).train()
+    side = cfg.image_size // vae.f
+    z_all = torch.randn(cfg.micro_batch, vae.C + cfg.D, side, side, device=device)
+    y = torch.zeros(cfg.micro_batch, dtype=torch.long, device=device)
+
+    def step():
+        with ranks.autocast(cfg.dtype, device):
+            loss, _ = flow_loss(dit, z_all, (y,), 1.0, cfg)
+        loss.backward()
+
+    return dit, step
 
 
 def new_dit(cfg, C, f, num_classes):
@@ -592,9 +590,11 @@ def draw_samples(run, done, ema, vae, about, text):
 def report(cfg, text):
     """Print a table of the stages and what to do next; draw the losses; write report.html."""
     import evaluate                                                # which stands no lower than this script
-    figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out])
+    figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out], cfg.data_dir, goes_on=cfg.after.get(cfg.out, 0) > 0)
     evaluate.report_at_the_end(cfg, text)
 
+
+MAKER = stages.Maker("finetune.py", ("base DiT", "DA-VAE DiT"), PRESETS, Config, main, trial)
 
 if __name__ == "__main__":
     ranks.launch(main, config.cli(Config, PRESETS))

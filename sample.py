@@ -1,5 +1,6 @@
 """Make images with a run of finetune.py: Euler's method on the flow from noise (t = 0) to data (t = 1).
 
+    python sample.py                                    # with the newest run in out/
     python sample.py out/tiny --n=100 --cfg=2
     python sample.py out/sd35m-1024 --prompts="a red fox|a lighthouse" --text=sd3.5-medium \\
         --height=1024 --width=1536
@@ -37,17 +38,19 @@ from support.weights import ExportConfig, main_export, load_run
 
 @dataclass
 class Config:
-    run: str = field("out/tiny", "a run of finetune.py, or one of its step folders")
+    run: str = field("", "a run of finetune.py, or one of its step folders; empty: the newest in out/")
     out: str = field("", "folder for the images; empty: <run>/samples")
     n: int = field(50, "images", within=(1, 10_000_000))
     batch_size: int = field(50, "images per forward pass and process", at_least=1)
     seed: int = field(0, "of the noise", within=(0, 2**64 - 1))
+    # what is drawn
     classes: tuple = field((), "class ids to draw, in turn; empty: all of them", at_least=0)
     prompts: str = field("", "SD3.5: texts separated by |, or a file of lines; empty: captions", text=True)
     negative: str = field("", "SD3.5: the text that guidance leads away from", text=True)
     text: str = field("", "SD3.5: text shards, or a folder of encoders to make them; empty: the run's")
     height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size", within=(0, 16_384))
     width: int = field(0, "see height", within=(0, 16_384))
+    # how (App.): the flow's steps, and guidance
     steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)",
                        within=(1, 1_000_000))
     shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: the run's own", within=(-1, 1000))
@@ -62,6 +65,7 @@ class Config:
                               at_least=0)
     slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5",
                        at_least=0)
+    # where and by what
     compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU; not run")
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
@@ -376,6 +380,7 @@ def text_of(cfg, about, settings, out, rank, device):
 def main(cfg):
     """Draw cfg.n images into a folder.  Returns that folder."""
     rank, world, device = ranks.setup(cfg.device)
+    cfg.run = cfg.run or runs.newest_run()
     checkpoint = runs.latest_checkpoint(cfg.run)
     about = runs.read_config(checkpoint)
     if about.get("script") != "finetune.py":

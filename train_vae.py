@@ -17,13 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, Level, Mid, PlainVAE
-from davae import align_loss, base_image, group_mean
+from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, PlainVAE, align_loss, base_image, group_mean
 from kernels import choose
-from support import checks, config, data, figures, held_out, identity, levels, ranks, runs
-from support.bases import TinyBlock, WideBlock
+from support import checks, config, data, figures, held_out, identity, levels, ranks, runs, stages
+from support.bases import compile_levels
 from support.config import field
-from support.dcae import EViTBlock, ResBlock
 from support.fit import fit_new_blocks
 from support.metrics import make_lpips, psnr
 from support.vf import Teacher, vf_loss
@@ -47,7 +45,7 @@ class Config:
                         within=(1, 16_384), count=(0, 12))
     halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
-    # model
+    # model (Sec. 3.1, Fig. S1)
     base: str = field("", "the frozen base VAE: a path or org/name; D = 0: where to start, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
@@ -88,7 +86,7 @@ class Config:
     gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator", at_least=0)
     disc_start: int = field(5001, "step at which the discriminator starts, for both players", at_least=0)
     disc_width: int = field(64, "channels of the discriminator's first layer", within=(1, 4096))
-    # optimisation
+    # optimisation (Tab. S1)
     steps: int = field(100_000, "optimizer steps", at_least=1)
     batch_size: int = field(128, "images per optimizer step, over all ranks", within=(1, 1_000_000))
     micro_batch: int = field(16, "images per rank and forward pass", at_least=1)
@@ -318,6 +316,7 @@ def main(cfg):
     # where this runs, and on which images
     rank, world, device = ranks.setup(cfg.device)
     accumulate = ranks.accumulation(cfg.batch_size, cfg.micro_batch, world)
+    stages.plan(cfg, [MAKER], rank, device)
     run = runs.Run(cfg, MAY_CHANGE, rank)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
@@ -402,7 +401,7 @@ def main(cfg):
     save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
-        report(cfg, summary, vae, len(val))
+        figures.report_vae(cfg.out, summary, vae.D, len(val))
     return summary
 
 
@@ -450,23 +449,24 @@ def learning_rate(step, cfg):
 # ---------------------------------------------------------------- set-up
 
 
-def initial_vae(cfg):
-    """The VAE at step 0; a base that is missing is trained first, where a preset here makes it."""
+def initial_vae(cfg, known=()):
+    """The VAE at step 0; a base that is missing is trained first, where a preset here makes it.
+
+    known: {folder: a VAE that stands in for the run there}
+    """
     torch.manual_seed(cfg.seed)
     if cfg.D == 0 and not cfg.base:
         sizes = KLConfig(cfg.C, cfg.widths, cfg.blocks, cfg.attn, cfg.quant, cfg.groups)
         return PlainVAE(AutoencoderKL(sizes))
-    make_if_missing("base", cfg)
-    base = load_measured(cfg.base).base
+    if cfg.base in known:
+        base = known[cfg.base].base
+    else:
+        stages.make_missing(cfg, [MAKER])
+        base = load_measured(cfg.base).base
     if cfg.D == 0:
         return PlainVAE(base)
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale,
                                    latent_shortcut=cfg.fit != "random"))
-
-
-def make_if_missing(flag, cfg):
-    """Train the run that cfg.<flag> names if it is the folder of a preset here, and not yet there."""
-    runs.make_if_missing(flag, cfg, "train_vae.py", PRESETS, Config, main)
 
 
 def freeze(vae, train):
@@ -490,6 +490,26 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
               f"features they keep {found['kept']:.1%}, and the details tell {found['told']:.1%} of z")
 
 
+def trial(cfg, device, known, classes):
+    """(a VAE such as this run's, a function that makes a pass of a step on noise): for a plan of stages.
+
+    known: {folder: model} of runs that are not made yet; classes: of the images, which this does not need
+    """
+    vae = initial_vae(cfg, known).to(device).train()
+    freeze(vae, cfg.train)
+    nets = LossNetworks(cfg, vae, device)
+    images = torch.rand(cfg.micro_batch, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
+    memory_format = ranks.layout(vae.base.width, device)
+
+    def step():
+        x = training_batch(images, 1, cfg).contiguous(memory_format=memory_format)
+        with ranks.autocast(cfg.dtype, device):
+            loss, _ = vae_loss(vae, vae(x), x, cfg, nets, gan_on=checks.is_judged(cfg))
+        loss.backward()
+
+    return vae, step
+
+
 def adamw(parameters, cfg):
     betas = (cfg.beta1, cfg.beta2)
     return torch.optim.AdamW(parameters, lr=cfg.lr, betas=betas, weight_decay=0.0, fused=True)
@@ -500,18 +520,6 @@ def set_learning_rate(lr, *optimizers):
         if opt is not None:
             for group in opt.param_groups:
                 group["lr"] = lr
-
-
-def compile_levels(vae):
-    """torch.compile the VAE, level by level.
-
-    As a whole it would not do: the adaptive weights differentiate by the last convolution alone, and twice.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    torch._functorch.config.donated_buffer = False
-    for part in vae.modules():
-        if isinstance(part, Level | Mid | TinyBlock | WideBlock | ResBlock | EViTBlock):
-            part.compile(dynamic=False)
 
 
 # ---------------------------------------------------------------- saving, validation, the end
@@ -582,16 +590,7 @@ def draw(cfg, done, vae, val, base, full):
                           scale=max(1, 96 // val.shape[-1]), labels=labels)
 
 
-def report(cfg, summary, vae, count):
-    """Draw the losses, and say in a line what came out."""
-    with runs.picture_may_fail(f"{cfg.out}: loss.png"):
-        figures.plot_losses(cfg.out)
-    shown = "base VAE"
-    if vae.D:
-        shown = f"base only {figures.number(summary, 'psnr_base', '.2f')} dB, DA-VAE"
-    print(f"{cfg.out}: done in {summary['seconds']:.0f} s; {shown} {figures.number(summary, 'psnr', '.2f')} "
-          f"dB on {count} images; look at {cfg.out}/recon.png")
-
+MAKER = stages.Maker("train_vae.py", ("base VAE", "DA-VAE"), PRESETS, Config, main, trial)
 
 if __name__ == "__main__":
     ranks.launch(main, config.cli(Config, PRESETS))

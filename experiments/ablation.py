@@ -5,13 +5,14 @@ finetune.py for the transformer. A cell is an arm with a seed. The cells of a se
 DiT, and arms of the same flags in stage 1 their DA-VAE, so arms are compared in pairs, seed by seed.
 
     python experiments/ablation.py                                   # what is missing is run; then the report
-    python experiments/ablation.py --arms="paper,no alignment" --seeds=0
+    python experiments/ablation.py --arms="paper|no alignment" --seeds=0
     python experiments/ablation.py --report=True                     # of the cells that there are; seconds
+    python experiments/ablation.py --name=short --dit_flags="--steps=140 --N=70"       # another setting
     python experiments/ablation.py photos --base=weights/taef2 --data_dir=photos/train \\
         --eval_dir=photos/eval --lpips_trunk=squeezenet1_1_features.pth
 
-A finished cell is a line of experiments/results/<preset>.jsonl, with the commands that made it. The report is
-<preset>.md there (means over the seeds, differences to the arm `paper`) and <preset>.png (curves). What
+A finished cell is a line of experiments/results/<name>.jsonl, with the commands that made it. The report is
+<name>.md there (means over the seeds, differences to the arm `paper`) and <name>.png (curves). What
 counts was decided before: a difference to `paper` that has the same sign with every seed, and whose mean is
 larger than the range of `paper` itself over the seeds. All else is "no difference".
 """
@@ -35,13 +36,16 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class Config:
     preset: str = field("tiny", "tiny, on built-in images, or photos")
-    arms: str = field("", "names in ARMS, separated by commas; empty: all", text=True)
+    arms: str = field("", "names in ARMS, separated by |; empty: all", text=True)
     seeds: tuple = field((0, 1, 2, 3, 4), "of all that a cell trains and draws", at_least=0)
     n: int = field(2000, "samples of a cell", within=(2, 100_000))
     out: str = field("out/ablation", "folder for the runs; one whose cells are lines may be deleted")
     results: str = field("", "folder for lines and report; empty: experiments/results")
     report: bool = field(False, "run nothing")
+    name: str = field("", "of the setting, for folders and results; empty: the preset's")
     train_flags: str = field("", "more flags for every training, as for a trial of two steps", text=True)
+    vae_flags: str = field("", "more flags for every DA-VAE", text=True)
+    dit_flags: str = field("", "more flags for every DA-VAE's DiT", text=True)
     base: str = field("taef2", "photos: the base VAE")
     data_dir: str = field("", "photos: images to train on, a folder of classes")
     eval_dir: str = field("", "photos: held-out images of the same classes")
@@ -100,7 +104,7 @@ OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
 def commands(cfg, name, seed):
     """(the commands that train an arm, the run that is then measured); runs that are finished say so."""
     arm = ARMS[name]
-    folder = f"{cfg.out}/{cfg.preset}/seed{seed}"
+    folder = f"{cfg.out}/{cfg.name or cfg.preset}/seed{seed}"
     base_vae = f"{folder}/base-vae"
     common = f"--seed={seed} {cfg.train_flags}"
     stage1 = f"{common}"
@@ -117,6 +121,7 @@ def commands(cfg, name, seed):
     if cfg.preset == "tiny":
         made.append(f"train_vae.py tiny-base {common} --out={base_vae}")
     for out, flags in {plain: "", vae: vae_flags}.items():
+        flags = f"{cfg.vae_flags} {flags}"
         made.append(f"train_vae.py {cfg.preset} {stage1} --base={base_vae} --out={out} {flags}")
     if not arm.base.startswith("scratch"):
         made.append(f"finetune.py {cfg.preset}-base {common} --vae={plain} --out={base_dit}")
@@ -127,7 +132,8 @@ def commands(cfg, name, seed):
     if arm.base.startswith("scratch"):
         start = from_scratch(cfg.preset, arm.base == "scratch+")
     run = f"{folder}/{slug(name)}"
-    made.append(f"finetune.py {cfg.preset} {common} --vae={vae} {start} --out={run} {fill(arm.dit, cfg)}")
+    flags = f"{cfg.dit_flags} {start} {fill(arm.dit, cfg)}"
+    made.append(f"finetune.py {cfg.preset} {common} --vae={vae} --out={run} {flags}")
     return made, run
 
 
@@ -135,8 +141,8 @@ def from_scratch(preset, longer):
     """Flags of a DiT of the base DiT's sizes with no base; if `longer`, of its steps as well."""
     base = finetune.PRESETS[f"{preset}-base"]
     sizes = " ".join(f"--{key}={base[key]}" for key in ("p", "E", "depth", "A") if key in base)
-    steps = finetune.PRESETS[preset]["steps"] + (base["steps"] if longer else 0)
-    return f"--base= {sizes} --steps={steps}"
+    steps = f"--steps={finetune.PRESETS[preset]['steps'] + base['steps']}" if longer else ""
+    return f"--base= {sizes} {steps}"
 
 
 def fill(flags, cfg):
@@ -190,13 +196,11 @@ def rounded(table):
 
 
 def curves(run):
-    """{"base", "detail": [[steps], [losses]]} of a run's log, each the mean of five of its rows."""
+    """{"base", "detail": [[steps], [losses]]} of a run's log."""
     found = {}
     for name, (steps, losses) in figures.read_log(run).items():
         if name in ("base", "detail"):
-            parts = [range(k, min(k + 5, len(steps))) for k in range(0, len(steps), 5)]
-            means = [round(sum(losses[i] for i in part) / len(part), 4) for part in parts]
-            found[name] = [[steps[part[-1]] for part in parts], means]
+            found[name] = [steps, [round(loss, 4) for loss in losses]]
     return found
 
 
@@ -206,11 +210,11 @@ def curves(run):
 def number(line, metric):
     """One number of a cell; None where it has none.   metric: a key of METRICS"""
     group, rows, name = METRICS[metric]
-    found = next((line[group][row] for row in rows if row in line[group]), None)
+    found = next((line[group][row] for row in rows if row in line.get(group, {})), None)
     if found is None:
         return None
-    if group == "curves":
-        return found[1][-1]
+    if group == "loss by time":
+        return sum(found[1]) / len(found[1])
     return next((value for key, value in found.items() if key.endswith(name)), None)
 
 
@@ -224,8 +228,8 @@ METRICS = {
     "FD, cfg 2": ("samples, cfg 2", SAMPLES, "-FD"),
     "KID, cfg 2": ("samples, cfg 2", SAMPLES, "-KID"),
     "FD, base only, cfg 2": ("samples, cfg 2", ("base only, bicubic",), "-FD"),
-    "base loss": ("curves", ("base",), ""),
-    "detail loss": ("curves", ("detail",), ""),
+    "base loss, held out": ("loss by time", ("base",), ""),        # means over five intervals of time
+    "detail loss, held out": ("loss by time", ("detail",), ""),
 }
 JUDGED = "FD, cfg 2"                                               # by it arms are called better or worse
 
@@ -260,23 +264,44 @@ def verdict(cells, name):
     return f"{said}{'better' if mean < 0 else 'worse'} than paper"
 
 
-def report(cells, folder, preset):
-    """Write <preset>.md and <preset>.png, and print the table."""
-    lines = [f"# {preset}: {sum(map(len, cells.values()))} cells\n",
-             f"| arm | asks | seeds | {' | '.join(METRICS)} | {JUDGED}, to paper |",
-             "|---" * (len(METRICS) + 4) + "|"]
+def steps_to_paper(cells, name):
+    """After how many steps an arm has the base loss that `paper` ends with, seed by seed; or "never".
+
+    Losses are means of five rows of the log, since one is a step's.
+    """
+    found = []
+    for seed in sorted(set(cells[name]) & set(cells.get("paper", {}))):
+        _, losses = smooth(cells["paper"][seed])
+        reached = [step for step, loss in zip(*smooth(cells[name][seed])) if loss <= losses[-1]]
+        found.append(str(reached[0]) if reached else "never")
+    return ", ".join(found)
+
+
+def smooth(line, n=5):
+    """(steps, means of this row's base loss and the n - 1 rows' before) of a cell."""
+    steps, losses = line["curves"]["base"]
+    means = [sum(losses[k - n:k]) / n for k in range(n, len(losses) + 1)]
+    return steps[n - 1:], means
+
+
+def report(cells, folder, title):
+    """Write <title>.md and <title>.png, and print the table."""
+    heads = ["arm", "asks", "seeds", *METRICS, "steps to paper's base loss", f"{JUDGED}, to paper"]
+    lines = [f"# {title}: {sum(map(len, cells.values()))} cells\n",
+             f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in [name for name in ARMS if name in cells]:
         found = []
         for metric in METRICS:
             values = [number(line, metric) for line in cells[name].values()]
             values = [value for value in values if value is not None]
             found.append(spread(values) if values else "")
-        row = [name, ARMS[name].asks, str(len(cells[name])), *found, verdict(cells, name)]
+        row = [name, ARMS[name].asks, str(len(cells[name])), *found, steps_to_paper(cells, name),
+               verdict(cells, name)]
         lines.append(f"| {' | '.join(row)} |")
     hours = sum(line["seconds"] for arm in cells.values() for line in arm.values()) / 3600
     lines.append(f"\nMean over the seeds (smallest to largest). {hours:.1f} hours of cells in all.\n")
     text = "\n".join(lines)
-    runs.replace(folder / f"{preset}.md", text)
+    runs.replace(folder / f"{title}.md", text)
     print(text)
 
     points = {name: [[number(line, metric) for line in arm.values()] for metric in ("PSNR (dB)", JUDGED)]
@@ -284,7 +309,7 @@ def report(cells, folder, preset):
     panels = [("PSNR of reconstructions (dB)", "FD of samples", "o", points)]
     for loss in ("base", "detail"):
         panels.append(("step", f"{loss} loss", "-", mean_curves(cells, loss)))
-    figures.plot(panels, folder / f"{preset}.png", size=(16, 6))
+    figures.plot(panels, folder / f"{title}.png", size=(16, 6))
 
 
 def spread(values):
@@ -309,25 +334,26 @@ def main(cfg):
     if cfg.preset not in LEVELS:
         raise SystemExit(f"{cfg.preset}: wanted {' or '.join(LEVELS)}")
     folder = Path(cfg.results or ROOT / "experiments/results")
-    path = folder / f"{cfg.preset}.jsonl"
-    names = cfg.arms.split(",") if cfg.arms else list(ARMS if cfg.preset == "tiny" else OF_PHOTOS)
-    unknown = [name for name in names if name not in ARMS]
+    name = cfg.name or cfg.preset
+    path = folder / f"{name}.jsonl"
+    arms = cfg.arms.split("|") if cfg.arms else list(ARMS if cfg.preset == "tiny" else OF_PHOTOS)
+    unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise SystemExit(f"--arms: {unknown[0]!r} is none of {', '.join(ARMS)}")
 
     cells = read(path)
-    wanted = [] if cfg.report else [(seed, name) for seed in cfg.seeds for name in names]
-    for seed, name in wanted:
-        if seed not in cells.get(name, {}):
-            line = run_cell(cfg, name, seed)
+    wanted = [] if cfg.report else [(seed, arm) for seed in cfg.seeds for arm in arms]
+    for seed, arm in wanted:
+        if seed not in cells.get(arm, {}):
+            line = run_cell(cfg, arm, seed)
             runs.make_folder(folder)
             with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
             cells = read(path)
-            print(f"seed {seed}, {name}: {line['seconds']} s, {JUDGED} {number(line, JUDGED)}", flush=True)
+            print(f"seed {seed}, {arm}: {line['seconds']} s, {JUDGED} {number(line, JUDGED)}", flush=True)
     if not cells:
         raise SystemExit(f"{path}: has no cells yet; run without --report=True")
-    report(cells, folder, cfg.preset)
+    report(cells, folder, name)
     return cells
 
 

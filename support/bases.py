@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from davae import AutoencoderKL, BaseVAE, normalise
+from davae import AutoencoderKL, BaseVAE, Level, Mid, normalise
 from support import dcae, flux2
 
 # ---------------------------------------------------------------- TAEF2
@@ -233,3 +233,15 @@ BASES = {
     "TAEF2": TAEF2,
     "DCAE": DCAE,
 }
+
+
+def compile_levels(vae):
+    """torch.compile the VAE, level by level.
+
+    As a whole it would not do: the adaptive weights differentiate by the last convolution alone, and twice.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.donated_buffer = False
+    for part in vae.modules():
+        if isinstance(part, Level | Mid | TinyBlock | WideBlock | dcae.ResBlock | dcae.EViTBlock):
+            part.compile(dynamic=False)

@@ -11,9 +11,11 @@
 The first field may be given without its name. A preset's values come first, so that flags change them.
 A field's type is that of its default: str, int, float, bool or a tuple of whole numbers. Which values it
 takes is said where it is declared, and checked where they come in, from the command line or a preset.
+A comment on a line of its own, above a field, is the heading that --help puts there.
 """
 import dataclasses
 import difflib
+import inspect
 import re
 import sys
 
@@ -80,14 +82,29 @@ def cli(Config, presets=None, argv=None):
 def print_help(Config, presets):
     """The script's docstring, every field with its default and what else it takes, the presets."""
     fields = dataclasses.fields(Config)
+    heads = headings(Config)
     print(sys.modules[Config.__module__].__doc__)
     print(f"usage: [{fields[0].name}] --field=value ...\n")
     for f in fields:
-        taken = ", ".join(f.metadata["choices"]) or range_of(f)
+        if f.name in heads:
+            print(f"\n{heads[f.name]}")
+        taken = ", ".join(choice or "nothing" for choice in f.metadata["choices"]) or range_of(f)
+        taken = taken.replace(f" to {LARGEST:_}", " or more")
         taken = f" [{taken}]" if taken else ""
         print(f"  --{f.name}={show(f.default)}".ljust(34) + f.metadata["help"] + taken)
     if presets:
         print(f"\npresets: {', '.join(presets)}")
+
+
+def headings(Config):
+    """{field: the comment on the line above it}, of those that have one in the source of the dataclass."""
+    found = {}
+    for kind in reversed(Config.__mro__[:-1]):
+        lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
+        for above, line in zip(lines, lines[1:]):
+            if above.startswith("# "):
+                found[line.partition(":")[0]] = above.removeprefix("# ")
+    return found
 
 
 def next_flag(argv):

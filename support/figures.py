@@ -136,23 +136,42 @@ def final_table(folders):
 
     A folder without a summary.json (a public checkpoint, or a run cut off) has none.
     """
-    print(f"\n{'stage':<12}{'folder':<22}{'steps':>8}{'seconds':>9}  result")
-    for run in stages_of(folders):
+    folders = stages_of(folders)
+    width = max(22, *(len(run) + 2 for run in folders))
+    print(f"\n{'stage':<12}{'folder':<{width}}{'steps':>8}{'seconds':>9}  result")
+    for run in folders:
         summary = runs.read_summary(run)
         if summary:
             steps = number(summary, "steps", "d")
             seconds = number(summary, "seconds", ".0f")
-            print(f"{summary['stage']:<12}{run:<22}{steps:>8}{seconds:>9}  {result_of(summary)}")
+            print(f"{summary['stage']:<12}{run:<{width}}{steps:>8}{seconds:>9}  {result_of(summary)}")
 
 
-def report(out, stages):
-    """The end of finetune.py: draw the losses of `out`, print the table of all stages and where to go on."""
+def report_vae(out, summary, D, count):
+    """The end of train_vae.py: draw the losses, and say in a line what came out, on `count` images."""
     with runs.picture_may_fail(f"{out}: loss.png"):
         plot_losses(out)
+    shown = "base VAE"
+    if D:
+        shown = f"base only {number(summary, 'psnr_base', '.2f')} dB, DA-VAE"
+    print(f"{out}: done in {summary['seconds']:.0f} s; {shown} {number(summary, 'psnr', '.2f')} dB on "
+          f"{count} images; look at {out}/recon.png")
+
+
+def report(out, stages, data_dir, goes_on=False):
+    """The end of finetune.py: draw the losses of `out`, print the table of all stages and where to go on.
+
+    goes_on: another stage follows in this job, so the losses are enough
+    """
+    with runs.picture_may_fail(f"{out}: loss.png"):
+        plot_losses(out)
+    if goes_on:
+        return
     final_table(stages)
     pictures = sorted(path.name for path in Path(out).glob("*.png") if not path.stem[-6:].isdigit())
+    held_out = "" if data_dir == "procedural" else " --data_dir=HELD_OUT_IMAGES"
     print(f"\npictures in {out}: {', '.join(pictures)}\n"
-          f"next: python sample.py {out}; python evaluate.py {out}")
+          f"next: python sample.py {out}\n      python evaluate.py {out}{held_out}")
 
 
 def print_table(title, table):

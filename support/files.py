@@ -143,7 +143,8 @@ def absent(path):
         return f"a link to {os.readlink(path)}, which is not there; copy the file itself"
     if re.match(r"(https?|hf|s3|gs):/", str(path)):
         return "an address, wanted a local file or folder: download it first"
-    return "no such file or folder"
+    return ("no such file or folder; give the path of weights, or their name on Hugging Face, org/name "
+            "(docs/recipes.md has some)")
 
 
 def endings():

@@ -8,6 +8,7 @@ Caches, samples and runs keep the digests of what they were made from. They are 
 same digest today, wherever it lies.
 """
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,6 +94,17 @@ def of_source(source, part=""):
         return of_text("\n".join(line for line in lines if line.endswith(".safetensors")))
     weights = [file for file in sorted(path.iterdir()) if files.is_weights(file) or files.is_shard(file)]
     return of_files(weights, path)
+
+
+def of_parts(cfg, vae, train_set):
+    """What a run of finetune.py is made of, but for its texts: {part: digest}, for runs.py:Run.made_of."""
+    return {
+        "images": train_set.fingerprint,
+        "captions": of_text(json.dumps(train_set.captions)) if cfg.text else None,
+        "classes": None if cfg.text else train_set.classes,
+        "vae": runs.hash_of(vae),
+        "base": of_source(cfg.base, "transformer"),
+    }
 
 
 def of_run(checkpoint):

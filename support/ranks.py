@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -301,7 +302,7 @@ def stop_if_not_finite(norm, loss, model, step):
                      f"{bad}; the weights were not touched. Lower --lr or --clip and run again")
 
 
-# ---------------------------------------------------------- sharding: for models that do not fit on one GPU
+# ---------------------------------------------------------- for models that do not fit on one GPU
 
 
 def shard(model, device):
@@ -320,6 +321,16 @@ def shard(model, device):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def share_frozen(model, ema, rounded):
+    """Let the EMA use the model's own frozen weights; if `rounded`, in bfloat16 what autocast would round."""
+    for layer in model.modules():
+        if rounded and isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.bfloat16()
+    for p, e in zip(model.parameters(), ema.parameters()):
+        if not p.requires_grad:
+            e.data = p.data
 
 
 def is_sharded(model):

@@ -35,7 +35,7 @@ NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkp
              "log_every", "save_every", "track", "dry_run"}
 
 # Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
-SOURCES = {"data_dir", "val_dir", "vae", "base", "text", "lpips_trunk", "teacher"}
+SOURCES = {"data_dir", "val_dir", "vae", "base", "base_vae", "text", "lpips_trunk", "teacher"}
 
 # What a run is made of, and the field that says where it is.
 PARTS = {
@@ -141,9 +141,13 @@ class Run:
         self.log.since = self.since
         bar = tqdm(range(self.start, cfg.steps), initial=self.start, total=cfg.steps, desc=cfg.out,
                    disable=self.rank > 0, mininterval=1)
+        after = getattr(cfg, "after", {}).get(cfg.out)     # seconds of the stages to come, see stages.py:plan
         ranks.heed_signals()
         for step, batch in zip(bar, stream):
             yield step, batch
+            if after:
+                left = after + (cfg.steps - step - 1) * (time.time() - self.since) / (step + 1 - self.start)
+                bar.set_postfix_str(f"all stages {tqdm.format_interval(left)}", refresh=False)
             if self.stopping and step + 1 < cfg.steps:
                 if self.rank == 0:
                     tqdm.write(f"{cfg.out}: stopped after step {step + 1}; the same command goes on")
@@ -282,32 +286,6 @@ def listed(names):
     """Names of classes, for a sentence."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
-
-
-def make_if_missing(flag, cfg, script, PRESETS, Config, main):
-    """Train (or finish) the run that cfg.<flag> names, and say so, if it is the folder of one of the PRESETS.
-
-    One that is finished must be what the preset makes of cfg.data_dir today; but where the user named it,
-    it is used as it is.
-    script, PRESETS, Config, main: the name of the training script, and what stands in it
-    raises: SystemExit saying what differs
-    """
-    run = getattr(cfg, flag)
-    for name, values in PRESETS.items():
-        if not run or os.path.realpath(values["out"]) != os.path.realpath(run):
-            continue
-        if flag in getattr(cfg, "given", ()) and read_summary(run).get("steps") == step_of(run):
-            continue
-        same = {field: getattr(cfg, field) for field in ("device", "data_dir", "track")}
-        if cfg.dtype != "auto":                    # else as the preset says
-            same["dtype"] = cfg.dtype
-        stage = Config(**{"preset": name, **values, **same})
-        if not is_finished(stage):
-            print(f"\n{cfg.out} needs {run}, which is not there yet: running  python {script} {name}")
-        try:
-            main(stage)
-        except Differs as difference:
-            raise SystemExit(f"{difference}. Or give --{flag}={run} to use it as it is") from None
 
 
 # ---------------------------------------------------------------- the log
@@ -489,9 +467,23 @@ def latest_checkpoint(run):
     found = checkpoints(run)
     if not found:
         what = "an empty run" if Path(run).is_dir() else "no such folder"
-        raise SystemExit(f"{run}: no checkpoint here ({what}); wanted a run folder with step_*/config.json, "
-                         "or one such step folder")
+        others = dict.fromkeys(str(path.parent) for path in sorted(Path(run).parent.glob("*/step_*")))
+        instead = f"there are {listed(others)}" if others else "make one: python finetune.py"
+        raise SystemExit(f"{run}: no checkpoint here ({what}); wanted a run, or a step_* of it: {instead}")
     return found[-1]
+
+
+def newest_run(parent="out"):
+    """The run of finetune.py whose checkpoint is the newest of all in `parent`, said aloud.
+
+    raises: SystemExit if there is none
+    """
+    steps = [*Path(parent).glob("*/step_*/config.json"), *Path(parent).glob("*/*/step_*/config.json")]
+    for path in sorted(steps, key=os.path.getmtime, reverse=True):
+        if read_config(path.parent).get("script") == "finetune.py":
+            print(f"the newest run in {parent}: {path.parent.parent}")
+            return str(path.parent.parent)
+    raise SystemExit(f"{parent}: no run of finetune.py is there; make one (python finetune.py), or name one")
 
 
 def step_of(run):

@@ -14,13 +14,15 @@ from experiments.ablation import ARMS, JUDGED, Config, commands, number, verdict
 from support import config
 
 
-def line(arm, seed, fd, psnr=19.0, row="samples"):
+def line(arm, seed, fd, psnr=19.0, row="samples", losses=None):
     """A cell's line with these numbers in it."""
     samples = {row: {"Probe-FD": fd, "Probe-KID": 0.01}, "base only, bicubic": {"Probe-FD": 1.5}}
     return {"arm": arm, "seed": seed, "seconds": 60, "commands": [],
             "reconstruction": {"DA-VAE": {"psnr": psnr, "Probe-FD": 0.5}},
             "samples, cfg 1": samples, "samples, cfg 2": samples,
-            "curves": {"base": [[10, 20], [0.4, 0.3]], "detail": [[10, 20], [0.9, 0.5]]}}
+            "loss by time": {"base": [[0.1, 0.9], [0.2, 0.6]], "detail": [[0.1, 0.9], [0.4, 0.5]]},
+            "curves": {"base": [list(range(10, 90, 10)), losses or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]],
+                       "detail": [[10, 20], [0.9, 0.5]]}}
 
 
 def cells_of(**arms):
@@ -94,11 +96,23 @@ def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     assert Image.open(tmp_path / "tiny.png").width == 1600
 
 
-def test_losses_are_means_of_five_rows_of_the_log(tmp_path):
-    rows = [{"step": n, "base": float(n), "detail": 2.0} for n in range(1, 13)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert ablation.curves(tmp_path) == {"base": [[5, 10, 12], [3.0, 8.0, 11.5]],
-                                         "detail": [[5, 10, 12], [2.0, 2.0, 2.0]]}
+def test_an_arm_has_reached_the_papers_loss_where_the_mean_of_five_rows_has():
+    fast = [0.9, 0.4, 0.4, 0.4, 0.4, 0.4, 0.3, 0.3]                   # paper's last five: a mean of 0.4
+    cells = {"paper": {0: line("paper", 0, 0.8), 1: line("paper", 1, 0.8)},
+             "scratch": {0: line("scratch", 0, 0.8, losses=fast),
+                         1: line("scratch", 1, 0.8, losses=[0.5] * 7 + [0.1])}}
+    assert ablation.steps_to_paper(cells, "paper") == "80, 80"
+    assert ablation.steps_to_paper(cells, "scratch") == "60, never"
+
+
+def test_another_setting_has_folders_and_results_of_its_own(tmp_path):
+    cfg = Config(name="short", vae_flags="--D=56", dit_flags="--D=56 --steps=140")
+    made, run = commands(cfg, "no schedule", 1)
+    assert run == "out/ablation/short/seed1/no-schedule"
+    assert "--D=56" in made[1] and "--D=56" not in made[0]            # not the base VAE's
+    assert "--D=56 --steps=140" in made[-1] and "--steps" not in made[2]
+    with pytest.raises(SystemExit, match="short.jsonl: has no cells yet"):
+        ablation.main(Config(name="short", report=True, results=str(tmp_path)))
 
 
 def test_what_cannot_be_run_is_one_sentence(tmp_path):
@@ -127,7 +141,7 @@ def test_two_arms_run_from_nothing_and_only_what_is_missing_runs_again(tmp_path,
     monkeypatch.chdir(tmp_path)
     flags = ("--steps=2 --images=16 --batch_size=4 --micro_batch=4 --log_every=1 --save_every=0 --device=cpu "
              "--dtype=float32")
-    cfg = Config(arms="paper,space to depth", seeds=(0,), n=20, results=str(tmp_path / "results"),
+    cfg = Config(arms="paper|space to depth", seeds=(0,), n=20, results=str(tmp_path / "results"),
                  train_flags=flags)
     found = ablation.main(cfg)
     assert set(found) == {"paper", "space to depth"} and "loss by time" in found["paper"][0]

@@ -58,6 +58,16 @@ def test_help_names_every_field_and_preset(capsys):
     assert "large" in text
 
 
+def test_help_puts_the_comments_of_the_config_above_its_fields_also_of_a_parent_class(capsys):
+    expected = {finetune.Config: ["loss (Sec. 3.3, Tab. S1)\n  --N="],
+                evaluate.Config: ["what is drawn\n  --classes=", "what is measured\n"]}
+    for Config, heads in expected.items():
+        with pytest.raises(SystemExit):
+            cli(Config, argv=["--help"])
+        text = capsys.readouterr().out
+        assert all(f"\n\n{head}" in text for head in heads)
+
+
 @dataclass
 class Options:
     name: str = field("", "")

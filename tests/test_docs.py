@@ -37,6 +37,10 @@ BEFORE = {
     "python train_vae.py tiny-base": VAE,
     "python train_vae.py tiny": f"{VAE} --base=./out/tiny-base-vae",
     "python finetune.py tiny-base": f"{DIT} --vae=./out/tiny-vae",
+    "python train_vae.py photos --base=weights/taef2 --data_dir=my_photos":
+        f"{VAE} --image_size=256 --crop=64 --perceptual=none --out=out/my-vae",
+    "python finetune.py photos-base --data_dir=my_photos":
+        f"{DIT} --vae=out/my-vae --out=out/my-base --E=32 --depth=1",
 }
 
 # {command as it is shown: the flags that are added to it}; what a page says is "not run" has no place here.
@@ -77,6 +81,9 @@ TOY = {
     "python train_vae.py tiny --base=out/drawings-base --out=out/drawings-vae --D=96 --fit=closed "
     "--train=all --detail_dropout=0 --lr=3e-4 --warmup=20 --steps=300 --disc_start=100 --dtype=bfloat16": VAE,
     "python experiments/sizes.py out/drawings-vae --sizes=48,0 --tiled=256 --halvings=0 --images=10": LOOK,
+    "python finetune.py photos --data_dir=my_photos --base_vae=weights/taef2 "
+    "--lpips_trunk=squeezenet1_1_features.pth": f"{DIT} --vae=out/my-vae --base=out/my-base",
+    "python sample.py out/my_photos-taef2/photos": DRAW,
     "python finetune.py photos-base --data_dir=photos/train":
         f"{DIT} --vae=./out/photos-vae --E=32 --depth=1",
     "python finetune.py photos --data_dir=photos/train":
@@ -290,7 +297,7 @@ def begun(tmp_path_factory):
 
     drawings = data.open_dataset("procedural", 128, 24, 0)
     places = {"photos/train/cats": 8, "photos/train/dogs": 8, "photos/eval/cats": 4, "photos/eval/dogs": 4,
-              "kodak": 2}
+              "kodak": 2, "my_photos/cats": 6, "my_photos/dogs": 6}
     i = 0
     for place, count in places.items():
         (folder / place).mkdir(parents=True)

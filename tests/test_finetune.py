@@ -115,7 +115,7 @@ def test_of_what_is_frozen_only_what_autocast_would_round_is_kept_in_bfloat16():
     model.requires_grad_(False)
     model[1].requires_grad_(True)
     ema = deepcopy(model)
-    finetune.share_frozen(model, ema, rounded=True)
+    ranks.share_frozen(model, ema, rounded=True)
     assert model[0].weight.dtype == torch.bfloat16
     others = (model[0].bias, model[1].weight, model[2].weight, model.table)
     assert {p.dtype for p in others} == {torch.float32}

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -45,7 +46,11 @@ def test_a_save_that_breaks_off_leaves_the_previous_checkpoint(tmp_path, monkeyp
 def test_a_folder_without_checkpoints_is_named(tmp_path):
     with pytest.raises(SystemExit, match="an empty run"):
         runs.latest_checkpoint(tmp_path)
-    with pytest.raises(SystemExit, match="no such folder"):
+    with pytest.raises(SystemExit, match="no such folder.*: make one: python finetune.py"):
+        runs.latest_checkpoint(tmp_path / "nowhere")
+    for name in ("tiny", "photos"):
+        runs.save_checkpoint(tmp_path / name, 1, {}, None, {})
+    with pytest.raises(SystemExit, match=f"no such folder.*: there are {tmp_path}/photos, {tmp_path}/tiny$"):
         runs.latest_checkpoint(tmp_path / "nowhere")
 
 
@@ -355,3 +360,27 @@ def test_a_log_line_has_the_mean_over_its_step_and_the_newest_value_of_a_rarer_m
     assert [row.get("fd") for row in rows] == [None, 7.0, None]
     assert all(row["lr"] == 0.1 and "w" not in row for row in rows)
     assert [step for step, _ in seen] == [2, 4, 6] and seen[1][1]["fd"] == 7.0
+
+
+# ---------------------------------------------------------------- the newest run
+
+
+def a_run(folder, script, age):
+    runs.save_checkpoint(folder, 1, {}, None, {"script": script})
+    at = time.time() - age
+    os.utime(folder / "step_000001/config.json", (at, at))
+
+
+def test_the_newest_run_of_finetune_is_found_in_a_folder_of_runs_and_a_level_below(tmp_path, capsys):
+    a_run(tmp_path / "old", "finetune.py", 300)
+    a_run(tmp_path / "vae", "train_vae.py", 10)
+    assert runs.newest_run(tmp_path) == str(tmp_path / "old")
+    a_run(tmp_path / "mine-taef2" / "photos", "finetune.py", 100)
+    assert runs.newest_run(tmp_path) == str(tmp_path / "mine-taef2/photos")
+    assert f"the newest run in {tmp_path}: " in capsys.readouterr().out
+
+
+def test_where_there_is_no_run_the_command_that_makes_one_is_named(tmp_path):
+    a_run(tmp_path / "vae", "train_vae.py", 0)
+    with pytest.raises(SystemExit, match="no run of finetune.py is there; make one .python finetune.py."):
+        runs.newest_run(tmp_path)

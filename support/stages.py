@@ -1,0 +1,218 @@
+"""What a run needs before it: the stages that its preset names, where they lie, and about how long they take.
+
+    base VAE -> DA-VAE -> base DiT, on the DA-VAE's base channels -> DA-VAE DiT
+
+A preset's `vae` and `base` are folders of other presets, which are trained if they are not there yet. The
+training scripts come in here as Makers, because nothing in support/ imports a script.
+"""
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from support import data, ranks, runs
+from support.latents import Latents
+
+
+@dataclass
+class Maker:
+    """A training script.
+
+    makes: what it makes without details (D = 0), and with them
+    main(cfg): the script itself;  trial(cfg, device, known, classes): see train_vae.py:trial
+    """
+    script: str
+    makes: tuple[str, str]
+    presets: dict
+    Config: type
+    main: Callable
+    trial: Callable
+
+
+# ---------------------------------------------------------------- where the stages lie
+
+
+def settle(cfg):
+    """Where cfg names a base VAE, put its preset's folders into one that belongs to its images and that base.
+
+    Folders that the command line has given stay. Texts come from the base's own encoders.
+    """
+    if not getattr(cfg, "base_vae", ""):
+        return
+    given = getattr(cfg, "given", ())
+    if cfg.text and "text" not in given:
+        cfg.text = cfg.base
+    for flag in {"out", "vae", "base"} - set(given):
+        setattr(cfg, flag, at_home(getattr(cfg, flag), cfg))
+
+
+def at_home(folder, cfg):
+    """A preset's folder; of a run with a base VAE of its own, out/photos -> out/<images>-<base>/photos."""
+    base_vae = getattr(cfg, "base_vae", "")
+    if not base_vae or not folder.startswith("out/"):
+        return folder
+    images = [name for name in Path(cfg.data_dir).parts[-2:] if name not in ("/", "..", "train")]
+    base = Path(base_vae)
+    base = base.stem if base.suffix in (".safetensors", ".pt", ".pth", ".ckpt") else base.name
+    return f"out/{images[-1] if images else 'images'}-{base}/{folder.removeprefix('out/')}"
+
+
+def preset_of(run, cfg, maker):
+    """The Config of a run that cfg needs, if its folder is that of a preset of `maker`; else None."""
+    for preset, values in maker.presets.items():
+        home = {key: at_home(values[key], cfg) for key in ("out", "vae", "base") if key in values}
+        if os.path.realpath(home["out"]) != os.path.realpath(run):
+            continue
+        same = {field: getattr(cfg, field) for field in ("device", "data_dir", "track")}
+        if cfg.dtype != "auto":                        # else as the preset says
+            same["dtype"] = cfg.dtype
+        stage = maker.Config(**{"preset": preset, **values, **home, **same})
+        take_base(stage, cfg)
+        return stage
+    return None
+
+
+def take_base(stage, cfg):
+    """Hand cfg's base VAE, and the weights of LPIPS, on to a stage that is trained before it."""
+    base_vae = getattr(cfg, "base_vae", "")
+    if base_vae and hasattr(stage, "base_vae"):
+        stage.base_vae = base_vae
+    elif base_vae and stage.D:
+        stage.base = base_vae
+    if getattr(cfg, "lpips_trunk", "") and hasattr(stage, "lpips_trunk"):
+        stage.lpips_trunk = cfg.lpips_trunk
+
+
+def make_missing(cfg, makers):
+    """Train (or finish) the runs that cfg names and that are folders of presets, and say so.
+
+    One that is finished must be what the preset makes of cfg.data_dir today; but where the user named it,
+    it is used as it is.
+    raises: SystemExit saying what differs
+    """
+    for flag, maker, stage in stages_of(cfg, makers):
+        stage.after = getattr(cfg, "after", {})
+        if not runs.is_finished(stage):
+            print(f"\n{cfg.out} needs {stage.out}, which is not there yet: running  python {maker.script} "
+                  f"{stage.preset}")
+        try:
+            maker.main(stage)
+        except runs.Differs as difference:
+            raise SystemExit(f"{difference}. Or give --{flag}={stage.out} to use it as it is") from None
+
+
+def stages_of(cfg, makers):
+    """[(flag, Maker, Config)] of the runs that cfg names by --vae and --base and that presets make.
+
+    Left out is one that the user named and that is finished: it is used, whatever it was made of.
+    """
+    found = []
+    for flag in ("vae", "base"):
+        run = getattr(cfg, flag, "")
+        named = flag in getattr(cfg, "given", ())
+        if not run or (named and runs.read_summary(run).get("steps") == runs.step_of(run)):
+            continue
+        for maker in makers:
+            stage = preset_of(run, cfg, maker)
+            if stage is not None:
+                found.append((flag, maker, stage))
+    return found
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def missing(cfg, maker, makers):
+    """[(Maker, Config)] of the runs that cfg, a run of `maker`, needs and that are not finished, then cfg's
+    own, in the order of their making.
+    """
+    found = []
+    for _, other, stage in stages_of(cfg, makers):
+        if not runs.is_finished(stage):
+            found += [entry for entry in missing(stage, other, makers) if entry not in found]
+    return [*found, (maker, cfg)]
+
+
+def plan(cfg, makers, rank, device):
+    """Print what will be trained, where, and about how long it takes here; once, before the first of it.
+
+    Nothing is printed of a run that needs no other. By two and more passes of each stage on noise, which
+    change nothing in the training. Of models of texts, whose transformers may not fit here, the order alone.
+    Sets cfg.after: {folder of a run: seconds of what comes after it}, for the progress bars.
+    """
+    if hasattr(cfg, "after"):                          # a stage of another run's plan
+        return
+    settle(cfg)
+    cfg.after = {}
+    stages = missing(cfg, makers[-1], makers)
+    if len(stages) < 2 or runs.is_finished(cfg) or rank > 0:
+        return
+    classes = 0
+    if not Latents.are_in(cfg.data_dir):
+        images = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+        classes = len(images.classes)
+        print(f"{cfg.out}: {images.summary()}")
+
+    known, times, size = {}, {}, 0
+    for maker, stage in stages:
+        if cfg.text:
+            continue
+        model, step = maker.trial(stage, device, known, classes)
+        known[stage.out] = model
+        passes = ranks.accumulation(stage.batch_size, stage.micro_batch, ranks.world_size())
+        left = stage.steps - max(0, runs.step_of(stage.out))
+        times[stage.out] = left * passes * seconds_of(step, device)
+        size += 3 * 16 * sum(p.numel() for p in model.parameters())       # weights, average, AdamW; 3 saves
+    show(stages, times, size)
+    later = 0.0
+    for _, stage in reversed(stages):
+        if times:
+            cfg.after[stage.out] = later
+            later += times[stage.out]
+
+
+def seconds_of(step, device):
+    """Seconds of a call of step(), the first left out: the mean over a third of a second, two at least."""
+
+    def finished():
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
+
+    since = finished()
+    count = 1
+    now = finished()
+    while count < 2 or now - since < 0.3:
+        now = finished()
+        count += 1
+    return (now - since) / count
+
+
+def show(stages, times, size):
+    """Print the plan as a table.   times: {folder: seconds}, {} if unknown; size: bytes of checkpoints"""
+    width = max(len(stage.out) for _, stage in stages) + 2
+    print(f"{'to be made':<12}{'folder':<{width}}{'steps':>8}   about")
+    for maker, stage in stages:
+        told = minutes(times[stage.out]) if times else "see --dry_run=True"
+        print(f"{maker.makes[stage.D > 0]:<12}{stage.out:<{width}}{stage.steps:>8}   {told}")
+    if times:
+        folder = Path(stages[-1][1].out).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        print(f"in all about {minutes(sum(times.values()))} of training, by a few steps of each on noise; "
+              f"{size / 1e9:.1f} GB of checkpoints, {free / 1e9:.0f} GB are free", flush=True)
+
+
+def minutes(seconds):
+    """A time in words, as exact as it is known."""
+    if seconds < 90:
+        return f"{max(1, round(seconds / 5)) * 5} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

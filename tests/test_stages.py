@@ -1,0 +1,199 @@
+"""support/stages.py: what a run needs before it, where that lies, and the whole of it by one command."""
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import finetune
+import train_vae
+from support import config, runs, stages
+from support.weights import load_davae, save_base_vae
+
+SMALL = dict(image_size=16, flip=False, steps=2, batch_size=4, micro_batch=4, save_every=0, dtype="float32")
+VAE = SMALL | dict(D=12, perceptual="none", gan=0.0, crop=(), stats=8, cooldown=0.0)
+DIT = SMALL | dict(E=32, depth=1, A=2, N=2, sample_steps=2)
+
+
+@pytest.fixture
+def toys(monkeypatch, tmp_path, make_base):
+    """The presets of photos at toy size, in an empty working folder with a base VAE, base.pt, in it."""
+    monkeypatch.chdir(tmp_path)
+    for presets, name, small in (
+            (train_vae.PRESETS, "photos", VAE), (finetune.PRESETS, "photos-base", DIT | {"D": 0}),
+            (finetune.PRESETS, "photos", DIT | {"D": 12})):
+        monkeypatch.setitem(presets, name, presets[name] | small)
+    save_base_vae(make_base(), "weights/base")
+
+
+def picture(seed):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (16 + seed % 5, 20, 3), dtype=np.uint8))
+
+
+def photos(folder, seed=0, classes=("cats", "dogs"), n=6):
+    for k, name in enumerate(classes):
+        Path(folder, name).mkdir(parents=True)
+        for i in range(n):
+            picture(seed + 10 * k + i).save(f"{folder}/{name}/{i}.png")
+
+
+def whole_job(*flags):
+    cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", "--base_vae=weights/base", *flags])
+    finetune.main(cfg)
+    return cfg
+
+
+def folders(cfg):
+    return [stage.out for _, stage in stages.missing(cfg, finetune.MAKER, finetune.makers())]
+
+
+# ---------------------------------------------------------------- which stages, and where
+
+
+def test_a_preset_needs_its_whole_chain_in_the_order_of_its_making_and_each_run_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = finetune.Config(preset="tiny", **finetune.PRESETS["tiny"])
+    assert folders(tiny) == ["out/tiny-base-vae", "out/tiny-vae", "out/tiny-base", "out/tiny"]
+
+
+def test_what_is_finished_is_in_no_plan_and_neither_is_what_no_preset_makes(toys, finetune_config, tmp_path):
+    assert folders(finetune_config(tmp_path / "run")) == [str(tmp_path / "run")]
+    photos("mine")
+    done = whole_job("--data_dir=mine")
+    again = dataclasses.replace(done, out="out/mine-base/other")
+    assert folders(again) == ["out/mine-base/other"]
+
+
+@pytest.mark.parametrize("data_dir, base_vae, home", [
+    ("my_photos", "weights/taef2", "out/my_photos-taef2"),
+    ("/data/imagenette/train", "madebyollin/taef2", "out/imagenette-taef2"),
+    ("my_photos/", "sd3.5-medium", "out/my_photos-sd3.5-medium"),
+    ("../photos", "vae/diffusion_pytorch_model.safetensors", "out/photos-diffusion_pytorch_model"),
+    (".", "taef2", "out/images-taef2"),
+])
+def test_the_folders_of_a_whole_job_belong_to_its_images_and_its_base(data_dir, base_vae, home):
+    flags = [f"--data_dir={data_dir}", f"--base_vae={base_vae}", "--lpips_trunk=squeeze.pth"]
+    cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", *flags])
+    stages.settle(cfg)
+    assert (cfg.out, cfg.vae, cfg.base) == (f"{home}/photos", f"{home}/photos-vae", f"{home}/photos-base")
+    (_, _, vae), (_, _, base) = stages.stages_of(cfg, finetune.makers())
+    assert (vae.base, vae.lpips_trunk, vae.data_dir) == (base_vae, "squeeze.pth", data_dir)
+    assert (base.vae, base.D, base.base_vae) == (vae.out, 0, base_vae)
+
+
+def test_folders_that_the_command_line_gives_stay_where_they_are():
+    cfg = config.cli(finetune.Config, finetune.PRESETS,
+                     ["photos", "--base_vae=taef2", "--out=out/here", "--vae=out/photos-vae"])
+    stages.settle(cfg)
+    assert (cfg.out, cfg.vae, cfg.base) == ("out/here", "out/photos-vae", "out/procedural-taef2/photos-base")
+
+
+def test_texts_of_a_whole_job_come_from_the_encoders_of_its_base():
+    flags = ["sd35m-1024", "--data_dir=captioned", "--base=sd35", "--base_vae=sd35"]
+    cfg = config.cli(finetune.Config, finetune.PRESETS, flags)
+    stages.settle(cfg)
+    home = "out/captioned-sd35"
+    assert (cfg.out, cfg.vae, cfg.base) == (f"{home}/sd35m-1024", f"{home}/sd35m-vae", "sd35")
+    assert cfg.text == "sd35"
+    cfg = config.cli(finetune.Config, finetune.PRESETS, [*flags, "--text=out/text"])
+    stages.settle(cfg)
+    assert cfg.text == "out/text"
+
+
+# ---------------------------------------------------------------- the whole job
+
+
+def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toys, capfd):
+    photos("mine")
+    whole_job("--data_dir=mine")
+    said, bar = capfd.readouterr()
+
+    plan = [line.split("  ")[0] for line in said[said.index("to be made"):].splitlines()[1:4]]
+    assert plan == ["DA-VAE", "base DiT", "DA-VAE DiT"]
+    assert "out/mine-base/photos: 12 images in 2 classes (cats 6, dogs 6)" in said
+    assert "in all about" in said and "GB are free" in said
+    assert "all stages 00:0" in bar                                # the first stage's, and what follows it
+    assert "max |v - v_base| = 0.0" in said + bar
+    for run in ("photos-vae", "photos-base", "photos"):
+        assert runs.read_summary(f"out/mine-base/{run}")["steps"] == 2
+    assert Path("out/mine-base/photos/samples.png").exists()
+    assert "python sample.py out/mine-base/photos\n" in said
+    assert "python evaluate.py out/mine-base/photos --data_dir=HELD_OUT_IMAGES" in said
+
+    whole_job("--data_dir=mine")                                   # there is nothing left to do, and no plan
+    said, _ = capfd.readouterr()
+    assert "finished at step 2" in said and "to be made" not in said
+
+
+def test_other_photos_get_other_folders_and_those_of_the_same_name_are_refused(toys, capfd):
+    photos("mine")
+    photos("others", seed=50)
+    photos("elsewhere/mine", seed=50, classes=("cats", "dogs"))
+    whole_job("--data_dir=mine")
+    first = runs.hash_of(load_davae("out/mine-base/photos-vae"))
+    whole_job("--data_dir=others")
+    assert runs.hash_of(load_davae("out/others-base/photos-vae")) != first
+    assert runs.hash_of(load_davae("out/mine-base/photos-vae")) == first
+    with pytest.raises(SystemExit, match="out/mine-base/photos was started with other vae than|other images"):
+        whole_job("--data_dir=elsewhere/mine")
+    assert runs.hash_of(load_davae("out/mine-base/photos-vae")) == first
+
+
+def test_a_folder_without_classes_and_one_with_captions_give_an_unconditional_model(toys, capfd):
+    Path("flat").mkdir()
+    for i in range(12):
+        picture(i).save(f"flat/{i}.png")
+        Path(f"flat/{i}.txt").write_text(f"drawing {i}")
+    whole_job("--data_dir=flat")
+    said, _ = capfd.readouterr()
+    assert "12 images without classes, 12 captions" in said
+    assert runs.read_config(runs.latest_checkpoint("out/flat-base/photos"))["model"]["num_classes"] == 1
+
+
+def test_a_folder_of_documents_is_refused_before_anything_is_made(toys):
+    Path("papers").mkdir()
+    Path("papers/a.pdf").write_text("%PDF")
+    Path("papers/b.mp4").write_text("")
+    with pytest.raises(ValueError, match=r"no images .* in 'papers' \(1 .*, 1 .*\)"):
+        whole_job("--data_dir=papers")
+    assert not Path("out").exists()
+
+
+def test_a_plan_changes_nothing_in_the_training(toys, monkeypatch, same_weights):
+    photos("mine")
+    planned = whole_job("--data_dir=mine")
+    Path("out").rename("planned")
+    monkeypatch.setattr(stages, "missing", lambda cfg, maker, makers: [])          # so there is no plan
+    torch.manual_seed(123)
+    whole_job("--data_dir=mine")
+    with_plan = dataclasses.replace(planned, out="planned/mine-base/photos")
+    assert same_weights(planned, with_plan, names=("model", "ema"))
+
+
+def test_the_report_is_written_at_the_end(toys, report_at_the_end, monkeypatch):
+    monkeypatch.setattr(evaluate, "report_at_the_end", report_at_the_end)
+    photos("mine")
+    whole_job("--data_dir=mine")
+    page = Path("out/mine-base/photos/report.html").read_text()
+    assert "Training images" in page
+
+
+# ---------------------------------------------------------------- how long
+
+
+def test_the_time_of_a_step_leaves_the_first_out_and_is_a_mean(monkeypatch):
+    clock = iter([100.0, 100.5, 101.0, 102.0])                     # after the first pass, and the others
+    monkeypatch.setattr(stages.time, "time", lambda: next(clock))
+    passes = []
+    assert stages.seconds_of(lambda: passes.append(1), torch.device("cpu")) == 0.5
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("seconds, told", [
+    (0.1, "5 s"), (42, "40 s"), (89, "90 s"), (150, "2 min"), (7100, "118 min"), (9000, "2.5 h")])
+def test_times_are_told_no_more_exactly_than_they_are_known(seconds, told):
+    assert stages.minutes(seconds) == told
