@@ -230,7 +230,7 @@ def test_a_finished_stage_is_used_again_only_if_it_is_what_the_preset_makes(
     values = {name: getattr(base, name) for name in (
         "out", "D", "C", "widths", "blocks", "groups", "image_size", "images", "flip", "perceptual", "gan",
         "stats", "steps", "batch_size", "lr", "log_every", "save_every")}
-    monkeypatch.setattr(train_vae, "PRESETS", {"tiny-base": values, "tiny": {"out": "out/v"}})
+    monkeypatch.setattr(train_vae.MAKER, "presets", {"tiny-base": values, "tiny": {"out": "out/v"}})
 
     cfg = davae_config("out/v", base="out/base", steps=1, image_size=16, gan=0.0)
     train_vae.main(cfg)                                            # makes the base first
