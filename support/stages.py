@@ -159,7 +159,7 @@ def plan(cfg, makers, rank, device):
 
     known, times, size = {}, {}, 0
     for maker, stage in stages:
-        if cfg.text:
+        if getattr(cfg, "text", ""):
             continue
         model, step = maker.trial(stage, device, known, classes)
         known[stage.out] = model

@@ -60,6 +60,17 @@ def test_a_preset_needs_its_whole_chain_in_the_order_of_its_making_and_each_run_
     assert folders(tiny) == ["out/tiny-base-vae", "out/tiny-vae", "out/tiny-base", "out/tiny"]
 
 
+def test_stage_1_plans_its_base_as_well(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-base", "tiny"):
+        small = dict(steps=1, images=8, stats=4, batch_size=2, save_every=0)
+        monkeypatch.setitem(train_vae.PRESETS, name, train_vae.PRESETS[name] | small)
+    train_vae.main(config.cli(train_vae.Config, train_vae.PRESETS, ["tiny"]))
+    said = capsys.readouterr().out
+    assert said.index("base VAE    out/tiny-base-vae") < said.index("DA-VAE      out/tiny-vae")
+    assert runs.read_summary("out/tiny-vae")["steps"] == 1
+
+
 def test_what_is_finished_is_in_no_plan_and_neither_is_what_no_preset_makes(toys, finetune_config, tmp_path):
     assert folders(finetune_config(tmp_path / "run")) == [str(tmp_path / "run")]
     photos("mine")
