@@ -263,9 +263,29 @@ def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_conf
         module("sizes").main(replace(cfg, sizes=(128,), halvings=0))
 
 
+def test_speed_counts_what_the_algebra_says_and_multiplies_what_it_timed(tmp_path, monkeypatch):
+    """Of a block: 8 E^2 L for attention's products, 4 E L^2 for attention, 6 E hidden L for the MLP."""
+    speed = module("speed")
+    monkeypatch.setattr(speed, "seconds", lambda sizes, cfg, device: float(sizes.grid))
+    table = speed.main(speed.Config(out=str(tmp_path), image_size=256))
+    assert [row["tokens"] for row in table.values()] == [16, 64, 256]
+    assert [row["x seconds"] for row in table.values()] == [1, 2, 4]
+    E, hidden, L = 1152, 3072, 256
+    blocks = 28 * (8 * E**2 * L + 4 * E * L**2 + 6 * E * hidden * L)
+    assert table["the VAE's own latent"]["GFLOPs"] * 1e9 == pytest.approx(blocks, rel=0.03)       # and adaLN
+    monkeypatch.undo()
+    cfg = speed.Config(blocks=1, repeats=1, device="cpu", dtype="float32")
+    small = speed.DiTConfig(grid=2, E=32, A=2, depth=1)
+    once = speed.seconds(small, cfg, torch.device("cpu"))
+    assert 0 < once < 1
+    with pytest.raises(SystemExit, match="wanted a multiple of 64"):
+        speed.main(speed.Config(image_size=96))
+
+
 def test_there_is_a_test_for_each_experiment():
     folder = Path(shared.__file__).parent
-    assert {path.stem for path in folder.glob("*.py")} - {"shared", "ablation", "budget"} == set(PICTURES)
+    others = {"shared", "ablation", "budget", "speed"}
+    assert {path.stem for path in folder.glob("*.py")} - others == set(PICTURES)
 
 
 @pytest.mark.parametrize("name", ["losses", "sensitivity"])        # with the common Config; with its own
