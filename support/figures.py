@@ -11,24 +11,30 @@ from support.data import to_uint8
 # ---------------------------------------------------------------- images
 
 
+LARGEST_GRID = 4096                # pixels a side: what a phone still opens
+
+
 def save_grid(x, path, columns, scale=1, labels=None):
     """(B, 3, H, W) in [-1, 1] as one PNG of `columns` cells a row, each image `scale` times larger; atomic.
 
+    A grid that would be larger than LARGEST_GRID shows its images smaller, by a whole number.
     labels: B strings, written above the cells
     """
     gap = 2                                                         # white pixels around the cells
     head = 12 if labels else 0                                      # and above an image, for its label
+    rows = -(-len(x) // columns)                                    # rounded up
+    side = scale * max(columns * x.shape[3], rows * x.shape[2])
     images = to_uint8(x).repeat(scale, axis=1).repeat(scale, axis=2)        # (B, scale * H, scale * W, 3)
-    height = images.shape[1] + head + gap
-    width = images.shape[2] + gap
-    rows = -(-len(images) // columns)                               # rounded up
+    images = [Image.fromarray(image).reduce(-(-side // LARGEST_GRID)) for image in images]
+    height = images[0].height + head + gap
+    width = images[0].width + gap
     sheet = Image.new("RGB", (gap + columns * width, gap + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default_imagefont()                       # Latin-1, 6 pixels a letter
     for i, image in enumerate(images):
         left = gap + i % columns * width
         top = gap + i // columns * height
-        sheet.paste(Image.fromarray(image), (left, top + head))
+        sheet.paste(image, (left, top + head))
         if labels:
             text = labels[i].encode("latin-1", "replace")
             pen.text((left, top), text[:width // 6], "black", font)

@@ -30,6 +30,15 @@ def test_save_grid_places_every_cell(tmp_path, drawn):
     assert os.listdir(tmp_path) == ["grid.png"]
 
 
+def test_a_grid_too_large_for_a_phone_shows_its_images_smaller(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(figures, "LARGEST_GRID", 100)               # three columns of 64 pixels are more
+    figures.save_grid(drawn, tmp_path / "grid.png", columns=3, labels=["drawing"] * 5)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"), dtype=float)
+    assert sheet.shape == (2 * (32 + 12 + 2) + 2, 3 * 34 + 2, 3)
+    wanted = data.to_uint8(drawn[:1])[0].reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert abs(sheet[14:46, 2:34] - wanted).max() <= 0.5
+
+
 def test_save_grid_writes_labels_above_the_cells(tmp_path, drawn):
     figures.save_grid(drawn[:2], tmp_path / "grid.png", columns=2, labels=["cat 日", ""])
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
