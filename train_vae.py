@@ -8,8 +8,9 @@ Writes to --out: log.jsonl, loss.png, recon.png (input, base only, DA-VAE, error
 The same command again resumes.
 """
 import dataclasses
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -500,9 +501,11 @@ def trial(cfg, device, known, classes):
     nets = LossNetworks(cfg, vae, device)
     images = torch.rand(cfg.micro_batch, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
     memory_format = ranks.layout(vae.base.width, device)
+    sides = itertools.cycle([(side,) for side in cfg.crop] or [()])
 
     def step():
-        x = training_batch(images, 1, cfg).contiguous(memory_format=memory_format)
+        side = next(sides)                                         # in turn, not at random: for a fair mean
+        x = training_batch(images, 1, replace(cfg, crop=side)).contiguous(memory_format=memory_format)
         with ranks.autocast(cfg.dtype, device):
             loss, _ = vae_loss(vae, vae(x), x, cfg, nets, gan_on=checks.is_judged(cfg))
         loss.backward()

@@ -140,7 +140,7 @@ def missing(cfg, maker, makers):
 def plan(cfg, makers, rank, device):
     """Print what will be trained, where, and about how long it takes here; once, before the first of it.
 
-    Nothing is printed of a run that needs no other. By two and more passes of each stage on noise, which
+    Nothing is printed of a run that needs no other. By three and more passes of each stage on noise, which
     change nothing in the training. Of models of texts, whose transformers may not fit here, the order alone.
     Sets cfg.after: {folder of a run: seconds of what comes after it}, for the progress bars.
     """
@@ -158,9 +158,8 @@ def plan(cfg, makers, rank, device):
         print(f"{cfg.out}: {images.summary()}")
 
     known, times, size = {}, {}, 0
-    for maker, stage in stages:
-        if getattr(cfg, "text", ""):
-            continue
+    timed = [] if getattr(cfg, "text", "") else stages
+    for maker, stage in timed:
         model, step = maker.trial(stage, device, known, classes)
         known[stage.out] = model
         passes = ranks.accumulation(stage.batch_size, stage.micro_batch, ranks.world_size())
@@ -169,14 +168,13 @@ def plan(cfg, makers, rank, device):
         size += 3 * 16 * sum(p.numel() for p in model.parameters())       # weights, average, AdamW; 3 saves
     show(stages, times, size)
     later = 0.0
-    for _, stage in reversed(stages):
-        if times:
-            cfg.after[stage.out] = later
-            later += times[stage.out]
+    for _, stage in reversed(timed):
+        cfg.after[stage.out] = later
+        later += times[stage.out]
 
 
 def seconds_of(step, device):
-    """Seconds of a call of step(), the first left out: the mean over a third of a second, two at least."""
+    """Seconds of a call of step(), the first left out: the mean over a third of a second, three at least."""
 
     def finished():
         step()
@@ -187,7 +185,7 @@ def seconds_of(step, device):
     since = finished()
     count = 1
     now = finished()
-    while count < 2 or now - since < 0.3:
+    while count < 3 or now - since < 0.3:
         now = finished()
         count += 1
     return (now - since) / count
