@@ -71,6 +71,7 @@ LEVELS = {"tiny": "0,8,16,24", "photos": "0,32,64,96"}             # for {levels
 
 ARMS = {
     "paper": Arm("the method"),
+    "paper, again": Arm("how much is chance, on the same base?", "--seed={again}", "--seed={again}"),
     "no alignment": Arm("does alignment help generation?", "--align=0"),
     "no schedule": Arm("does w(n) help?", dit="--N=0"),
     "random P_new, O_new": Arm("does the zero start help?", dit="--zero_init=False"),
@@ -112,7 +113,7 @@ def commands(cfg, name, seed):
         base_vae = cfg.base
         common = f"{common} --data_dir={shlex.quote(cfg.data_dir)}"
         stage1 = f"{common} --lpips_trunk={shlex.quote(cfg.lpips_trunk)}"
-    vae_flags = fill(arm.vae, cfg)
+    vae_flags = fill(arm.vae, cfg, seed)
     vae = f"{folder}/vae-{slug(vae_flags) or 'paper'}"
     base_dit = f"{folder}/base-dit"
     plain = f"{folder}/vae-paper"                                  # the base DiT sees its base channels only
@@ -132,7 +133,7 @@ def commands(cfg, name, seed):
     if arm.base.startswith("scratch"):
         start = from_scratch(cfg.preset, arm.base == "scratch+")
     run = f"{folder}/{slug(name)}"
-    flags = f"{cfg.dit_flags} {start} {fill(arm.dit, cfg)}"
+    flags = f"{cfg.dit_flags} {start} {fill(arm.dit, cfg, seed)}"
     made.append(f"finetune.py {cfg.preset} {common} --vae={vae} --out={run} {flags}")
     return made, run
 
@@ -145,8 +146,8 @@ def from_scratch(preset, longer):
     return f"--base= {sizes} {steps}"
 
 
-def fill(flags, cfg):
-    return flags.format(levels=LEVELS[cfg.preset])
+def fill(flags, cfg, seed):
+    return flags.format(levels=LEVELS[cfg.preset], again=seed + 1000)
 
 
 def slug(text):
@@ -339,7 +340,7 @@ def main(cfg):
     arms = cfg.arms.split("|") if cfg.arms else list(ARMS if cfg.preset == "tiny" else OF_PHOTOS)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
-        raise SystemExit(f"--arms: {unknown[0]!r} is none of {', '.join(ARMS)}")
+        raise SystemExit(f"--arms: {unknown[0]!r} is none of {' | '.join(ARMS)}")
 
     cells = read(path)
     wanted = [] if cfg.report else [(seed, arm) for seed in cfg.seeds for arm in arms]
