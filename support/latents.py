@@ -74,7 +74,7 @@ def check_sizes(vae, train_set, cfg):
     levels.check(cfg.keep_levels, vae.C, cfg.D)
     if cfg.buckets > 1 and not cfg.text:
         raise SystemExit(f"--buckets={cfg.buckets:g}: a model of classes is square, its tokens have the "
-                         "places of one square grid; leave --buckets= out, or train a model of texts (--text=)")
+                         "places of one square grid; leave it out, or train a model of texts (--text=)")
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
 
