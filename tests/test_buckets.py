@@ -210,8 +210,13 @@ def test_every_batch_is_of_one_bucket_and_epochs_and_seeds_differ(shaped):
     batches = [shaped.plan(4, 0, step)[0] for step in range(60)]
     for indices in batches:
         assert len(set(shaped.bucket[indices].tolist())) == 1
-    order = [shaped.bucket[indices[0]] for indices in batches]
-    assert len(set(order[:10])) > 1                                # mixed, not one bucket after the other
+    counts = [len(part) for part in shaped.parts]
+    mixed = 0
+    for epoch in range(10):
+        steps = range(buckets.start_of(counts, 4, epoch), buckets.start_of(counts, 4, epoch + 1))
+        order = [shaped.bucket[batches[step][0]] for step in steps]
+        mixed += order != sorted(order)
+    assert mixed > 5                                               # not one bucket after the other
     other = [shaped.plan(4, 1, step)[0].tolist() for step in range(60)]
     assert other != [indices.tolist() for indices in batches]
 
@@ -312,7 +317,8 @@ def test_stage_1_trains_on_buckets_and_resumes_bit_for_bit(
 def test_crops_of_a_bucket_are_squares_that_fit_into_its_shorter_side():
     cfg = train_vae.Config(D=12, crop=(16,), halvings=2)
     x = torch.arange(48 * 96).view(1, 1, 48, 96).expand(2, 3, 48, 96).float()
-    for step in range(10):                                         # 96 / 4 would hold one, 48 / 4 does not
+    torch.manual_seed(0)
+    for step in range(30):                                         # 96 / 4 would hold one, 48 / 4 does not
         assert train_vae.training_batch(x, step, cfg).shape == (2, 3, 16, 16)
         assert train_vae.training_batch(x.transpose(2, 3), step, cfg).shape == (2, 3, 16, 16)
 
@@ -356,6 +362,7 @@ def text_config(finetune_config, folder, texts, text_base):
 def test_a_text_model_trains_on_buckets_and_goes_on_bit_for_bit(
         text_config, same_weights, tmp_path, monkeypatch, capsys):
     shapes = recorded(monkeypatch, finetune, "flow_loss", 1)
+    monkeypatch.setattr(finetune, "draw_samples", lambda *args: None)      # they would take the longest
     cfg = text_config(tmp_path / "run")
     assert finetune.main(cfg)["warm_start"] == 0.0
     assert "buckets of about 64x64 pixels, multiples of 16" in capsys.readouterr().out
