@@ -30,7 +30,7 @@ from dit import MODELS, add_lora, kind_of, warm_start_difference
 from kernels import choose, cost, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
-from support import checks, config, figures, identity, levels, plan, ranks, runs, stages
+from support import buckets, checks, config, figures, identity, levels, plan, ranks, runs, stages
 from support.config import field
 from support.latents import check_sizes, check_statistics, latent_source, open_training_set
 from support.text import Conditioner
@@ -49,6 +49,7 @@ class Config:
     data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built in")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
+    buckets: float = field(1.0, "images up to n:1, in shapes of that area; 1: squares only", within=(1, 16))
     flip: bool = field(True, "mirror half of the images")
     vae: str = field("", "a run of train_vae.py (or, with D = 0, any base VAE)")
     base_vae: str = field("", "the VAE's base, to make all from it and the images in out/<images>-<base>/")
@@ -322,7 +323,7 @@ def main(cfg):
     run.describe(train_set, dit.parameters(), sizes, accumulate, world, device)
     part = (cfg.batch_size // world // accumulate, vae.C + cfg.D, side, side)
     choose.before_training(run, device, part, lambda z, y: flow_loss(dit, z, condition(y, 0.0), 1.0, cfg))
-    latents = latent_source(vae, train_set, cfg, device, rank, world)
+    latents = latent_source(vae, buckets.sort(train_set, cfg, vae.f * dit.cfg.p), cfg, device, rank, world)
     if not run.checkpoint:
         z_all, y = next(latents(0))
         if rank == 0:
@@ -490,9 +491,8 @@ def new_dit(cfg, C, f, num_classes):
         raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
     ModelConfig, Model = MODELS[cfg.model]
     checks.check_text(cfg, f"--model={cfg.model}", ModelConfig)
-    grid = cfg.image_size // f // cfg.p
-    settings = dict(C=C, D=cfg.D, p=cfg.p, grid=grid, E=cfg.E, depth=cfg.depth, A=cfg.A,
-                    num_classes=num_classes, qk_norm=cfg.qk_norm)
+    settings = dict(C=C, D=cfg.D, p=cfg.p, grid=cfg.image_size // f // cfg.p, E=cfg.E, depth=cfg.depth,
+                    A=cfg.A, num_classes=num_classes, qk_norm=cfg.qk_norm)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
 

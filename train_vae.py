@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, PlainVAE, align_loss, base_image, group_mean
 from kernels import choose
-from support import checks, config, data, figures, held_out, identity, levels, ranks, runs, stages
+from support import buckets, checks, config, data, figures, held_out, identity, levels, ranks, runs, stages
 from support.bases import compile_levels
 from support.config import field
 from support.fit import fit_new_blocks
@@ -42,6 +42,7 @@ class Config:
     val_dir: str = field("", "held-out images; empty: built-in ones, or training images")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
     images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
+    buckets: float = field(1.0, "images up to n:1, in shapes of that area; 1: squares only", within=(1, 16))
     crop: tuple = field((), "train on random squares, each step of one of these sides; empty: whole images",
                         within=(1, 16_384), count=(0, 12))
     halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
@@ -356,7 +357,8 @@ def main(cfg):
         validate(run, 0, vae, val)
 
     autocast = ranks.autocast(cfg.dtype, device)
-    stream = data.batches(train_set, cfg.batch_size, cfg.seed, run.start, rank, world, cfg.flip)
+    shaped = buckets.sort(train_set, cfg, checks.multiple(cfg, vae))
+    stream = data.batches(shaped, cfg.batch_size, cfg.seed, run.start, rank, world, cfg.flip)
     for step, (x, _) in run.steps(stream):
 
         # learning rate; the discriminator joins in late
@@ -417,7 +419,7 @@ def training_batch(x, step, cfg):
     if not cfg.crop:
         return x
     side = one_of(cfg.crop)
-    fits = [n for n in range(cfg.halvings + 1) if x.shape[-1] >= side * 2**n]
+    fits = [n for n in range(cfg.halvings + 1) if min(x.shape[2:]) >= side * 2**n]
     return data.random_crop(base_image(x, 2 ** one_of(fits)), side)
 
 
@@ -496,16 +498,15 @@ def trial(cfg, device, known, classes):
 
     known: {folder: model} of runs that are not made yet; classes: of the images, which this does not need
     """
-    vae = initial_vae(cfg, known).to(device).train()
+    vae = initial_vae(cfg, known)
+    vae = vae.to(device, memory_format=ranks.layout(vae.base.width, device)).train()
     freeze(vae, cfg.train)
     nets = LossNetworks(cfg, vae, device)
     images = torch.rand(cfg.micro_batch, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
-    memory_format = ranks.layout(vae.base.width, device)
     sides = itertools.cycle([(side,) for side in cfg.crop] or [()])
 
     def step():
-        side = next(sides)                                         # in turn, not at random: for a fair mean
-        x = training_batch(images, 1, replace(cfg, crop=side)).contiguous(memory_format=memory_format)
+        x = training_batch(images, 1, replace(cfg, crop=next(sides)))      # in turn: for a fair mean
         with ranks.autocast(cfg.dtype, device):
             loss, _ = vae_loss(vae, vae(x), x, cfg, nets, gan_on=checks.is_judged(cfg))
         loss.backward()

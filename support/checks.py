@@ -1,5 +1,5 @@
 """Which settings do not fit together, or not the models: one sentence each, before the first step."""
-from support import levels, plan
+from support import buckets, levels, plan
 
 # ---------------------------------------------------------------- train_vae.py
 
@@ -31,17 +31,26 @@ def is_judged(cfg):
     return cfg.gan > 0 and cfg.disc_start < cfg.steps
 
 
+def multiple(cfg, vae):
+    """Of what the sides of an image are multiples: a base VAE is mostly trained on small images."""
+    return vae.f if cfg.D else vae.f * cfg.r
+
+
 def check_sizes(cfg, vae):
     """raises: SystemExit with one sentence if images, or crops of them, do not fit the VAE."""
-    side = vae.f if cfg.D else vae.f * cfg.r       # a base VAE is mostly trained on small images
+    side = multiple(cfg, vae)
     for name, pixels in [("image_size", cfg.image_size)] + [("crop", side) for side in cfg.crop]:
         if pixels % side:
             fits = max(1, round(pixels / side)) * side
             raise SystemExit(f"--{name}={pixels}: this VAE takes multiples of {side}; give --{name}={fits}")
     shrunk = 1 if cfg.D else cfg.r
-    seen = cfg.image_size // shrunk
+    shortest = buckets.shortest(cfg, side)
+    seen = shortest // shrunk
     if cfg.crop and max(cfg.crop) > seen:
-        raise SystemExit(f"--crop={max(cfg.crop)} is larger than --image_size={cfg.image_size}"
+        what = f"--image_size={shortest}"
+        if cfg.buckets > 1:
+            what = f"the shortest side of a bucket, {shortest}"
+        raise SystemExit(f"--crop={max(cfg.crop)} is larger than {what}"
                          f"{f' / {shrunk}' if shrunk > 1 else ''}; give less")
     seen = min([seen, *cfg.crop])
     smallest = max(SMALLEST[cfg.perceptual], SMALLEST["PatchGAN"] if is_judged(cfg) else 1)

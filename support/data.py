@@ -102,6 +102,10 @@ class Dataset:
             digest.update(pixels.tobytes())
         return digest.hexdigest()[:16]
 
+    def plan(self, *args):
+        """Which images a step reads: as `batch_plan`, of which support/buckets.py has another."""
+        return batch_plan(len(self), *args)
+
     def exact(self, i):
         return self.image(i)
 
@@ -188,23 +192,24 @@ def load_image(path, raw=None):
     raise ValueError(f"cannot read the image {shown(path)}: {reason}")
 
 
-def center_crop(image, size):
-    """The centre crop of ADM (Dhariwal & Nichol, 2021): a PIL image of any size -> (size, size).
+def center_crop(image, height, width=None):
+    """The centre crop of ADM (Dhariwal & Nichol, 2021): a PIL image of any size -> (height, width).
 
-    The published reference statistics of ImageNet were made with it: 2x2 means while the shorter side stays
-    at least `size`, then bicubic to make it `size`, then the middle.
+    No width: square. The published reference statistics of ImageNet were made with it: 2x2 means while the
+    image stays as large as the crop, then bicubic until it just covers it, then the middle.
     raises: ValueError if the image is far too thin
     """
-    while min(image.size) >= 2 * size:
+    width = width or height
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    width = round(image.width * scale)
-    height = round(image.height * scale)
-    if width * height > 200_000_000:        # 1x9000 pixels would become gigabytes here
-        raise ValueError(f"{image.width}x{image.height} pixels are too thin to crop to {size}x{size}")
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+    scale = max(width / image.width, height / image.height)
+    wide = round(image.width * scale)
+    high = round(image.height * scale)
+    if wide * high > 200_000_000:           # 1x9000 pixels would become gigabytes here
+        raise ValueError(f"{image.width}x{image.height} pixels are too thin to crop to {width}x{height}")
+    left = (wide - width) // 2
+    top = (high - height) // 2
+    return image.resize((wide, high), Image.BICUBIC).crop((left, top, left + width, top + height))
 
 
 # ---------------------------------------------------------------- a folder of images
@@ -503,7 +508,7 @@ def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, thr
     ahead = deque()
     try:
         for step in itertools.count(start):
-            indices, flips = batch_plan(len(dataset), batch_size, seed, step, rank, world, flip)
+            indices, flips = dataset.plan(batch_size, seed, step, rank, world, flip)
             ahead.append((flips, [pool.submit(dataset.image, i) for i in indices.tolist()]))
             if len(ahead) > 2:
                 flips, futures = ahead.popleft()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from support import data, identity, levels, ranks, runs
+from support.buckets import Buckets
 
 SHARD = 1024                                       # images per file of cached latents
 AT_ONCE = 64                                       # images encoded at once for it
@@ -32,7 +33,8 @@ AT_ONCE = 64                                       # images encoded at once for 
 def latent_source(vae, train_set, cfg, device, rank, world):
     """A function: source(start) -> endless (z_all (b, C+D, h, w), y (b,)) of this rank, from step `start` on.
 
-    train_set: images, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are encoded here and now.
+    train_set: images, also in buckets, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are
+    encoded here and now.
     """
     if isinstance(train_set, Latents):
         return functools.partial(cached_steps, train_set, cfg, device, rank, world)
@@ -40,7 +42,9 @@ def latent_source(vae, train_set, cfg, device, rank, world):
         return functools.partial(encoded_steps, vae, train_set, cfg, device, rank, world)
     folder = write_cache(vae, train_set, cfg, device, rank, world)
     ranks.wait_for_all()
-    return functools.partial(cached_steps, Latents(folder, vae, cfg.D), cfg, device, rank, world)
+    in_buckets = isinstance(train_set, Buckets)
+    latents = LatentsInBuckets(train_set, folder, vae, cfg.D) if in_buckets else Latents(folder, vae, cfg.D)
+    return functools.partial(cached_steps, latents, cfg, device, rank, world)
 
 
 def open_training_set(cfg, vae):
@@ -68,6 +72,9 @@ def check_sizes(vae, train_set, cfg):
         raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae or 'the VAE'} takes multiples of {side}; "
                          f"give --image_size={fits}")
     levels.check(cfg.keep_levels, vae.C, cfg.D)
+    if cfg.buckets > 1 and not cfg.text:
+        raise SystemExit(f"--buckets={cfg.buckets:g}: a model of classes is square, its tokens have the "
+                         "places of one square grid; leave it out, or train a model of texts (--text=)")
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
 
@@ -97,7 +104,7 @@ def encoded_steps(vae, train_set, cfg, device, rank, world, start):
 def cached_steps(latents, cfg, device, rank, world, start):
     """Read the latents of one step after the other: of the same images, mirrored or not, as above."""
     for step in itertools.count(start):
-        plan = data.batch_plan(len(latents), cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
+        plan = latents.plan(cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
         z_all, y = latents.batch(*plan)
         yield z_all.to(device), y.to(device)
 
@@ -193,6 +200,22 @@ class Latents(data.Dataset):
         return z_all, torch.from_numpy(self.labels[indices])
 
 
+class LatentsInBuckets:
+    """The latents of images in buckets, which have a folder each: what `cached_steps` asks of `Latents`."""
+
+    def __init__(self, images, folder, vae, D):
+        self.images = images
+        self.parts = [Latents(folder / part.name, vae, D) for part in images.parts]
+
+    def plan(self, *args):
+        return self.images.plan(*args)
+
+    def batch(self, indices, flipped):
+        """As `Latents.batch`, of images of one bucket."""
+        part = self.parts[self.images.bucket[indices[0]]]
+        return part.batch(self.images.place[indices], flipped)
+
+
 def names_in(path):
     """The names of a safetensors file's tensors; None if it is broken."""
     try:
@@ -249,26 +272,41 @@ def statistics(vae, channels):
 def write_cache(vae, train_set, cfg, device, rank, world):
     """Encode what is missing of <vae or out>/latents-<hash>, as `Latents` reads it; returns the folder.
 
-    Each rank writes its own: shard n is rank (n mod world)'s. Latents are kept in half precision, those of
-    mirrored images beside them where cfg.flip. The hash covers the VAE's weights, the images and labels and
-    all else that the latents depend on, and each file's header names it; so a cache of another VAE or of
-    other images is never read, wherever these lie.
+    Each rank writes its own: shard n is rank (n mod world)'s; each bucket's are in a folder of their own.
+    Latents are kept in half precision, those of mirrored images beside them where cfg.flip. The hash covers
+    the VAE's weights, the images and labels and all else that the latents depend on, and each file's header
+    names it; so a cache of another VAE or of other images is never read, wherever these lie.
     raises: SystemExit if the disk is too small
     """
     header = describe(vae, train_set, cfg, device)
     folder = cache_folder(cfg, header)
     runs.make_folder(folder, "--cache=False")
-    files = [folder / f"{n:05d}.safetensors" for n in range(-(-len(train_set) // SHARD))]
-    missing = [n for n, file in enumerate(files) if not is_whole(file, header)]
-    check_space(vae, min(SHARD * len(missing), len(train_set)), cfg, folder, rank)
+    shards = planned_shards(train_set, folder)
+    missing = [n for n, (file, _, _) in enumerate(shards) if not is_whole(file, header)]
+    check_space(vae, sum(len(shards[n][2]) for n in missing), cfg, folder, rank)
     ranks.wait_for_all()                                           # all have seen what is missing
 
     mine = [n for n in missing if n % world == rank]
     for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
-        temporary = files[n].with_suffix(f".tmp{rank}")
-        save_file(encode_shard(vae, train_set, n, cfg, device), temporary, header)
-        temporary.replace(files[n])
+        file, images, numbers = shards[n]
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_suffix(f".tmp{rank}")
+        save_file(encode_shard(vae, images, numbers, n, cfg, device), temporary, header)
+        temporary.replace(file)
     return folder
+
+
+def planned_shards(train_set, folder):
+    """[(file, images, which of them it holds)] of a cache in `folder`."""
+    places = {folder: train_set}
+    if isinstance(train_set, Buckets):
+        places = {folder / part.name: part for part in train_set.parts}
+    shards = []
+    for place, images in places.items():
+        for n, start in enumerate(range(0, len(images), SHARD)):
+            numbers = range(start, min(start + SHARD, len(images)))
+            shards.append((place / f"{n:05d}.safetensors", images, numbers))
+    return shards
 
 
 def is_whole(file, header):
@@ -280,13 +318,15 @@ def is_whole(file, header):
         return False
 
 
-def encode_shard(vae, train_set, n, cfg, device):
-    """Shard n: labels (n,), latents and, with cfg.flip, latents_flip (n, C+D, h, w) in float16."""
+def encode_shard(vae, train_set, numbers, n, cfg, device):
+    """Shard n, the images `numbers`: labels (b,), latents and, with cfg.flip, latents_flip (b, C+D, h, w).
+
+    In float16.
+    """
     labels, latents, mirrored = [], [], []
     ranks.seed_step(cfg.seed, n, 0)                # of z_d's samples, where they are wanted
-    end = min((n + 1) * SHARD, len(train_set))
-    for k in range(n * SHARD, end, AT_ONCE):
-        images, y = data.stack(train_set, range(k, min(k + AT_ONCE, end)))     # uint8 (b, H, W, 3)
+    for k in range(0, len(numbers), AT_ONCE):
+        images, y = data.stack(train_set, numbers[k:k + AT_ONCE])              # uint8 (b, H, W, 3)
         labels.append(y)
         latents.append(encode(vae, images, cfg, device).to(torch.float16).cpu())
         if cfg.flip:

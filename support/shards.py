@@ -16,6 +16,7 @@ to, and is made again when the size or time of a shard has changed.
 Nothing is fetched: shards elsewhere are yours to copy or to mount before (`aws s3 sync`, `rclone mount`).
 """
 import json
+import math
 import os
 import re
 import sys
@@ -101,13 +102,14 @@ class Index:
     def __len__(self):
         return len(self.tar)
 
-    def read(self, i):
-        """The bytes of image i.   raises: OSError or ValueError if they are not there any more"""
+    def read(self, i, most=math.inf):
+        """The bytes of image i, at most so many.   raises: OSError or ValueError if they are there no more"""
+        size = min(most, self.size[i])
         path = os.path.join(self.folder, self.tars[self.tar[i]])
         with open(path, "rb", buffering=0) as file:
             file.seek(self.offset[i])
-            raw = file.read(self.size[i])
-        if len(raw) < self.size[i]:
+            raw = file.read(size)
+        if len(raw) < size:
             raise ValueError("its shard has become shorter since the run began")
         return raw
 

@@ -109,6 +109,7 @@ def known_config(**changes):
         keep_levels=(),
         data_dir="procedural",
         image_size=64,
+        buckets=1.0,
         flip=True,
         seed=3,
         cache=True,

@@ -1,0 +1,270 @@
+"""Images that are not square: sorted into buckets by their shape, and each batch out of one bucket.
+
+    shaped = sort(images, cfg, multiple)           # before data.batches or latents.latent_source
+
+--buckets=2 lets a bucket be up to twice as wide as high, or as high as wide. Its sides are multiples of what
+the models take, and its area is that of the square, --image_size, but for rounding one side: all have about
+as many tokens, and a batch of any takes about the same memory. An image goes to the bucket whose ratio of
+sides is the nearest, is resized to cover it, and what stands over is cut off, on both sides alike.
+
+What step n reads follows from (seed, n), as in support/data.py, so a run that resumes reads on exactly, and
+ranks share a batch. In an epoch each bucket gives as many whole batches as its images fill, and the batches
+of all are mixed. Its rest waits, and comes first in its next batch, an epoch later: every batch is full, no
+image is left out, and none comes more often than others. A bucket of fewer images than a batch has one every
+few epochs, in which they come more than once; the table that is printed names these.
+"""
+import functools
+import io
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from support import data, identity, ranks, runs
+
+HEAD = 64 << 10            # bytes of an image in a shard, in which its size is looked for
+ORIENTATION = 274          # the tag of EXIF; 5 to 8 turn the image by a quarter
+
+
+# ---------------------------------------------------------------- from a data set to buckets
+
+
+def sort(images, cfg, multiple):
+    """`images` as `Buckets`, whose table rank 0 prints; where cfg.buckets is 1, as they are.  By all ranks.
+
+    cfg: of either training script;  multiple: of both sides of an image, for the models
+    raises: SystemExit if there are no image files or no other shape; ValueError if too many are unreadable
+    """
+    if cfg.buckets == 1:
+        return images
+    given = f"--buckets={cfg.buckets:g}"
+    if images.paths is None:
+        raise SystemExit(f"{given}: the images of --data_dir={cfg.data_dir} have one shape; give a folder of "
+                         "images, or leave it out")
+    if cfg.compile:
+        raise SystemExit(f"{given}: --compile=True makes code for one shape; leave either out")
+    shapes = shapes_of(cfg.image_size, multiple, cfg.buckets)
+    if len(shapes) == 1:
+        raise SystemExit(f"{given}: of multiples of {multiple}, only the square has sides so near to each "
+                         f"other and {cfg.image_size}x{cfg.image_size} pixels; give more of either")
+    sizes = read_sizes(images, cfg.data_dir) if ranks.this_rank() == 0 else None
+    sizes = ranks.from_all(sizes)[0]
+    found = Buckets(images, shapes, nearest(shapes, sizes), cfg.data_dir)
+    if ranks.this_rank() == 0:
+        print(table(found, sizes, cfg, multiple))
+    return found
+
+
+def shapes_of(side, multiple, most):
+    """[(height, width)] of the buckets, from the highest to the widest; the square is among them.
+
+    Multiples of `multiple`, neither side more than `most` times the other. For each shorter side, the longer
+    one is that with the nearest area to side^2: off by multiple / (2 * side) of it at most.
+    raises: ValueError unless side is a multiple
+    """
+    if side % multiple:
+        raise ValueError(f"image_size {side}: with buckets wanted a multiple of {multiple}")
+    shapes = {(side, side)}
+    for short in range(multiple, side, multiple):
+        long = round(side**2 / short / multiple) * multiple
+        if long <= most * short:
+            shapes |= {(short, long), (long, short)}
+    return sorted(shapes, key=ratio)
+
+
+def ratio(shape):
+    """Width / height of (height, width)."""
+    return shape[1] / shape[0]
+
+
+def shortest(cfg, multiple):
+    """The shortest side of any bucket, or of the square where there are none."""
+    if cfg.buckets == 1:
+        return cfg.image_size
+    return min(itertools.chain.from_iterable(shapes_of(cfg.image_size, multiple, cfg.buckets)))
+
+
+def nearest(shapes, sizes):
+    """For each image, which of the shapes has the nearest ratio of sides, as a factor: (N,) int64, or -1.
+
+    shapes: as from `shapes_of`;  sizes: as from `read_sizes`, of which (0, 0) gives -1
+    """
+    logs = np.log([ratio(shape) for shape in shapes])
+    between = (logs[1:] + logs[:-1]) / 2
+    known = np.maximum(sizes, 1)                   # log(0) would warn
+    found = np.searchsorted(between, np.log(known[:, 1] / known[:, 0]))
+    return np.where(sizes[:, 0] > 0, found, -1)
+
+
+def cropped_away(sizes, shapes):
+    """Which part of each image (height, width) stands over a shape that it covers: both (N, 2) -> (N,)."""
+    off = np.log(sizes[:, 1] / sizes[:, 0]) - np.log(shapes[:, 1] / shapes[:, 0])
+    return 1 - np.exp(-np.abs(off))
+
+
+def table(found, sizes, cfg, multiple):
+    """What `sort` prints: each bucket, its images, and what of them is cut off."""
+    shapes = found.shapes[found.bucket]
+    known = found.bucket >= 0
+    lost = np.zeros(len(sizes))
+    lost[known] = cropped_away(sizes[known], shapes[known])
+    square = cropped_away(sizes[known], np.ones((1, 2)))
+    lines = [f"{cfg.out}: {len(found.parts)} buckets of about {cfg.image_size}x{cfg.image_size} pixels, "
+             f"multiples of {multiple}, sides up to {cfg.buckets:g}:1",
+             "  height x width   images   cut off"]
+    for part in found.parts:
+        lines.append(f"  {part.name:>14} {len(part):>8} {lost[part.members].mean():>9.1%}")
+    lines.append(f"  cut off in all {lost[known].mean():.1%}, of squares {square.mean():.1%}")
+    if not known.all():
+        lines.append(f"  {(~known).sum()} unreadable images are in none")
+    small = [part.name for part in found.parts if len(part) < cfg.batch_size]
+    if small:
+        lines.append(f"  fewer than a batch of {cfg.batch_size}, in which they come more than once: "
+                     f"{', '.join(small)}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- sizes, from the headers of images
+
+
+def read_sizes(images, name):
+    """(N, 2) int64: height and width of each image, as it stands upright; (0, 0) where it cannot be read.
+
+    name: of the data set
+    raises: ValueError if 10 and 1 % of all cannot be read
+    """
+    numbers = range(len(images))
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(functools.partial(size_of, images), numbers)
+        title = f"sizes of the images in {name}"
+        sizes = np.array(list(tqdm(found, title, len(images), mininterval=1, delay=2)), dtype=np.int64)
+    lost = (sizes[:, 0] == 0).sum()
+    if lost >= min(len(images), max(10, len(images) / 100)):
+        raise ValueError(f"{lost} of {len(images)} images in {name} are unreadable, repair or remove them")
+    return sizes
+
+
+def size_of(images, i):
+    """(height, width) of image i, by its header, or where that does not tell by its pixels; else (0, 0)."""
+    try:
+        if isinstance(images, data.ImageShards):
+            return size_in_header(io.BytesIO(images.index.read(i, HEAD)))
+        if isinstance(images, data.ImageFiles):
+            return size_in_header(images.paths[i])
+    except data.DECODING_ERRORS:
+        pass                                       # perhaps the header is longer; else `load` will say why
+    try:
+        image = images.load(i)
+        return image.height, image.width
+    except ValueError as error:
+        images.report(images.paths[i], str(error), "it is in no bucket")
+        return 0, 0
+
+
+def size_in_header(source):
+    """(height, width) of an image file, turned as its EXIF data says."""
+    with Image.open(source) as file:
+        exif = Image.Image.getexif(file)           # a PNG's own would decode it, to look behind its pixels
+        if exif.get(ORIENTATION) in (5, 6, 7, 8):
+            return file.width, file.height
+        return file.height, file.width
+
+
+# ---------------------------------------------------------------- the data set, and its order
+
+
+class Bucket(data.ImageFiles):
+    """The images of one shape (height, width): numbers `members` of `images`; `root` is their name.
+
+    In place of an unreadable one stands the next of this bucket.
+    """
+
+    def __init__(self, images, members, shape, root):
+        self.images = images
+        self.members = members
+        self.shape = shape
+        self.name = f"{shape[0]}x{shape[1]}"
+        self.root = f"{root}, bucket {self.name},"
+        self.labels = images.labels[members]
+        self.bad = {}
+
+    def exact(self, k, then="it is left out"):
+        """The k-th image of the bucket: uint8 (height, width, 3), label; None if it is unreadable."""
+        i = int(self.members[k])
+        path = self.images.paths[i]
+        if path in self.bad:
+            return None
+        try:
+            return np.asarray(data.center_crop(self.images.load(i), *self.shape)), int(self.labels[k])
+        except ValueError as error:
+            self.report(path, str(error), then)
+
+
+class Buckets(data.Dataset):
+    """A data set whose image(i) has the shape of its bucket, and whose `plan` keeps a batch in one bucket.
+
+    images: a data set of files;  shapes: [(height, width)];  bucket: (N,) the number of each image's shape
+    afterwards: parts, the buckets that have images; bucket and place, (N,): of each image, which of them and
+    where in it, -1 if in none
+    """
+
+    def __init__(self, images, shapes, bucket, root):
+        self.images = images
+        self.labels = images.labels
+        used = np.unique(bucket[bucket >= 0]).tolist()
+        self.shapes = np.array([shapes[n] for n in used])
+        self.parts = []
+        self.bucket = np.full(len(bucket), -1)
+        self.place = np.full(len(bucket), -1)
+        for n, which in enumerate(used):
+            members = np.flatnonzero(bucket == which)
+            self.parts.append(Bucket(images, members, shapes[which], root))
+            self.bucket[members] = n
+            self.place[members] = np.arange(len(members))
+
+    def image(self, i):
+        return self.parts[self.bucket[i]].image(int(self.place[i]))
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Of the images, and of which shape each gets."""
+        shapes = self.shapes[self.bucket] * (self.bucket >= 0)[:, None]
+        return identity.of_text(self.images.fingerprint + runs.hash_of(shapes))
+
+    def plan(self, batch_size, seed, step, rank=0, world=1, flip=False):
+        """As `data.batch_plan`, but that the whole batch is of one bucket."""
+        counts = tuple(len(part) for part in self.parts)
+        bucket, number = batch_at(counts, batch_size, seed, step)
+        own = int(np.random.SeedSequence((seed, bucket)).generate_state(1, np.uint64)[0])
+        places, flips = data.batch_plan(counts[bucket], batch_size, own, number, rank, world, flip)
+        return self.parts[bucket].members[places], flips
+
+
+def batch_at(counts, batch_size, seed, step):
+    """(bucket, which of its batches) of a step;  counts: images of each bucket.
+
+    By the end of epoch e, a bucket of n images has given its first e * n // batch_size batches.
+    """
+    epoch = step * batch_size // sum(counts)       # or a later one: rests wait
+    while start_of(counts, batch_size, epoch + 1) <= step:
+        epoch += 1
+    return mixed(counts, batch_size, seed, epoch)[step - start_of(counts, batch_size, epoch)]
+
+
+def start_of(counts, batch_size, epoch):
+    """The step at which an epoch begins."""
+    return sum(epoch * count // batch_size for count in counts)
+
+
+@functools.lru_cache(maxsize=2)
+def mixed(counts, batch_size, seed, epoch):
+    """[(bucket, which of its batches)] of an epoch, in the order of its steps."""
+    batches = []
+    for bucket, count in enumerate(counts):
+        first = epoch * count // batch_size
+        last = (epoch + 1) * count // batch_size
+        batches += [(bucket, number) for number in range(first, last)]
+    order = np.random.default_rng((seed, 2, epoch)).permutation(len(batches))
+    return [batches[k] for k in order]

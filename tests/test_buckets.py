@@ -1,0 +1,413 @@
+"""support/buckets.py: shapes, which image gets which, the order of batches; both scripts trained on them."""
+import dataclasses
+import io
+import json
+import math
+import shutil
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import finetune
+import train_vae
+from dit import MMDiT, MMDiTConfig
+from support import buckets, checks, data, latents, runs
+from support.weights import load_davae
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes):
+    """What `buckets.sort` reads of a Config."""
+    values = dict(buckets=2.0, data_dir="photos", out="out", image_size=64, batch_size=4, compile=False)
+    return SimpleNamespace(**values | changes)
+
+
+def picture(height, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+SIZES = [(40, 70)] * 9 + [(64, 64)] * 3 + [(90, 60)] * 5 + [(30, 120), (50, 47)]       # height, width
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Nineteen captioned images of SIZES."""
+    path = tmp_path_factory.mktemp("photos")
+    for i, size in enumerate(SIZES):
+        picture(*size, i).save(path / f"{i:02d}.png")
+        (path / f"{i:02d}.txt").write_text(f"picture {i % 3}")
+    return str(path)
+
+
+@pytest.fixture
+def shaped(folder):
+    return buckets.sort(data.open_dataset(folder, 64), settings(), 8)
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("side, multiple, most", [(1024, 32, 2), (512, 16, 3), (192, 32, 2), (64, 8, 16)])
+def test_shapes_are_multiples_of_the_squares_area_within_half_a_multiple_both_ways_round(
+        side, multiple, most):
+    shapes = buckets.shapes_of(side, multiple, most)
+    assert (side, side) in shapes and len(shapes) > 2
+    assert {(w, h) for h, w in shapes} == set(shapes)
+    for h, w in shapes:
+        assert h % multiple == 0 and w % multiple == 0
+        assert abs(h * w / side**2 - 1) <= multiple / side / 2
+        assert max(h, w) <= most * min(h, w)
+    assert len({buckets.ratio(shape) for shape in shapes}) == len(shapes)
+
+
+def test_every_image_is_in_the_bucket_of_the_nearest_ratio():
+    shapes = buckets.shapes_of(512, 16, 2)
+    sizes = np.random.default_rng(0).integers(100, 2000, (500, 2))
+    for (h, w), found in zip(sizes, buckets.nearest(shapes, sizes)):
+        off = [abs(math.log(w / h) - math.log(W / H)) for H, W in shapes]
+        assert off[found] == min(off)
+    assert buckets.nearest(shapes, np.array([[0, 0], [10, 9000]])).tolist() == [-1, len(shapes) - 1]
+
+
+def test_an_image_covers_its_shape_and_what_stands_over_is_cut_off_on_both_sides():
+    image = Image.new("RGB", (120, 40), "black")
+    image.paste("white", (20, 0, 100, 40))                         # 80x40 of it: exactly 2:1
+    assert np.asarray(data.center_crop(image, 32, 64))[:, 1:-1].min() > 200
+    assert np.asarray(data.center_crop(image, 20, 60)).min() == 0  # 3:1: nothing is cut off
+    lost = buckets.cropped_away(np.array([[40, 120], [40, 80], [80, 40]]), np.array([[32, 64]]))
+    assert lost == pytest.approx([1 / 3, 0, 3 / 4])
+
+
+def test_a_square_bucket_has_the_pixels_of_an_image_without_buckets(folder, shaped):
+    without = data.open_dataset(folder, 64)
+    for i in (9, 10, 11):
+        assert np.array_equal(shaped.image(i)[0], without.image(i)[0])
+    assert shaped.image(0)[0].shape == (48, 88, 3) and without.image(0)[0].shape == (64, 64, 3)
+
+
+def test_the_table_has_each_buckets_images_and_what_is_cut_off(folder, capsys):
+    buckets.sort(data.open_dataset(folder, 64), settings(batch_size=16), 8)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {words[0]: words[1:] for words in map(str.split, lines)}
+    assert "64x64 pixels, multiples of 8, sides up to 2:1" in lines[0]
+    assert rows["64x64"][0] == "4" and "88x48" not in rows         # no image has that shape
+    assert rows["48x88"] == ["10", "9.5%"]         # nine of 70:40 lose 1 - 1.75 / 1.833, the one of 4:1 54 %
+    assert rows["cut"][-1] == "33.3%"              # of squares, in all
+    assert "fewer than a batch of 16" in lines[-1] and "72x56, 64x64, 48x88" in lines[-1]
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_sizes_are_those_of_the_upright_image_in_every_format_also_in_shards(tmp_path):
+    """Of 300 KB and more, so that the headers are all that is read of most."""
+    upright = picture(400, 300)
+    turned = Image.Exif()
+    turned[buckets.ORIENTATION] = 6
+    loose, shards = tmp_path / "loose", tmp_path / "shards"
+    loose.mkdir()
+    shards.mkdir()
+    for ending in ("png", "webp", "tiff", "gif", "jp2"):
+        upright.save(loose / f"{ending}.{ending}")
+    upright.rotate(90, expand=True).save(loose / "turned.jpg", exif=turned, quality=100)
+    with tarfile.open(shards / "0.tar", "w") as tar:
+        for path in sorted(loose.iterdir()):
+            tar.add(path, path.name)
+    for place in (loose, shards):
+        images = data.open_dataset(place, 64)
+        assert buckets.read_sizes(images, "photos").tolist() == 6 * [[400, 300]]
+        assert [images.load(i).size for i in range(6)] == 6 * [(300, 400)]
+
+
+def test_only_the_headers_of_a_shards_images_are_read(tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    picture(400, 300).save(raw, "png")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        member.size = len(raw.getvalue())
+        tar.addfile(member, io.BytesIO(raw.getvalue()))
+    images = data.open_dataset(tmp_path, 64)
+    monkeypatch.setattr(images, "load", lambda i: pytest.fail("the image was decoded"))
+    assert buckets.size_of(images, 0) == (400, 300)
+    assert len(images.index.read(0, 100)) == 100 and len(images.index.read(0)) == member.size
+
+
+def test_an_unreadable_image_is_in_no_bucket_and_one_that_breaks_later_is_replaced_from_its_own(
+        folder, tmp_path, capsys):
+    for path in Path(folder).glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "03.png").write_bytes(b"")
+    whole = (tmp_path / "13.png").read_bytes()
+    (tmp_path / "13.png").write_bytes(whole[:len(whole) // 2])     # its header is there
+    shaped = buckets.sort(data.open_dataset(tmp_path, 64), settings(), 8)
+    assert "1 unreadable images are in none" in capsys.readouterr().out
+    assert shaped.bucket[3] == -1 and shaped.bucket[13] >= 0
+    for step in range(40):
+        assert 3 not in shaped.plan(4, 0, step)[0]
+    assert np.array_equal(shaped.image(13)[0], shaped.image(14)[0])
+    assert "13.png" in capsys.readouterr().err
+
+
+def test_a_set_with_too_many_unreadable_images_is_refused(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="20 of 20 images in photos are unreadable"):
+        buckets.sort(data.open_dataset(tmp_path, 64), settings(), 8)
+
+
+# ---------------------------------------------------------------- the order
+
+
+def read_in(counts, batch_size, seed, steps):
+    """[(bucket, batch)] of the first steps."""
+    return [buckets.batch_at(counts, batch_size, seed, step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("counts", [(9, 4, 5, 1), (40,), (3, 2), (1000, 7, 130)])
+def test_each_buckets_batches_come_in_order_and_an_epoch_has_all_that_are_full(counts):
+    batch_size = 8
+    steps = read_in(counts, batch_size, 0, 400)
+    for bucket, count in enumerate(counts):
+        numbers = [number for b, number in steps if b == bucket]
+        assert len(set(numbers)) == len(numbers)
+        for epoch in range(30):                                    # whole epochs of the bucket, each mixed
+            first, last = epoch * count // batch_size, (epoch + 1) * count // batch_size
+            if last <= len(numbers):
+                assert sorted(numbers[first:last]) == list(range(first, last))
+    shares = Counter(bucket for bucket, _ in steps)
+    for bucket, count in enumerate(counts):
+        even = 400 * count / sum(counts)
+        most = count / batch_size + 2 + len(counts)                # an epoch's, where it is cut off
+        assert abs(shares[bucket] - even) <= most
+
+
+def test_every_image_comes_once_an_epoch_but_for_a_rest_of_less_than_a_batch(shaped):
+    counts = [len(part) for part in shaped.parts]
+    seen = Counter()
+    for epoch in range(1, 40):
+        start, end = (buckets.start_of(counts, 4, e) for e in (epoch - 1, epoch))
+        for step in range(start, end):
+            seen.update(shaped.plan(4, 0, step)[0].tolist())
+        for part, count in zip(shaped.parts, counts):
+            times = [seen[i] for i in part.members.tolist()]
+            rest = epoch * count - sum(times)
+            assert 0 <= rest < 4                                   # waits for the next epoch
+            assert max(times) - min(times) <= 1                    # nobody comes more often
+    assert set(seen) == set(range(len(SIZES)))
+
+
+def test_every_batch_is_of_one_bucket_and_epochs_and_seeds_differ(shaped):
+    batches = [shaped.plan(4, 0, step)[0] for step in range(60)]
+    for indices in batches:
+        assert len(set(shaped.bucket[indices].tolist())) == 1
+    counts = [len(part) for part in shaped.parts]
+    mixed = 0
+    for epoch in range(10):
+        steps = range(buckets.start_of(counts, 4, epoch), buckets.start_of(counts, 4, epoch + 1))
+        order = [shaped.bucket[batches[step][0]] for step in steps]
+        mixed += order != sorted(order)
+    assert mixed > 5                                               # not one bucket after the other
+    other = [shaped.plan(4, 1, step)[0].tolist() for step in range(60)]
+    assert other != [indices.tolist() for indices in batches]
+
+
+def test_ranks_share_one_bucket_and_together_read_what_one_process_reads(shaped):
+    for step in range(30):
+        indices, flips = shaped.plan(4, 0, step, flip=True)
+        parts = [shaped.plan(4, 0, step, rank, 2, flip=True) for rank in (0, 1)]
+        assert np.array_equal(np.concatenate([part[0] for part in parts]), indices)
+        assert np.array_equal(np.concatenate([part[1] for part in parts]), flips)
+    with pytest.raises(ValueError, match="batch_size 4 does not split over 3 ranks"):
+        shaped.plan(4, 0, 0, 0, 3)
+
+
+def test_batches_resumed_at_any_step_equal_straight_ones(shaped):
+    straight = data.batches(shaped, 4, 3, flip=True)
+    images = [next(straight) for _ in range(12)]
+    for start in (1, 5, 11):
+        x, y = next(data.batches(shaped, 4, 3, start=start, flip=True))
+        assert torch.equal(x, images[start][0]) and torch.equal(y, images[start][1])
+    assert len({x.shape for x, _ in images}) > 2
+
+
+def test_without_the_flag_the_data_set_is_the_same_object_and_its_order_is_that_of_batch_plan(folder):
+    images = data.open_dataset(folder, 64)
+    assert buckets.sort(images, settings(buckets=1.0), 8) is images
+    assert train_vae.Config().buckets == finetune.Config().buckets == 1.0
+    for step in (0, 7):
+        assert np.array_equal(images.plan(4, 0, step)[0], data.batch_plan(len(SIZES), 4, 0, step)[0])
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(buckets=1.1), "--buckets=1.1: of multiples of 8, only the square has sides so near"),
+    (dict(compile=True), "--compile=True makes code for one shape"),
+    (dict(data_dir="procedural"), "the images of --data_dir=procedural have one shape; give a folder"),
+])
+def test_what_has_no_buckets_is_one_sentence(change, said, folder):
+    cfg = settings(**change)
+    images = data.open_dataset("procedural" if "data_dir" in change else folder, 64, 8)
+    with pytest.raises(SystemExit, match=said):
+        buckets.sort(images, cfg, 8)
+
+
+def test_a_model_of_classes_says_that_it_is_square(finetune_config, folder, tmp_path):
+    cfg = finetune_config(tmp_path / "run", data_dir=folder, buckets=2.0)
+    with pytest.raises(SystemExit, match="--buckets=2: a model of classes is square.* leave it out"):
+        finetune.main(cfg)
+
+
+def test_crops_that_the_shortest_side_does_not_hold_are_refused(make_davae):
+    cfg = train_vae.Config(D=12, image_size=64, crop=(48,), buckets=2.0, perceptual="none", gan=0.0)
+    checks.check_sizes(cfg, make_davae())
+    with pytest.raises(SystemExit, match="--crop=64 is larger than the shortest side of a bucket, 48"):
+        checks.check_sizes(replace(cfg, crop=(64,)), make_davae())
+    checks.check_sizes(replace(cfg, crop=(64,), buckets=1.0), make_davae())
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+def recorded(monkeypatch, script, name, place):
+    """A list that gets the height and width of what each call of script.<name> has as argument `place`."""
+    shapes = []
+    original = getattr(script, name)
+
+    def record(*args):
+        shapes.append(tuple(args[place].shape[2:]))
+        return original(*args)
+
+    monkeypatch.setattr(script, name, record)
+    return shapes
+
+
+def killed(cfg, out):
+    """The Config of a copy of a finished run, as it was at the save before."""
+    shutil.copytree(cfg.out, out)
+    shutil.rmtree(out / f"step_{cfg.steps:06d}")
+    (out / "summary.json").unlink()
+    return replace(cfg, out=str(out))
+
+
+def test_stage_1_trains_on_buckets_and_resumes_bit_for_bit(
+        davae_config, folder, same_weights, tmp_path, monkeypatch):
+    shapes = recorded(monkeypatch, train_vae, "training_batch", 0)
+    cfg = davae_config(
+        tmp_path / "run", data_dir=folder, buckets=2.0, image_size=32, gan=0.0, steps=4, save_every=2)
+    train_vae.main(cfg)
+    resumed = killed(cfg, tmp_path / "resumed")
+    train_vae.main(resumed)
+    assert same_weights(cfg, resumed)
+    assert len(set(shapes)) > 1 and shapes[2:4] == shapes[4:]
+    assert set(shapes) <= set(buckets.shapes_of(32, 4, 2))
+
+
+def test_crops_of_a_bucket_are_squares_that_fit_into_its_shorter_side():
+    cfg = train_vae.Config(D=12, crop=(16,), halvings=2)
+    x = torch.arange(48 * 96).view(1, 1, 48, 96).expand(2, 3, 48, 96).float()
+    torch.manual_seed(0)
+    for step in range(30):                                         # 96 / 4 would hold one, 48 / 4 does not
+        assert train_vae.training_batch(x, step, cfg).shape == (2, 3, 16, 16)
+        assert train_vae.training_batch(x.transpose(2, 3), step, cfg).shape == (2, 3, 16, 16)
+
+
+# ---------------------------------------------------------------- stage 2
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Embeddings of the captions, at random."""
+    path = tmp_path_factory.mktemp("text")
+    prompts = ["", *(f"picture {i}" for i in range(3))]
+    torch.manual_seed(0)
+    tensors = {"context": torch.randn(4, 5, 12), "pooled": torch.randn(4, 6)}
+    save_file(tensors, path / "text_00000.safetensors",
+              {"encoders": "random", "t5_tokens": "5", "prompts": json.dumps(prompts)})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def text_base(tmp_path_factory, randomise):
+    """The folder of a small random MMDiT of C = 4."""
+    path = tmp_path_factory.mktemp("base") / "mmdit"
+    sizes = MMDiTConfig(C=4, p=2, E=24, depth=2, A=2, dual=1, context=12, pooled=6, pos_size=24)
+    weights = randomise(MMDiT(sizes)).state_dict()
+    about = {"script": "finetune.py", "model": {"kind": "MMDiT"} | dataclasses.asdict(sizes)}
+    runs.save_folder(path, {"model": weights, "ema": weights}, about)
+    return str(path)
+
+
+@pytest.fixture
+def text_config(finetune_config, folder, texts, text_base):
+    """text_config(out, **changes) -> finetune's Config that widens `text_base` on images in buckets."""
+    def make(out, **changes):
+        values = dict(data_dir=folder, text=texts, t5_tokens=5, base=text_base, buckets=2.0, batch_size=4,
+                      micro_batch=2, p=2, steps=4, save_every=2)
+        return finetune_config(out, **values | changes)
+    return make
+
+
+def test_a_text_model_trains_on_buckets_and_goes_on_bit_for_bit(
+        text_config, same_weights, tmp_path, monkeypatch, capsys):
+    shapes = recorded(monkeypatch, finetune, "flow_loss", 1)
+    monkeypatch.setattr(finetune, "draw_samples", lambda *args: None)      # they would take the longest
+    cfg = text_config(tmp_path / "run")
+    assert finetune.main(cfg)["warm_start"] == 0.0
+    assert "buckets of about 64x64 pixels, multiples of 16" in capsys.readouterr().out
+    resumed = killed(cfg, tmp_path / "resumed")
+    finetune.main(resumed)
+    assert same_weights(cfg, resumed, ("model", "ema"))
+    assert len(set(shapes)) > 1 and shapes[4:8] == shapes[8:]      # of two micro-batches a step
+    with pytest.raises(SystemExit, match="was started with buckets=2.0, now buckets=3.0"):
+        finetune.main(replace(resumed, buckets=3.0, steps=5))
+
+
+def test_latents_of_buckets_are_cached_with_their_shapes_and_equal_those_encoded_as_it_goes(
+        text_config, tiny_vae, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 4)
+    vae = load_davae(tiny_vae)
+    cfg = text_config(tmp_path / "run", flip=True, vae="")
+    images = latents.open_training_set(cfg, vae)
+    shaped = buckets.sort(images, cfg, 8)
+    cached = latents.latent_source(vae, shaped, cfg, CPU, 0, 1)(5)
+    live = latents.latent_source(vae, shaped, replace(cfg, cache=False), CPU, 0, 1)(5)
+    shapes = set()
+    for _ in range(8):
+        (z, y), (z2, y2) = next(cached), next(live)
+        assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z2.abs().max()
+        assert {shaped.bucket[i] for i in y.tolist()} == {shaped.bucket[y[0]]}
+        shapes.add(z.shape[2:])
+    assert len(shapes) > 2
+
+    folders = [path for path in (tmp_path / "run").glob("latents-*/*") if path.is_dir()]
+    assert {path.name for path in folders} == {part.name for part in shaped.parts}
+    again = latents.write_cache(vae, shaped, cfg, CPU, 0, 1)
+    assert again == folders[0].parent
+    other = replace(cfg, buckets=1.5)
+    assert latents.write_cache(vae, buckets.sort(images, other, 8), other, CPU, 0, 1) != again
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_buckets_as_one_does(text_config, launch, read_log, tmp_path):
+    one = text_config(tmp_path / "one", flip=True)                 # a cache that no test before has written
+    two = replace(one, out=str(tmp_path / "two"))
+    process = launch(finetune.main, two, ranks=2)
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    assert out.count("buckets of about 64x64") == 1                # rank 0 prints
+    finetune.main(one)
+    for a, b in zip(read_log(one.out), read_log(two.out), strict=True):
+        for name in ("loss", "base", "detail", "gnorm"):
+            assert math.isclose(a[name], b[name], rel_tol=1e-4), (name, a, b)
