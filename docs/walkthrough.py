@@ -50,9 +50,9 @@ def execute(notebook, given):
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for count, cell in enumerate(cells, start=1):
         start = time.time()
-        printed, value = run_cell("".join(cell["source"]), names, f"<cell {cell['id']}>")
+        said, value = run_cell("".join(cell["source"]), names, f"<cell {cell['id']}>")
         cell["execution_count"] = count
-        cell["outputs"] = outputs(printed, value, count)
+        cell["outputs"] = outputs(said, value, count)
         if "parameters" in tags(cell):
             names |= given
         print(f"{cell['id']:<16}{time.time() - start:6.1f} s")
@@ -63,23 +63,24 @@ def run_cell(source, names, title):
     body = ast.parse(source, title).body
     last = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None
     value = None
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(compile(ast.Module(body, []), title, "exec"), names)
         if last:
             value = eval(compile(last, title, "eval"), names)
-    return printed.getvalue(), value
+    return said.getvalue(), value
 
 
-def outputs(printed, value, count):
+def outputs(said, value, count):
     """What a cell printed and showed, in the format of notebooks."""
     found = []
-    if printed:
-        found.append({"name": "stdout", "output_type": "stream", "text": printed.splitlines(keepends=True)})
+    if said:
+        found.append({"name": "stdout", "output_type": "stream", "text": said.splitlines(keepends=True)})
     if value is not None:
         shown = {"text/plain": [repr(value)]}
         if isinstance(value, Image.Image):
             shown = {"image/png": png(value), "text/plain": [f"<image of {value.width}x{value.height}>"]}
-        found.append({"data": shown, "execution_count": count, "metadata": {}, "output_type": "execute_result"})
+        found.append({"data": shown, "execution_count": count, "metadata": {},
+                      "output_type": "execute_result"})
     return found
 
 
@@ -101,30 +102,32 @@ def page(notebook):
             parts.append(source)
             continue
         shown = [f"```python\n{source}\n```"]
-        for output in cell["outputs"]:
-            if output["output_type"] == "stream":
-                shown.append(f"```\n{''.join(output['text']).rstrip()}\n```")
-            elif "image/png" in output["data"]:
-                shown.append(f"![{caption(source)}](pictures/{cell['id']}.png)")
+        if printed(cell):
+            shown.append(f"```\n{printed(cell).rstrip()}\n```")
+        if picture(cell):
+            shown.append(f"![{caption(source)}](pictures/{cell['id']}.png)")
         if "solution" in tags(cell):
             shown = ["<details>\n<summary>A solution, and what it gives</summary>", *shown, "</details>"]
         parts += shown
     return "\n\n".join(parts) + "\n"
 
 
+def printed(cell):
+    """What a cell printed; Jupyter keeps it in parts, and beside it what went to stderr: progress bars."""
+    return "".join("".join(output["text"]) for output in cell["outputs"] if output.get("name") == "stdout")
+
+
+def picture(cell):
+    """The PNG that a cell showed, as bytes; None if it showed none."""
+    for output in cell.get("outputs", []):
+        if "image/png" in output.get("data", {}):
+            return base64.b64decode(output["data"]["image/png"])
+    return None
+
+
 def caption(source):
     """What a picture shows: the comment in the last line of its cell."""
     return source.splitlines()[-1].removeprefix("# ")
-
-
-def pictures(notebook):
-    """{cell's id: the PNG it showed, as bytes}"""
-    found = {}
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                found[cell["id"]] = base64.b64decode(output["data"]["image/png"])
-    return found
 
 
 def tags(cell):
@@ -137,12 +140,13 @@ def main(cfg):
         execute(notebook, {"RUN": cfg.run, "IMAGE": cfg.image, "IMAGES": cfg.images, "STEPS": cfg.steps})
     folder = Path(cfg.out) / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in pictures(notebook).items():
-        (folder / f"{name}.png").write_bytes(content)
+    shown = [cell for cell in notebook["cells"] if picture(cell)]
+    for cell in shown:
+        (folder / f"{cell['id']}.png").write_bytes(picture(cell))
     text = json.dumps(notebook, indent=1, ensure_ascii=False)      # as Jupyter writes it
     (Path(cfg.out) / NOTEBOOK.name).write_text(text + "\n")
     (Path(cfg.out) / "walkthrough.md").write_text(page(notebook))
-    print(f"wrote walkthrough.ipynb, walkthrough.md and {len(pictures(notebook))} pictures into {cfg.out}")
+    print(f"wrote walkthrough.ipynb, walkthrough.md and {len(shown)} pictures into {cfg.out}")
 
 
 if __name__ == "__main__":
