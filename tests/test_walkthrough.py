@@ -144,7 +144,7 @@ def test_a_cell_that_fails_stops_the_run_and_is_named(tool, tmp_path, monkeypatc
     monkeypatch.setattr(tool, "NOTEBOOK", tmp_path / "walkthrough.ipynb")
     with pytest.raises(ZeroDivisionError) as failed:
         tool.main(tool.Config(out=str(tmp_path / "new")))
-    assert failed.traceback[-1].path.name == "<cell cell1>"
+    assert str(failed.traceback[-1].path).endswith("<cell cell1>")
     assert not (tmp_path / "new").exists()
 
 
