@@ -55,7 +55,7 @@ TOY = {
     "python evaluate.py compare out/tiny out/tiny-base": "",
     "python evaluate.py report out/tiny --out=docs/demo.html": "--images=2 --n=4",
     "python train_vae.py tiny --align=0 --out=out/no-align": f"{VAE} --base=./out/tiny-base-vae",
-    "python docs/walkthrough.py out/tiny --other=out/no-align": f"{LOOK} --out=pictures",
+    "python docs/walkthrough.py": f"{LOOK} --steps=2 --out=printed",
     "python experiments/sensitivity.py out/tiny-vae --images=200": LOOK,
     "python experiments/knockout.py out/tiny-vae --images=200": LOOK,
     "python experiments/levels.py out/tiny-vae --images=200": LOOK,
