@@ -210,6 +210,8 @@ def curves(run):
 
 def number(line, metric):
     """One number of a cell; None where it has none.   metric: a key of METRICS"""
+    if metric == ADDED:
+        return number(line, JUDGED) - number(line, "FD, reconstructions")
     group, rows, name = METRICS[metric]
     found = next((line[group][row] for row in rows if row in line.get(group, {})), None)
     if found is None:
@@ -222,11 +224,13 @@ def number(line, metric):
 # What is tabulated: the group in a line, its rows (the first that is there), how the metric's name ends. The
 # base model has no samples of its own at full size; its images, enlarged, take their place.
 SAMPLES = ("samples", "base only, bilinear")
+ADDED = "FD, cfg 2, less reconstructions'"                         # what the transformer adds to the decoder's
 METRICS = {
     "PSNR (dB)": ("reconstruction", ("DA-VAE",), "psnr"),
     "FD, reconstructions": ("reconstruction", ("DA-VAE",), "-FD"),
     "FD, samples": ("samples, cfg 1", SAMPLES, "-FD"),
     "FD, cfg 2": ("samples, cfg 2", SAMPLES, "-FD"),
+    ADDED: (),
     "KID, cfg 2": ("samples, cfg 2", SAMPLES, "-KID"),
     "FD, base only, cfg 2": ("samples, cfg 2", ("base only, bicubic",), "-FD"),
     "base loss, held out": ("loss by time", ("base",), ""),        # means over five intervals of time

@@ -92,6 +92,7 @@ def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     text = (tmp_path / "tiny.md").read_text()
     assert "| paper | the method | 2 |" in text and "0.9 (0.8 to 1)" in text
     assert "-0.450, 2 of 2 below: better than paper" in text
+    assert number(found["no schedule"][1], ablation.ADDED) == 0.0     # 0.5 of the samples, and of the decoder
     assert "| half size |" in text and "1.2 (1.2 to 1.2)" in text
     assert Image.open(tmp_path / "tiny.png").width == 1600
 
