@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import urllib.error
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -113,7 +114,9 @@ def make_lpips(net, trunk=""):
     import_torchvision()
     import lpips
     try:
-        model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
+        with warnings.catch_warnings():                  # lpips asks torchvision for weights in its old words
+            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+            model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
     except (urllib.error.URLError, OSError) as error:
         raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): "
                          "give the file with --lpips_trunk=, or --perceptual=none") from None
