@@ -1,7 +1,8 @@
-"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 and Sana, from captions to their pipelines."""
+"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2, Sana, from captions to their pipelines."""
 import functools
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import finetune
 import sample
 from davae import DAVAE, DAVAEConfig
 from finetune import PRESETS
-from support import data, metrics, runs, text
+from support import data, hub, metrics, runs, text
 from support.weights import ExportConfig, load_base_vae, load_dit, load_run, main_export
 
 CPU = torch.device("cpu")
@@ -130,6 +131,21 @@ def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, 
     assert torch.equal(context, torch.cat([positive, negative]))
     assert torch.equal(mask, torch.cat([positive_mask, negative_mask]).float())
     assert mask[1].sum() < mask[0].sum()
+
+
+@pytest.mark.parametrize("pipeline", ["klein", "sana"])
+def test_of_a_name_on_the_hub_enough_is_fetched_to_encode(pipeline, request, tmp_path):
+    folder = request.getfixturevalue(pipeline)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    fetched, _ = hub.wanted(names, part="text")
+    for name in fetched:
+        (tmp_path / "fetched" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, tmp_path / "fetched" / name)
+    found = []
+    for i, source in enumerate((folder, tmp_path / "fetched")):
+        text.cache_text(source, ["a fox"], tmp_path / f"text{i}", CPU, t5_tokens=12)
+        found.append(text.TextCache(tmp_path / f"text{i}")(["a fox"]))
+    assert all(torch.equal(x, y) for x, y in zip(*found)) and len(fetched) < len(names)
 
 
 # ---------------------------------------------------------------- from captions to their own pipelines
