@@ -1,4 +1,4 @@
-"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2, Sana, from captions to their pipelines."""
+"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 and Sana, from captions to pipelines."""
 import functools
 import math
 import re
