@@ -214,11 +214,10 @@ def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(finished, tmp_pa
     """By the lines in docs/recipes.md; the shift is what the pipeline computes from the number of tokens."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
     run = finished("Flux2")
-    pipeline = pipeline_of("Flux2KleinPipeline", "FLUX.2-klein-base-4B", run, tmp_path)
     noise = sample.sample_noise(0, [0], (12, 8, 12))
-    theirs = pipeline(
-        prompt="a fox", height=32, width=48, num_inference_steps=3, guidance_scale=4.0,
-        latents=F.pixel_unshuffle(noise, 2), max_sequence_length=16, output_type="pt").images
+    theirs = by_recipe(
+        "Flux2KleinPipeline", "FLUX.2-klein-base-4B", run, tmp_path, height=32, width=48,
+        latents=F.pixel_unshuffle(noise, 2), max_sequence_length=16)
     mu = compute_empirical_mu(24, 3)                               # of 4 x 6 tokens
     ours = drawn(run, width=48, shift=math.exp(-mu))
     assert error(ours, theirs) < 1e-4 and theirs.std() > 0.05
@@ -227,32 +226,36 @@ def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(finished, tmp_pa
 def test_the_exported_run_draws_the_same_in_sanas_own_pipeline(finished, tmp_path, error):
     """By the lines in docs/recipes.md, with the run's own shift, grid and guidance."""
     run = finished("Sana")
-    pipeline = pipeline_of("SanaPipeline", "Sana_1600M_1024px_diffusers", run, tmp_path)
-    theirs = pipeline(
-        "a fox", height=32, width=64, num_inference_steps=3, latents=sample.sample_noise(0, [0], (12, 4, 8)),
-        max_sequence_length=12, use_resolution_binning=False, output_type="pt").images
+    theirs = by_recipe(
+        "SanaPipeline", "Sana_1600M_1024px_diffusers", run, tmp_path, height=32, width=64,
+        latents=sample.sample_noise(0, [0], (12, 4, 8)), max_sequence_length=12, use_resolution_binning=False)
     ours = drawn(run, width=64)
     assert error(ours, theirs) < 1e-4 and theirs.std() > 0.05
     assert error(drawn(run, width=64, shift=1.0), theirs) > 1e-2
 
 
-def pipeline_of(kind, name, run, folder):
-    """The pipeline that docs/recipes.md makes of an exported run."""
+def by_recipe(kind, name, run, folder, **options):
+    """What a pipeline in docs/recipes.md draws of "a fox" with an exported run, in three steps: in [0, 1].
+
+    name: of the pipeline's folder, there; options: of its call, in place of the size there
+    """
     main_export(ExportConfig(run=run.out, out=str(folder / "exported"), weights="model"))
     recipe = next(block for block in blocks_of_recipes() if f"{kind}.from_pretrained" in block)
     recipe = recipe.replace("exported/", f"{folder}/exported/").replace(name, run.base)
-    names = {}
-    exec(recipe.partition("image = ")[0], names)
-    return names["pipeline"]
+    recipe = recipe.replace('"a red fox", height=1024, width=1024', '"a fox", output_type="pt", **options')
+    recipe = re.sub(r"num_inference_steps=\d+", "num_inference_steps=3", recipe)
+    names = {"options": options}
+    exec(recipe.partition("image.save")[0], names)
+    return names["image"]
 
 
 def drawn(run, **changes):
-    """What sample.py draws of "a fox" in three steps, 32 pixels high, in [0, 1]."""
+    """What sample.py draws of it, 32 pixels high."""
     dit, vae, about = load_run(run.out, "model")
     chosen = sample.Config(prompts="a fox", steps=3, height=32, seed=0, dtype="float32", **changes)
     texts = text.text_for(run.text, [], "", 0, CPU, run.t5_tokens)
     images, _ = sample.generate(dit, vae, [0], sample.settings_of(chosen, about, ""), texts)
-    return images / 2 + 0.5
+    return images[0] / 2 + 0.5
 
 
 def blocks_of_recipes():
