@@ -16,6 +16,7 @@ Dimension key and time are dit.py's. diffusers (0.42.1 was read and compared) is
 Compared with small models of random weights; pretrained ones were not run.
 """
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -322,6 +323,34 @@ def merged(model):
         front, _, rest = name.partition(".")
         theirs[f"{layers[front]}.{rest}" if front in layers else rest] = weight.contiguous()
     return theirs
+
+
+class InPipeline(nn.Module):
+    """A DA-VAE (or a PlainVAE) as the `vae` of FLUX.2's or Sana's pipeline, to decode (docs/recipes.md).
+
+        pipeline.vae = InPipeline(vae)
+        pipeline.vae_scale_factor = vae.f
+
+    Its latents are normalised, so what the pipelines take off again changes nothing: FLUX.2's the statistics
+    of a BatchNorm, Sana's a factor.
+    """
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+        self.bn = nn.BatchNorm2d(4 * (vae.C + vae.D), affine=False, eps=0.0)
+        self.config = SimpleNamespace(batch_norm_eps=0.0, scaling_factor=1.0)
+
+    @property
+    def device(self):
+        return self.bn.running_mean.device
+
+    @property
+    def dtype(self):
+        return torch.float32
+
+    def decode(self, z, return_dict=False):
+        return (self.vae.decode(z.float()),)
 
 
 MODELS = {"Flux2": (Flux2Config, Flux2), "Sana": (SanaConfig, Sana)}        # support/weights.py adds them

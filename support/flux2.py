@@ -1,6 +1,4 @@
 """FLUX.2's VAE: how its latents are normalised, and its names in public files; the class is in bases.py."""
-from types import SimpleNamespace
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -47,33 +45,6 @@ class UnnormaliseBlocks(Blocks):
     def forward(self, z):
         shift, scale = self.per_channel()
         return F.pixel_shuffle(self.unshuffle(z) * scale + shift, 2)
-
-
-class InPipeline(nn.Module):
-    """A DA-VAE (or a PlainVAE) as the `vae` of FLUX.2's pipelines, for text to image (docs/recipes.md).
-
-        pipeline.vae = InPipeline(vae)
-        pipeline.vae_scale_factor = vae.f
-
-    Its latents are normalised, so the statistics that the pipeline takes off change nothing.
-    """
-
-    def __init__(self, vae):
-        super().__init__()
-        self.vae = vae
-        self.bn = nn.BatchNorm2d(4 * (vae.C + vae.D), affine=False, eps=0.0)
-        self.config = SimpleNamespace(batch_norm_eps=0.0)
-
-    @property
-    def device(self):
-        return self.bn.running_mean.device
-
-    @property
-    def dtype(self):
-        return torch.float32
-
-    def decode(self, z, return_dict=False):
-        return (self.vae.decode(z.float()),)
 
 
 # ---------------------------------------------------------------- its file

@@ -165,9 +165,9 @@ def shard_words(name):
 
 
 def text_files(names, folder):
-    """Tokenizers, and of each text encoder the weights and settings."""
+    """Tokenizers, of each text encoder the weights and settings, and which pipeline they are of."""
     start = f"{folder}/" if folder else ""
-    fetch = []
+    fetch = [name for name in inside_of(names, folder) if name == f"{start}model_index.json"]
     parts = sorted({name.removeprefix(start).partition("/")[0] for name in names if name.startswith(start)})
     for part in parts:
         if part.startswith("text_encoder"):

@@ -62,10 +62,9 @@ def takes_text(ModelConfig):
 
 
 def text_inputs(kind, cfg, tokens):
-    """A text of so many tokens, as a transformer takes it."""
-    if kind == "MMDiT":                                            # CLIP's tokens are before T5's
-        return [torch.empty(1, 77 + tokens, cfg.context), torch.empty(1, cfg.pooled)]
-    return [torch.empty(1, tokens, cfg.context), torch.empty(1, tokens)]
+    """A text of so many tokens, as a transformer takes it: beside its tokens a vector, or which count."""
+    clip = 77 if kind == "MMDiT" else 0                            # CLIP's tokens are before T5's
+    return [torch.empty(1, clip + tokens, cfg.context), torch.empty(1, getattr(cfg, "pooled", tokens))]
 
 
 def show(cfg, model, inputs, r, forward, step, kept):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import dit
 from dit import LoRA, add_lora, merge_lora, warm_start_difference
-from support import diffusers_dit, metrics, weights
+from support import diffusers_dit, metrics, plan, weights
 from support.diffusers_dit import Flux2, Flux2Config, Sana, SanaConfig, export_transformer
 from support.weights import load_dit
 
@@ -295,6 +295,8 @@ def test_the_third_in_the_recipes_is_flux1_to_the_last_bit(make, inputs, tmp_pat
     assert warm_start_difference(load_dit(tmp_path), model, z, (context, pooled)) == (0.0, 0.0)
     add_lora(model, r=2)
     assert sum(isinstance(layer, LoRA) for layer in model.modules()) == 5 + 3 + 1
+    tokens, vector = plan.text_inputs("Flux1", module.Flux1Config(), 512)      # a dry run's text
+    assert (tokens.shape, vector.shape) == ((1, 512, 4096), (1, 768))
 
 
 def blocks_of_recipes():

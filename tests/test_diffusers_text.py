@@ -1,6 +1,8 @@
-"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 from captions to its own pipeline."""
+"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 and Sana, from captions to pipelines."""
+import functools
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import finetune
 import sample
 from davae import DAVAE, DAVAEConfig
 from finetune import PRESETS
-from support import data, metrics, runs, text
+from support import data, hub, metrics, runs, text
 from support.weights import ExportConfig, load_base_vae, load_dit, load_run, main_export
 
 CPU = torch.device("cpu")
@@ -65,6 +67,34 @@ def klein(diffusers, randomise, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def sana(diffusers, randomise, tmp_path_factory):
+    """A saved SanaPipeline of small random parts: Gemma 2, transformer, DC-AE (f = 4, C = 4)."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
+    torch.manual_seed(0)
+    tokenizer, size = letters(["<pad>", "<eos>", "<bos>", "<unk>", "\u2581"], GemmaTokenizerFast)
+    encoder = Gemma2Model(Gemma2Config(
+        vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, sliding_window=8))
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
+        sample_size=8)
+    kinds = ["ResBlock", "ResBlock", "EfficientViTBlock"]
+    sizes = dict(encoder_block_out_channels=(16, 32, 32), decoder_block_out_channels=(16, 32, 32))
+    sizes |= dict(encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1))
+    sizes |= dict(encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), (5,)))
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4, encoder_block_types=kinds, decoder_block_types=kinds, downsample_block_type="conv",
+        upsample_block_type="interpolate", scaling_factor=0.41407, **sizes)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    folder = tmp_path_factory.mktemp("sana")
+    diffusers.SanaPipeline(
+        tokenizer, encoder.eval(), vae, randomise(transformer), scheduler).save_pretrained(folder)
+    return folder
+
+
 # ---------------------------------------------------------------- texts
 
 
@@ -82,17 +112,10 @@ def test_klein_texts_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
         text.cache_text(klein, ["owl"], tmp_path, CPU, t5_tokens=22)
 
 
-def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, tmp_path, monkeypatch):
-    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
-    torch.manual_seed(0)
-    tokenizer, size = letters(["<pad>", "<eos>", "<bos>", "<unk>", "\u2581"], GemmaTokenizerFast)
-    encoder = Gemma2Model(Gemma2Config(
-        vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=4, sliding_window=8))
-    pipeline = diffusers.SanaPipeline(tokenizer, encoder.eval(), None, None, None)
-    pipeline.save_pretrained(tmp_path / "sana")
-    text.cache_text(tmp_path / "sana", ["a fox"], tmp_path / "text", CPU, t5_tokens=12)
-    context, mask = text.TextCache(tmp_path / "text")(["a fox", ""])
+def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, sana, tmp_path, monkeypatch):
+    text.cache_text(sana, ["a fox"], tmp_path, CPU, t5_tokens=12)
+    context, mask = text.TextCache(tmp_path)(["a fox", ""])
+    pipeline = diffusers.SanaPipeline.from_pretrained(sana)
 
     # what the pipeline itself hands to its transformer, of a prompt and of guidance's empty one
     class Seen(Exception):
@@ -110,34 +133,64 @@ def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, 
     assert mask[1].sum() < mask[0].sum()
 
 
-# ---------------------------------------------------------------- from captions to FLUX.2's own pipeline
+@pytest.mark.parametrize("pipeline", ["klein", "sana"])
+def test_of_a_name_on_the_hub_enough_is_fetched_to_encode(pipeline, request, tmp_path):
+    folder = request.getfixturevalue(pipeline)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    fetched, _ = hub.wanted(names, part="text")
+    for name in fetched:
+        (tmp_path / "fetched" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, tmp_path / "fetched" / name)
+    found = []
+    for i, source in enumerate((folder, tmp_path / "fetched")):
+        text.cache_text(source, ["a fox"], tmp_path / f"text{i}", CPU, t5_tokens=12)
+        found.append(text.TextCache(tmp_path / f"text{i}")(["a fox"]))
+    assert all(torch.equal(x, y) for x, y in zip(*found)) and len(fetched) < len(names)
+
+
+# ---------------------------------------------------------------- from captions to their own pipelines
 
 
 @pytest.fixture(scope="module")
-def run(klein, tmp_path_factory):
-    """The Config of a finished run: three steps of a Flux2 with adapters, on a DA-VAE of FLUX.2's VAE."""
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    vae = DAVAE(load_base_vae(klein), DAVAEConfig(D=8)).eval()
-    runs.save_folder(folder / "vae", {"model": vae.state_dict()}, {"model": vae.config()})
-    photos = folder / "photos"
-    photos.mkdir()
+def finished(klein, sana, tmp_path_factory):
+    """finished("Flux2") or ("Sana") -> the Config of a run, made once: three steps on a DA-VAE of its VAE."""
+    @functools.cache
+    def make(model):
+        pipeline, preset, own = {
+            "Flux2": (klein, "klein-1024", dict(t5_tokens=16)),
+            "Sana": (sana, "sd35m-1024", dict(t5_tokens=12, model="Sana", cfg=4.5)),     # as docs/recipes.md
+        }[model]
+        folder = tmp_path_factory.mktemp(model)
+        torch.manual_seed(0)
+        vae = DAVAE(load_base_vae(pipeline), DAVAEConfig(D=8)).eval()
+        runs.save_folder(folder / "vae", {"model": vae.state_dict()}, {"model": vae.config()})
+        photos = captioned(folder / "photos")
+        text.main_text(text.TextConfig(
+            encoders=str(pipeline), out=str(folder / "text"), data_dir=photos, t5_tokens=own["t5_tokens"]))
+        values = PRESETS[preset] | dict(
+            out=str(folder / "run"), vae=str(folder / "vae"), base=str(pipeline), text=str(folder / "text"),
+            data_dir=photos, image_size=32, batch_size=4, micro_batch=2, D=8, lora=2, N=2, steps=3, lr=1e-2,
+            save_every=100, sample_steps=2, log_every=1, dtype="float32") | own
+        cfg = finetune.Config(preset=preset, **values)
+        assert finetune.main(cfg)["warm_start"] == 0.0
+        return cfg
+    return make
+
+
+def captioned(folder):
+    """A folder of eight drawings of 32 pixels with captions."""
+    folder.mkdir()
     drawn = data.Procedural(64, 8, 0)
     for i in range(8):
-        Image.fromarray(drawn.image(i)[0]).resize((32, 32)).save(photos / f"{i}.png")
-        (photos / f"{i}.txt").write_text(["a fox", "snow"][i % 2])
-    texts = text.TextConfig(encoders=str(klein), out=str(folder / "text"), data_dir=str(photos), t5_tokens=16)
-    text.main_text(texts)
-    values = PRESETS["klein-1024"] | dict(
-        out=str(folder / "run"), vae=str(folder / "vae"), base=str(klein), text=texts.out, t5_tokens=16,
-        data_dir=str(photos), image_size=32, batch_size=4, micro_batch=2, D=8, lora=2, N=2, steps=3, lr=1e-2,
-        save_every=100, sample_steps=2, log_every=1, dtype="float32")
-    cfg = finetune.Config(preset="klein-1024", **values)
-    assert finetune.main(cfg)["warm_start"] == 0.0
-    return cfg
+        Image.fromarray(drawn.image(i)[0]).resize((32, 32)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(["a fox", "snow"][i % 2])
+    return str(folder)
 
 
-def test_checkpoints_hold_what_is_trained_and_a_run_resumes_to_the_bit(run, tmp_path, same_weights):
+@pytest.mark.parametrize("model", ["Flux2", "Sana"])
+def test_checkpoints_hold_what_is_trained_and_a_run_resumes_to_the_bit(
+        model, finished, tmp_path, same_weights):
+    run = finished(model)
     saved = load_file(runs.latest_checkpoint(run.out) / "model.safetensors")
     assert {name.split(".")[0] for name in saved} == {"P", "O", "P_new", "O_new", "net"}
     assert all(name.rpartition(".")[2] in ("A", "B") for name in saved if name.startswith("net."))
@@ -147,37 +200,62 @@ def test_checkpoints_hold_what_is_trained_and_a_run_resumes_to_the_bit(run, tmp_
     assert same_weights(run, again, ("model", "ema"))
 
 
-def test_every_weight_can_be_trained(run, klein, tmp_path):
-    cfg = replace(run, out=str(tmp_path / "whole"), lora=0, steps=1, checkpointing=True)
+@pytest.mark.parametrize("model", ["Flux2", "Sana"])
+def test_every_weight_can_be_trained(model, finished, tmp_path):
+    cfg = replace(finished(model), out=str(tmp_path / "whole"), lora=0, steps=1, checkpointing=True)
     finetune.main(cfg)
     after = load_dit(runs.latest_checkpoint(cfg.out), "model").state_dict()
-    before = load_dit(klein).state_dict()
+    before = load_dit(cfg.base).state_dict()
     moved = [not torch.equal(weight, after[name]) for name, weight in before.items()]
     assert sum(moved) > 0.9 * len(moved)
 
 
-def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(run, klein, tmp_path, error):
+def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(finished, tmp_path, error):
     """By the lines in docs/recipes.md; the shift is what the pipeline computes from the number of tokens."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-    steps = 3
-    main_export(ExportConfig(run=run.out, out=str(tmp_path / "exported"), weights="model"))
-    recipe = next(block for block in blocks_of_recipes() if "Flux2KleinPipeline" in block)
-    recipe = recipe.replace("exported/", f"{tmp_path}/exported/").replace("FLUX.2-klein-base-4B", str(klein))
-    names = {}
-    exec(recipe.partition("image = ")[0], names)
-    pipeline = names["pipeline"]
+    run = finished("Flux2")
     noise = sample.sample_noise(0, [0], (12, 8, 12))
-    theirs = pipeline(
-        prompt="a fox", height=32, width=48, num_inference_steps=steps, guidance_scale=4.0,
-        latents=F.pixel_unshuffle(noise, 2), max_sequence_length=16, output_type="pt").images
+    theirs = by_recipe(
+        "Flux2KleinPipeline", "FLUX.2-klein-base-4B", run, tmp_path, height=32, width=48,
+        latents=F.pixel_unshuffle(noise, 2), max_sequence_length=16)
+    mu = compute_empirical_mu(24, 3)                               # of 4 x 6 tokens
+    ours = drawn(run, width=48, shift=math.exp(-mu))
+    assert error(ours, theirs) < 1e-4 and theirs.std() > 0.05
 
-    mu = compute_empirical_mu(24, steps)                           # of 4 x 6 tokens
+
+def test_the_exported_run_draws_the_same_in_sanas_own_pipeline(finished, tmp_path, error):
+    """By the lines in docs/recipes.md, with the run's own shift, grid and guidance."""
+    run = finished("Sana")
+    theirs = by_recipe(
+        "SanaPipeline", "Sana_1600M_1024px_diffusers", run, tmp_path, height=32, width=64,
+        latents=sample.sample_noise(0, [0], (12, 4, 8)), max_sequence_length=12, use_resolution_binning=False)
+    ours = drawn(run, width=64)
+    assert error(ours, theirs) < 1e-4 and theirs.std() > 0.05
+    assert error(drawn(run, width=64, shift=1.0), theirs) > 1e-2
+
+
+def by_recipe(kind, name, run, folder, **options):
+    """What a pipeline in docs/recipes.md draws of "a fox" with an exported run, in three steps: in [0, 1].
+
+    name: of the pipeline's folder, there; options: of its call, in place of the size there
+    """
+    main_export(ExportConfig(run=run.out, out=str(folder / "exported"), weights="model"))
+    recipe = next(block for block in blocks_of_recipes() if f"{kind}.from_pretrained" in block)
+    recipe = recipe.replace("exported/", f"{folder}/exported/").replace(name, run.base)
+    recipe = recipe.replace('"a red fox", height=1024, width=1024', '"a fox", output_type="pt", **options')
+    recipe = re.sub(r"num_inference_steps=\d+", "num_inference_steps=3", recipe)
+    names = {"options": options}
+    exec(recipe.partition("image.save")[0], names)
+    return names["image"]
+
+
+def drawn(run, **changes):
+    """What sample.py draws of it, 32 pixels high."""
     dit, vae, about = load_run(run.out, "model")
-    settings = sample.settings_of(
-        sample.Config(prompts="a fox", steps=steps, height=32, width=48, shift=math.exp(-mu), seed=0,
-                      dtype="float32"), about, "")
-    ours, _ = sample.generate(dit, vae, [0], settings, text.text_for(run.text, [], "", 0, CPU, 16))
-    assert error(ours / 2 + 0.5, theirs) < 1e-4 and theirs.std() > 0.05
+    chosen = sample.Config(prompts="a fox", steps=3, height=32, seed=0, dtype="float32", **changes)
+    texts = text.text_for(run.text, [], "", 0, CPU, run.t5_tokens)
+    images, _ = sample.generate(dit, vae, [0], sample.settings_of(chosen, about, ""), texts)
+    return images[0] / 2 + 0.5
 
 
 def blocks_of_recipes():
