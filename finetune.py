@@ -1,7 +1,7 @@
 """Stage 2, the main job: warm-start a DiT on a DA-VAE's latent (with D = 0: train a base DiT from scratch).
 
     python finetune.py                                  # preset tiny: everything from nothing, on a CPU
-    python finetune.py photos --vae=out/photos-vae --data_dir=photos/train
+    python finetune.py photos --data_dir=my_photos --base_vae=weights/taef2     # own photos, a real VAE
     torchrun --nproc_per_node=8 finetune.py imagenet512 --data_dir=imagenet/train \\
         --base=lightningdit-xl-imagenet256-800ep.pt
     torchrun --nproc_per_node=8 finetune.py sd35m-1024 --data_dir=captioned --base=sd3.5-medium \\
@@ -153,12 +153,11 @@ PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 
-# FLUX.2 klein (support/diffusers_dit.py), of the kind that is not distilled; FLUX.2's own shift; not run
+# FLUX.2 klein (support/diffusers_dit.py), not the distilled; FLUX.2's own shift; klein-2048: r = 4; not run
 PRESETS["klein-1024"] = PRESETS["sd35m-1024"] | dict(
     out="out/klein-1024", vae="out/klein-vae", base="FLUX.2-klein-base-4B", text="out/klein-text",
     model="Flux2", t5_tokens=512, D=96, lora=128, micro_batch=4, cfg=4.0, shift=0.18, grid="plain",
     sample_steps=50)
-# r = 4; not run
 PRESETS["klein-2048"] = PRESETS["klein-1024"] | dict(
     out="out/klein-2048", vae="out/klein-2048-vae", image_size=2048)
 
@@ -557,33 +556,34 @@ def save_what_stays(run, vae, dit):
 
 
 def draw_samples(run, done, ema, vae, about, text):
-    """samples_<done>.png: four images of each of the first ten classes (or prompts), one class a column.
+    """samples_<done>.png: four images of each of the first ten classes (or prompts), one a column; 16 of one.
 
     From the same noise at every save. Ranks share the images, in parts of at most micro_batch rows, guidance
     included; all equally many, because a sharded model needs all ranks for each.
     """
     cfg = run.cfg
-    n = min(10, len(about["classes"]) if cfg.text else ema.cfg.num_classes)
-    chosen = dict(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(n)), dtype=cfg.dtype)
+    names = [name[:24] for name in about["classes"][:10]]
+    names = names or [f"class {k}" for k in range(min(10, ema.cfg.num_classes))]
+    columns = len(names) if len(names) > 1 else 4
+    n = 4 * columns
+    chosen = dict(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(len(names))), dtype=cfg.dtype)
     settings = settings_of(SampleConfig(**chosen), about, "")
     images, previews, numbers = [], [], []
     with runs.picture_may_fail(f"{cfg.out}: samples"):
-        for part in torch.tensor(ranks.my_share(4 * n)).split(max(1, cfg.micro_batch // 2)):
+        for part in torch.tensor(ranks.my_share(n)).split(max(1, cfg.micro_batch // 2)):
             full, base = generate(ema, vae, part.tolist(), settings, text)
             images.append(full)
             previews.append(base)
             numbers += part.tolist()
-
     grids = {"samples": ranks.gather(images, numbers)}
     if cfg.D:
         grids["samples_base_only"] = ranks.gather(previews, numbers)
-    names = [about["classes"][k][:24] if k < len(about["classes"]) else str(k) for k in range(n)]
     with runs.picture_may_fail(f"{cfg.out}: samples"):
         for name, x in grids.items():
-            if run.rank > 0 or len(x) < 4 * n:                     # a rank has failed, and said so
+            if run.rank > 0 or len(x) < n:                         # a rank has failed, and said so
                 continue
             for file in (f"{cfg.out}/{name}_{done:06d}.png", f"{cfg.out}/{name}.png"):
-                figures.save_grid(x[:4 * n], file, n, max(1, 128 // x.shape[-1]), names * 4)
+                figures.save_grid(x[:n], file, columns, max(1, 128 // x.shape[-1]), names * (n // len(names)))
     ranks.wait_for_all()
 
 

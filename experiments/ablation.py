@@ -224,7 +224,7 @@ def number(line, metric):
 # What is tabulated: the group in a line, its rows (the first that is there), how the metric's name ends. The
 # base model has no samples of its own at full size; its images, enlarged, take their place.
 SAMPLES = ("samples", "base only, bilinear")
-ADDED = "FD, cfg 2, less reconstructions'"                         # what the transformer adds to the decoder's
+ADDED = "FD, cfg 2, less reconstructions'"                         # what the transformer adds
 METRICS = {
     "PSNR (dB)": ("reconstruction", ("DA-VAE",), "psnr"),
     "FD, reconstructions": ("reconstruction", ("DA-VAE",), "-FD"),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from support.files import read_json
 from support.metrics import import_torchvision
+from support.pretrained import import_transformers, load_pretrained
 
 
 def class_of(name):
@@ -43,10 +44,13 @@ class PipelineText:
         self.tokens = tokens
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         Pipeline = class_of(self.theirs)
+        _, name = read_json(Path(folder) / "model_index.json")["text_encoder"]
+        Encoder, = import_transformers(name)
+        encoder = load_pretrained(Path(folder) / "text_encoder", Encoder, "text encoder", dtype=dtype)
         unused = dict(transformer=None, vae=None, scheduler=None)
         try:
             self.pipeline = Pipeline.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, **unused)
+                folder, text_encoder=encoder.eval(), dtype=dtype, local_files_only=True, **unused)
         except (OSError, ValueError) as error:
             cause = str(error).strip().split("\n")[0]
             raise SystemExit(f"{folder}: its text encoder cannot be loaded ({cause})") from None

@@ -23,7 +23,7 @@ from support import data, hub, identity, ranks, runs
 from support.captions import read_text, shown
 from support.config import field
 from support.diffusers_text import PIPELINES, kind_of_pipeline
-from support.metrics import import_torchvision
+from support.pretrained import import_transformers, load_pretrained, load_tokenizer
 
 # ---------------------------------------------------------------- conditions of a training step
 
@@ -240,12 +240,6 @@ def fingerprint(folder):
 # ---------------------------------------------------------------- the encoders
 
 
-# What transformers and safetensors were seen to raise on broken installations and folders.
-LOADING_ERRORS = (
-    ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
-)
-
-
 def open_encoders(folder, device, tokens):
     """encode(prompts) -> (context (B, T, W), pooled (B, P)), by the encoders of a folder; on `device`."""
     kind = kind_of_pipeline(folder)
@@ -290,58 +284,6 @@ def load_text_encoders(folder, device):
             raise SystemExit(f"{folder}: has no {path.name}; wanted a diffusers SD3.5 folder with its text "
                              "encoders")
     return parts
-
-
-def import_transformers(*names):
-    """Classes of transformers.   raises: SystemExit with the cause"""
-    try:
-        import_torchvision()                       # because transformers will
-        import transformers
-        return [getattr(transformers, name) for name in names]     # imported when asked for
-    except LOADING_ERRORS as error:
-        cause = error
-    while cause.__cause__:                         # transformers wraps what went wrong in errors of its own
-        cause = cause.__cause__
-    if isinstance(cause, ModuleNotFoundError) and cause.name in ("torchvision", "transformers"):
-        raise SystemExit(f"this needs {cause.name}: pip install {cause.name}")
-    raise SystemExit(f"transformers cannot be imported ({first_line(cause)}); install the versions that "
-                     "requirements.txt names")
-
-
-def load_pretrained(path, kind, what, **options):
-    """A model of a folder, by a class of transformers.   raises: SystemExit if it is not whole
-
-    what: what it is called in the sentence;  options: as `from_pretrained` takes them
-    """
-    try:
-        model, found = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
-    except LOADING_ERRORS as error:
-        raise SystemExit(f"{path}: this {what} cannot be loaded ({first_line(error)})") from None
-    missing = sorted(found["missing_keys"])
-    if missing:                                    # transformers would only warn, and take random numbers
-        raise SystemExit(f"{path}: this {what} lacks {len(missing)} tensors, the first {missing[0]}")
-    return model
-
-
-def load_tokenizer(path, AutoTokenizer):
-    """The tokenizer of a folder.   raises: SystemExit if it is not whole"""
-    found = [name for name in ("tokenizer.json", "vocab.json", "spiece.model") if (path / name).is_file()]
-    if not found or not (path / "tokenizer_config.json").is_file():        # transformers would do without
-        raise SystemExit(f"{path}: has no tokenizer; wanted tokenizer_config.json there, and tokenizer.json, "
-                         "vocab.json or spiece.model")
-    for file in sorted(path.glob("*.json")):
-        try:
-            json.loads(read_text(file))            # transformers would not say which file is broken
-        except ValueError as error:
-            raise SystemExit(f"{file}: is no JSON ({error}); wanted the whole file") from None
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except LOADING_ERRORS as error:
-        raise SystemExit(f"{path}: this tokenizer cannot be loaded ({first_line(error)})") from None
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 @torch.no_grad()

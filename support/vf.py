@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support import hub
-from support.text import import_transformers, load_pretrained
+from support.pretrained import import_transformers, load_pretrained
 
 # Of more positions than MOST, a new DRAWN of them in each step: the matrix of 4,096 has 64 MiB an image.
 MOST = 1024

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import finetune
 import sample
@@ -131,6 +131,18 @@ def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, 
     assert torch.equal(context, torch.cat([positive, negative]))
     assert torch.equal(mask, torch.cat([positive_mask, negative_mask]).float())
     assert mask[1].sum() < mask[0].sum()
+
+
+@pytest.mark.parametrize("pipeline", ["klein", "sana"])
+def test_an_encoder_with_a_tensor_missing_is_refused_not_filled_at_random(pipeline, request, tmp_path):
+    shutil.copytree(request.getfixturevalue(pipeline), tmp_path / "cut")
+    file = tmp_path / "cut/text_encoder/model.safetensors"
+    state = load_file(file)
+    gone = next(name for name in state if "mlp" in name)
+    del state[gone]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=f"this text encoder lacks 1 tensors, the first .*{re.escape(gone)}"):
+        text.cache_text(tmp_path / "cut", ["a fox"], tmp_path / "text", CPU, t5_tokens=12)
 
 
 @pytest.mark.parametrize("pipeline", ["klein", "sana"])
