@@ -110,8 +110,8 @@ def write(name, cfg, run, table=None, panels=None, pictures=None, **settings):
 
 def start(main, Config=Config):
     """Run an experiment's main with the Config that its command line gives."""
-    if Config.__module__ == __name__:
-        Config.__module__ = main.__module__            # whose docstring --help prints
+    if Config.__module__ == __name__:                  # --help prints the docstring of the Config's module
+        Config = type("Config", (Config,), {"__module__": main.__module__})
     try:
         ranks.launch(main, config.cli(Config))
     except ImportError as error:                       # scikit-learn, torch-fidelity, lpips, matplotlib

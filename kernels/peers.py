@@ -268,7 +268,7 @@ def images():
     from torchvision import datasets, transforms
 
     from support import data
-    crop = partial(data.center_crop, size=128)             # as the original's
+    crop = partial(data.center_crop, height=128)           # as the original's
     to_tensor = transforms.Compose([crop, transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
     with tempfile.TemporaryDirectory() as folder:
         drawings = data.open_dataset("procedural", 384, 64)

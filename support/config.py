@@ -99,7 +99,7 @@ def print_help(Config, presets):
 def headings(Config):
     """{field: the comment on the line above it}, of those that have one in the source of the dataclass."""
     found = {}
-    for kind in reversed(Config.__mro__[:-1]):
+    for kind in reversed([kind for kind in Config.__mro__[:-1] if "__annotations__" in vars(kind)]):
         lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
         for above, line in zip(lines, lines[1:]):
             if above.startswith("# "):
