@@ -465,16 +465,16 @@ def initial_dit(cfg, vae, classes, known=()):
     return base, model
 
 
-def trial(cfg, device, known, classes):
-    """(a transformer such as this run's, a function that makes a pass of a step on noise): for a plan.
+def trial(cfg, n, device, known, classes):
+    """(a transformer such as this run's, a function that makes a pass of a step on n latents): for a plan.
 
     known: {folder: model} of runs that are not made yet; classes: how many the images have
     """
     vae = known[cfg.vae] if cfg.vae in known else load_davae(cfg.vae)
     dit = initial_dit(cfg, vae, classes, known)[1].to(device).train()
     side = cfg.image_size // vae.f
-    z_all = torch.randn(cfg.micro_batch, vae.C + cfg.D, side, side, device=device)
-    y = torch.zeros(cfg.micro_batch, dtype=torch.long, device=device)
+    z_all = torch.randn(n, vae.C + cfg.D, side, side, device=device)
+    y = torch.zeros(n, dtype=torch.long, device=device)
 
     def step():
         with ranks.autocast(cfg.dtype, device):

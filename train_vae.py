@@ -493,8 +493,8 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
               f"features they keep {found['kept']:.1%}, and the details tell {found['told']:.1%} of z")
 
 
-def trial(cfg, device, known, classes):
-    """(a VAE such as this run's, a function that makes a pass of a step on noise): for a plan of stages.
+def trial(cfg, n, device, known, classes):
+    """(a VAE such as this run's, a function that makes a pass of a step on n images of noise): for a plan.
 
     known: {folder: model} of runs that are not made yet; classes: of the images, which this does not need
     """
@@ -502,7 +502,7 @@ def trial(cfg, device, known, classes):
     vae = vae.to(device, memory_format=ranks.layout(vae.base.width, device)).train()
     freeze(vae, cfg.train)
     nets = LossNetworks(cfg, vae, device)
-    images = torch.rand(cfg.micro_batch, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
+    images = torch.rand(n, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
     sides = itertools.cycle([(side,) for side in cfg.crop] or [()])
 
     def step():

@@ -23,7 +23,7 @@ class Maker:
     """A training script.
 
     makes: what it makes without details (D = 0), and with them
-    main(cfg): the script itself;  trial(cfg, device, known, classes): see train_vae.py:trial
+    main(cfg): the script itself;  trial(cfg, n, device, known, classes): see train_vae.py:trial
     """
     script: str
     makes: tuple[str, str]
@@ -160,9 +160,10 @@ def plan(cfg, makers, rank, device):
     known, times, size = {}, {}, 0
     timed = [] if getattr(cfg, "text", "") else stages
     for maker, stage in timed:
-        model, step = maker.trial(stage, device, known, classes)
-        known[stage.out] = model
         passes = ranks.accumulation(stage.batch_size, stage.micro_batch, ranks.world_size())
+        n = stage.batch_size // ranks.world_size() // passes
+        model, step = maker.trial(stage, n, device, known, classes)
+        known[stage.out] = model
         left = stage.steps - max(0, runs.step_of(stage.out))
         times[stage.out] = left * passes * seconds_of(step, device)
         size += 3 * 16 * sum(p.numel() for p in model.parameters())       # weights, average, AdamW; 3 saves

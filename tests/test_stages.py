@@ -196,6 +196,23 @@ def test_the_report_is_written_at_the_end(toys, report_at_the_end, monkeypatch):
 # ---------------------------------------------------------------- how long
 
 
+def test_a_stage_is_timed_on_as_many_images_as_a_pass_of_it_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    def trial(cfg, n, device, known, classes):
+        seen[cfg.out] = n
+        return torch.nn.Linear(1, 1), lambda: None
+
+    for maker in finetune.makers():
+        monkeypatch.setattr(maker, "trial", trial)
+    monkeypatch.setattr(stages, "seconds_of", lambda step, device: 0.01)
+    tiny = finetune.Config(preset="tiny", **finetune.PRESETS["tiny"] | {"batch_size": 12, "micro_batch": 4})
+    stages.plan(tiny, finetune.makers(), 0, torch.device("cpu"))
+    assert seen == {"out/tiny-base-vae": 8, "out/tiny-vae": 4, "out/tiny-base": 32, "out/tiny": 4}
+    assert tiny.after["out/tiny-vae"] == pytest.approx(0.01 * (450 + 3 * 420))
+
+
 def test_the_time_of_a_step_leaves_the_first_out_and_is_a_mean(monkeypatch):
     clock = iter([100.0, 100.1, 100.2, 100.6, 102.0])              # after the first pass, and the others
     monkeypatch.setattr(stages.time, "time", lambda: next(clock))
