@@ -59,8 +59,7 @@ class Config:
     # model (Sec. 3.2)
     D: int = field(96, "detail channels, the VAE's; 0: a base DiT, on the base channels", within=(0, 4096))
     base: str = field("", "the DiT to widen: a run, released weights or their org/name; empty: none")
-    base_weights: str = field("", "ema or model, of the base's file; empty: the EMA if there is one",
-                              choices=("", "ema", "model"))
+    base_weights: str = field("", "of the base's file; empty: the EMA, if any", choices=("", "ema", "model"))
     model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS, as USiT")
     p: int = field(1, "no base given: patch side in latent pixels", within=(1, 64))
     E: int = field(1152, "no base given: width", within=(1, 65_536))
@@ -79,8 +78,7 @@ class Config:
     N: int = field(10_000, "steps over which the weight w(n) of the details rises from 0 to 1", at_least=0)
     cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)", at_least=0)
     label_dropout: float = field(0.1, "probability of training without a label or caption", within=(0, 1))
-    weighting: str = field("paper", "of times, see `draw_time`; sigma: as the authors' SD3 code",
-                           choices=("paper", "sigma", "uniform"))
+    weighting: str = field("paper", "of times, see `draw_time`", choices=("paper", "sigma", "uniform"))
     keep_levels: tuple = field((), "details shown of an image, one of these; empty: all (DC-AE 1.5, Eq. 2)",
                                within=(0, 4096), count=(0, 256))
     keep_mean: str = field("all", "of squared errors, over all channels (Eq. 2), or those shown (their code)",
@@ -148,7 +146,6 @@ PRESETS = {
 PRESETS["photos-vf"] = PRESETS["photos"] | dict(out="out/photos-vf", vae="out/photos-vf-vae")
 PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
     out="out/photos-dcae15", vae="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), N=0)
-
 # Tab. S1; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
@@ -287,7 +284,7 @@ def main(cfg):
     train_set = open_training_set(cfg, vae)
     run.made_of(**identity.of_parts(cfg, vae, train_set))
     if run.done:
-        return run.summary()
+        return run.summary(figures.report)
     check_sizes(vae, train_set, cfg)
 
     # the transformer and its average: from the newest checkpoint, if there is one, else widened from the base
@@ -364,11 +361,12 @@ def main(cfg):
         run.log.row(n + 1, w=w if cfg.D else None, gnorm=norm, lr=lr)
         if run.save_due(n + 1):
             save(run, n + 1, dit, ema, opt, about)
-            draw_samples(run, n + 1, ema, vae, about, condition.text)
+            if not run.ends_early:
+                draw_samples(run, n + 1, ema, vae, about, condition.text)
 
     summary = run.finish("DA-VAE DiT" if cfg.D else "base DiT")
     if rank == 0:
-        report(cfg, condition.text)
+        report(run, condition.text)
     return summary
 
 
@@ -507,11 +505,11 @@ def description(cfg, dit, train_set):
 
 
 def dry_run(cfg):
-    """Print what a run would be, of models of their published sizes.  Returns the numbers."""
-    import train_vae
-    with torch.device("meta"):                                     # shapes alone: no memory, no weights
-        model, inputs, r = plan.published(cfg, MODELS, new_dit, train_vae.PRESETS)
-        forward, _, _ = cost(model, inputs)                        # as it is sampled from, without adapters
+    """Print what a run would be, from shapes alone: no memory, no weights.  Returns the numbers."""
+    known, classes = stages.before_dry_run(cfg, makers())
+    model, inputs, r = plan.expected(cfg, known, MODELS, new_dit, classes)
+    forward, _, _ = cost(model, inputs)                            # as it is sampled from, without adapters
+    with torch.device("meta"):
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
         _, step, kept = cost(model, inputs)
@@ -522,10 +520,7 @@ def dry_run(cfg):
 
 
 def save(run, done, dit, ema, opt, about):
-    """Write a checkpoint: of all weights, or with adapters of the trained ones.
-
-    By all ranks: a sharded model is gathered from them.
-    """
+    """Write a checkpoint, by all ranks: of all weights, or with adapters of the trained ones."""
     if done:
         run.results |= {name: value for name, value in run.log.latest.items() if name in ("base", "detail")}
     weights = {"model": kept_weights(dit, dit, run.cfg), "ema": kept_weights(ema, dit, run.cfg)}
@@ -587,11 +582,14 @@ def draw_samples(run, done, ema, vae, about, text):
     ranks.wait_for_all()
 
 
-def report(cfg, text):
-    """Print a table of the stages and what to do next; draw the losses; write report.html."""
+def report(run, text):
+    """Draw the losses, write report.html; unless other stages follow, print what there is and what to do."""
     import evaluate                                                # which stands no lower than this script
-    figures.report(cfg.out, [cfg.vae, cfg.base, cfg.out], cfg.data_dir, goes_on=cfg.after.get(cfg.out, 0) > 0)
-    evaluate.report_at_the_end(cfg, text)
+    with runs.picture_may_fail(f"{run.cfg.out}: loss.png"):
+        figures.plot_losses(run.cfg.out)
+    evaluate.report_at_the_end(run.cfg, text)
+    if not run.needed_by:
+        figures.report(run.cfg)
 
 
 MAKER = stages.Maker("finetune.py", ("base DiT", "DA-VAE DiT"), PRESETS, Config, main, trial)

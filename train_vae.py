@@ -323,6 +323,8 @@ def main(cfg):
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
     # the VAE, the networks of its losses, an optimizer for each player: new, or from the newest checkpoint
+    if not run.checkpoint:
+        stages.make_missing(cfg, [MAKER])
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
     run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"),
                 teacher=identity.of_source(cfg.teacher) or cfg.teacher)
@@ -394,7 +396,8 @@ def main(cfg):
         run.log.row(step + 1, gnorm=norm, lr=lr)
         if run.save_due(step + 1):
             save(run, step + 1, vae, nets, opt, opt_d)
-            validate(run, step + 1, vae, val)
+            if not run.ends_early:
+                validate(run, step + 1, vae, val)
 
     # the statistics of the latents, which belong to the weights: they are final now, and saved
     if run.start == cfg.steps:                     # a job that was cut off between its last save and here
@@ -404,7 +407,7 @@ def main(cfg):
     save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
-        figures.report_vae(cfg.out, summary, vae.D, len(val))
+        figures.report_vae(cfg.out, summary, vae.D, held_out.in_words(cfg, len(val)))
     return summary
 
 
@@ -453,7 +456,7 @@ def learning_rate(step, cfg):
 
 
 def initial_vae(cfg, known=()):
-    """The VAE at step 0; a base that is missing is trained first, where a preset here makes it.
+    """The VAE at step 0.
 
     known: {folder: a VAE that stands in for the run there}
     """
@@ -461,11 +464,7 @@ def initial_vae(cfg, known=()):
     if cfg.D == 0 and not cfg.base:
         sizes = KLConfig(cfg.C, cfg.widths, cfg.blocks, cfg.attn, cfg.quant, cfg.groups)
         return PlainVAE(AutoencoderKL(sizes))
-    if cfg.base in known:
-        base = known[cfg.base].base
-    else:
-        stages.make_missing(cfg, [MAKER])
-        base = load_measured(cfg.base).base
+    base = (known[cfg.base] if cfg.base in known else load_measured(cfg.base)).base
     if cfg.D == 0:
         return PlainVAE(base)
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale,
@@ -489,8 +488,8 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
         pixels = cfg.fit == "pixels"
         found = fit_new_blocks(vae, images, 0.0 if pixels else cfg.fit_align, pixels)
     if rank == 0:
-        print(f"{cfg.out}: the new blocks start in closed form; of what z does not tell of the decoder's "
-              f"features they keep {found['kept']:.1%}, and the details tell {found['told']:.1%} of z")
+        print(f"{cfg.out}: the new blocks start in closed form: the details keep {found['kept']:.1%} of what "
+              f"the base channels lack of the full-size image's features, and tell {found['told']:.1%} of z")
 
 
 def trial(cfg, n, device, known, classes):
@@ -582,16 +581,16 @@ def validate(run, done, vae, val):
 
 def draw(cfg, done, vae, val, base, full):
     """recon.png and recon_<done>.png: rows of inputs, base only, whole reconstructions and their errors."""
+    shown = min(len(val), 8, max(1, 2048 // val.shape[-1]))      # 8, or what 2,048 pixels take side by side
     rows = {"input": val}
     if vae.D:
         rows["base only"] = base
     rows["DA-VAE" if vae.D else "VAE"] = full
     rows["4x error"] = 4 * (full - val).abs() - 1                # 4 * |error / 2| on [0, 1], shown on [-1, 1]
-    strip = torch.cat([images[:8] for images in rows.values()])
-    labels = [name for name in rows for _ in val[:8]]
+    strip = torch.cat([images[:shown] for images in rows.values()])
+    labels = [name for name in rows for _ in range(shown)]
     for name in ("recon.png", f"recon_{done:06d}.png"):
-        figures.save_grid(strip, Path(cfg.out) / name, columns=len(val[:8]),
-                          scale=max(1, 96 // val.shape[-1]), labels=labels)
+        figures.save_grid(strip, Path(cfg.out) / name, shown, max(1, 96 // val.shape[-1]), labels)
 
 
 MAKER = stages.Maker("train_vae.py", ("base VAE", "DA-VAE"), PRESETS, Config, main, trial)

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import shlex
 import sys
 
 # Where a field does not say otherwise, a number may be as large as this.
@@ -49,7 +50,8 @@ def cli(Config, presets=None, argv=None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
-        print_help(Config, presets)
+        preset = "" if argv[0].startswith("-") else argv[0]
+        print_help(Config, presets, preset)
         raise SystemExit(0)
 
     fields = {f.name: f for f in dataclasses.fields(Config)}
@@ -79,9 +81,12 @@ def cli(Config, presets=None, argv=None):
     return cfg
 
 
-def print_help(Config, presets):
-    """The script's docstring, every field with its default and what else it takes, the presets."""
+def print_help(Config, presets, preset):
+    """The script's docstring, every field with its value in the preset, or its default, and what else it
+    takes, the presets.
+    """
     fields = dataclasses.fields(Config)
+    chosen = (presets or {}).get(preset, {})
     heads = headings(Config)
     print(sys.modules[Config.__module__].__doc__)
     print(f"usage: [{fields[0].name}] --field=value ...\n")
@@ -91,9 +96,10 @@ def print_help(Config, presets):
         taken = ", ".join(choice or "nothing" for choice in f.metadata["choices"]) or range_of(f)
         taken = taken.replace(f" to {LARGEST:_}", " or more")
         taken = f" [{taken}]" if taken else ""
-        print(f"  --{f.name}={show(f.default)}".ljust(34) + f.metadata["help"] + taken)
+        value = preset if chosen and f is fields[0] else chosen.get(f.name, f.default)
+        print(f"  --{f.name}={show(value)}".ljust(34) + f.metadata["help"] + taken)
     if presets:
-        print(f"\npresets: {', '.join(presets)}")
+        print(f"\npresets: {', '.join(presets)}; PRESET --help shows the values of one")
 
 
 def headings(Config):
@@ -217,3 +223,10 @@ def show(value):
 def flags(cfg):
     """A Config as the flags that make it again."""
     return [f"--{f.name}={show(getattr(cfg, f.name))}" for f in dataclasses.fields(cfg)]
+
+
+def command(script, cfg, presets):
+    """The command that makes a Config of `script` again: its preset, and what differs from that."""
+    usual = flags(type(cfg)(**{"preset": cfg.preset} | presets.get(cfg.preset, {})))
+    changed = [flag for flag, before in zip(flags(cfg), usual) if flag != before]
+    return shlex.join(["python", script, cfg.preset, *changed])

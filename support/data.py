@@ -26,7 +26,6 @@ from support import identity, shards
 from support.captions import read_captions, shown
 from support.drawings import SCENES, draw, make_textures
 
-
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp",
     ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi",
@@ -41,7 +40,6 @@ OF_SYSTEMS = (
 )
 
 SMALLEST = 11                               # pixels, the side of SSIM's window: of images that are measured
-
 
 # What Pillow's decoders were seen to raise on damaged files.
 DECODING_ERRORS = (
@@ -124,7 +122,7 @@ class Dataset:
 
     def summary(self):
         """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable; left
-        out: 20 .heic, 3 .safetensors'.
+        out: 20 .pdf, 3 .safetensors'.
         """
         line = f"{len(self)} images without classes"
         if self.classes:
@@ -247,8 +245,9 @@ def endings(paths):
 
 
 def listed(counts):
-    """'20 .heic, 3 .safetensors, 2 without an ending', of at most ten {ending: count}."""
-    parts = [f"{count} {shown(ending)}" for ending, count in counts.items()]
+    """'20 .pdf, 3 .safetensors, 2 without an ending', of at most ten {ending: count}."""
+    hints = {".heic": " (convert to .jpg)"}
+    parts = [f"{count} {shown(ending)}{hints.get(ending, '')}" for ending, count in counts.items()]
     return ", ".join(parts[:10]) + (", ..." if len(parts) > 10 else "")
 
 
@@ -543,7 +542,8 @@ def read(dataset, index, whole=0, threads=8):
                 yield to_tensor(x), y, [i for i, _ in found]
             count += len(found)
     if count < len(index):
-        print(f"{len(index) - count} of {len(index)} images are left out", file=sys.stderr)
+        print(f"of {len(index)} images to look at or to measure, {len(index) - count} are left out",
+              file=sys.stderr)
 
 
 def exact_whole(dataset, multiple, i):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from support import runs
+from support import files, identity, runs
 from support.data import to_uint8
 
 
@@ -153,31 +153,40 @@ def final_table(folders):
             print(f"{summary['stage']:<12}{run:<{width}}{steps:>8}{seconds:>9}  {result_of(summary)}")
 
 
-def report_vae(out, summary, D, count):
-    """The end of train_vae.py: draw the losses, and say in a line what came out, on `count` images."""
+def report_vae(out, summary, D, shown):
+    """The end of train_vae.py: draw the losses, and say in a line what came out, on the images `shown`."""
     with runs.picture_may_fail(f"{out}: loss.png"):
         plot_losses(out)
-    shown = "base VAE"
+    what = "base VAE"
     if D:
-        shown = f"base only {number(summary, 'psnr_base', '.2f')} dB, DA-VAE"
-    print(f"{out}: done in {summary['seconds']:.0f} s; {shown} {number(summary, 'psnr', '.2f')} dB on "
-          f"{count} images; look at {out}/recon.png")
+        what = f"base only {number(summary, 'psnr_base', '.2f')} dB, DA-VAE"
+    print(f"{out}: done in {summary['seconds']:.0f} s; {what} {number(summary, 'psnr', '.2f')} dB on "
+          f"{shown}; look at {out}/recon.png")
 
 
-def report(out, stages, data_dir, goes_on=False):
-    """The end of finetune.py: draw the losses of `out`, print the table of all stages and where to go on.
-
-    goes_on: another stage follows in this job, so the losses are enough
-    """
-    with runs.picture_may_fail(f"{out}: loss.png"):
-        plot_losses(out)
-    if goes_on:
-        return
-    final_table(stages)
+def report(cfg):
+    """The end of finetune.py: print the table of all stages, what there is to look at, and where to go on."""
+    out = cfg.out
+    final_table([cfg.vae, cfg.base, out])
     pictures = sorted(path.name for path in Path(out).glob("*.png") if not path.stem[-6:].isdigit())
-    held_out = "" if data_dir == "procedural" else " --data_dir=HELD_OUT_IMAGES"
+    others = "" if cfg.data_dir == "procedural" else " --data_dir=HELD_OUT_IMAGES"
+    if cfg.lpips_trunk:
+        others += f" --perceptual=squeeze --lpips_trunk={cfg.lpips_trunk}"
     print(f"\npictures in {out}: {', '.join(pictures)}\n"
-          f"next: python sample.py {out}\n      python evaluate.py {out}{held_out}")
+          f"next: python sample.py {out}{folder_of_samples(out)}\n      python evaluate.py {out}{others}")
+    if Path(out, "report.html").exists():
+        print(f"the run on one page: {out}/report.html")
+
+
+def folder_of_samples(out):
+    """The flag by which sample.py draws beside samples of an earlier state of a run; "" where it need not."""
+    settings = Path(out, "samples", "settings.json")
+    if not settings.exists():
+        return ""
+    drawn_by = files.read_json(settings).get("model")
+    if drawn_by == identity.of_run(runs.latest_checkpoint(out)):
+        return ""
+    return f" --out={out}/samples_{runs.step_of(out)}"
 
 
 def print_table(title, table):

@@ -30,6 +30,12 @@ def statistics_images(cfg, train_set, device, rank, world):
         yield data.to_tensor(x).to(device)
 
 
+def in_words(cfg, n):
+    """What the n `validation_images` are, for a sentence."""
+    kind = "held-out" if cfg.val_dir or cfg.data_dir == "procedural" else "training"
+    return f"{n} {kind} images of {cfg.image_size} pixels"
+
+
 def validation_images(cfg, train_set, n=64):
     """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
 

@@ -119,7 +119,8 @@ def make_lpips(net, trunk=""):
             model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
     except (urllib.error.URLError, OSError) as error:
         raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): "
-                         "give the file with --lpips_trunk=, or --perceptual=none") from None
+                         "give the file with --lpips_trunk=; train_vae.py and evaluate.py do without it by "
+                         "--perceptual=none") from None
     if trunk:
         load_trunk(model.net, trunk)
     return model.eval().requires_grad_(False)

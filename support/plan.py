@@ -1,12 +1,16 @@
 """What a training run would take: sizes, FLOPs, memory, disk, hours, from shapes alone."""
 import dataclasses
+from pathlib import Path
 
 import torch
 
+from support import runs
 from support.config import flags
+from support.weights import load_davae, load_dit
 
-# Transformer: channels and f of the VAE whose latents the pretrained one knows
+# A preset's base VAE, or a transformer: channels and f of the latents that the pretrained one knows
 LATENTS = {
+    "taef2": (32, 8),
     "LightningDiT": (32, 16),      # VA-VAE
     "USiT": (32, 32),              # DC-AE
     "MMDiT": (16, 8),              # SD3's VAE
@@ -26,34 +30,57 @@ def gpu_hours(flops, reached=REACHED[0], peak=PEAK):
     return flops / (peak * reached) / 3600
 
 
-def published(cfg, MODELS, new_dit, vaes):
-    """(model, inputs, r) of what `cfg` would train: of cfg.model's published sizes; with texts, SD3.5's.
+def expected(cfg, stages, MODELS, new_dit, classes):
+    """(model, inputs, r) of what `cfg` would train, on the device "meta", where nothing takes memory.
 
-    Made where the caller says: on "meta", without memory.
-    MODELS: dit.py's; new_dit: finetune.py's, for models of classes; vaes: train_vae.py's PRESETS, of which
-    the one that makes cfg.vae says r
+    As the runs are that it needs, where they are there; else as their presets say; else of cfg.model's
+    published sizes, or with texts SD3.5's.
+    stages: {folder: Config} of the runs that presets make; MODELS: dit.py's; new_dit: finetune.py's, for
+    models of classes; classes: how many
     raises: SystemExit if the images do not divide into tokens
     """
-    r = 2
-    for values in vaes.values():
-        if values["out"] == cfg.vae:
-            r = values.get("r", 2)
     kind = cfg.model
     if cfg.text and not (kind in MODELS and takes_text(MODELS[kind][0])):
         kind = "MMDiT"
-    C, f = LATENTS.get(kind, LATENTS["LightningDiT"])
-    f = r * f
-    if cfg.text:
-        ModelConfig, Model = MODELS[kind]
-        model = Model(ModelConfig(C=C, D=cfg.D))
-        cond = text_inputs(kind, model.cfg, cfg.t5_tokens)
-    else:
-        model = new_dit(cfg, C, f, num_classes=1000)
-        cond = [torch.zeros(1, dtype=torch.long)]
+    C, f, r = latent_of(cfg.vae, stages, kind)
+    with torch.device("meta"):
+        if cfg.text:
+            ModelConfig, Model = MODELS[kind]
+            model = Model(ModelConfig(C=C, D=cfg.D))
+            cond = text_inputs(kind, model.cfg, cfg.t5_tokens)
+        else:
+            base = stages.get(cfg.base, cfg)                       # its settings are the widened model's
+            model = new_dit(dataclasses.replace(base, D=cfg.D, image_size=cfg.image_size), C, f, classes)
+            cond = [torch.zeros(1, dtype=torch.long)]
+    if runs.checkpoints(cfg.base):
+        model = load_dit(cfg.base).to("meta")
+        if cfg.D:
+            model.expand_channels(cfg.D)
     if cfg.image_size % (f * model.cfg.p):
         raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of {f * model.cfg.p}")
     side = cfg.image_size // f
-    return model, [torch.empty(1, C + cfg.D, side, side), torch.empty(1), *cond], r
+    x, t = torch.empty(1, C + cfg.D, side, side, device="meta"), torch.empty(1, device="meta")
+    return model, [x, t, *cond], r
+
+
+def latent_of(vae, stages, kind):
+    """(C, f, r) of the latents of a DA-VAE in the folder `vae`: base channels, pixels a position, and r.
+
+    stages: {folder: Config} of the runs that presets make; kind: of the transformer
+    """
+    if runs.checkpoints(vae):
+        found = load_davae(vae)
+        return found.C, found.f, getattr(found, "r", 1)
+    base = stages[vae].base if vae in stages else ""
+    r = stages[vae].r if vae in stages else 2
+    if base in stages:                                             # trained here: f doubles with each level
+        C, f = stages[base].C, 2 ** (len(stages[base].widths) - 1)
+    elif base and Path(base).exists():
+        found = load_davae(base)
+        C, f = found.C, found.f
+    else:
+        C, f = LATENTS.get(base) or LATENTS.get(kind, LATENTS["LightningDiT"])
+    return C, r * f, r
 
 
 def takes_text(ModelConfig):
@@ -70,7 +97,7 @@ def text_inputs(kind, cfg, tokens):
 def show(cfg, model, inputs, r, forward, step, kept):
     """Print what `finetune.py` with these settings would be.
 
-    model, inputs, r: see `published`
+    model, inputs, r: see `expected`
     forward, step: FLOPs of an image; kept: numbers that the backward pass keeps of an image
     returns {parameters, trained, tokens, forward, step}
     Memory is per GPU: exact for weights, gradients, AdamW and EMA;

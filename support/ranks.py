@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,8 @@ from torch.utils._pytree import tree_map
 def launch(main, cfg):
     """Run a script's `main(cfg)` as a program, under torchrun or not.
 
-    Too little memory, of a GPU or the machine, and every ValueError of this project, end it with a sentence
-    instead of a traceback.
+    Too little memory, of a GPU or the machine, Ctrl-C, and every ValueError of this project, end it with a
+    sentence instead of a traceback.
     """
 
     def program(cfg):
@@ -38,6 +39,9 @@ def launch(main, cfg):
             if isinstance(error, ValueError) and raised_here(error):
                 raise SystemExit(str(error)) from None
             raise
+        except KeyboardInterrupt:
+            print("\nstopped; what was saved is whole, and the same command goes on from it", file=sys.stderr)
+            raise SystemExit(130) from None            # as shells say of Ctrl-C
 
     record(program)(cfg)                   # torchrun then reports the rank that failed first
     if dist.is_initialized():
@@ -150,6 +154,8 @@ def heed_signals(on=True):
     def ask(number, frame):
         ASKED.append(number)
         heed_signals(False)
+        if this_rank() == 0:                   # not print: it may have been interrupted in a print
+            os.write(2, b"\nstopping after the step at hand, which is saved; once more: at once\n")
 
     signal.signal(signal.SIGTERM, ask if on else signal.SIG_DFL)
     signal.signal(signal.SIGINT, ask if on else signal.default_int_handler)

@@ -73,7 +73,8 @@ class Run:
         self.parts = parts_of(self.checkpoint)         # see `made_of`
         self.seconds = 0.0                             # of training, before this job
         self.since = time.time()
-        self.stopping = False                          # see `save_due`
+        self.needed_by = getattr(cfg, "needed_by", "")     # the run of which this is a stage, or ""
+        self.ends_early = False                        # see `save_due`
         self.must_save = False
         if self.done:
             self.start = cfg.steps
@@ -113,7 +114,10 @@ class Run:
                 if self.rank == 0:
                     tqdm.write(f"{sentence}; training goes on with these")
                 continue
-            raise Differs(f"{sentence}: give the former, or another --out to start afresh")
+            keep = ""
+            if name == "images" and getattr(self.cfg, "vae", ""):
+                keep = f" (with --vae={self.cfg.vae} --base={self.cfg.base} on what was made before)"
+            raise Differs(f"{sentence}: give the former, or another --out to start afresh{keep}")
         self.parts |= {name: new for name, new in parts.items() if new is not None}
 
     def describe(self, train_set, parameters, sizes, accumulate, world, device):
@@ -148,7 +152,7 @@ class Run:
             if after:
                 left = after + (cfg.steps - step - 1) * (time.time() - self.since) / (step + 1 - self.start)
                 bar.set_postfix_str(f"all stages {tqdm.format_interval(left)}", refresh=False)
-            if self.stopping and step + 1 < cfg.steps:
+            if self.ends_early:
                 if self.rank == 0:
                     tqdm.write(f"{cfg.out}: stopped after step {step + 1}; the same command goes on")
                 self.close_trackers()
@@ -158,10 +162,13 @@ class Run:
     def save_due(self, done):
         """Is a checkpoint due after `done` steps: by save_every (0: never), the last, or a signal to stop?
 
-        All ranks must ask after each step, because any of them may be told to stop.
+        All ranks must ask after each step, because any of them may be told to stop. Then ends_early is set:
+        there may be seconds left, so no pictures are drawn.
         """
-        self.stopping = ranks.asked_to_stop()
-        self.must_save = self.stopping or done == self.cfg.steps
+        last = done == self.cfg.steps
+        stopping = ranks.asked_to_stop()
+        self.ends_early = stopping and not last
+        self.must_save = stopping or last
         return self.must_save or is_due(done, self.cfg.save_every)
 
     def save(self, done, weights, state, config):
@@ -195,11 +202,16 @@ class Run:
         for tracker in self.trackers:
             tracker.close()
 
-    def summary(self):
-        """The summary of a run that is finished, said aloud."""
+    def summary(self, report=None):
+        """The summary of a run that is finished, said aloud.
+
+        report(cfg): prints more, of a run that is no stage of another
+        """
         if self.rank == 0:
-            print(f"{self.cfg.out}: finished at step {self.cfg.steps}; give more --steps or another --out to "
-                  "go on")
+            more = "" if self.needed_by else "; give more --steps or another --out to go on"
+            print(f"{self.cfg.out}: finished at step {self.cfg.steps}{more}")
+            if report and not self.needed_by:
+                report(self.cfg)
         return read_summary(self.cfg.out)
 
 

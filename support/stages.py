@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from support import data, ranks, runs
+from support import config, data, ranks, runs
 from support.latents import Latents
 
 
@@ -96,9 +96,12 @@ def make_missing(cfg, makers):
     """
     for flag, maker, stage in stages_of(cfg, makers):
         stage.after = getattr(cfg, "after", {})
+        stage.needed_by = cfg.out
         if not runs.is_finished(stage):
-            print(f"\n{cfg.out} needs {stage.out}, which is not there yet: running  python {maker.script} "
-                  f"{stage.preset}")
+            step = runs.step_of(stage.out)
+            state = "is not there yet" if step < 0 else f"is at step {step} of {stage.steps}"
+            print(f"\n{cfg.out} needs {stage.out}, which {state}: running\n"
+                  f"    {config.command(maker.script, stage, maker.presets)}")
         try:
             maker.main(stage)
         except runs.Differs as difference:
@@ -137,6 +140,41 @@ def missing(cfg, maker, makers):
     return [*found, (maker, cfg)]
 
 
+def check_base_vae(cfg, stages):
+    """raises: SystemExit if a DA-VAE is to be made on a preset's base VAE that is not here"""
+    if getattr(cfg, "base_vae", None) != "":           # named, and looked for when it is read
+        return
+    made = [stage.out for _, stage in stages]
+    for maker, stage in stages:
+        needed = maker.makes[1] == "DA-VAE" and stage.D > 0
+        if needed and stage.base not in made and "/" not in stage.base and not Path(stage.base).exists():
+            raise SystemExit(f"{stage.out} is to be made on a base VAE, and {stage.base} is not here: name "
+                             "its file or folder, or org/name, with --base_vae=")
+
+
+def before_dry_run(cfg, makers):
+    """Print what cfg needs that is to be made first.  Returns (`known_stages`, classes of the images).
+
+    Where the images are not here, they are ImageNet's 1,000.
+    """
+    settle(cfg)
+    stages = missing(cfg, makers[-1], makers)
+    if len(stages) > 1:
+        show(stages, {}, 0)
+    classes = 1000
+    if cfg.data_dir == "procedural" or Path(cfg.data_dir).is_dir():
+        classes = len(data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed).classes)
+    return known_stages(cfg, makers), max(1, classes)
+
+
+def known_stages(cfg, makers):
+    """{folder: Config} of all runs that cfg needs and that presets make, be they there or not."""
+    found = {}
+    for _, _, stage in stages_of(cfg, makers):
+        found |= known_stages(stage, makers) | {stage.out: stage}
+    return found
+
+
 def plan(cfg, makers, rank, device):
     """Print what will be trained, where, and about how long it takes here; once, before the first of it.
 
@@ -151,6 +189,7 @@ def plan(cfg, makers, rank, device):
     stages = missing(cfg, makers[-1], makers)
     if len(stages) < 2 or runs.is_finished(cfg) or rank > 0:
         return
+    check_base_vae(cfg, stages)
     classes = 0
     if not Latents.are_in(cfg.data_dir):
         images = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
@@ -175,7 +214,10 @@ def plan(cfg, makers, rank, device):
 
 
 def seconds_of(step, device):
-    """Seconds of a call of step(), the first left out: the mean over a third of a second, three at least."""
+    """Seconds of a call of step(): the mean over a third of a second, and over three calls at least.
+
+    Three calls before are left out: the first of a shape is slower, and images may be cropped to three sizes.
+    """
 
     def finished():
         step()
@@ -183,9 +225,9 @@ def seconds_of(step, device):
             torch.cuda.synchronize()
         return time.time()
 
-    since = finished()
-    count = 1
-    now = finished()
+    for _ in range(3):
+        since = finished()
+    now, count = since, 0
     while count < 3 or now - since < 0.3:
         now = finished()
         count += 1
@@ -197,7 +239,7 @@ def show(stages, times, size):
     width = max(len(stage.out) for _, stage in stages) + 2
     print(f"{'to be made':<12}{'folder':<{width}}{'steps':>8}   about")
     for maker, stage in stages:
-        told = minutes(times[stage.out]) if times else "see --dry_run=True"
+        told = minutes(times[stage.out]) if times else "not timed"
         print(f"{maker.makes[stage.D > 0]:<12}{stage.out:<{width}}{stage.steps:>8}   {told}")
     if times:
         folder = Path(stages[-1][1].out).absolute()
@@ -205,7 +247,7 @@ def show(stages, times, size):
             folder = folder.parent
         free = shutil.disk_usage(folder).free
         print(f"in all about {minutes(sum(times.values()))} of training, by a few steps of each on noise; "
-              f"{size / 1e9:.1f} GB of checkpoints, {free / 1e9:.0f} GB are free", flush=True)
+              f"at most {size / 1e9:.1f} GB of checkpoints, {free / 1e9:.0f} GB are free", flush=True)
 
 
 def minutes(seconds):

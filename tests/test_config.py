@@ -58,6 +58,14 @@ def test_help_names_every_field_and_preset(capsys):
     assert "large" in text
 
 
+def test_help_after_a_preset_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        config.cli(Config, PRESETS, ["large", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}={config.show(value)} " in text for name, value in PRESETS["large"].items())
+    assert "--preset=large" in text
+
+
 def test_help_puts_the_comments_of_the_config_above_its_fields_also_of_a_parent_class(capsys):
     expected = {finetune.Config: ["loss (Sec. 3.3, Tab. S1)\n  --N="],
                 evaluate.Config: ["what is drawn\n  --classes=", "what is measured\n"]}

@@ -340,7 +340,7 @@ def test_what_is_no_image_by_its_ending_is_counted_in_the_summary(tmp_path):
     for name in ("lora.safetensors", "photo.img", "scan", "deep/other"):
         save(tmp_path / name, format="PNG")                             # images with a wrong ending, or none
     summary = data.ImageFolder(tmp_path, 8).summary()
-    assert summary.startswith("1 images without classes; left out: 21 .heic, 2 without an ending, 1 ")
+    assert summary.startswith("1 images without classes; left out: 21 .heic (convert to .jpg), 2 without an ")
     assert "1 .safetensors" in summary and "1 .img" in summary
 
 
@@ -357,9 +357,9 @@ def test_a_class_without_images_is_named_with_what_it_holds(tmp_path):
     for k in range(3):
         save(tmp_path / "dog" / f"{k}.HEIC", format="PNG")
     save(tmp_path / "dog" / "deep" / "raw", format="PNG")
-    with pytest.raises(ValueError, match=r"in 'dog' \(3 .heic, 1 without an ending\); add some"):
+    with pytest.raises(ValueError, match=r"in 'dog' \(3 .heic \(conv.*, 1 without an ending\); add some"):
         data.ImageFolder(tmp_path, 8)
-    with pytest.raises(ValueError, match=r"in '.*dog' \(3 .heic, 1 without an ending\); add some"):
+    with pytest.raises(ValueError, match=r"in '.*dog' \(3 .heic .*, 1 without an ending\); add some"):
         data.ImageFolder(tmp_path / "dog", 8)
 
 
@@ -530,7 +530,7 @@ def test_what_is_measured_leaves_unreadable_images_out_and_counts_none_twice(tmp
     assert greys == numbers == [i for i in range(14) if i not in bad]
     assert all(len(x) == len(y) == len(numbers) > 0 for x, y, numbers in batches)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == f"{len(bad)} of 14 images are left out"
+    assert lines[-1] == f"of 14 images to look at or to measure, {len(bad)} are left out"
     assert sorted(line.split(".png")[0][-2:] for line in lines[:-1]) == [f"{i:02d}" for i in bad]
 
 
@@ -542,7 +542,7 @@ def test_whole_images_smaller_than_their_cut_or_than_the_window_of_ssim_are_left
     assert [numbers for _, _, numbers in batches] == [[0], [2]]
     named, counted = capsys.readouterr().err.splitlines()
     said = f"b.png: {size[1]}x{size[0]} pixels are too small, the least that is measured is 16x16"
-    assert said in named and counted == "1 of 3 images are left out"
+    assert said in named and counted == "of 3 images to look at or to measure, 1 are left out"
 
 
 # ---- pixels ----

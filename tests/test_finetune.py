@@ -254,6 +254,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_in_a_save_goes_on_bit_for_bit(
     straight = finetune_config(tmp_path / "a", steps=400, save_every=1000)
     broken = replace(straight, out=str(tmp_path / "b"))
     step = interrupt(finetune.main, broken, signal.SIGINT)
+    assert not Path(broken.out, f"samples_{step:06d}.png").exists()        # there may be seconds left
     process = launch(finetune.main, replace(broken, steps=step + 1), KILLED_IN_A_SAVE)
     assert process.wait() == -signal.SIGKILL
     assert runs.step_of(broken.out) == step

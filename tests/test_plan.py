@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 import finetune
+from dit import DiTConfig, LightningDiT
 from experiments import budget
 from finetune import PRESETS, Config
 
@@ -40,6 +41,21 @@ def test_dry_run_counts_what_the_models_really_cost(preset, changes, forward, pa
         job, = [job for job in budget.JOBS if job.preset == preset]
         assert (job.forward, job.step) == pytest.approx((forward, numbers["step"]), rel=0.001)
         assert (job.total, job.trained) == (numbers["parameters"], numbers["trained"])
+
+
+@pytest.mark.parametrize("preset, tokens, sizes", [
+    ("tiny", 16, dict(C=8, D=24, p=2, grid=4, E=192, depth=4, A=3)),
+    ("photos", 64, dict(C=32, D=96, p=1, grid=8, E=256, depth=6, A=4))])
+def test_a_dry_run_is_of_the_models_that_a_preset_trains(
+        preset, tokens, sizes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = LightningDiT(DiTConfig(num_classes=10, **sizes))
+    parameters = sum(p.numel() for p in model.parameters())
+    cfg = Config(**{"preset": preset, **PRESETS[preset]})
+    numbers = finetune.main(replace(cfg, dry_run=True))
+    assert (numbers["tokens"], numbers["parameters"]) == (tokens, parameters)
+    shown = capsys.readouterr().out
+    assert shown.index(f" out/{preset}-vae ") < shown.index(f" out/{preset}-base ") < shown.index("model ")
 
 
 @pytest.mark.parametrize("changes,sentence", [

@@ -199,6 +199,17 @@ def test_a_value_error_of_this_project_is_a_sentence_and_one_of_a_library_keeps_
         ranks.launch(lambda cfg: json.loads("{"), None)
 
 
+def test_ctrl_c_before_or_after_the_training_is_one_sentence_and_no_traceback(capsys):
+
+    def main(cfg):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        ranks.launch(main, None)
+    assert end.value.code == 130 and end.value.__suppress_context__
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_gradients_of_a_losss_own_parameters_are_averaged_over_two_processes(davae_config, tmp_path, launch):
     """Each rank sets a gradient of its own before the training; what comes of it is written to a file."""
     fault = f"""

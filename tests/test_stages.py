@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate
 import finetune
 import train_vae
-from support import config, runs, stages
+from support import config, figures, identity, runs, stages
 from support.weights import load_davae, save_base_vae
 
 SMALL = dict(image_size=16, flip=False, steps=2, batch_size=4, micro_batch=4, save_every=0, dtype="float32")
@@ -69,6 +69,19 @@ def test_stage_1_plans_its_base_as_well(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.index("base VAE    out/tiny-base-vae") < said.index("DA-VAE      out/tiny-vae")
     assert runs.read_summary("out/tiny-vae")["steps"] == 1
+
+
+def test_a_da_vae_starts_the_same_whether_or_not_its_base_was_made_in_the_same_job(
+        tmp_path, monkeypatch, same_weights):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-base", "tiny"):
+        small = dict(steps=1, images=8, stats=4, batch_size=2, save_every=0)
+        monkeypatch.setitem(train_vae.PRESETS, name, train_vae.PRESETS[name] | small)
+    one_job = config.cli(train_vae.Config, train_vae.PRESETS, ["tiny"])
+    train_vae.main(one_job)
+    alone = config.cli(train_vae.Config, train_vae.PRESETS, ["tiny", "--out=out/alone"])
+    train_vae.main(alone)
+    assert same_weights(one_job, alone)
 
 
 def test_what_is_finished_is_in_no_plan_and_neither_is_what_no_preset_makes(toys, finetune_config, tmp_path):
@@ -134,10 +147,19 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     assert Path("out/mine-base/photos/samples.png").exists()
     assert "python sample.py out/mine-base/photos\n" in said
     assert "python evaluate.py out/mine-base/photos --data_dir=HELD_OUT_IMAGES" in said
+    assert "out/mine-base/photos needs out/mine-base/photos-vae, which is not there yet: running\n" in said
+    assert "    python train_vae.py photos --out=out/mine-base/photos-vae --data_dir=mine --base=" in said
+    assert "give more --steps" not in said                         # of a stage that is done, amid the plan
 
     whole_job("--data_dir=mine")                                   # there is nothing left to do, and no plan
     said, _ = capfd.readouterr()
-    assert "finished at step 2" in said and "to be made" not in said
+    assert "finished at step 2; give more --steps" in said and "to be made" not in said
+    assert "next: python sample.py out/mine-base/photos\n" in said
+
+    picture(99).save("mine/cats/new.png")
+    with pytest.raises(SystemExit, match="other images than --data_dir=mine has now: give the former, or .*"
+                                         "--out .* --vae=out/mine-base/photos-vae .*on what was made before"):
+        whole_job("--data_dir=mine")
 
 
 def test_other_photos_get_other_folders_and_those_of_the_same_name_are_refused(toys, capfd):
@@ -163,6 +185,26 @@ def test_a_folder_without_classes_and_one_with_captions_give_an_unconditional_mo
     said, _ = capfd.readouterr()
     assert "12 images without classes, 12 captions" in said
     assert runs.read_config(runs.latest_checkpoint("out/flat-base/photos"))["model"]["num_classes"] == 1
+
+
+def test_a_preset_whose_base_vae_is_not_here_says_by_which_flag_to_name_it(toys):
+    photos("mine")
+    cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", "--data_dir=mine"])
+    with pytest.raises(SystemExit, match="on a base VAE, and taef2 is not here: name .* with --base_vae="):
+        finetune.main(cfg)
+    assert not Path("out").exists()
+
+
+def test_samples_of_a_run_that_went_on_get_a_folder_of_their_own(toys, capfd):
+    photos("mine")
+    done = whole_job("--data_dir=mine")
+    assert figures.folder_of_samples(done.out) == ""
+    model = {"model": identity.of_run(runs.checkpoints(done.out)[-1])}
+    Path(done.out, "samples").mkdir()
+    runs.write_json(f"{done.out}/samples/settings.json", model)
+    assert figures.folder_of_samples(done.out) == ""
+    whole_job("--data_dir=mine", "--steps=3")
+    assert figures.folder_of_samples(done.out) == f" --out={done.out}/samples_3"
 
 
 def test_a_folder_of_documents_is_refused_before_anything_is_made(toys):
@@ -213,12 +255,12 @@ def test_a_stage_is_timed_on_as_many_images_as_a_pass_of_it_has(tmp_path, monkey
     assert tiny.after["out/tiny-vae"] == pytest.approx(0.01 * (450 + 3 * 420))
 
 
-def test_the_time_of_a_step_leaves_the_first_out_and_is_a_mean(monkeypatch):
-    clock = iter([100.0, 100.1, 100.2, 100.6, 102.0])              # after the first pass, and the others
+def test_the_time_of_a_step_leaves_the_first_three_out_and_is_a_mean(monkeypatch):
+    clock = iter([70.0, 90.0, 100.0, 100.1, 100.2, 100.6, 102.0])  # after the first three, and the others
     monkeypatch.setattr(stages.time, "time", lambda: next(clock))
     passes = []
     assert stages.seconds_of(lambda: passes.append(1), torch.device("cpu")) == pytest.approx(0.2)
-    assert len(passes) == 4
+    assert len(passes) == 6
 
 
 @pytest.mark.parametrize("seconds, told", [
