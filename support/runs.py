@@ -283,8 +283,9 @@ def resume(cfg, free):
                       f"give --steps={step_of(cfg.out)} or more, or another --out to start afresh")
     latest = checkpoints(cfg.out)[-1]
     saved = read_config(latest)["config"]
+    before = {f.name: f.default for f in dataclasses.fields(cfg)}      # of fields younger than the run
     for name, new in dataclasses.asdict(cfg).items():
-        old = saved.get(name, new)                     # a field that is younger than the run
+        old = saved.get(name, before[name])
         if name in NO_EFFECT | SOURCES or json.dumps(old) == json.dumps(new):
             continue
         if name not in free:

@@ -76,6 +76,14 @@ def test_resume_refuses_another_run_and_names_both_values(tmp_path, capsys):
         runs.resume(Config(out=out, steps=11), free={"preset", "lr"})
 
 
+def test_a_field_that_is_younger_than_the_run_was_at_its_default(tmp_path):
+    saved = {"config": {"out": str(tmp_path), "steps": 10}}
+    runs.save_checkpoint(tmp_path, 5, {}, {}, saved)
+    assert runs.resume(Config(out=str(tmp_path)), free=set()).name == "step_000005"
+    with pytest.raises(SystemExit, match="started with lr=0.001, now lr=0.5"):
+        runs.resume(Config(out=str(tmp_path), lr=0.5), free=set())
+
+
 def test_json_files_are_replaced_whole(tmp_path):
     runs.write_json(tmp_path / "x.json", {"a": 1})
     with pytest.raises(TypeError):
