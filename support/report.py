@@ -445,14 +445,13 @@ def reduced(x, side):
 # of each chart: its title, {number in log.jsonl: its name on the page}, and what these are
 FLOW = ("Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details",
         {"base": "base", "detail": "detail", "w": "w(n)"},
-        "v* = data − noise is the velocity that the transformer learns to tell. w(n) is how much the loss of "
-        "the details counts at step n (Eq. 12): it rises from 0 to 1 over the first N steps, here {N:,}.")
+        "v* = data − noise is the velocity that the transformer learns to predict. w(n) is how much the loss "
+        "of the details counts at step n (Eq. 12): it rises from 0, and is 1 from step N = {N:,} on.")
 AUTOENCODER = [
     ("DA-VAE: mean |x − x̂|, and the alignment of group means to the base",
      {"align": "align", "l1": "L1"},
-     "L1: by how much pixels are off, on a scale from −1 to 1. align: mean square of the differences between "
-     "the mean of each group of details and its base channel (Eq. 4), or, where a teacher was given, the "
-     "distance to its features; low where the details have the structure of the base latent."),
+     "L1: by how much pixels are off, on a scale from −1 to 1. align: mean squared difference between the "
+     "mean of each group of details and its base channel (Eq. 4); with a teacher, from its features."),
     ("DA-VAE: LPIPS",
      {"lpips": "LPIPS"},
      "How different image and reconstruction look to a network that was trained on photos; 0: equal."),
@@ -491,7 +490,6 @@ def logged(run, names):
 
 def measurements_section(report):
     """The latest entry of metrics.json, with its settings; nothing but the command where there is none."""
-    own = report.about["config"]
     entries = read_entries(run_folder(report.folder) / "metrics.json")
     if run_folder(report.folder) != Path(report.folder):           # one step of the run
         entries = [entry for entry in entries if step_measured(entry) == Path(report.folder).name]
@@ -499,9 +497,9 @@ def measurements_section(report):
         return {"measured": not_measured(report), "tables": "", "settings": "", "settings_without": "hidden"}
     entry = entries[-1]
     settings = entry["settings"]
-    seen = seen_in_training(settings.get("data_dir", ""), own)
+    seen = seen_in_training(settings.get("data_dir", ""), report.about["config"])
     count, _, _ = settings.get("held_out", "").partition(" ")
-    counts = {"reconstruction": f"{count} {'training' if seen else 'held-out'} images",
+    counts = {"reconstruction": f"{count} {'training' if seen else 'held-out'} images".strip(),
               "generation": f"{settings.get('n', 0):,} samples"}
     tables = [scores(counts[name], entry[name]) for name in counts if entry.get(name)]
     known = {name: value for name, value in settings.items() if value not in ("", None)}
@@ -510,7 +508,7 @@ def measurements_section(report):
     said = (f"Measured by {command} on {machine}. An arrow says which way is better; the best number of a "
             "column is bold.")
     if seen:
-        said += " It was trained on these images: the numbers say nothing of others."
+        said += " The run was trained on these images: the numbers say nothing of others."
     stale = out_of_date(report.folder, entry)
     if stale:
         said += f" Careful, {text(stale)}."

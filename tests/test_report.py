@@ -184,7 +184,7 @@ def test_below_each_chart_stands_what_its_curves_are(made, tmp_path):
     source = report.losses_section(about)["charts"]
     notes = re.findall(r'<p class="note">(.*?)</p>\n</figure>', source)
     assert [note.split(" ")[0] for note in notes] == ["v*", "L1:", "How", "How"]
-    assert "rises from 0 to 1 over the first N steps, here 1,234." in notes[0] and "(Eq. 4)" in notes[1]
+    assert "it rises from 0, and is 1 from step N = 1,234 on." in notes[0] and "(Eq. 4)" in notes[1]
 
 
 def test_a_curve_leaves_out_what_is_no_number_and_a_chart_without_any_is_none():
