@@ -12,9 +12,9 @@ Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on t
 times the tokens (r = 2: four times). Generation: samples, and the same latents through the base decoder
 alone, enlarged (bilinear: Tab. S2's row). Both go to <run>/metrics.json, each as soon as it is known, with
 all settings and hashes of weights and images. What cannot be measured is refused before the measuring, which
-may take hours; images that cannot be read are left out, named and counted. The metrics are in
-support/metrics.py, metrics.json and `compare` in support/measurements.py; the paper's analyses are scripts of
-their own, in experiments/.
+may take hours; images that cannot be read are left out, named and counted; samples that nothing measures are
+not drawn. The metrics are in support/metrics.py, metrics.json and `compare` in support/measurements.py; the
+paper's analyses are scripts of their own, in experiments/.
 """
 import dataclasses
 import itertools
@@ -35,7 +35,8 @@ from kernels import choose
 from support import config, data, metrics, ranks, report, runs, weights
 from support.config import field
 from support.figures import print_table, stages_of
-from support.measurements import add_entry, check_writable, compare, read_entries, run_folder, state_of
+from support.measurements import add_entry, check_writable, compare, davae_settings
+from support.measurements import read_entries, run_folder, seen_in_training, state_of
 from support.metrics import FeatureNetwork, distances, moments, upsampled
 from support.ranks import autocast, from_all, gather
 from support.runs import hash_of
@@ -322,23 +323,25 @@ def draw_and_measure(cfg, run, rulers, plan, mine):
     flow = sample.prepare(run.dit, run.vae, cfg, run.device)
     choose.before_sampling(None, run.device, cfg.compile, lambda: rehearse(cfg, run, rulers, plan))
     measured, seconds = {}, []
-    for k in tqdm(range(0, len(mine), cfg.batch_size), desc="sampling", disable=run.rank > 0, mininterval=1):
-        found, duration = draw(run, rulers, plan, mine[k:k + cfg.batch_size], flow)
-        seconds.append(duration)
-        for row, values in found.items():
-            measured.setdefault(row, []).append(values)
+    with sample.progress_bar("sampling", len(mine), cfg, run.rank) as bar:
+        for k in range(0, len(mine), cfg.batch_size):
+            found, duration = draw(run, rulers, plan, mine[k:k + cfg.batch_size], flow, bar.update)
+            seconds.append(duration)
+            for row, values in found.items():
+                measured.setdefault(row, []).append(values)
     if len(seconds) == 1:
         return measured, None
     return measured, (len(mine) - cfg.batch_size) * run.world / sum(seconds[1:])
 
 
-def draw(run, rulers, plan, indices, flow):
+def draw(run, rulers, plan, indices, flow, tick=None):
     """({row: (features, logits, CLIP scores)} of samples `indices`, seconds of sampling and decoding).
 
+    flow, tick: see `sample.generate`
     raises: SystemExit if the model gives NaN or infinity
     """
     start = time.perf_counter()
-    full, base = sample.generate(run.dit, run.vae, indices, plan.settings, plan.text, flow)
+    full, base = sample.generate(run.dit, run.vae, indices, plan.settings, plan.text, flow, tick)
     full, base = full.cpu(), base.cpu()                        # waits for the GPU, before the clock is read
     seconds = time.perf_counter() - start
     if not full.isfinite().all():
@@ -375,7 +378,9 @@ def main(cfg):
     run = load(cfg.run, cfg.weights, cfg.device)
     dataset, index = held_out(run, cfg.data_dir, cfg.images, cfg.whole)
     rulers = load_rulers(cfg, "none" if cfg.whole else cfg.features, run)
-    draws = run.dit is not None and not cfg.whole
+    may_draw = run.dit is not None and not cfg.whole
+    unmeasured = cfg.features == "auto" and not rulers.features.name and not cfg.clip
+    draws = may_draw and not unmeasured
     check(cfg, run, rulers, len(index), draws, out)
 
     # everything that the numbers depend on
@@ -386,6 +391,10 @@ def main(cfg):
         plan = plan_generation(cfg, run, rulers)
         settings |= plan.settings
         rehearse(cfg, run, rulers, plan)
+    elif may_draw and run.rank == 0:
+        print("no samples are drawn, since nothing here measures them: give --features=squeeze "
+              "--lpips_trunk=squeezenet1_1_features.pth (SqueezeNet-FD) or --inception_weights= (FID), or "
+              "--features=none to draw for img/s alone")
 
     # reconstruction: every process takes each world-th image
     mine = index[run.rank::run.world]
@@ -398,7 +407,10 @@ def main(cfg):
     if draws and not cfg.reference:
         settings["reference"] = settings["held_out"]
     if run.rank == 0:
-        print_table(f"held-out images ({cfg.data_dir or 'procedural'})", table)
+        seen = seen_in_training(cfg.data_dir, run.config["config"])
+        print_table(f"{'training' if seen else 'held-out'} images ({cfg.data_dir or 'procedural'})", table)
+        if seen:
+            print(f"{cfg.run}: was trained on these images; the numbers say nothing of others")
         add_entry(out, entry)
         if cfg.keep_reference:
             size = run.config["config"]["image_size"]
@@ -504,12 +516,9 @@ def images_to_show(cfg, run):
     own = run.config["config"]
     folder, shown = cfg.data_dir, "Held-out images"
     if not folder and own["data_dir"] != "procedural":
-        stage_1 = own
-        if run.dit is not None and runs.checkpoints(own["vae"]):
-            stage_1 = runs.read_config(runs.latest_checkpoint(own["vae"]))["config"]
-        folder = stage_1.get("val_dir", "")
-    if not folder and own["data_dir"] != "procedural":
-        folder, shown = own["data_dir"], "Training images (--data_dir= takes others)"
+        folder = davae_settings(own).get("val_dir") or own["data_dir"]
+    if seen_in_training(folder, own):
+        shown = "Training images (--data_dir= takes others)"
     dataset, index = held_out(run, folder, cfg.images)
     batches = [x for x, _, _ in data.read(dataset, index)]
     if not batches:

@@ -11,8 +11,9 @@
 
 Writes to --out: 000000.png ..., grid.png (one row per class), base_preview.png (the same latents through the
 base decoder alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evaluator reads it) and
-settings.json. A folder that is half full is continued. Image i depends on (seed, i) only, not on the batch
-size or the number of processes. Texts are encoded beforehand, see support/text.py.
+settings.json. A folder that is half full is continued, and of a full one nothing is drawn. Image i depends on
+(seed, i) only, not on the batch size or the number of processes. Texts are encoded beforehand, see
+support/text.py.
 """
 import itertools
 import json
@@ -79,7 +80,7 @@ class Config:
 
 @torch.no_grad()
 def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1.0), channels=None, slg=0.0,
-                skip=(7, 8, 9), ahead=0, mask=None):
+                skip=(7, 8, 9), ahead=0, mask=None, tick=None):
     """Integrate dx/dt = v(x, t) from noise (t = 0) to data (t = 1) by Euler's method, with guidance.
 
     noise:    (B, C+D, h, w)
@@ -91,6 +92,7 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
     slg:      skip-layer guidance (Stability AI, for SD3.5): v += slg * (c - c without the blocks `skip`) in
               steps 0.01 N < n < 0.2 N, with one more pass in each of them
     ahead:    rows, see modulations_ahead
+    tick:     called with 1 after each step, as the `update` of a progress bar
     returns the latent at ts[-1], float32
 
     Outside the interval, and with scale 1, the unconditional pass is not computed at all. Nothing here waits
@@ -114,6 +116,8 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
         if mask is not None:
             v = v * mask
         x = x + (ts[n + 1] - ts[n]) * v
+        if tick is not None:
+            tick(1)
     return x
 
 
@@ -214,13 +218,19 @@ def rows_of(mods, first, end):
 class Recorded:
     """sample_flow as one CUDA graph: the first call records it, and all calls like the first replay it.
 
-    A call of other shapes or numbers runs sample_flow itself.
+    A call of other shapes or numbers runs sample_flow itself. `tick` is told of all steps at once.
     """
 
     def __init__(self):
         self.graph = None
 
-    def __call__(self, model, noise, ts, cond, uncond, **options):
+    def __call__(self, model, noise, ts, cond, uncond, tick=None, **options):
+        x = self.integrate(model, noise, ts, cond, uncond, **options)
+        if tick is not None:
+            tick(len(ts) - 1)
+        return x
+
+    def integrate(self, model, noise, ts, cond, uncond, **options):
         tensors = [noise, *cond, *uncond]
         call = ([x.shape for x in tensors], ts, options)
         if self.graph is None:
@@ -271,10 +281,11 @@ def prepare(dit, vae, cfg, device):
 # ---------------------------------------------------------------- images of a run
 
 
-def generate(dit, vae, indices, s, text=None, flow=sample_flow):
+def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
     """(images, previews) in [-1, 1]: samples `indices` through the whole decoder and the base decoder.
 
-    s: see `settings_of`; text: a TextCache, for a model of texts; flow: see `prepare`
+    s: see `settings_of`; text: a TextCache, for a model of texts
+    flow: see `prepare`; tick: see `sample_flow`
     raises: SystemExit where height or width do not fit the model
     """
     device = dit.P.weight.device
@@ -294,7 +305,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow):
     with torch.no_grad(), autocast:
         z_all = flow(dit, noise.to(device), ts, cond, uncond, scale=s["cfg"],
                      interval=(s["cfg_start"], s["cfg_end"]), channels=s["cfg_channels"] or None,
-                     slg=s.get("slg", 0.0), ahead=ahead, mask=mask)
+                     slg=s.get("slg", 0.0), ahead=ahead, mask=mask, tick=tick)
         # a few at a time: the decoder's activations are the largest there are
         parts = z_all.split(8)
         base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in parts]).float().clamp(-1, 1)
@@ -393,38 +404,60 @@ def main(cfg):
     text = text_of(cfg, about, settings, out, rank, device)
     settings["model"] = identity.of_run(checkpoint)
     settings["texts"] = text.made_by if text else None
+    refuse_other_images(out, settings)
+
+    # what is not there yet; as rank 0 sees it, for all ranks must see the same
+    columns, shown = overview(about, settings, cfg.n)
+    todo = ranks.from_all(missing(out, cfg.n, shown))[0]
+    if not todo:
+        if rank == 0:
+            print(f"{out}: all {cfg.n} images are there, none is drawn")
+        return put_together(out, cfg.n, columns, shown, rank)
+    again = [i for i in todo if path_of(out, i).exists()]
+    if again and rank == 0:
+        print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again for it")
+
     dit, vae, _ = load_run(cfg.run, cfg.weights, device)
     flow = prepare(dit, vae, cfg, device)
-    open_folder(out, settings, rank)
+    make_folder(out, settings, rank)
     batch = range(min(cfg.batch_size, cfg.n))
     choose.before_sampling(
         out, device, cfg.compile, lambda: generate(dit, vae, batch, settings | {"steps": 1}, text))
 
-    # each rank takes every world-th of the images that are missing
-    todo = [i for i in range(cfg.n) if not (out / f"{i:06d}.png").exists()][rank::world]
+    # each rank takes every world-th of them
+    mine = todo[rank::world]
     start = time.time()
-    for k in tqdm(range(0, len(todo), cfg.batch_size), desc=str(out), disable=rank > 0, mininterval=1):
-        indices = todo[k:k + cfg.batch_size]
-        images, _ = generate(dit, vae, indices, settings, text, flow)
-        for i, image in zip(indices, data.to_uint8(images)):
-            save_png(image, out / f"{i:06d}.png")
+    with progress_bar(f"{out}: {len(todo)} images", len(mine), cfg, rank) as bar:
+        for k in range(0, len(mine), cfg.batch_size):
+            indices = mine[k:k + cfg.batch_size]
+            images, previews = generate(dit, vae, indices, settings, text, flow, bar.update)
+            save_images(out, indices, images, previews, shown)
 
+    speed = len(mine) / max(1e-9, time.time() - start)
     ranks.wait_for_all()
     if rank == 0:
-        speed = len(todo) / max(1e-9, time.time() - start)
-        print(f"{out}: {len(todo)} new images, {cfg.n} in all; {speed:.2g} img/s here")
-        with runs.disk_may_fail(must=True):
-            write_npz(out, cfg.n)
-        with runs.picture_may_fail(f"{out}/grid.png"):
-            draw_overview(dit, vae, about, settings, out, cfg, text)
-    return out
+        print(f"{out}: {len(todo) - len(again)} new images, {cfg.n} in all; {speed:.2g} img/s here")
+    return put_together(out, cfg.n, columns, shown, rank)
 
 
-def open_folder(out, settings, rank):
-    """Make the folder of images, or go on in one of the same settings and weights.
+def progress_bar(title, images, cfg, rank):
+    """A bar over the Euler steps of all batches of this rank's images, shown by rank 0; see `tick`."""
+    batches = -(-images // cfg.batch_size)                         # rounded up
+    return tqdm(total=batches * cfg.steps, desc=title, unit="step", disable=rank > 0, mininterval=1)
 
-    raises: SystemExit for a folder of other images
-    """
+
+# ---------------------------------------------------------------- its folder
+
+# Hidden: who reads the folder as one of images does not read them for a class of that name.
+PREVIEWS = ".base"
+
+
+def path_of(folder, i):
+    return folder / f"{i:06d}.png"
+
+
+def refuse_other_images(out, settings):
+    """raises: SystemExit for a folder of images of other settings or weights, or of nobody knows which"""
     path = out / "settings.json"
     if path.exists():
         try:
@@ -436,15 +469,57 @@ def open_folder(out, settings, rank):
         if changed:
             raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
                              "another --out, or remove it")
-        return
-    if list(out.glob("*.png")):
+    elif list(out.glob("*.png")):
         raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
                          "another --out")
-    ranks.wait_for_all()                                           # all have looked
+
+
+def make_folder(out, settings, rank):
+    """Make the folder of images and that of previews, with settings.json; or go on in them."""
     runs.make_folder(out)
     with runs.disk_may_fail(must=True):
-        if rank == 0:
-            runs.write_json(path, settings)
+        (out / PREVIEWS).mkdir(exist_ok=True)
+        if rank == 0 and not (out / "settings.json").exists():
+            runs.write_json(out / "settings.json", settings)
+
+
+def overview(about, settings, n):
+    """(columns, {sample: its label}) of grid.png and base_preview.png.
+
+    Up to ten classes (or prompts), one a row, and up to eight samples of each.
+    """
+    if "prompts" in settings:
+        names = [prompt[:24] for prompt in settings["prompts"]]
+    else:
+        classes = (about["classes"] or ["image"]) + ["no class"]
+        names = [classes[k] for k in settings["classes"]]
+
+    # sample i is of name i % len(names): row by row, the samples of one name
+    columns = max(1, min(8, n // len(names)))
+    shown = {}
+    for row, name in enumerate(names[:10]):
+        for i in range(row, min(n, columns * len(names)), len(names)):
+            shown[i] = name
+    return columns, shown
+
+
+def missing(out, n, shown):
+    """Which of n samples are to be drawn: those without their image, or, if shown, their preview."""
+    todo = []
+    for i in range(n):
+        folders = [out, out / PREVIEWS] if i in shown else [out]
+        if not all(path_of(folder, i).exists() for folder in folders):
+            todo.append(i)
+    return todo
+
+
+def save_images(out, indices, images, previews, shown):
+    """Write a batch in [-1, 1], of those shown the preview first; images that are there already stay."""
+    for i, image, preview in zip(indices, data.to_uint8(images), data.to_uint8(previews)):
+        if i in shown:
+            save_png(preview, path_of(out / PREVIEWS, i))
+        if not path_of(out, i).exists():
+            save_png(image, path_of(out, i))
 
 
 def save_png(image, path):
@@ -454,9 +529,22 @@ def save_png(image, path):
     temporary.replace(path)
 
 
+def put_together(out, n, columns, shown, rank):
+    """samples.npz, grid.png and base_preview.png of what is in the folder, by rank 0.  Returns the folder."""
+    if rank == 0:
+        with runs.disk_may_fail(must=True):
+            write_npz(out, n)
+        for file, folder in (("grid.png", out), ("base_preview.png", out / PREVIEWS)):
+            with runs.picture_may_fail(f"{out}/{file}"):
+                pixels = [np.asarray(Image.open(path_of(folder, i))) for i in shown]
+                x = data.to_tensor(np.stack(pixels))
+                figures.save_grid(x, out / file, columns, max(1, 128 // x.shape[-1]), list(shown.values()))
+    return out
+
+
 def write_npz(out, n):
     """samples.npz of all images, one after the other: 50,000 of them would not fit into memory."""
-    images = (np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(n))
+    images = (np.asarray(Image.open(path_of(out, i))) for i in range(n))
     first = next(images)
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
     archive = zipfile.ZipFile(out / "samples.npz.tmp", "w")
@@ -465,30 +553,6 @@ def write_npz(out, n):
         for image in itertools.chain([first], images):
             f.write(image.tobytes())
     (out / "samples.npz.tmp").replace(out / "samples.npz")
-
-
-def draw_overview(dit, vae, about, settings, out, cfg, text=None):
-    """grid.png and base_preview.png: up to ten classes (or prompts) x eight images."""
-    if "prompts" in settings:
-        names = [prompt[:24] for prompt in settings["prompts"]]
-    else:
-        classes = (about["classes"] or ["image"]) + ["no class"]
-        names = [classes[k] for k in settings["classes"]]
-
-    # sample i is of name i % len(names): row by row, the samples of one name
-    columns = max(1, min(8, cfg.n // len(names)))
-    indices = []
-    for row in range(min(10, len(names))):
-        indices += [i for i in range(row, columns * len(names), len(names)) if i < cfg.n]
-    images, previews = [], []
-    for k in range(0, len(indices), cfg.batch_size):
-        full, base = generate(dit, vae, indices[k:k + cfg.batch_size], settings, text)
-        images.append(full)
-        previews.append(base)
-    labels = [names[i % len(names)] for i in indices]
-    for file, parts in (("grid.png", images), ("base_preview.png", previews)):
-        x = torch.cat(parts)
-        figures.save_grid(x, out / file, columns, max(1, 128 // x.shape[-1]), labels)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,37 @@ def state_of(checkpoint):
     return runs.sha256(sums) if sums.exists() else None
 
 
+# ---------------------------------------------------------------- of which images
+
+
+def davae_settings(own):
+    """The settings that the VAE of a run of finetune.py was trained with; `own`, where that is not known.
+
+    own: the "config" in config.json of a run; of train_vae.py's, they are its own
+    """
+    vae = own.get("vae")
+    if vae and runs.checkpoints(vae):
+        return runs.read_config(runs.latest_checkpoint(vae))["config"]
+    return own
+
+
+def seen_in_training(data_dir, own):
+    """Are the images of a folder among those that a run, or the VAE below it, was trained on?
+
+    They are where it is the same folder, by its real path, or one in it; a copy is not recognised. Built-in
+    drawings ("" or procedural) are measured on those of another seed.
+    """
+    drawings = ("", "procedural")
+    if data_dir in drawings:
+        return False
+    here = Path(data_dir).resolve()
+    for settings in (own, davae_settings(own)):
+        trained_on = settings.get("data_dir", "")
+        if trained_on not in drawings and here.is_relative_to(Path(trained_on).resolve()):
+            return True
+    return False
+
+
 # ---------------------------------------------------------------- the file
 
 # What does not tell one measurement from another: where things lie. Hashes say what they were.

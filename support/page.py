@@ -11,6 +11,8 @@ import re
 
 from PIL import Image
 
+from support.measurements import HIGHER_IS_BETTER, LOWER_IS_BETTER
+
 
 def fill(template, sections, places):
     """A page: the template with only these sections, and its {{places}} filled with HTML.
@@ -88,9 +90,10 @@ def img(pixels, quality, alt):
 # ---------------------------------------------------------------- curves
 
 
-def chart(title, curves, wide=False):
+def chart(title, curves, wide=False, note=""):
     """A <figure> of curves {name: (steps, values)} over one axis that begins at 0; "" without any.
 
+    note: what the curves are, in words, below them
     The drawing fills its box, whatever the box's shape; its labels are text beside it. The page's script lets
     it be read off.
     """
@@ -132,6 +135,7 @@ aria-valuemax="{last}" aria-valuenow="{last}" aria-valuetext="{read}">
 <svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{"".join(lines)}</svg>
 {"".join(labels)}<span class="cursor" hidden></span></div>
 <div class="read">{read}</div>
+<p class="note">{text(note)}</p>
 </figure>"""
 
 
@@ -170,3 +174,38 @@ def table(title, heads, rows):
         lines.append(f'<tr><th scope="row">{text(name)}</th>{"".join(cells)}</tr>')
     return (f'<table><caption>{text(title)}</caption>\n<thead><tr><th scope="col">which</th>{columns}</tr>'
             f"</thead>\n<tbody>{''.join(lines)}</tbody></table>")
+
+
+HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "positions": "latent positions"}
+
+
+def scores(title, rows):
+    """A <table> of {row: {metric: number}}; the best of each metric stands out."""
+    metrics = dict.fromkeys(metric for row in rows.values() for metric in row)
+    heads, best = {}, {}
+    for metric in metrics:
+        if metric in ("images", "img/s"):
+            continue
+        heads[metric] = HEADS.get(metric, metric)
+        values = {row[metric] for row in rows.values() if row.get(metric) is not None}
+        if metric.endswith(HIGHER_IS_BETTER):
+            heads[metric] += " ↑"
+            best[metric] = max(values, default=None)
+        elif re.sub(r"@\d+|-50k", "", metric).endswith(LOWER_IS_BETTER):
+            heads[metric] += " ↓"
+            best[metric] = min(values, default=None)
+        if len(values) < 2:                        # the same in all rows, so none of them is the best
+            best.pop(metric, None)
+
+    written = {}
+    for name, row in rows.items():
+        numbers = {metric: row[metric] for metric in heads if row.get(metric) is not None}
+        written[name] = {metric: (as_text(metric, value), value == best.get(metric))
+                         for metric, value in numbers.items()}
+    return table(title, heads, written)
+
+
+def as_text(metric, value):
+    """A measured number as a table has it."""
+    forms = {"positions": ",.0f", "psnr": ".2f"}
+    return format(value, forms.get(metric, ".3g"))

@@ -7,7 +7,6 @@ function a section in the page's order; a section for which a run has nothing is
 made later is replaced by the command that makes it. The pieces (pictures, curves, tables) are of
 support/page.py.
 """
-import re
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,16 +19,9 @@ from PIL import Image
 
 from support import config, figures, runs
 from support.data import to_uint8
-from support.measurements import (
-    HIGHER_IS_BETTER,
-    LOWER_IS_BETTER,
-    out_of_date,
-    read_entries,
-    run_folder,
-    step_measured,
-)
+from support.measurements import out_of_date, read_entries, run_folder, seen_in_training, step_measured
 from support.metrics import psnr, upsampled
-from support.page import attribute, chart, definitions, duration, fill, img, picture, plural, table, text
+from support.page import attribute, chart, definitions, duration, fill, img, picture, plural, scores, text
 
 # Bytes. A page that comes out larger is made again with less quality: WebP's, of which 100 is lossless.
 LARGEST = 6_000_000
@@ -163,8 +155,20 @@ def quality_of(report):
     davae, _ = summaries(report)
     if "psnr" not in davae:
         return ""
-    return (f"; validation images come back at {davae['psnr']:.2f} dB with them, and at "
+    return (f"; {validated_on(report)} come back at {davae['psnr']:.2f} dB with them, and at "
             f"{davae['psnr_base']:.2f} dB from the base channels alone")
+
+
+def validated_on(report):
+    """The images that support/held_out.py:validation_images took for the DA-VAE, in words."""
+    settings = davae_of(report).settings
+    images = "validation images"
+    if not settings.get("val_dir") and settings.get("data_dir", "procedural") != "procedural":
+        images = "training images"
+    size = settings.get("image_size", "")
+    if size not in ("", str(report.about["config"]["image_size"])):
+        images += f" at {size} pixels"
+    return images
 
 
 def length_of(report):
@@ -186,11 +190,15 @@ def small_side(r):
 
 def summaries(report):
     """summary.json of the DA-VAE and of the run itself; {} where one is missing."""
-    davae = {}
-    for stage in report.stages:
-        if stage.summary.get("stage") == "DA-VAE":
-            davae = stage.summary
-    return davae, report.stages[-1].summary
+    return davae_of(report).summary, report.stages[-1].summary
+
+
+def davae_of(report):
+    """The Stage that trained the DA-VAE; an empty one where that is not known."""
+    if report.samples is None:
+        return report.stages[-1]
+    trained = [stage for stage in report.stages if stage.summary.get("stage") == "DA-VAE"]
+    return trained[-1] if trained else Stage("", {}, "", {})
 
 
 def facts(report):
@@ -203,7 +211,8 @@ def facts(report):
     found = {f"{what} an image, not {count * vae.r**2}": count,
              "channels, base + detail": f"{vae.C} + {vae.D}"}
     if "psnr" in davae:
-        found["base only → with details"] = f"{davae['psnr_base']:.1f} → {davae['psnr']:.1f} dB"
+        name = f"base only → with details, {validated_on(report)}"
+        found[name] = f"{davae['psnr_base']:.1f} → {davae['psnr']:.1f} dB"
     if "warm_start" in run:
         found["difference at the warm start"] = run["warm_start"]
     seconds = [stage.summary["seconds"] for stage in report.stages if "seconds" in stage.summary]
@@ -309,12 +318,29 @@ def dial_section(report, dial):
         "dial_path": f"M{path}",
         "dial_dots": "".join(dots),
         "dial_names": "".join(f"<span>{stop['name']}</span>" for stop in stops),
+        "trained_without": trained_without(report),
         "shown": text(report.shown),
         "cut": cut,
         "dial_images": "\n".join(dial_images(dial)),
         "dial_samples": "\n".join(dial_samples(report)),
         "dial_without": "" if report.samples else "hidden",
     }
+
+
+def trained_without(report):
+    """Was the DA-VAE trained to do without some of its details?  A sentence; "" where that is not known."""
+    settings = davae_of(report).settings
+    if "detail_dropout" not in settings:
+        return ""
+    levels = settings.get("keep_levels", "").replace(",", ", ")
+    dropout = float(settings["detail_dropout"])
+    if levels:
+        return f"This one was trained with {text(levels)} of them at a time."
+    if dropout:
+        return (f"This one was trained with all of them, and in {dropout:.0%} of the images with none: the "
+                "stops between are new to it.")
+    return ("This one was not, it always had all of them: stops with few may look worse than "
+            "<i>base only</i>, which says nothing of the last stop.")
 
 
 def dial_images(dial):
@@ -416,13 +442,24 @@ def reduced(x, side):
 # ---------------------------------------------------------------- losses
 
 
-# {number in log.jsonl: its name on the page}
-FLOW = {"base": "base", "detail": "detail", "w": "w(n)"}
-AUTOENCODER = {
-    "DA-VAE: mean |x − x̂|, and the alignment of group means to the base": {"align": "align", "l1": "L1"},
-    "DA-VAE: LPIPS": {"lpips": "LPIPS"},
-    "DA-VAE: KL divergence of the details": {"kl": "KL"},
-}
+# of each chart: its title, {number in log.jsonl: its name on the page}, and what these are
+FLOW = ("Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details",
+        {"base": "base", "detail": "detail", "w": "w(n)"},
+        "v* = data − noise is the velocity that the transformer learns to predict. w(n) is how much the loss "
+        "of the details counts at step n (Eq. 12): it rises from 0, and is 1 from step N = {N:,} on.")
+AUTOENCODER = [
+    ("DA-VAE: mean |x − x̂|, and the alignment of group means to the base",
+     {"align": "align", "l1": "L1"},
+     "L1: by how much pixels are off, on a scale from −1 to 1. align: mean squared difference between the "
+     "mean of each group of details and its base channel (Eq. 4); with a teacher, from its features."),
+    ("DA-VAE: LPIPS",
+     {"lpips": "LPIPS"},
+     "How different image and reconstruction look to a network that was trained on photos; 0: equal."),
+    ("DA-VAE: KL divergence of the details",
+     {"kl": "KL"},
+     "How far the distribution of a detail, N(μ, σ²), is from N(0, 1): the mean of μ² + σ² − 1 − log σ². Its "
+     "weight is small: it only keeps the details from growing without limit."),
+]
 
 
 def losses_section(report):
@@ -430,11 +467,12 @@ def losses_section(report):
     charts = []
     davae = run_folder(report.folder)
     if report.samples:
-        title = "Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details"
-        charts.append(chart(title, logged(davae, FLOW), wide=True))
-        davae = Path(report.about["config"]["vae"])
-    for title, names in AUTOENCODER.items():
-        charts.append(chart(title, logged(davae, names)))
+        own = report.about["config"]
+        title, names, note = FLOW
+        charts.append(chart(title, logged(davae, names), wide=True, note=note.format(N=own["N"])))
+        davae = Path(own["vae"])
+    for title, names, note in AUTOENCODER:
+        charts.append(chart(title, logged(davae, names), note=note))
     charts = "\n".join(filter(None, charts))
     return {"charts": charts} if charts else None
 
@@ -450,27 +488,27 @@ def logged(run, names):
 # ---------------------------------------------------------------- measurements
 
 
-HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "positions": "latent positions"}
-
-
 def measurements_section(report):
     """The latest entry of metrics.json, with its settings; nothing but the command where there is none."""
-    command = f"<code>python evaluate.py {text(report.folder)}</code>"
     entries = read_entries(run_folder(report.folder) / "metrics.json")
     if run_folder(report.folder) != Path(report.folder):           # one step of the run
         entries = [entry for entry in entries if step_measured(entry) == Path(report.folder).name]
     if not entries:
-        return {"measured": f"Not measured yet: {command} does it.", "tables": "", "settings": "",
-                "settings_without": "hidden"}
+        return {"measured": not_measured(report), "tables": "", "settings": "", "settings_without": "hidden"}
     entry = entries[-1]
     settings = entry["settings"]
-    counts = {"reconstruction": settings.get("held_out", "").partition(",")[0] or "images",
+    seen = seen_in_training(settings.get("data_dir", ""), report.about["config"])
+    count, _, _ = settings.get("held_out", "").partition(" ")
+    counts = {"reconstruction": f"{count} {'training' if seen else 'held-out'} images".strip(),
               "generation": f"{settings.get('n', 0):,} samples"}
     tables = [scores(counts[name], entry[name]) for name in counts if entry.get(name)]
     known = {name: value for name, value in settings.items() if value not in ("", None)}
     machine = text(settings.get("ran_on", "an unknown machine"))
+    command = measuring(report, settings.get("data_dir", ""))
     said = (f"Measured by {command} on {machine}. An arrow says which way is better; the best number of a "
             "column is bold.")
+    if seen:
+        said += " The run was trained on these images: the numbers say nothing of others."
     stale = out_of_date(report.folder, entry)
     if stale:
         said += f" Careful, {text(stale)}."
@@ -478,36 +516,23 @@ def measurements_section(report):
             "settings_without": ""}
 
 
-def scores(title, rows):
-    """A <table> of {row: {metric: number}}; the best of each metric stands out."""
-    metrics = dict.fromkeys(metric for row in rows.values() for metric in row)
-    heads, best = {}, {}
-    for metric in metrics:
-        if metric in ("images", "img/s"):
-            continue
-        heads[metric] = HEADS.get(metric, metric)
-        values = {row[metric] for row in rows.values() if row.get(metric) is not None}
-        if metric.endswith(HIGHER_IS_BETTER):
-            heads[metric] += " ↑"
-            best[metric] = max(values, default=None)
-        elif re.sub(r"@\d+|-50k", "", metric).endswith(LOWER_IS_BETTER):
-            heads[metric] += " ↓"
-            best[metric] = min(values, default=None)
-        if len(values) < 2:                        # the same in all rows, so none of them is the best
-            best.pop(metric, None)
-
-    written = {}
-    for name, row in rows.items():
-        numbers = {metric: row[metric] for metric in heads if row.get(metric) is not None}
-        written[name] = {metric: (as_text(metric, value), value == best.get(metric))
-                         for metric, value in numbers.items()}
-    return table(title, heads, written)
+def measuring(report, data_dir):
+    """The command that measures the run on such images."""
+    words = ["python", "evaluate.py", report.folder]
+    if data_dir:
+        words.append(f"--data_dir={data_dir}")
+    return f"<code>{text(shlex.join(words))}</code>"
 
 
-def as_text(metric, value):
-    """A measured number as a table has it."""
-    forms = {"positions": ",.0f", "psnr": ".2f"}
-    return format(value, forms.get(metric, ".3g"))
+def not_measured(report):
+    """How to measure the run; of one that was trained on a folder, also on what and with what."""
+    if report.about["config"]["data_dir"] == "procedural":
+        return f"Not measured yet: {measuring(report, '')} does it."
+    lacking = "no samples are drawn" if report.samples else "there are no distances"
+    return (f"Not measured yet: {measuring(report, 'OTHER_IMAGES')} does it, on a folder of images that were "
+            f"not trained on. Without a network {lacking}: add "
+            "<code>--lpips_trunk=squeezenet1_1_features.pth</code> (SqueezeNet-FD) or "
+            "<code>--inception_weights=</code> (FID).")
 
 
 # ---------------------------------------------------------------- the commands

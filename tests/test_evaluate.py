@@ -198,6 +198,84 @@ def test_a_photo_run_asks_for_held_out_images():
         evaluate.held_out(run, data_dir="", images=9)
 
 
+@pytest.fixture
+def photo_run(tiny_run, photos, tmp_path):
+    """(a run that says that it was trained on a folder of photos, that folder)."""
+    folder = photos(4)
+    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
+    step = runs.latest_checkpoint(run)
+    about = json.loads((step / "config.json").read_text())
+    about["config"]["data_dir"] = folder
+    (step / "config.json").write_text(json.dumps(about))
+    (step / "SHA256SUMS").unlink()
+    return str(run), folder
+
+
+NOT_DRAWN = ("no samples are drawn, since nothing here measures them: give --features=squeeze "
+             "--lpips_trunk=squeezenet1_1_features.pth (SqueezeNet-FD) or --inception_weights= (FID), or "
+             "--features=none to draw for img/s alone")
+
+
+def test_samples_that_nothing_measures_are_not_drawn_unless_asked_for(photo_run, monkeypatch, capsys):
+    run, folder = photo_run
+    cfg = evaluate.Config(run=run, data_dir=folder, n=6, batch_size=3, steps=1, images=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.sample, "generate", never)
+        entry = evaluate.main(cfg)
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == NOT_DRAWN                               # before the measuring
+    assert "generation" not in entry and entry["reconstruction"]["DA-VAE"]["images"] == 4
+
+    cfg.features = "none"
+    assert evaluate.main(cfg)["generation"]["samples"]["img/s"] > 0
+    assert NOT_DRAWN not in capsys.readouterr().out
+    cfg.features, cfg.reference = "auto", "r.npz"
+    with pytest.raises(SystemExit, match="wanted a network to measure distances with"):
+        evaluate.main(cfg)
+    cfg.reference, cfg.clip = "", "folder"
+    with pytest.raises(SystemExit, match="draws classes, not texts"):
+        evaluate.main(cfg)
+    assert NOT_DRAWN not in capsys.readouterr().out
+
+
+def test_the_table_says_whether_the_run_was_trained_on_its_images(photo_run, tmp_path, capsys):
+    run, folder = photo_run
+    others = tmp_path / "others"
+    shutil.copytree(folder, others)
+    again = f"{others}/../photos"
+    for data_dir, kind in ((folder, "training"), (again, "training"), (str(others), "held-out")):
+        evaluate.main(evaluate.Config(run=run, data_dir=data_dir, images=2))
+        said = capsys.readouterr().out
+        assert f"\n{kind} images ({data_dir})" in said
+        warned = f"{run}: was trained on these images; the numbers say nothing of others" in said
+        assert warned == (kind == "training")
+
+
+def test_images_that_only_the_vae_was_trained_on_count_as_seen_and_so_do_those_of_one_class(tmp_path):
+    own = {"data_dir": str(tmp_path / "a"), "vae": str(tmp_path / "vae")}
+    runs.save_folder(tmp_path / "vae" / "step_000001", {}, {"config": {"data_dir": str(tmp_path / "b")}})
+    seen = [name for name in ("a", "b", "b/cat", "c", "bb", ".")
+            if measurements.seen_in_training(str(tmp_path / name), own)]
+    assert seen == ["a", "b", "b/cat"]
+    assert not measurements.seen_in_training("", {"data_dir": "procedural"})
+    assert not measurements.seen_in_training("photos", {"data_dir": ""})
+
+
+def test_the_bar_of_sampling_is_over_the_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
+    bars = []
+    progress_bar = evaluate.sample.progress_bar
+
+    def keep(*args):
+        bars.append(progress_bar(*args))
+        return bars[-1]
+
+    monkeypatch.setattr(evaluate.sample, "progress_bar", keep)
+    cfg = evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), n=5, batch_size=2, steps=3, images=2)
+    evaluate.main(cfg)
+    bar, = bars
+    assert (bar.total, bar.n) == (9, 9)
+
+
 def test_a_kept_reference_measures_like_the_images_it_was_made_of(tiny_run, tmp_path):
     cfg = dict(run=tiny_run, out=str(tmp_path / "m.json"), n=12, images=20, steps=1)
     kept = evaluate.main(evaluate.Config(**cfg, keep_reference=str(tmp_path / "r.npz")))

@@ -121,8 +121,35 @@ def test_the_numbers_on_the_page_are_those_of_the_run(parsed):
     assert "come back at 23.46 dB with them, and at 21.00 dB from the base channels alone" in said
     assert "differed from that model by 0.0; then came 420 steps (31 s)" in said
     assert "tokens an image, not 64 16" in said and "2 stages 81 s" in said
+    assert "Base only is the frozen base decoder on its own. Every other stop goes through the DA-VAE" in said
     assert "7 Euler steps, guidance 2, time shift 1, seed 0, ema weights" in said
     assert "DA-VAE DiT, 420 steps in 31 s: loss base 0.200, detail 0.400; warm start off by 0.0" in said
+
+
+PHOTOS = {"data_dir": "photos", "val_dir": "", "image_size": "32"}
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({}, "training images come"), ({"val_dir": "others"}, "validation images come"),
+    ({"image_size": "512"}, "training images at 512 pixels come"),
+    ({"val_dir": "others", "image_size": "64"}, "validation images at 64 pixels come"),
+    ({"data_dir": "procedural"}, "validation images come")])
+def test_it_says_which_images_the_davae_was_validated_on_and_at_which_size(made, changes, said):
+    about = made()
+    about.stages[0].settings.update(PHOTOS | changes)
+    assert said in report.quality_of(about)
+    images = said.removesuffix(" come")
+    assert report.facts(about)[f"base only → with details, {images}"] == "21.0 → 23.5 dB"
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({}, ""), ({"detail_dropout": "0.0", "keep_levels": ""}, "it always had all of them: "),
+    ({"detail_dropout": "0.1", "keep_levels": ""}, "in 10% of the images with none: "),
+    ({"detail_dropout": "0.1", "keep_levels": "0,4,8"}, "trained with 0, 4, 8 of them at a time.")])
+def test_the_dial_says_what_decodes_and_whether_it_was_trained_with_fewer_details(made, settings, said):
+    about = made()
+    about.stages[0].settings.update(settings)
+    assert said in report.trained_without(about) and bool(said) == bool(report.trained_without(about))
 
 
 def test_the_dial_says_the_psnr_of_what_the_davae_makes_of_the_images(made):
@@ -149,6 +176,17 @@ def test_curves_have_the_values_of_the_log(parsed):
     assert plot["aria-valuetext"] == "step 40 · base 0.125 · detail 0.312 · w(n) 1"
 
 
+def test_below_each_chart_stands_what_its_curves_are(made, tmp_path):
+    about = made()
+    rows = [{"step": k, "l1": 0.5, "align": 0.25, "lpips": 0.125, "kl": 2.0} for k in (1, 2)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about.about["config"] |= {"vae": str(tmp_path), "N": 1234}
+    source = report.losses_section(about)["charts"]
+    notes = re.findall(r'<p class="note">(.*?)</p>\n</figure>', source)
+    assert [note.split(" ")[0] for note in notes] == ["v*", "L1:", "How", "How"]
+    assert "it rises from 0, and is 1 from step N = 1,234 on." in notes[0] and "(Eq. 4)" in notes[1]
+
+
 def test_a_curve_leaves_out_what_is_no_number_and_a_chart_without_any_is_none():
     drawn = page.chart("t", {"a": ([1, 2, 3], [float("nan"), 2.0, float("inf")]), "b": ([1], [float("nan")])})
     curves = json.loads(Parsed(drawn).all("figure")[0]["data-chart"])["curves"]
@@ -172,6 +210,20 @@ def test_measurements_are_those_of_metrics_json_and_the_best_stand_out(parsed):
     assert "20.11 0.5 64 DA-VAE 24.44 0.5 64" in parsed.text and "on an abacus" in parsed.text
     assert "500 samples which Probe-FD ↓ samples 0.25 base only, bilinear 1.75" in parsed.text
     assert "features Probe, sha256 1" in parsed.text                  # a setting
+    assert "300 held-out images which PSNR" in parsed.text
+
+
+def test_measurements_on_training_images_are_called_so(made, tmp_path):
+    about = made()
+    about.about["config"]["data_dir"] = str(tmp_path)
+    for data_dir, called in ((tmp_path / "x" / "..", "training"), (tmp_path.parent, "held-out")):
+        entry = METRICS[0] | {"settings": METRICS[0]["settings"] | {"data_dir": str(data_dir)}}
+        (Path(about.folder) / "metrics.json").write_text(json.dumps([entry]))
+        section = report.measurements_section(about)
+        assert f"<caption>300 {called} images</caption>" in section["tables"]
+        said = section["measured"]
+        assert f"python evaluate.py {about.folder} --data_dir={data_dir}</code> on an abacus" in said
+        assert ("trained on these images: the numbers say nothing" in said) == (called == "training")
 
 
 # ---- pictures ----
@@ -286,6 +338,10 @@ def test_what_a_run_lacks_is_left_out_or_replaced_by_the_command_that_makes_it(m
     (folder / "warm_start.png").unlink()
     parsed = Parsed(rendered(about))
     assert f"Not measured yet: python evaluate.py {folder} does it." in parsed.text
+    about.about["config"]["data_dir"] = "photos"
+    said = report.measurements_section(about)["measured"]
+    assert f"python evaluate.py {folder} --data_dir=OTHER_IMAGES</code> does it, on a folder of imag" in said
+    assert "Without a network no samples are drawn: add <code>--lpips_trunk=squeezenet1_1_features" in said
     assert "losses" not in [found["id"] for found in parsed.all("section")] and "Losses" not in parsed.text
     assert [found for found in parsed.all("figure") if "hidden" in found]      # the number stands alone
 
@@ -387,6 +443,7 @@ def test_the_main_job_ends_with_the_report_of_its_own_run(
 
 @pytest.mark.parametrize("given, val_dir, shown, colour", [
     ("mine", "val", "Held-out images", 30), ("", "val", "Held-out images", 20),
+    ("train", "val", "Training images (--data_dir= takes others)", 10),
     ("", "", "Training images (--data_dir= takes others)", 10)])
 def test_images_are_those_asked_for_else_those_of_validation(given, val_dir, shown, colour, tmp_path):
     folders = {}

@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +11,14 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 import finetune
 import sample
 from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
 from finetune import flow_loss
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
-from support import text, weights
+from support import data, text, weights
 from support.metrics import import_torchvision
 from support.weights import load_base_vae, load_dit
 
@@ -151,6 +154,13 @@ def test_euler_on_sd3s_grid_follows_the_recorded_trajectory(golden):
         assert (x - recorded[f"out/x_after_{n}"]).abs().max() < 1e-5
 
 
+def test_each_step_ticks_once_and_changes_nothing():
+    steps, noise = [], torch.randn(2, 2, 1, 1)
+    with_bar = sample_flow(Counting(), noise, time_grid(7), (torch.tensor([1, 2]),), tick=steps.append)
+    assert steps == [1] * 7
+    assert torch.equal(with_bar, sample_flow(Counting(), noise, time_grid(7), (torch.tensor([1, 2]),)))
+
+
 def test_noise_of_a_sample_depends_on_seed_and_index_only():
     alone = sample_noise(3, [7], (4, 2, 2))[0]
     assert torch.equal(sample_noise(3, range(10), (4, 2, 2))[7], alone)
@@ -200,6 +210,97 @@ def test_a_half_finished_folder_is_continued_and_the_npz_holds_every_image(tiny_
     assert array.dtype == np.uint8 and array.shape == (6, 64, 64, 3)
     assert np.array_equal(array[5], again["000005.png"])
     assert (out / "grid.png").exists() and (out / "base_preview.png").exists()
+
+
+def cells(path, count, columns, side, scale):
+    """The images (side, side, 3) of a grid that `save_grid` has made, row by row."""
+    sheet = np.asarray(Image.open(path)).astype(int)
+    step = scale * side
+    found = []
+    for i in range(count):
+        top, left = 2 + i // columns * (step + 14) + 12, 2 + i % columns * (step + 2)
+        found.append(sheet[top:top + step:scale, left:left + step:scale])
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_run, tmp_path_factory):
+    """A folder of nine samples of one class, of which eight are shown."""
+    return sample.main(settings(tiny_run, tmp_path_factory.mktemp("drawn") / "a", n=9, classes=(1,)))
+
+
+def never(*args, **options):
+    raise AssertionError("drawn, although everything is there")
+
+
+def test_the_overviews_are_put_together_from_the_images_of_the_folder(drawn, tiny_run):
+    for cell, image in zip(cells(drawn / "grid.png", 8, 8, 64, 2), images(drawn).values()):
+        assert np.array_equal(cell, image)
+    previews = images(drawn / ".base")
+    assert list(previews) == [f"{i:06d}.png" for i in range(8)]            # of those shown, and no more
+    for cell, preview in zip(cells(drawn / "base_preview.png", 8, 8, 32, 4), previews.values()):
+        assert np.array_equal(cell, preview)
+    dit, vae, config = weights.load_run(tiny_run)
+    again = sample.settings_of(sample.Config(steps=2, classes=(1,)), config, "")
+    _, base = sample.generate(dit, vae, range(4), again)
+    for preview, x in zip(previews.values(), data.to_uint8(base).astype(int)):
+        assert np.abs(preview - x).max() <= 1
+
+
+def test_of_a_whole_folder_nothing_is_drawn_and_no_model_is_loaded(
+        drawn, tiny_run, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(drawn, tmp_path / "a")
+    for name in ("grid.png", "base_preview.png", "samples.npz"):
+        (out / name).unlink()
+    monkeypatch.setattr(sample, "load_run", never)
+    sample.main(settings(tiny_run, out, n=9, classes=(1,)))
+    assert f"{out}: all 9 images are there, none is drawn" in capsys.readouterr().out
+    for name in ("grid.png", "base_preview.png"):
+        assert (out / name).read_bytes() == (drawn / name).read_bytes()
+    assert len(np.load(out / "samples.npz")["arr_0"]) == 9
+
+
+def test_previews_that_an_older_folder_lacks_are_drawn_and_its_images_stay(
+        drawn, tiny_run, tmp_path, capsys):
+    out = shutil.copytree(drawn, tmp_path / "a")
+    shutil.rmtree(out / ".base")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    sample.main(settings(tiny_run, out, n=9, classes=(1,)))
+    said = capsys.readouterr().out
+    assert "base_preview.png lacks 8 of its images, which are drawn again for it" in said
+    assert "0 new images, 9 in all" in said
+    assert {path: path.stat().st_mtime_ns for path in out.glob("0*.png")} == before
+    assert_same_images(images(out / ".base"), images(drawn / ".base"))
+
+
+def test_who_reads_the_folder_finds_the_samples_and_no_class_of_previews(drawn):
+    found = data.open_dataset(drawn, 64)
+    assert found.classes == []
+    assert {Path(path).name for path in found.paths} == {
+        "base_preview.png", "grid.png", *images(drawn)}
+
+
+@pytest.mark.parametrize("classes, n, columns, shown", [
+    ((3, 4), 6, 3, [0, 2, 4, 1, 3, 5]), ((3, 4, 5), 2, 1, [0, 1]),
+    ((3, 4), 40, 8, [*range(0, 16, 2), *range(1, 16, 2)])])
+def test_the_overviews_have_a_row_of_at_most_eight_for_each_class(classes, n, columns, shown):
+    about = {"classes": [f"class {k}" for k in range(10)]}
+    found, labels = sample.overview(about, {"classes": classes}, n)
+    assert (found, list(labels)) == (columns, shown)
+    assert all(label == f"class {classes[i % len(classes)]}" for i, label in labels.items())
+
+
+def test_the_bar_is_over_the_euler_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
+    bars = []
+
+    def keep(**options):
+        bars.append(tqdm(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(sample, "tqdm", keep)
+    out = sample.main(settings(tiny_run, tmp_path / "a", steps=3))         # six images, four at a time
+    bar, = bars
+    assert (bar.total, bar.n, bar.desc) == (6, 6, f"{out}: 6 images")
 
 
 def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
@@ -454,6 +555,13 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
             assert torch.equal(x, sample_flow(model, *fewer, scale=4.0, **options))
             x = recorded(model, noise, ts, *conditions, scale=2.0, **options)
             assert torch.equal(x, sample_flow(model, noise, ts, *conditions, scale=2.0, **options))
+
+            ticks, before = [], len(calls)
+            conditions = (cond, uncond)
+            recorded(model, sample_noise(0, range(3), (8, 4, 4)).to(device), ts, *conditions, scale=4.0,
+                     tick=ticks.append, **options)
+            assert ticks == [9]
+            assert len(calls) == before                                # replayed, not run
 
 
 def test_a_graph_without_a_gpu_is_refused(tiny_run, tmp_path):
