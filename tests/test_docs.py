@@ -74,7 +74,7 @@ TOY = {
     "--lpips_trunk=squeezenet1_1_features.pth": f"{VAE} --image_size=256 --crop=64",
     "python train_vae.py photos-quick --base=weights/taef2 --data_dir=photos/train":
         f"{VAE} --image_size=256 --crop=64",
-    "python experiments/sizes.py out/photos-vae --other=out/photos-quick-vae --data_dir=kodak --images=6 "
+    "python experiments/sizes.py out/photos-vae --other=out/photos-quick-vae --data_dir=kodak --images=24 "
     "--sizes=0 --tiled=2048 --lpips_trunk=squeezenet1_1_features.pth": "--tiled=256 --halvings=0",
     "python train_vae.py tiny-base --out=out/drawings-base --r=1 --C=32 --groups=4 --steps=1500 "
     "--dtype=bfloat16": VAE,
@@ -134,6 +134,8 @@ def commands(page):
     for before, lines in blocks(page):
         not_run = "not run" in f"{before} {lines[:1]}"
         for line in lines:
+            if line.startswith("    "):                            # printed by a job that makes a stage
+                continue
             for part in re.sub(r"\s#.*", "", line).split("&&"):
                 command = " ".join(part.split())
                 if re.fullmatch(COMMAND, command) and not re.match(EXEMPT, command):
