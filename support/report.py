@@ -554,11 +554,9 @@ def stage_in(folder, saved, Config, presets):
         if field.name in saved["config"]:
             value = saved["config"][field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
-    flags = config.flags(Config(**preset | values))
-    usual = config.flags(Config(**preset))
-    changed = [flag for flag, before in zip(flags, usual) if flag != before]
-    settings = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-    return Stage(str(folder), summary, shlex.join(["python", saved["script"], name, *changed]), settings)
+    cfg = Config(**preset | values)
+    settings = dict(flag.removeprefix("--").split("=", 1) for flag in config.flags(cfg))
+    return Stage(str(folder), summary, config.command(saved["script"], cfg, presets), settings)
 
 
 def commands_section(report):

@@ -49,6 +49,18 @@ def test_arms_are_compared_seed_by_seed_where_both_have_the_seed():
     assert verdict(cells_of(paper=(0.8,), no_alignment=(0.3,)), "no alignment") == ""     # one seed is none
 
 
+@pytest.mark.parametrize("values,said", [
+    ((0.70, 0.82, 0.90), "better than paper"),                        # -0.093 on the mean; chance makes 0.05
+    ((0.78, 0.88, 0.98), "no difference"),                            # the same sign, but less than chance
+    ((0.60, 0.70, 1.01), "no difference"),
+])
+def test_beside_chance_a_difference_counts_where_it_is_more_than_other_seeds_on_the_same_base(values, said):
+    cells = cells_of(paper=(0.8, 0.9, 1.0), no_alignment=values)
+    cells["paper, again"] = cells_of(again=(0.85, 0.9, 0.96))["again"]
+    assert verdict(cells, "no alignment").endswith(f"no difference; beside chance: {said}")
+    assert verdict(cells, "paper, again").endswith("of 3 below: no difference")
+
+
 @pytest.mark.parametrize("preset", ["tiny", "photos"])
 def test_every_arm_is_a_command_line_that_the_scripts_take(preset, monkeypatch):
     cfg = Config(preset=preset, base="taef2", data_dir="my photos", eval_dir="eval", lpips_trunk="net.pth")
