@@ -542,7 +542,7 @@ def read(dataset, index, whole=0, threads=8):
                 yield to_tensor(x), y, [i for i, _ in found]
             count += len(found)
     if count < len(index):
-        print(f"of {len(index)} images to look at or to measure, {len(index) - count} are left out",
+        print(f"left out of {len(index)} images to look at or to measure: {len(index) - count}",
               file=sys.stderr)
 
 
