@@ -558,7 +558,9 @@ def draw_samples(run, done, ema, vae, about, text):
     """
     cfg = run.cfg
     names = [name[:24] for name in about["classes"][:10]]
-    names = names or [f"class {k}" for k in range(min(10, ema.cfg.num_classes))]
+    if not names:
+        known = min(10, ema.cfg.num_classes)
+        names = [f"class {k}" for k in range(known)] if known > 1 else ["image"]
     columns = len(names) if len(names) > 1 else 4
     n = 4 * columns
     chosen = dict(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(len(names))), dtype=cfg.dtype)
