@@ -392,9 +392,8 @@ def main(cfg):
         settings |= plan.settings
         rehearse(cfg, run, rulers, plan)
     elif may_draw and run.rank == 0:
-        print("no samples are drawn, since nothing here measures them: give --features=squeeze "
-              "--lpips_trunk=squeezenet1_1_features.pth (SqueezeNet-FD) or --inception_weights= (FID), or "
-              "--features=none to draw for img/s alone")
+        print("no samples are drawn, since nothing here measures them: give --lpips_trunk= (SqueezeNet-FD) "
+              "or --inception_weights= (FID), or --features=none to draw for img/s alone")
 
     # reconstruction: every process takes each world-th image
     mine = index[run.rank::run.world]
@@ -449,6 +448,8 @@ def check(cfg, run, rulers, images, draws, out):
     if run.rank == 0:
         for path in filter(None, (out, cfg.keep_reference)):
             check_writable(Path(path))
+        if draws and rulers.features.name and not cfg.reference and images < 500:
+            print(f"{images} images are few: a distance to them only compares runs, on the same images")
 
 
 def large_enough(batches, dataset, least):
@@ -514,11 +515,11 @@ def report_at_the_end(job, text):
 def images_to_show(cfg, run):
     """(x (N, 3, H, W) in [-1, 1], which images these are, in words)."""
     own = run.config["config"]
-    folder, shown = cfg.data_dir, "Held-out images"
+    folder, shown = cfg.data_dir, f"Held-out images, {own['image_size']} pixels"
     if not folder and own["data_dir"] != "procedural":
         folder = davae_settings(own).get("val_dir") or own["data_dir"]
     if seen_in_training(folder, own):
-        shown = "Training images (--data_dir= takes others)"
+        shown = f"Training images, {own['image_size']} pixels (evaluate.py report --data_dir= takes others)"
     dataset, index = held_out(run, folder, cfg.images)
     batches = [x for x, _, _ in data.read(dataset, index)]
     if not batches:

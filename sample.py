@@ -436,7 +436,8 @@ def main(cfg):
     speed = len(mine) / max(1e-9, time.time() - start)
     ranks.wait_for_all()
     if rank == 0:
-        print(f"{out}: {len(todo) - len(again)} new images, {cfg.n} in all; {speed:.2g} img/s here")
+        print(f"{out}: {len(todo) - len(again)} new images, {cfg.n} in all; {speed:.2g} img/s here; look at "
+              f"{out}/grid.png")
     return put_together(out, cfg.n, columns, shown, rank)
 
 
@@ -466,6 +467,9 @@ def refuse_other_images(out, settings):
             raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
         changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
                    if old.get(name) != settings.get(name)]
+        if changed and old | {"model": ""} == settings | {"model": ""}:
+            raise SystemExit(f"{out} holds images of the run as it was before it was trained on, or of "
+                             "another run: give another --out, or remove it")
         if changed:
             raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
                              "another --out, or remove it")

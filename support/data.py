@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+from tqdm import tqdm
 
 from support import identity, shards
 from support.captions import read_captions, shown
@@ -118,7 +119,7 @@ class Dataset:
         if shown(path) not in reason:
             reason = f"cannot use the image {shown(path)}: {reason}"
         if self.bad.setdefault(path, reason) is reason:
-            print(f"{reason}; {then}", file=sys.stderr)
+            tqdm.write(f"{reason}; {then}", file=sys.stderr)
 
     def summary(self):
         """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable; left
@@ -542,8 +543,7 @@ def read(dataset, index, whole=0, threads=8):
                 yield to_tensor(x), y, [i for i, _ in found]
             count += len(found)
     if count < len(index):
-        print(f"left out of {len(index)} images to look at or to measure: {len(index) - count}",
-              file=sys.stderr)
+        tqdm.write(f"left out of {len(index)} images to look at or measure: {len(index) - count}", sys.stderr)
 
 
 def exact_whole(dataset, multiple, i):

@@ -25,7 +25,8 @@ def fitting_images(cfg, vae, train_set, device, rank):
 def statistics_images(cfg, train_set, device, rank, world):
     """Batches of this rank's share of the first cfg.stats training images."""
     mine = range(min(cfg.stats, len(train_set)))[rank::world]
-    for k in range(0, len(mine), cfg.micro_batch):
+    title = f"{cfg.out}: measuring the latents"
+    for k in tqdm(range(0, len(mine), cfg.micro_batch), desc=title, disable=rank > 0, mininterval=1):
         x, _ = data.stack(train_set, mine[k:k + cfg.micro_batch])
         yield data.to_tensor(x).to(device)
 

@@ -102,6 +102,8 @@ def add_entry(path, entry):
         print(json.dumps(entry))
         raise SystemExit(f"{path}: not written ({error}); the measurement is printed above") from None
     print(f"\nadded to {path}")
+    if Path(path.parent, "report.html").exists():
+        print(f"python evaluate.py report {path.parent}  puts it into {path.parent}/report.html")
 
 
 def check_writable(path):

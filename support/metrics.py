@@ -118,9 +118,9 @@ def make_lpips(net, trunk=""):
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
     except (urllib.error.URLError, OSError) as error:
-        raise SystemExit(f"LPIPS({net}) needs torchvision's weights and cannot fetch them ({error}): "
-                         "give the file with --lpips_trunk=; train_vae.py and evaluate.py do without it by "
-                         "--perceptual=none") from None
+        raise SystemExit(f"LPIPS({net}) needs torchvision's weights of that network and cannot fetch them "
+                         f"({error}): give their file by --lpips_trunk= (docs/recipes.md, your own photos); "
+                         "train_vae.py and evaluate.py also do without, by --perceptual=none") from None
     if trunk:
         load_trunk(model.net, trunk)
     return model.eval().requires_grad_(False)

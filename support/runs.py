@@ -114,11 +114,17 @@ class Run:
                 if self.rank == 0:
                     tqdm.write(f"{sentence}; training goes on with these")
                 continue
-            keep = ""
-            if name == "images" and getattr(self.cfg, "vae", ""):
-                keep = f" (with --vae={self.cfg.vae} --base={self.cfg.base} on what was made before)"
-            raise Differs(f"{sentence}: give the former, or another --out to start afresh{keep}")
+            raise Differs(f"{sentence}: give the former{self.or_another(name)}")
         self.parts |= {name: new for name, new in parts.items() if new is not None}
+
+    def or_another(self, name):
+        """What else to do where a part differs: of a stage, the run that needs it says."""
+        if self.needed_by:
+            return ""
+        kept = [f"--{flag}={getattr(self.cfg, flag)}" for flag in ("vae", "base") if
+                name == "images" and getattr(self.cfg, flag, "")]
+        on_these = f" (with {' '.join(kept)} on what was made before)" if kept else ""
+        return f", or another --out to start afresh{on_these}"
 
     def describe(self, train_set, parameters, sizes, accumulate, world, device):
         """Print what is trained on what; by rank 0."""
@@ -289,8 +295,9 @@ def resume(cfg, free):
         if name in NO_EFFECT | SOURCES or json.dumps(old) == json.dumps(new):
             continue
         if name not in free:
+            afresh = "" if getattr(cfg, "needed_by", "") else ", or another --out to start afresh"
             raise Differs(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
-                          f"give --{name}={old} to go on, or another --out to start afresh")
+                          f"give --{name}={old} to go on{afresh}")
         tqdm.write(f"resuming with {name}={new} (was {old})")
     return latest
 

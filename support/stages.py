@@ -105,7 +105,9 @@ def make_missing(cfg, makers):
         try:
             maker.main(stage)
         except runs.Differs as difference:
-            raise SystemExit(f"{difference}. Or give --{flag}={stage.out} to use it as it is") from None
+            at_home = "; or give the folder of images another name, and all is made afresh"
+            raise SystemExit(f"{difference}; or give --{flag}={stage.out} to use it as it is"
+                             f"{at_home if getattr(cfg, 'base_vae', '') else ''}") from None
 
 
 def stages_of(cfg, makers):
@@ -148,8 +150,8 @@ def check_base_vae(cfg, stages):
     for maker, stage in stages:
         needed = maker.makes[1] == "DA-VAE" and stage.D > 0
         if needed and stage.base not in made and "/" not in stage.base and not Path(stage.base).exists():
-            raise SystemExit(f"{stage.out} is to be made on a base VAE, and {stage.base} is not here: name "
-                             "its file or folder, or org/name, with --base_vae=")
+            raise SystemExit(f"{stage.out} is to be made on a base VAE, and {stage.base} is not here: give "
+                             "one by --base_vae=FILE, FOLDER or org/name (docs/recipes.md, your own photos)")
 
 
 def before_dry_run(cfg, makers):
@@ -162,9 +164,15 @@ def before_dry_run(cfg, makers):
     if len(stages) > 1:
         show(stages, {}, 0)
     classes = 1000
-    if cfg.data_dir == "procedural" or Path(cfg.data_dir).is_dir():
-        classes = len(data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed).classes)
-    return known_stages(cfg, makers), max(1, classes)
+    if cfg.data_dir == "procedural" or Path(cfg.data_dir).is_dir() and not Latents.are_in(cfg.data_dir):
+        images = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
+        classes = len(images.classes)
+        print(f"{cfg.out}: {images.summary()}")
+    known = known_stages(cfg, makers)
+    if cfg.base in known:
+        for name in ("p", "E", "depth", "A"):          # the widened model has its base's
+            setattr(cfg, name, getattr(known[cfg.base], name))
+    return known, max(1, classes)
 
 
 def known_stages(cfg, makers):
@@ -198,6 +206,8 @@ def plan(cfg, makers, rank, device):
 
     known, times, size = {}, {}, 0
     timed = [] if getattr(cfg, "text", "") else stages
+    if timed:
+        print("timing a few steps of each stage", flush=True)
     for maker, stage in timed:
         passes = ranks.accumulation(stage.batch_size, stage.micro_batch, ranks.world_size())
         n = stage.batch_size // ranks.world_size() // passes

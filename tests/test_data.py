@@ -530,7 +530,7 @@ def test_what_is_measured_leaves_unreadable_images_out_and_counts_none_twice(tmp
     assert greys == numbers == [i for i in range(14) if i not in bad]
     assert all(len(x) == len(y) == len(numbers) > 0 for x, y, numbers in batches)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == f"left out of 14 images to look at or to measure: {len(bad)}"
+    assert lines[-1] == f"left out of 14 images to look at or measure: {len(bad)}"
     assert sorted(line.split(".png")[0][-2:] for line in lines[:-1]) == [f"{i:02d}" for i in bad]
 
 
@@ -542,7 +542,7 @@ def test_whole_images_smaller_than_their_cut_or_than_the_window_of_ssim_are_left
     assert [numbers for _, _, numbers in batches] == [[0], [2]]
     named, counted = capsys.readouterr().err.splitlines()
     said = f"b.png: {size[1]}x{size[0]} pixels are too small, the least that is measured is 16x16"
-    assert said in named and counted == "left out of 3 images to look at or to measure: 1"
+    assert said in named and counted == "left out of 3 images to look at or measure: 1"
 
 
 # ---- pixels ----

@@ -252,7 +252,7 @@ def test_part_of_the_way_is_continuous_and_never_singular():
 def test_a_fitted_run_says_so_and_resumes_without_fitting_again(davae_config, tmp_path, monkeypatch, capsys):
     cfg = davae_config(tmp_path / "a", fit="closed", gan=0.0, steps=2)
     train_vae.main(cfg)
-    assert "a: the new blocks start in closed form: the details keep " in capsys.readouterr().out
+    assert "a: new blocks start in closed form (docs/closed_form.md); the details" in capsys.readouterr().out
     monkeypatch.setattr(train_vae, "fit_new_blocks", None)
     train_vae.main(replace(cfg, steps=3))
     assert runs.step_of(cfg.out) == 3

@@ -55,6 +55,7 @@ def test_a_dry_run_is_of_the_models_that_a_preset_trains(
     numbers = finetune.main(replace(cfg, dry_run=True))
     assert (numbers["tokens"], numbers["parameters"]) == (tokens, parameters)
     shown = capsys.readouterr().out
+    assert f"--E={sizes['E']}\n" in shown and f"--depth={sizes['depth']}\n" in shown
     assert shown.index(f" out/{preset}-vae ") < shown.index(f" out/{preset}-base ") < shown.index("model ")
 
 

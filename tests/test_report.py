@@ -404,7 +404,7 @@ def test_the_report_of_a_run_shows_its_own_samples_and_stages(tiny_run, tmp_path
     images, _ = evaluate.sample.generate(run.dit, run.vae, range(10), settings)
     strip = np.concatenate(list(data.to_uint8(images)), axis=1).astype(int)
     assert np.abs(pixels_of(sheet["src"]) - strip).max() <= 8         # bfloat16 decodes the latter, maybe
-    assert "balloon" in parsed.text and "Held-out images, reconstructed" in parsed.text
+    assert "balloon" in parsed.text and "Held-out images, 64 pixels, reconstructed" in parsed.text
     folders = [Path(stage).name for stage in re.findall(r"<h3><code>(.*?)</code>", path.read_text())]
     assert folders == ["base-vae", "vae", "base", "run"]
     assert parsed.text.count("finetune.py tiny-base ") == 1 and "base DiT, 3 steps in" in parsed.text
@@ -442,9 +442,9 @@ def test_the_main_job_ends_with_the_report_of_its_own_run(
 
 
 @pytest.mark.parametrize("given, val_dir, shown, colour", [
-    ("mine", "val", "Held-out images", 30), ("", "val", "Held-out images", 20),
-    ("train", "val", "Training images (--data_dir= takes others)", 10),
-    ("", "", "Training images (--data_dir= takes others)", 10)])
+    ("mine", "val", "Held-out images, 16 pixels", 30), ("", "val", "Held-out images, 16 pixels", 20),
+    ("train", "val", "Training images, 16 pixels (evaluate.py report --data_dir= takes others)", 10),
+    ("", "", "Training images, 16 pixels (evaluate.py report --data_dir= takes others)", 10)])
 def test_images_are_those_asked_for_else_those_of_validation(given, val_dir, shown, colour, tmp_path):
     folders = {}
     for name, value in (("train", 10), ("val", 20), ("mine", 30)):

@@ -173,6 +173,9 @@ def test_other_photos_get_other_folders_and_those_of_the_same_name_are_refused(t
     assert runs.hash_of(load_davae("out/mine-base/photos-vae")) == first
     with pytest.raises(SystemExit, match="out/mine-base/photos was started with other vae than|other images"):
         whole_job("--data_dir=elsewhere/mine")
+    with pytest.raises(SystemExit, match="photos-vae was started with other images than .*: give the former; "
+                                         "or give --vae=.* or give the folder of images another name"):
+        whole_job("--data_dir=elsewhere/mine", "--out=out/new")
     assert runs.hash_of(load_davae("out/mine-base/photos-vae")) == first
 
 
@@ -190,7 +193,7 @@ def test_a_folder_without_classes_and_one_with_captions_give_an_unconditional_mo
 def test_a_preset_whose_base_vae_is_not_here_says_by_which_flag_to_name_it(toys):
     photos("mine")
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", "--data_dir=mine"])
-    with pytest.raises(SystemExit, match="on a base VAE, and taef2 is not here: name .* with --base_vae="):
+    with pytest.raises(SystemExit, match="on a base VAE, and taef2 is not here: give one by --base_vae="):
         finetune.main(cfg)
     assert not Path("out").exists()
 
