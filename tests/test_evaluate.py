@@ -211,9 +211,8 @@ def photo_run(tiny_run, photos, tmp_path):
     return str(run), folder
 
 
-NOT_DRAWN = ("no samples are drawn, since nothing here measures them: give --features=squeeze "
-             "--lpips_trunk=squeezenet1_1_features.pth (SqueezeNet-FD) or --inception_weights= (FID), or "
-             "--features=none to draw for img/s alone")
+NOT_DRAWN = ("no samples are drawn, since nothing here measures them: give --lpips_trunk= (SqueezeNet-FD) or "
+             "--inception_weights= (FID), or --features=none to draw for img/s alone")
 
 
 def test_samples_that_nothing_measures_are_not_drawn_unless_asked_for(photo_run, monkeypatch, capsys):
