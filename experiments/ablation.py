@@ -190,9 +190,10 @@ def use_of_details(run, held_out, features):
     execute(f"experiments/sensitivity.py {run} {held_out} {features}")
     execute(f"experiments/spectrum.py {run} {held_out}")
     found = rounded(json.loads(Path(run, "sensitivity.json").read_text())["table"])
-    for name, (_, power) in json.loads(Path(run, "spectrum.json").read_text())["panels"][0][3].items():
-        found[f"{name} spectrum"] = {"lowest": power[0], "highest": power[-1]}
-    return found
+    curves_of = json.loads(Path(run, "spectrum.json").read_text())["panels"][0][3]
+    powers = {f"{name} spectrum": {"lowest": power[0], "highest": power[-1]}
+              for name, (_, power) in curves_of.items()}
+    return found | rounded(powers)
 
 
 def execute(command):
