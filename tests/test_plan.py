@@ -20,7 +20,7 @@ HOURS = {
     ("imagenet512", {}, 237.4e9, 675_482_048),
     ("sd35m-1024", {}, 2.443e12, None),
     ("sd35m-2048", {}, 11.25e12, None),
-    ("sd35m-2048", {"image_size": 4096}, 89.4e12, None)])
+    pytest.param("sd35m-2048", {"image_size": 4096}, 89.4e12, None, marks=pytest.mark.slow)])
 def test_dry_run_counts_what_the_models_really_cost(preset, changes, forward, parameters, capsys):
     cfg = Config(**{"preset": preset, **PRESETS[preset]})
     numbers = finetune.main(replace(cfg, dry_run=True, **changes))

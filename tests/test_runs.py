@@ -243,7 +243,9 @@ runs.shutil.rmtree = rmtree
 }
 
 
-@pytest.mark.parametrize("moment", KILLED_SAVES)
+@pytest.mark.parametrize("moment", [
+    "in the middle of a file", pytest.param("before the rename", marks=pytest.mark.slow),
+    pytest.param("before the old one is pruned", marks=pytest.mark.slow)])
 def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(
         davae_config, same_weights, tmp_path, launch, moment):
     straight = davae_config(tmp_path / "a", save_every=1, image_size=32, disc_start=1)

@@ -84,12 +84,8 @@ def test_a_da_vae_starts_the_same_whether_or_not_its_base_was_made_in_the_same_j
     assert same_weights(one_job, alone)
 
 
-def test_what_is_finished_is_in_no_plan_and_neither_is_what_no_preset_makes(toys, finetune_config, tmp_path):
+def test_what_no_preset_makes_is_in_no_plan(finetune_config, tmp_path):
     assert folders(finetune_config(tmp_path / "run")) == [str(tmp_path / "run")]
-    photos("mine")
-    done = whole_job("--data_dir=mine")
-    again = dataclasses.replace(done, out="out/mine-base/other")
-    assert folders(again) == ["out/mine-base/other"]
 
 
 @pytest.mark.parametrize("data_dir, base_vae, home", [
@@ -133,7 +129,7 @@ def test_texts_of_a_whole_job_come_from_the_encoders_of_its_base():
 
 def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toys, capfd):
     photos("mine")
-    whole_job("--data_dir=mine")
+    done = whole_job("--data_dir=mine")
     said, bar = capfd.readouterr()
 
     plan = [line.split("  ")[0] for line in said[said.index("to be made"):].splitlines()[1:4]]
@@ -155,11 +151,19 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     said, _ = capfd.readouterr()
     assert "finished at step 2; give more --steps" in said and "to be made" not in said
     assert "next: python sample.py out/mine-base/photos\n" in said
+    assert folders(dataclasses.replace(done, out="out/mine-base/other")) == ["out/mine-base/other"]
+
+    model = {"model": identity.of_run(runs.latest_checkpoint(done.out))}   # samples of this state of the run
+    Path(done.out, "samples").mkdir()
+    runs.write_json(f"{done.out}/samples/settings.json", model)
+    assert figures.folder_of_samples(done.out) == ""
+    whole_job("--data_dir=mine", "--steps=3")                      # those of the next want another folder
+    assert figures.folder_of_samples(done.out) == f" --out={done.out}/samples_3"
 
     picture(99).save("mine/cats/new.png")
     with pytest.raises(SystemExit, match="other images than --data_dir=mine has now: give the former, or .*"
                                          "--out .* --vae=out/mine-base/photos-vae .*on what was made before"):
-        whole_job("--data_dir=mine")
+        whole_job("--data_dir=mine", "--steps=3")
 
 
 def test_other_photos_get_other_folders_and_those_of_the_same_name_are_refused(toys, capfd):
@@ -196,18 +200,6 @@ def test_a_preset_whose_base_vae_is_not_here_says_by_which_flag_to_name_it(toys)
     with pytest.raises(SystemExit, match="on a base VAE, and taef2 is not here: give one by --base_vae="):
         finetune.main(cfg)
     assert not Path("out").exists()
-
-
-def test_samples_of_a_run_that_went_on_get_a_folder_of_their_own(toys, capfd):
-    photos("mine")
-    done = whole_job("--data_dir=mine")
-    assert figures.folder_of_samples(done.out) == ""
-    model = {"model": identity.of_run(runs.checkpoints(done.out)[-1])}
-    Path(done.out, "samples").mkdir()
-    runs.write_json(f"{done.out}/samples/settings.json", model)
-    assert figures.folder_of_samples(done.out) == ""
-    whole_job("--data_dir=mine", "--steps=3")
-    assert figures.folder_of_samples(done.out) == f" --out={done.out}/samples_3"
 
 
 def test_a_folder_of_documents_is_refused_before_anything_is_made(toys):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import train_vae
-from support import ranks, trackers
+from support import ranks, runs, trackers
 
 
 class Recorder(trackers.Tracker):
@@ -80,13 +80,14 @@ def test_both_stages_have_the_field_and_pictures_without_a_number_are_sent_too(
     assert len(of(recorder.events, "numbers")) == 3
 
 
-def test_a_run_that_is_told_to_stop_sends_its_last_pictures_and_ends_the_tracker(
+def test_a_run_that_is_told_to_stop_draws_no_more_pictures_and_ends_the_tracker(
         vae_config, tmp_path, recorder, monkeypatch):
     answers = iter([False, True])
     monkeypatch.setattr(ranks, "asked_to_stop", lambda: next(answers))
     with pytest.raises(SystemExit):
         train_vae.main(vae_config(tmp_path, track="recorder"))
-    assert recorder.events[-2:] == [("picture", 2, "recon"), ("finish",)]
+    assert recorder.events[-1] == ("finish",) and ("picture", 2, "recon") not in recorder.events
+    assert runs.step_of(tmp_path) == 2                             # but saved it is
 
 
 def test_only_the_first_rank_tracks_and_all_check_the_name(vae_config, tmp_path, recorder):
