@@ -69,6 +69,7 @@ class Arm:
 
 # Nothing is learned but decoder and up block: the same information, in one basis or another.
 FIXED = "--train=up --align=0 --adaptive_align=False --gan=0"
+UNALIGNED = "--align=0 --fit_align=0"          # neither trained nor at a start in closed form
 LEVELS = {"tiny": "0,8,16,24", "photos": "0,32,64,96"}             # for {levels}
 
 AGAIN = "paper, again"
@@ -76,7 +77,7 @@ AGAIN = "paper, again"
 ARMS = {
     "paper": Arm("the method"),
     AGAIN: Arm("how much is chance, on the same base?", "--seed={again}", "--seed={again}"),
-    "no alignment": Arm("does alignment help generation?", "--align=0"),
+    "no alignment": Arm("does alignment help generation?", UNALIGNED),
     "no schedule": Arm("does w(n) help?", dit="--N=0"),
     "random P_new, O_new": Arm("does the zero start help?", dit="--zero_init=False"),
     "scratch": Arm("does the warm start help, at equal steps?", base="scratch"),
@@ -94,9 +95,9 @@ ARMS = {
 
     "VF, mean": Arm("is it the distance?", "--distance=vf --align=0.5 --adaptive_align=True"),
     "VF, conv": Arm("or the projection?", "--distance=vf --project=conv --align=0.5 --adaptive_align=True"),
-    "SLS": Arm("does an order of channels do it?", "--align=0 --keep_levels={levels}", "--N=0"),
-    "ADT": Arm("or hiding channels from the DiT?", "--align=0", "--N=0 --keep_levels={levels}"),
-    "SLS + ADT": Arm("or both, as DC-AE 1.5?", "--align=0 --keep_levels={levels}",
+    "SLS": Arm("does an order of channels do it?", f"{UNALIGNED} --keep_levels={{levels}}", "--N=0"),
+    "ADT": Arm("or hiding channels from the DiT?", UNALIGNED, "--N=0 --keep_levels={levels}"),
+    "SLS + ADT": Arm("or both, as DC-AE 1.5?", f"{UNALIGNED} --keep_levels={{levels}}",
                      "--N=0 --keep_levels={levels}"),
     "all": Arm("and everything together?", "--keep_levels={levels}", "--keep_levels={levels}"),
 }
