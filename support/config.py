@@ -16,6 +16,7 @@ A comment on a line of its own, above a field, is the heading that --help puts t
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import shlex
 import sys
@@ -51,7 +52,11 @@ def cli(Config, presets=None, argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
         preset = "" if argv[0].startswith("-") else argv[0]
-        print_help(Config, presets, preset)
+        try:
+            print_help(Config, presets, preset)
+            sys.stdout.flush()
+        except BrokenPipeError:                                    # `--help | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
 
     fields = {f.name: f for f in dataclasses.fields(Config)}

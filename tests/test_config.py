@@ -1,6 +1,7 @@
 """support/config.py: the command line's values, their ranges, and its sentences."""
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -64,6 +65,16 @@ def test_help_after_a_preset_shows_its_values(capsys):
     text = capsys.readouterr().out
     assert all(f"--{name}={config.show(value)} " in text for name, value in PRESETS["large"].items())
     assert "--preset=large" in text
+
+
+def test_help_ends_without_a_traceback_when_nobody_reads_on(monkeypatch):
+    reads, writes = os.pipe()
+    os.close(reads)                                                # as head does, once it has its lines
+    with os.fdopen(writes, "w") as out:                            # closing it flushes what is left
+        monkeypatch.setattr("sys.stdout", out)
+        with pytest.raises(SystemExit) as stop:
+            config.cli(Config, PRESETS, ["--help"])
+    assert stop.value.code == 0
 
 
 def test_help_puts_the_comments_of_the_config_above_its_fields_also_of_a_parent_class(capsys):
