@@ -67,8 +67,9 @@ class Arm:
                                        # none: the base DiT itself is measured
 
 
-# Nothing is learned but decoder and up block: the same information, in one basis or another.
-FIXED = "--train=up --align=0 --adaptive_align=False --gan=0"
+# Nothing is learned but decoder and up block, with all the losses of these: the same information, in one
+# basis or another.
+FIXED = "--train=up --align=0 --adaptive_align=False"
 UNALIGNED = "--align=0 --fit_align=0"          # neither trained nor at a start in closed form
 LEVELS = {"tiny": "0,8,16,24", "photos": "0,32,64,96"}             # for {levels}
 
