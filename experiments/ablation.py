@@ -249,6 +249,7 @@ METRICS = {
     "FD, samples": ("samples, cfg 1", SAMPLES, "-FD"),
     "FD, cfg 2": ("samples, cfg 2", SAMPLES, "-FD"),
     ADDED: (),
+    "judged sharp, cfg 2": ("samples, cfg 2", ("samples",), "judged sharp"),       # of the built-in images
     "KID, cfg 2": ("samples, cfg 2", SAMPLES, "-KID"),
     "FD, base only, cfg 2": ("samples, cfg 2", ("base only, bicubic",), "-FD"),
     "base loss, held out": ("loss by time", ("base",), ""),        # means over five intervals of time
@@ -335,12 +336,13 @@ def report(cells, folder, title):
         for metric in METRICS:
             values = [number(line, metric) for line in cells[name].values()]
             values = [value for value in values if value is not None]
-            found.append(spread(values) if values else "")
+            found.append(spread(values, len(cells[name])) if values else "")
         row = [name, ARMS[name].asks, str(len(cells[name])), *found, steps_to_paper(cells, name),
                verdict(cells, name)]
         lines.append(f"| {' | '.join(row)} |")
     hours = sum(line["seconds"] for arm in cells.values() for line in arm.values()) / 3600
-    lines.append(f"\nMean over the seeds (smallest to largest). {hours:.1f} hours of cells in all.\n")
+    lines.append("\nMean over the seeds (smallest to largest); differences: of seeds that both arms have. "
+                 f"{hours:.1f} hours of cells in all.\n")
     text = "\n".join(lines)
     runs.replace(folder / f"{title}.md", text)
     print(text)
@@ -353,8 +355,9 @@ def report(cells, folder, title):
     figures.plot(panels, folder / f"{title}.png", size=(16, 6))
 
 
-def spread(values):
-    return f"{sum(values) / len(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+def spread(values, seeds):
+    of = "" if len(values) == seeds else f"; {len(values)} of {seeds} seeds"
+    return f"{sum(values) / len(values):.4g} ({min(values):.4g} to {max(values):.4g}{of})"
 
 
 def mean_curves(cells, loss):

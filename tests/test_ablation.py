@@ -92,9 +92,23 @@ def test_an_arm_changes_what_it_says_and_shares_the_rest_of_its_seed():
     assert "--base= " in scratch[-1] and not any("tiny-base --" in c and "finetune" in c for c in scratch)
 
 
+@pytest.mark.parametrize("preset", ["tiny", "photos"])
+@pytest.mark.parametrize("name", ["space to depth", "closed, aligned"])
+def test_details_in_a_fixed_basis_are_decoded_with_all_losses_of_the_method_but_alignment(preset, name):
+    stage1 = []
+    for arm in ("paper", name):
+        trained, _ = commands(Config(preset=preset, base="taef2"), arm, 0)
+        last = [shlex.split(command)[1:] for command in trained if command.startswith("train_vae.py")][-1]
+        stage1.append(vars(config.cli(train_vae.Config, train_vae.PRESETS, argv=last)))
+    changed = {field for field in stage1[0] if stage1[0][field] != stage1[1][field]}
+    assert {"train", "align"} <= changed - {"out", "given"} <= {"fit", "train", "align", "adaptive_align"}
+    assert stage1[1]["train"] == "up"
+
+
 def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     cells = [line("paper", 0, 0.8), line("paper", 1, 0.9), line("no schedule", 0, 0.4),
              line("no schedule", 1, 0.5), line("paper", 1, 1.0)]      # a cell that was run once more
+    cells[0]["details"] = {"zero details": {"psnr": 17.0}}
     half = line("half size", 0, 1.2, row="base only, bilinear")
     del half["curves"]["detail"]
     path = tmp_path / "tiny.jsonl"
@@ -103,6 +117,7 @@ def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     assert number(found["paper"][1], JUDGED) == 1.0
     text = (tmp_path / "tiny.md").read_text()
     assert "| paper | the method | 2 |" in text and "0.9 (0.8 to 1)" in text
+    assert "17 (17 to 17; 1 of 2 seeds)" in text                      # not all cells have all numbers
     assert "-0.450, 2 of 2 below: better than paper" in text
     assert number(found["no schedule"][1], ablation.ADDED) == 0.0     # 0.5 of the samples, and of the decoder
     assert "| half size |" in text and "1.2 (1.2 to 1.2)" in text
