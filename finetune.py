@@ -309,7 +309,7 @@ def main(cfg):
     trained = [p for p in dit.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     if run.checkpoint:
-        opt.load_state_dict(ranks.spread(run.train_state()["opt"], trained))
+        ranks.load_optimizer(opt, run.train_state()["opt"])
     model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
 
     # before the first step: the statistics, the proof of the warm start, a checkpoint

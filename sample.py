@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
 from dit import merge_lora
@@ -230,28 +230,29 @@ class Recorded:
             tick(len(ts) - 1)
         return x
 
-    def integrate(self, model, noise, ts, cond, uncond, **options):
-        tensors = [noise, *cond, *uncond]
-        call = ([x.shape for x in tensors], ts, options)
+    def integrate(self, model, noise, ts, cond, uncond, mask=None, **options):
+        given = (noise, cond, uncond, mask)                    # tensors, or None for no mask
+        call = ([getattr(x, "shape", None) for x in tree_leaves(given)], ts, options)
         if self.graph is None:
-            return self.record(call, tensors, model, noise, ts, cond, uncond, **options)
+            return self.record(call, given, model, ts, options)
         if call != self.call:
-            return sample_flow(model, noise, ts, cond, uncond, **options)
-        for x, new in zip(self.inputs, tensors):
-            x.copy_(new)
+            return sample_flow(model, noise, ts, cond, uncond, mask=mask, **options)
+        for x, new in zip(tree_leaves(self.inputs), tree_leaves(given)):
+            if x is not None:
+                x.copy_(new)
         self.graph.replay()
         return self.x.clone()
 
-    def record(self, call, tensors, model, noise, ts, cond, uncond, **options):
-        # compiles, and sets up what may not be recorded
-        first = sample_flow(model, noise, ts, cond, uncond, **options)
+    def record(self, call, given, model, ts, options):
+        def run(noise, cond, uncond, mask):
+            return sample_flow(model, noise, ts, cond, uncond, mask=mask, **options)
+
+        first = run(*given)                                # compiles, and sets up what may not be recorded
         self.call = call
-        self.inputs = [x.clone() for x in tensors]
-        noise, *conds = self.inputs
-        cond, uncond = conds[:len(cond)], conds[len(cond):]
+        self.inputs = tree_map_only(torch.Tensor, torch.clone, given)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.x = sample_flow(model, noise, ts, cond, uncond, **options)
+            self.x = run(*self.inputs)
         return first
 
 
@@ -306,8 +307,8 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
         z_all = flow(dit, noise.to(device), ts, cond, uncond, scale=s["cfg"],
                      interval=(s["cfg_start"], s["cfg_end"]), channels=s["cfg_channels"] or None,
                      slg=s.get("slg", 0.0), ahead=ahead, mask=mask, tick=tick)
-        # a few at a time: the decoder's activations are the largest there are
-        parts = z_all.split(8)
+        # a few at a time: the decoder's activations are the largest there are (20 GiB: 8 of 1,024 pixels)
+        parts = z_all.split(max(1, min(8, 2**23 // (s["height"] * s["width"]))))
         base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in parts]).float().clamp(-1, 1)
         if vae.D and not dit.cfg.D:                # a base DiT on a DA-VAE has nothing but the base channels
             return base, base

@@ -129,7 +129,7 @@ PRESETS = {
     # Tab. S1; not run
     "imagenet512": dict(
         out="out/imagenet512-vae", base="vavae-imagenet256-f16d32-dinov2.pt", D=96, image_size=512,
-        data_dir="imagenet/train", fit="random"),
+        data_dir="imagenet/train", fit="random", micro_batch=8),
 
     # Tab. S1; not run
     "sd35m": dict(
@@ -541,9 +541,9 @@ def save(run, done, vae, nets, opt, opt_d, measured=False):
 def restore(run, nets, opt, opt_d):
     state = run.train_state()
     nets.load_state_dict(state)
-    opt.load_state_dict(state["opt"])
+    ranks.load_optimizer(opt, state["opt"])
     if opt_d:
-        opt_d.load_state_dict(state["opt_d"])
+        ranks.load_optimizer(opt_d, state["opt_d"])
 
 
 @torch.no_grad()

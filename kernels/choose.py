@@ -114,10 +114,13 @@ def recorded(forward, device):
         if which not in calls or trained(call) > trained(calls[which]):
             calls[which] = call
 
+    # No backward pass follows, so nothing is kept for it: a batch that fits only with a kernel, which is not
+    # chosen yet, must get through.
+    keep_nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
     kernels.WATCH = watch
     try:
         gpus = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"), keep_nothing:
             forward()
     finally:
         kernels.WATCH = None

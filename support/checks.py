@@ -69,6 +69,9 @@ def check_alignment(cfg, vae):
     if cfg.project == "raw" and cfg.distance == "mse" and (cfg.teacher != "base" or vae.C != vae.D):
         raise SystemExit("--project=raw leaves the latent other channels than the teacher has, and "
                          "--distance=mse compares channel by channel; give --distance=vf")
+    if cfg.teacher != "base" and cfg.buckets > 1:
+        raise SystemExit(f"--buckets={cfg.buckets:g}: the teacher sees squares; leave it out, or "
+                         "--teacher=base")
 
 
 # ---------------------------------------------------------------- finetune.py

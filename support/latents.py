@@ -24,7 +24,8 @@ from support import data, identity, levels, ranks, runs
 from support.buckets import Buckets
 
 SHARD = 1024                                       # images per file of cached latents
-AT_ONCE = 64                                       # images encoded at once for it
+AT_ONCE = 64                                       # images encoded at once, and pixels: SD3's encoder keeps
+PIXELS_AT_ONCE = 2**24                             # 28 GiB of these (counted from shapes, not run on a GPU)
 
 
 # ---------------------------------------------------------------- the stream of a training run
@@ -96,7 +97,7 @@ def encoded_steps(vae, train_set, cfg, device, rank, world, start):
     """Encode the images of one step after the other."""
     batches = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
     for step, (images, y) in enumerate(batches, start):
-        ranks.seed_step(cfg.seed, rank, step)      # of z_d's samples, where they are wanted
+        ranks.seed_step(cfg.seed, rank, step, 1)   # of z_d's samples, where wanted; not those of the step
         z_all = encode(vae, images, cfg, device)
         yield z_all[:, :vae.C + cfg.D], y.to(device)
 
@@ -110,10 +111,14 @@ def cached_steps(latents, cfg, device, rank, world, start):
 
 
 def encode(vae, images, cfg, device):
-    """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3)."""
-    x = data.to_tensor(images).to(device)
-    with ranks.autocast(cfg.dtype, device):
-        return vae.encode(x, sample=cfg.detail_sample).float().contiguous()
+    """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3), as many at once as memory allows."""
+    b, H, W, _ = images.shape
+    latents = []
+    for part in images.split(max(1, min(AT_ONCE, PIXELS_AT_ONCE // (H * W)))):
+        x = data.to_tensor(part).to(device)
+        with ranks.autocast(cfg.dtype, device):
+            latents.append(vae.encode(x, sample=cfg.detail_sample).float().contiguous())
+    return torch.cat(latents)
 
 
 # ---------------------------------------------------------------- reading the cache

@@ -275,9 +275,9 @@ def micro_batches(model, count, *batch, seed, step):
         yield part
 
 
-def seed_step(seed, part, step):
-    """Reseed torch for micro-batch `part`, counted over all ranks, of a step."""
-    state = np.random.SeedSequence((seed, part, step)).generate_state(1, np.uint64)
+def seed_step(seed, part, step, *purpose):
+    """Reseed torch for micro-batch `part`, counted over all ranks, of a step.   purpose: of another stream"""
+    state = np.random.SeedSequence((seed, part, step, *purpose)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
@@ -325,7 +325,9 @@ def shard(model, device):
             if name.rpartition(".")[2] == "adaLN":
                 fully_shard(part, mesh=mesh)
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # Also of the model itself, which would stay whole after a forward pass that has no backward: an EMA that
+    # draws could not be updated any more.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 
@@ -358,14 +360,20 @@ def whole(state, keep=True):
     return tree_map(gathered, state)
 
 
-def spread(opt_state, parameters):
-    """An optimizer's state dict as `whole` made it, each tensor sharded like its parameter, if that is."""
+def load_optimizer(opt, state):
+    """Load a state dict as `whole` made it, each tensor sharded and laid out in memory like its parameter.
+
+    A fused step pairs numbers by where they stand, and a CPU and a GPU may train in other layouts.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
+    parameters = [p for group in opt.param_groups for p in group["params"]]
     for i, p in enumerate(parameters):
-        if not isinstance(p, DTensor):
-            continue
-        for name, value in opt_state["state"][i].items():
-            if value.dim():                                    # the step counter is not sharded
-                value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-            opt_state["state"][i][name] = value
-    return opt_state
+        moments = state["state"].get(i, {})
+        for name, value in moments.items():
+            if not value.dim():                                # the step counter
+                continue
+            if isinstance(p, DTensor):
+                moments[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+            else:
+                moments[name] = torch.empty_like(p).copy_(value)
+    opt.load_state_dict(state)

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -260,6 +261,19 @@ def test_a_models_operations_are_written_down_once_with_what_is_trained_of_them(
     assert found["patch_embed"][1]["stride"][0] == 8 * 16                              # a slice of z_all
     assert found["qknorm_rope"][0]["shape"] == [3, 16, 3, 4, 8]
     assert kernels.WATCH is None
+
+
+def test_writing_operations_down_keeps_nothing_for_a_backward_pass():
+    """A batch that fits with a kernel only must get through without it, once."""
+    kept = []
+
+    def forward():
+        x = torch.ones(4, requires_grad=True) * 2                  # torch.sin's derivative needs this
+        kept.extend([weakref.ref(x), torch.sin(x)])
+
+    choose.recorded(forward, CPU)
+    assert kept[1].requires_grad
+    assert kept[0]() is None
 
 
 def test_of_a_text_whose_first_block_is_frozen_and_second_is_not_the_second_is_tried():

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import finetune
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig
-from support import data, latents
+from support import data, latents, ranks
 from support.weights import load_davae
 
 
@@ -31,6 +31,35 @@ def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision
     for _ in range(3):
         (z, y), (z2, y2) = (next(s) for s in streams)
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
+
+
+def test_large_images_are_encoded_a_few_at_a_time_to_the_same_latents(finetune_config, tiny_vae, monkeypatch):
+    vae = load_davae(tiny_vae)
+    images, _ = data.stack(data.open_dataset("procedural", 64, 8, 0), range(8))
+    cfg = finetune_config(".")
+    whole = latents.encode(vae, images, cfg, torch.device("cpu"))
+    sizes = []
+    monkeypatch.setattr(vae, "encode", lambda x, f=vae.encode, **how: (sizes.append(len(x)), f(x, **how))[1])
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 3 * 64 * 64 + 1)
+    assert torch.allclose(latents.encode(vae, images, cfg, torch.device("cpu")), whole, atol=1e-5)
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 1)              # one image is larger
+    latents.encode(vae, images[:2], cfg, torch.device("cpu"))
+    assert sizes == [3, 3, 2, 1, 1]
+
+
+def test_samples_of_details_are_drawn_from_other_random_numbers_than_the_noise_of_their_step(
+    finetune_config, tiny_vae, tmp_path, monkeypatch
+):
+    cfg = finetune_config(tmp_path, detail_sample=True, cache=False)
+    seeds = []
+    monkeypatch.setattr(latents, "encode", lambda vae, images, *args: seeds.append(torch.initial_seed())
+                        or torch.zeros(len(images), 32, 8, 8))
+    stream = latents.encoded_steps(load_davae(tiny_vae), data.open_dataset("procedural", 64, 64, 0), cfg,
+                                   torch.device("cpu"), 0, 1, start=3)
+    z_all, _ = next(stream)
+    for _ in ranks.micro_batches(None, 2, z_all, seed=cfg.seed, step=3):
+        seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 3
 
 
 def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(

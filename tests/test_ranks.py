@@ -1,4 +1,5 @@
 """support/ranks.py: batches and seeds that do not depend on the ranks, signals, memory, several processes."""
+import copy
 import json
 import math
 import signal
@@ -44,6 +45,28 @@ def test_reseeding_depends_on_seed_rank_and_step_only():
     assert torch.equal(draw(0, 1, 2), first)
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
         assert not torch.equal(draw(*other), first)
+
+
+@pytest.mark.parametrize("saved,now", [(torch.contiguous_format, torch.channels_last),
+                                       (torch.channels_last, torch.contiguous_format)])
+def test_an_optimizer_saved_in_one_memory_layout_goes_on_in_another(saved, now):
+    """As on a GPU, which trains narrow VAEs in channels_last, and on a CPU, which does not."""
+    def step(opt, seed):
+        for group in opt.param_groups:
+            for p in group["params"]:                              # a gradient is laid out like its parameter
+                generator = torch.Generator().manual_seed(seed)
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+        opt.step()
+
+    layer, other = [torch.nn.Conv2d(3, 5, 3).to(memory_format=layout) for layout in (saved, now)]
+    opt, resumed = [torch.optim.AdamW(each.parameters(), lr=0.1, fused=True) for each in (layer, other)]
+    step(opt, 1)
+    other.load_state_dict(layer.state_dict())
+    ranks.load_optimizer(resumed, copy.deepcopy(opt.state_dict()))
+    step(opt, 2)
+    step(resumed, 2)
+    for a, b in zip(layer.parameters(), other.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_with_zero(davae_config, same_weights, tmp_path, interrupt):
@@ -172,7 +195,7 @@ def test_two_processes_lose_what_one_does_and_one_continues_their_run(finetune_c
 def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(
         finetune_config, tmp_path, launch):
     whole = finetune_config(tmp_path / "whole", steps=2, micro_batch=2)
-    shards = replace(whole, out=str(tmp_path / "shards"))
+    shards = replace(whole, out=str(tmp_path / "shards"), save_every=1)   # draws with the EMA, in between
     process = launch(finetune.main, replace(shards, shard=True), ranks=2)
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]

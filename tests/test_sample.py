@@ -18,7 +18,7 @@ import sample
 from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
 from finetune import flow_loss
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
-from support import data, text, weights
+from support import data, levels, text, weights
 from support.metrics import import_torchvision
 from support.weights import load_base_vae, load_dit
 
@@ -535,7 +535,6 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
         monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
     ts = time_grid(9, 0.6)
-    options = dict(interval=(0.2, 1.0), ahead=256)
     for model, cond, uncond in random_models(device):
         sample.for_sampling(model)
         recorded = sample.Recorded()
@@ -543,6 +542,7 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             for seed in range(3):
                 noise = sample_noise(seed, range(3), (8, 4, 4)).to(device)
+                options = dict(interval=(0.2, 1.0), ahead=256, mask=levels.seen_of_all(2, 4, 4).to(device))
                 conditions = [[x.roll(seed, 0) for x in part] for part in (cond, uncond)]
                 expected = sample_flow(model, noise, ts, *conditions, scale=4.0, **options)
                 before = len(calls)
@@ -553,8 +553,9 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
             fewer = [noise[:2], ts, *[[x[:2] for x in part] for part in conditions]]
             x = recorded(model, *fewer, scale=4.0, **options)
             assert torch.equal(x, sample_flow(model, *fewer, scale=4.0, **options))
-            x = recorded(model, noise, ts, *conditions, scale=2.0, **options)
-            assert torch.equal(x, sample_flow(model, noise, ts, *conditions, scale=2.0, **options))
+            for other in (dict(scale=2.0), dict(scale=4.0, mask=None)):
+                x = recorded(model, noise, ts, *conditions, **options | other)
+                assert torch.equal(x, sample_flow(model, noise, ts, *conditions, **options | other))
 
             ticks, before = [], len(calls)
             conditions = (cond, uncond)

@@ -277,6 +277,7 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
     (dict(D=0, base="", image_size=64, crop=(40,)), "--crop=40 is larger than --image_size=64 / 2; give"),
     (dict(train="up", gan=0.0), "--train=up freezes the layer by which the alignment is weighted; give"),
     (dict(project="raw"), "--project=raw leaves the latent other channels than the teacher has, and --dist"),
+    (dict(teacher="dino", project="conv", buckets=2), "--buckets=2: the teacher sees squares"),
     (dict(teacher="dino"), "--project=mean groups details by the base's channels, and --teacher= names"),
     (dict(keep_levels=(0, 13)), "--keep_levels=0,13: wanted numbers of detail channels, 0 to 12; 13 is none"),
     (dict(train="blocks"), "--train=blocks freezes the layer by which the GAN is weighted; give --gan=0"),
