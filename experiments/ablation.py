@@ -105,6 +105,9 @@ ARMS = {
 OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
 
 
+SCALES = {"tiny": (1, 2), "photos": (2,)}                          # of the guidance; the last is judged
+
+
 # ---------------------------------------------------------------- a cell
 
 
@@ -174,7 +177,7 @@ def run_cell(cfg, name, seed):
         held_out = f"--data_dir={shlex.quote(cfg.eval_dir)}"
         features = f"--features=squeeze --perceptual=squeeze --lpips_trunk={shlex.quote(cfg.lpips_trunk)}"
     line = {"arm": name, "seed": seed, "commands": made, "curves": curves(run)}
-    for scale in (1, 2):
+    for scale in SCALES[cfg.preset]:
         out = f"{run}/cfg{scale}.json"
         execute(f"evaluate.py {run} {held_out} --n={cfg.n} --steps=25 --cfg={scale} {features} --out={out}")
         entry = json.loads(Path(out).read_text())[-1]
