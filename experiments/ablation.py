@@ -103,8 +103,6 @@ ARMS = {
     "all": Arm("and everything together?", "--keep_levels={levels}", "--keep_levels={levels}"),
 }
 OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
-
-
 SCALES = {"tiny": (1, 2), "photos": (2,)}                          # of the guidance; the last is judged
 
 
