@@ -389,6 +389,7 @@ class BaseVAE(nn.Module):
     The class is found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
     mean, std (C,): the statistics by which the pretrained pipeline normalises latents
     """
+    block = 1              # latents whose sides must be multiples of more have more here
 
     def __init__(self, C, f, width):
         super().__init__()

@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 import sample
 from kernels import choose
-from support import config, data, metrics, ranks, report, runs, weights
+from support import checks, config, data, metrics, ranks, report, runs, weights
 from support.config import field
 from support.figures import print_table, stages_of
 from support.measurements import add_entry, check_writable, compare, davae_settings
 from support.measurements import read_entries, run_folder, seen_in_training, state_of
 from support.metrics import FeatureNetwork, distances, moments, upsampled
-from support.ranks import autocast, from_all, gather
+from support.ranks import autocast, from_all, gather, this_rank
 from support.runs import hash_of
 
 
@@ -224,7 +224,7 @@ def image_table(decodings, batches, rulers, device):
         f = gather([f for _, f in parts], numbers)                                 # (N, d)
         table[row] = dict(zip(("psnr", "ssim", "lpips"), scores.mean(0).tolist()))
         table[row]["images"] = len(f)
-        if rulers.features.name:
+        if rulers.features.name and this_rank() == 0:                              # the others wait
             table[row] |= distances(rulers.features.name, f, moments(real))        # Inception's: the rFID
     return table, real, f"{len(real)} images, sha256 {hash_of(digests)}"
 
@@ -250,16 +250,18 @@ class Plan:
     real: torch.Tensor | None      # features (N, d) of its images, where it has any
 
 
-def plan_generation(cfg, run, rulers):
-    """The Plan that cfg's flags ask for.   raises: SystemExit where they ask for what there is not"""
-    settings = sample.settings_of(cfg, run.config, run.checkpoint)
+def plan_generation(cfg, run, rulers, captions):
+    """The Plan that cfg's flags ask for.   raises: SystemExit where they ask for what there is not
+
+    captions: of the held-out images, drawn by a model of texts where there are any, and no --prompts
+    """
+    about = run.config | ({"classes": captions} if captions else {})
+    settings = sample.settings_of(cfg, about, run.checkpoint)
     if cfg.graph and run.device.type != "cuda":
         raise SystemExit("--graph=True: wanted a GPU; leave it out")
     text = sample.text_of(cfg, run.config, settings, run_folder(cfg.run), run.rank, run.device)
     if text is not None:
-        missing = [prompt for prompt in settings["prompts"] if prompt not in text.rows]
-        if missing:
-            text(missing)                                      # says which, and what to do
+        text.need(settings["prompts"])
     settings["reference_kind"] = "images"
     plan = Plan(settings, text, clip=None, reference=None, real=None)
     if cfg.clip:
@@ -302,7 +304,7 @@ def generation(cfg, run, rulers, plan, real):
         logits = gather([logits for _, logits, _ in parts], mine)                  # (n, classes)
         scores = gather([scores for _, _, scores in parts], mine)                  # (n,)
         table[row] = {}
-        if rulers.features.name:
+        if rulers.features.name and run.rank == 0:                                 # the others wait
             table[row] |= distances(rulers.features.name, f, reference, logits, real)
         if rulers.features.name == "Probe":
             labels = sample.sample_labels(range(cfg.n), plan.settings["classes"])
@@ -381,14 +383,17 @@ def main(cfg):
     may_draw = run.dit is not None and not cfg.whole
     unmeasured = cfg.features == "auto" and not rulers.features.name and not cfg.clip
     draws = may_draw and not unmeasured
-    check(cfg, run, rulers, len(index), draws, out)
+    checks.before_measuring(cfg, run, rulers, len(index), draws, out)
 
     # everything that the numbers depend on
     settings = dataclasses.asdict(cfg) | provenance(run) | rulers.settings()
     if cfg.whole:
         settings["image_size"] = "whole"
     if draws:
-        plan = plan_generation(cfg, run, rulers)
+        captions = []
+        if dataset.captions and (rulers.features.name or cfg.clip):
+            captions = [dataset.captions[i] for i in index if dataset.captions[i]]
+        plan = plan_generation(cfg, run, rulers, captions)
         settings |= plan.settings
         rehearse(cfg, run, rulers, plan)
     elif may_draw and run.rank == 0:
@@ -397,7 +402,7 @@ def main(cfg):
 
     # reconstruction: every process takes each world-th image
     mine = index[run.rank::run.world]
-    batches = data.read(dataset, mine, run.vae.f if cfg.whole else 0)
+    batches = data.read(dataset, mine, run.vae.f * run.vae.base.block if cfg.whole else 0)
     batches = tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1)
     batches = large_enough(batches, dataset, rulers.least())
     table, real, settings["held_out"] = reconstruction(run.vae, batches, rulers, run.device, cfg.dtype)
@@ -424,40 +429,14 @@ def main(cfg):
     return entry
 
 
-def check(cfg, run, rulers, images, draws, out):
-    """raises: SystemExit if flags, of `images` held-out images, ask for what will fail or have no effect"""
-    counts = {"images": images, "n": cfg.n} if draws else {"images": images}
-    least = 2 if rulers.features.name else 1
-    for name, count in counts.items():
-        if count < least:
-            raise SystemExit(f"--{name}: {count}, wanted at least {least}; distances are between sets, "
-                             "--features=none measures without")
-        if count < run.world:
-            raise SystemExit(f"{run.world} processes, {count} {name}: wanted at least one for each process")
-    if (cfg.reference or cfg.keep_reference) and not rulers.features.name:
-        raise SystemExit("--reference and --keep_reference: wanted a network to measure distances with, by "
-                         "--inception_weights= or --features=, and not --whole=True")
-    if (cfg.reference or cfg.clip) and not draws:
-        raise SystemExit(f"--reference and --clip are for samples, and none are drawn of {cfg.run} here")
-    size = run.config["config"]["image_size"]
-    if not cfg.whole and size < rulers.least():
-        raise SystemExit(f"{cfg.run}: images of {size}x{size} pixels; these metrics want {rulers.least()}x"
-                         f"{rulers.least()}: try without --perceptual and --lpips_trunk")
-    if cfg.keep_reference:
-        metrics.check_kept(cfg.keep_reference, rulers.features, images, size)
-    if run.rank == 0:
-        for path in filter(None, (out, cfg.keep_reference)):
-            check_writable(Path(path))
-        if draws and rulers.features.name and not cfg.reference and images < 500:
-            print(f"{images} images are few: a distance to them only compares runs, on the same images")
-
-
 def large_enough(batches, dataset, least):
     """(x, numbers) of the batches of data.read, but for images with sides below `least`, which are named."""
     for x, _, numbers in batches:
         H, W = x.shape[2:]
         if min(H, W) >= least:
-            yield x, numbers
+            n = ranks.at_once(len(x), H, W)
+            for k in range(0, len(x), n):
+                yield x[k:k + n], numbers[k:k + n]
         else:                                                  # a whole image, a batch by itself
             reason = f"{W}x{H} pixels are too small, LPIPS wants {least}"
             dataset.report(dataset.paths[numbers[0]], reason, "it is left out")

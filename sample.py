@@ -307,8 +307,8 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
         z_all = flow(dit, noise.to(device), ts, cond, uncond, scale=s["cfg"],
                      interval=(s["cfg_start"], s["cfg_end"]), channels=s["cfg_channels"] or None,
                      slg=s.get("slg", 0.0), ahead=ahead, mask=mask, tick=tick)
-        # a few at a time: the decoder's activations are the largest there are (20 GiB: 8 of 1,024 pixels)
-        parts = z_all.split(max(1, min(8, 2**23 // (s["height"] * s["width"]))))
+        # a few at a time: the decoder's activations are the largest there are
+        parts = z_all.split(ranks.at_once(8, s["height"], s["width"]))
         base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in parts]).float().clamp(-1, 1)
         if vae.D and not dit.cfg.D:                # a base DiT on a DA-VAE has nothing but the base channels
             return base, base

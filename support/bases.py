@@ -183,6 +183,7 @@ class AutoencoderKLFlux2(AutoencoderKL):
 
     `mean` and `std` stay 0 and 1, as TAEF2's; trained as a plain VAE (D = 0) they are measured, as usual.
     """
+    block = 2
 
     def __init__(self, cfg):
         super().__init__(cfg)

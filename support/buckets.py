@@ -22,10 +22,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support import data, identity, ranks, runs
+from support import data, identity, photos, ranks, runs
 
 HEAD = 64 << 10            # bytes of an image in a shard, in which its size is looked for
-ORIENTATION = 274          # the tag of EXIF; 5 to 8 turn the image by a quarter
 
 
 # ---------------------------------------------------------------- from a data set to buckets
@@ -153,7 +152,7 @@ def size_of(images, i):
             return size_in_header(io.BytesIO(images.index.read(i, HEAD)))
         if isinstance(images, data.ImageFiles):
             return size_in_header(images.paths[i])
-    except data.DECODING_ERRORS:
+    except photos.DECODING_ERRORS:
         pass                                       # perhaps the header is longer; else `load` will say why
     try:
         image = images.load(i)
@@ -167,7 +166,7 @@ def size_in_header(source):
     """(height, width) of an image file, turned as its EXIF data says."""
     with Image.open(source) as file:
         exif = Image.Image.getexif(file)           # a PNG's own would decode it, to look behind its pixels
-        if exif.get(ORIENTATION) in (5, 6, 7, 8):
+        if exif.get(photos.ORIENTATION) in (5, 6, 7, 8):           # a quarter turn
             return file.width, file.height
         return file.height, file.width
 

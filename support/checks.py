@@ -1,5 +1,8 @@
 """Which settings do not fit together, or not the models: one sentence each, before the first step."""
-from support import buckets, levels, plan
+from pathlib import Path
+
+from support import buckets, levels, metrics, plan
+from support.measurements import check_writable
 
 # ---------------------------------------------------------------- train_vae.py
 
@@ -33,7 +36,8 @@ def is_judged(cfg):
 
 def multiple(cfg, vae):
     """Of what the sides of an image are multiples: a base VAE is mostly trained on small images."""
-    return vae.f if cfg.D else vae.f * cfg.r
+    side = vae.f * vae.base.block
+    return side if cfg.D else side * cfg.r
 
 
 def check_sizes(cfg, vae):
@@ -99,3 +103,34 @@ def check_text(cfg, what, ModelConfig):
         raise SystemExit(f"{what} draws from texts; give them with --text=")
     if not takes_text and (cfg.text or cfg.lora):
         raise SystemExit(f"{what} takes neither texts nor adapters; leave --text= and --lora= out")
+
+
+# ---------------------------------------------------------------- evaluate.py
+
+
+def before_measuring(cfg, run, rulers, images, draws, out):
+    """raises: SystemExit if flags, of `images` held-out images, ask for what will fail or have no effect"""
+    counts = {"images": images, "n": cfg.n} if draws else {"images": images}
+    least = 2 if rulers.features.name else 1
+    for name, count in counts.items():
+        if count < least:
+            raise SystemExit(f"--{name}: {count}, wanted at least {least}; distances are between sets, "
+                             "--features=none measures without")
+        if count < run.world:
+            raise SystemExit(f"{run.world} processes, {count} {name}: wanted at least one for each process")
+    if (cfg.reference or cfg.keep_reference) and not rulers.features.name:
+        raise SystemExit("--reference and --keep_reference: wanted a network to measure distances with, by "
+                         "--inception_weights= or --features=, and not --whole=True")
+    if (cfg.reference or cfg.clip) and not draws:
+        raise SystemExit(f"--reference and --clip are for samples, and none are drawn of {cfg.run} here")
+    size = run.config["config"]["image_size"]
+    if not cfg.whole and size < rulers.least():
+        raise SystemExit(f"{cfg.run}: images of {size}x{size} pixels; these metrics want {rulers.least()}x"
+                         f"{rulers.least()}: try without --perceptual and --lpips_trunk")
+    if cfg.keep_reference:
+        metrics.check_kept(cfg.keep_reference, rulers.features, images, size)
+    if run.rank == 0:
+        for path in filter(None, (out, cfg.keep_reference)):
+            check_writable(Path(path))
+        if draws and rulers.features.name and not cfg.reference and images < 500:
+            print(f"{images} images are few: a distance to them only compares runs, on the same images")

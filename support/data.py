@@ -7,25 +7,24 @@ Pixels are uint8 (S, S, 3) while they are read and put into batches; `to_tensor`
 """
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import re
-import struct
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, features
 from tqdm import tqdm
 
 from support import identity, shards
 from support.captions import read_captions, shown
 from support.drawings import SCENES, draw, make_textures
+from support.photos import load_image
 
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp",
@@ -41,11 +40,6 @@ OF_SYSTEMS = (
 )
 
 SMALLEST = 11                               # pixels, the side of SSIM's window: of images that are measured
-
-# What Pillow's decoders were seen to raise on damaged files.
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, Image.DecompressionBombError,
-)
 
 
 # ---------------------------------------------------------------- the contract of a data set
@@ -154,41 +148,6 @@ def open_dataset(data_dir, size, length=6000, seed=0):
 
 
 # ---------------------------------------------------------------- one image
-
-
-def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB: 16 bits scaled (Pillow would clip), transparency laid on white.
-
-    raises: ValueError if its pixels are 32-bit numbers
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError("its 32-bit pixels have no known range, save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def load_image(path, raw=None):
-    """An image file (of an animation, the first frame) as RGB PIL image, turned upright by its EXIF data.
-
-    raw: its bytes, where it is no file of its own
-    raises: ValueError naming the file and the reason
-    """
-    try:
-        with Image.open(path if raw is None else io.BytesIO(raw)) as file:
-            most = Image.MAX_IMAGE_PIXELS or math.inf
-            if file.width * file.height > most:                     # Pillow itself would only warn
-                raise ValueError(f"{file.width}x{file.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
-            return to_rgb(ImageOps.exif_transpose(file))
-    except UnidentifiedImageError:
-        size = os.path.getsize(path) if raw is None else len(raw)
-        reason = "its bytes are no image" if size else "the file is empty"
-    except DECODING_ERRORS as error:
-        reason = str(error) or type(error).__name__
-    raise ValueError(f"cannot read the image {shown(path)}: {reason}")
 
 
 def center_crop(image, height, width=None):

@@ -72,6 +72,7 @@ class KleinText(PipelineText):
     """FLUX.2 klein's: three layers of Qwen3 side by side, of the text as a chat; padding counts as text."""
     theirs = "Flux2KleinPipeline"
 
+    @torch.no_grad()                                               # which their encode_prompt leaves to us
     def __call__(self, prompts):
         context, _ = self.pipeline.encode_prompt(prompts, self.device, max_sequence_length=self.tokens)
         return context, context.new_zeros(len(prompts), 1)         # which the model does not read
@@ -86,6 +87,7 @@ class SanaText(PipelineText):
     """Sana's: Gemma 2 behind instructions for it, and which tokens are text; "" without instructions."""
     theirs = "SanaPipeline"
 
+    @torch.no_grad()
     def __call__(self, prompts):
         call = inspect.signature(type(self.pipeline).__call__)
         instructions = call.parameters["complex_human_instruction"].default

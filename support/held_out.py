@@ -23,8 +23,16 @@ def fitting_images(cfg, vae, train_set, device, rank):
 
 
 def statistics_images(cfg, train_set, device, rank, world):
-    """Batches of this rank's share of the first cfg.stats training images."""
-    mine = range(min(cfg.stats, len(train_set)))[rank::world]
+    """Batches of this rank's share of cfg.stats training images.
+
+    Evenly spaced, for those of a folder come class by class; built-in ones, which come in no order, are the
+    first.
+    """
+    n = min(cfg.stats, len(train_set))
+    index = range(n)
+    if cfg.data_dir != "procedural":
+        index = torch.linspace(0, len(train_set) - 1, n).long().tolist()
+    mine = index[rank::world]
     title = f"{cfg.out}: measuring the latents"
     for k in tqdm(range(0, len(mine), cfg.micro_batch), desc=title, disable=rank > 0, mininterval=1):
         x, _ = data.stack(train_set, mine[k:k + cfg.micro_batch])

@@ -24,8 +24,7 @@ from support import data, identity, levels, ranks, runs
 from support.buckets import Buckets
 
 SHARD = 1024                                       # images per file of cached latents
-AT_ONCE = 64                                       # images encoded at once, and pixels: SD3's encoder keeps
-PIXELS_AT_ONCE = 2**24                             # 28 GiB of these (counted from shapes, not run on a GPU)
+AT_ONCE = 64                                       # images encoded at once, fewer of large ones
 
 
 # ---------------------------------------------------------------- the stream of a training run
@@ -67,7 +66,7 @@ def check_sizes(vae, train_set, cfg):
     if cfg.D not in (0, vae.D):
         raise SystemExit(f"--D={cfg.D}, but {cfg.vae or 'the VAE'} has {vae.D} detail channels; "
                          "give that, or 0 for a base model")
-    side = vae.f if cfg.base else vae.f * cfg.p                    # a base model brings its own patches
+    side = vae.f * (vae.base.block if cfg.base else cfg.p)         # a base model brings its own patches
     if cfg.image_size % side:
         fits = max(1, round(cfg.image_size / side)) * side
         raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae or 'the VAE'} takes multiples of {side}; "
@@ -112,9 +111,8 @@ def cached_steps(latents, cfg, device, rank, world, start):
 
 def encode(vae, images, cfg, device):
     """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3), as many at once as memory allows."""
-    b, H, W, _ = images.shape
     latents = []
-    for part in images.split(max(1, min(AT_ONCE, PIXELS_AT_ONCE // (H * W)))):
+    for part in images.split(ranks.at_once(AT_ONCE, *images.shape[1:3])):
         x = data.to_tensor(part).to(device)
         with ranks.autocast(cfg.dtype, device):
             latents.append(vae.encode(x, sample=cfg.detail_sample).float().contiguous())
@@ -281,9 +279,14 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     Latents are kept in half precision, those of mirrored images beside them where cfg.flip. The hash covers
     the VAE's weights, the images and labels and all else that the latents depend on, and each file's header
     names it; so a cache of another VAE or of other images is never read, wherever these lie.
-    raises: SystemExit if the disk is too small
+    raises: SystemExit if the disk is too small, or ranks have other images
     """
     header = describe(vae, train_set, cfg, device)
+    others = [r for r, other in enumerate(ranks.from_all(header)) if other != header]
+    if others:
+        raise SystemExit(f"{cfg.data_dir}: process {rank} has other images, or another VAE, than process "
+                         f"{others[0]}; copies on several machines must have the same files, with the same "
+                         "times (cp -p, rsync -a)")
     folder = cache_folder(cfg, header)
     runs.make_folder(folder, "--cache=False")
     shards = planned_shards(train_set, folder)

@@ -125,6 +125,7 @@ LOWER_IS_BETTER = ("lpips", "FD", "FID", "KID")                # img/s, images a
 
 # The settings that a number depends on: two numbers are ranked where these are known and equal.
 OF_SECTION = {"reconstruction": ("image_size", "held_out"), "generation": ("image_size", "n", "reference")}
+OF_DRAWING = ("height", "width", "prompts", "classes")         # and these, where either knows them
 OF_METRIC = {"psnr": (), "ssim": (), "lpips": ("perceptual", "lpips_hash"), "CLIP": ("clip", "prompts")}
 OF_FEATURES = ("features",)                                    # of all other metrics
 
@@ -144,6 +145,8 @@ def compare(a, b):
     one, two = latest_entry(a), latest_entry(b)
     lines = [f"{'':<52}{a[-14:]:>14}  {b[-14:]:>14}"]
     for section, of_section in OF_SECTION.items():
+        if section == "generation":
+            of_section += tuple(name for name in OF_DRAWING if name in one["settings"] | two["settings"])
         values, others = metrics_of(one, section), metrics_of(two, section)
         for (row, metric), x in values.items():
             if (row, metric) not in others or not metric.endswith(HIGHER_IS_BETTER + LOWER_IS_BETTER):
@@ -223,5 +226,5 @@ def differing(one, two, names):
         x = one["settings"].get(name, "unknown")
         y = two["settings"].get(name, "unknown")
         if x != y or x == "unknown":
-            found.append(f"{name} {x} / {y}")
+            found.append(f"{name} {str(x):.80} / {str(y):.80}")
     return found

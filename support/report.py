@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from support import config, figures, runs
+from support import config, figures, ranks, runs
 from support.data import to_uint8
 from support.measurements import out_of_date, read_entries, run_folder, seen_in_training, step_measured
 from support.metrics import psnr, upsampled
@@ -237,7 +237,8 @@ class Dial:
         self.x = report.x
         self.levels = levels_of(vae.C, vae.D)
         with torch.no_grad():
-            z_all = torch.cat([vae.encode(part.to(vae.mean)) for part in report.x.split(4)])
+            few = ranks.at_once(4, report.x.shape[2], 2 * report.x.shape[3])
+            z_all = torch.cat([vae.encode(part.to(vae.mean)) for part in report.x.split(few)])
         self.decoded = decode_at_stops(vae, z_all, self.levels)
         self.psnr = torch.stack([psnr(self.x, y) for y in self.decoded])
         self.samples = []
@@ -276,7 +277,8 @@ def decode_at_stops(vae, z_all, levels):
 
     In float32, and a few images at a time: the decoder's activations are the largest there are.
     """
-    parts = z_all.split(4)
+    side = vae.f * z_all.shape[-1]
+    parts = z_all.split(ranks.at_once(4, side, 2 * side))          # float32 takes twice the room
     bases = [upsampled(vae.decode_base(z[:, :vae.C]), vae.r)["base only, bicubic"] for z in parts]
     stops = [torch.cat(bases).cpu()]
     for k in levels:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from support.captions import read_text, shown
 from support.identity import of_text
 
-VERSION = 1                                # of the index; one of another version is made again
+VERSION = 2                                # of the index; one of another version is made again
 SMALL = 1 << 20                            # bytes: no label, caption or json is larger
 
 # Per tar file, the directory and name up to the first dot, and what is behind it.
@@ -173,7 +173,8 @@ def scan(folder, tars, endings):
 def read_tar(path, tar, endings, faults, left_out):
     """{key: sample} of one shard, in the order of its images; faults and left_out are added to.
 
-    A sample has "image", (name, offset, size), and the contents of "cls", "txt" and "json", where they are.
+    A sample has "image", (name, offset, size), and the contents of "cls", "txt" and "json", where they are;
+    of a name that comes twice, the first.
     A shard that is cut off is read as far as it goes.
     """
     samples = {}
@@ -191,7 +192,7 @@ def read_tar(path, tar, endings, faults, left_out):
                 if f".{ending}" in endings and "image" not in sample:
                     check_whole(file, member)
                     sample["image"] = (name, member.offset_data, member.size)
-                elif ending in ("cls", "txt", "json") and member.size <= SMALL:
+                elif ending in ("cls", "txt", "json") and ending not in sample and member.size <= SMALL:
                     file.seek(member.offset_data)
                     sample[ending] = file.read(member.size)
                     sample["endings"].append(f".{ending} without an image")
@@ -245,11 +246,19 @@ def label_and_caption(sample):
 
 
 def first_of(found, keys):
-    """The string or whole number under the first of these keys, as a string; "" if there is none."""
+    """The string or whole number under the first of these keys, as a string; "" if there is none.
+
+    raises: ValueError if it is no text
+    """
     for key in keys:
         value = found.get(key)
         if isinstance(value, str) or type(value) is int:
-            return str(value).strip()
+            text = str(value).strip()
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError("its .json has half a character, such as \\ud83d alone") from None
+            return text
     return ""
 
 

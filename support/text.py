@@ -33,6 +33,16 @@ def drop_labels(y, null, p):
     return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
 
 
+def say_if_other_classes(base, classes):
+    """Warn if a base is a run that learned other classes, or in another order: labels are numbers."""
+    if not base or not runs.checkpoints(base):
+        return
+    known = runs.read_config(runs.latest_checkpoint(base)).get("classes") or []
+    if classes and known and known[:len(classes)] != list(classes):
+        tqdm.write(f"WARNING: {base} learned {runs.listed(known)}; these images are {runs.listed(classes)}: "
+                   "each class goes on from the one in its place")
+
+
 class Conditioner:
     """What a model takes after z_all and t, for images y: (labels,), or (tokens, pooled) of their captions.
 
@@ -51,6 +61,9 @@ class Conditioner:
                 raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
                                  "metadata.jsonl")
             self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
+            self.text.need(["", *self.captions])
+        elif rank == 0:
+            say_if_other_classes(cfg.base, train_set.classes)
 
     @property
     def made_by(self):
@@ -118,11 +131,15 @@ class TextCache:
             raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here; make "
                              f"them with: python sample.py text ENCODERS --out={folder or 'FOLDER'}")
 
-    def __call__(self, prompts):
+    def need(self, prompts):
+        """raises: SystemExit, with the command that helps, if any of the prompts is not here"""
         missing = [prompt for prompt in prompts if prompt not in self.rows]
         if missing:
             raise SystemExit(f"{self.folder}: has no embedding of {missing[0]!r} and {len(missing) - 1} "
                              f"more; add them with: python sample.py text ENCODERS --out={self.folder}")
+
+    def __call__(self, prompts):
+        self.need(prompts)
         tokens = self.read("context", prompts)
         pooled = self.read("pooled", prompts)
         return tokens, pooled

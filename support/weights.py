@@ -162,6 +162,9 @@ def latent_statistics(settings, config, folder, name):
     if any(name in config for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")):
         return stated_statistics(config, C)
     if C == 16 and not settings["quant"] and not config:
+        if folder is not None:
+            print(f"{name}: taken for SD3's VAE, whose latents are normalised by 0.0609 and 1 / 1.5305; "
+                  "another of these sizes, such as FLUX.1's, needs its config.json beside it")
         return statistics(0.0609, 1 / 1.5305, C)
     if folder is not None:
         print(f"{name}: no latents_stats.pt beside it; its latents stay as they are. Put that file of the "

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import finetune
 import train_vae
 from dit import MMDiT, MMDiTConfig
-from support import buckets, checks, data, latents, runs
+from support import buckets, checks, data, latents, photos, runs
 from support.weights import load_davae
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_sizes_are_those_of_the_upright_image_in_every_format_also_in_shards(tmp
     """Of 300 KB and more, so that the headers are all that is read of most."""
     upright = picture(400, 300)
     turned = Image.Exif()
-    turned[buckets.ORIENTATION] = 6
+    turned[photos.ORIENTATION] = 6
     loose, shards = tmp_path / "loose", tmp_path / "shards"
     loose.mkdir()
     shards.mkdir()

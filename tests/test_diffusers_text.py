@@ -105,6 +105,7 @@ def test_klein_texts_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
     ref, _ = pipeline.encode_prompt(["snow", "", "a fox"], max_sequence_length=25)
     assert torch.equal(context, ref) and context.shape == (3, 25, 24) and len(beside) == 3
     assert (ref[0] - ref[1]).abs().max() > 1e-3
+    assert not text.open_encoders(klein, CPU, 25)(["a fox"])[0].requires_grad
     assert "1 of 3 texts are cut" not in capsys.readouterr().out
     text.cache_text(klein, ["an owl"], tmp_path / "short", CPU, t5_tokens=22)
     assert "1 of 2 texts are cut, for the encoder reads 22 tokens: 'an owl'" in capsys.readouterr().out
@@ -131,6 +132,7 @@ def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, 
     assert torch.equal(context, torch.cat([positive, negative]))
     assert torch.equal(mask, torch.cat([positive_mask, negative_mask]).float())
     assert mask[1].sum() < mask[0].sum()
+    assert not text.open_encoders(sana, CPU, 12)(["a fox"])[0].requires_grad
 
 
 @pytest.mark.parametrize("pipeline", ["klein", "sana"])

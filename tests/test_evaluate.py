@@ -68,7 +68,7 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
     run = stand_in(vae=vae, dit=SimpleNamespace(cfg=SimpleNamespace(D=1)))
     cfg, seen = evaluate.Config(n=5, batch_size=2, clip="folder"), []
     monkeypatch.setattr(evaluate.sample, "settings_of", lambda *args: {"prompts": ["a", "b", "c"]})
-    monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: SimpleNamespace(rows=["a", "b", "c"]))
+    monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: SimpleNamespace(need=lambda prompts: None))
     monkeypatch.setattr(evaluate.sample, "prepare", lambda *args: None)
 
     def generate(dit, vae, indices, *args):                    # sample i has the colour i
@@ -82,10 +82,27 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
         return x[:, 0, 0, 0]
 
     monkeypatch.setattr(metrics, "clip_scorer", lambda *args: (clip, "hash"))
-    plan = evaluate.plan_generation(cfg, run, NOTHING)
+    plan = evaluate.plan_generation(cfg, run, NOTHING, [])
     table = evaluate.generation(cfg, run, NOTHING, plan, torch.zeros(2, 0))
     assert seen == [(1, "b"), (2, "c"), (3, "a"), (4, "b")] and table["samples"]["CLIP"] == 2.0
     assert plan.settings["clip"] == "hash"
+
+
+def test_a_model_of_texts_draws_the_captions_of_the_held_out_images_unless_prompts_are_given(monkeypatch):
+    run = stand_in(config={"config": {"image_size": 64, "text": "out/text", "shift": 1.0, "cfg": 4.0},
+                           "model": {"C": 4, "D": 4}, "classes": ["of training"]})
+    monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: SimpleNamespace(need=lambda prompts: None))
+    for captions, prompts, drawn in ((["a fox", "snow"], "", ["a fox", "snow"]),
+                                     (["a fox"], "an owl", ["an owl"]), ([], "", ["of training"])):
+        plan = evaluate.plan_generation(evaluate.Config(prompts=prompts), run, NOTHING, captions)
+        assert plan.settings["prompts"] == drawn
+
+
+def test_images_are_measured_a_few_at_a_time_where_they_are_large():
+    x = torch.zeros(1, 1, 1, 1).expand(10, 3, 2, 2**20)            # of two megapixels each
+    parts = list(evaluate.large_enough([(x, torch.zeros(10), list(range(10)))], None, 1))
+    assert [numbers for _, numbers in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [len(x) for x, _ in parts] == [4, 4, 2]
 
 
 # ---------------------------------------------------------------- the script
@@ -524,6 +541,7 @@ def test_compare_marks_the_better_of_equal_settings_and_refuses_to_rank_fid_at_1
 
 @pytest.mark.parametrize("changes,ranked", [
     (dict(held_out="8 images"), {"fid"}), (dict(reference="8 images"), {"psnr"}),
+    (dict(prompts=["a fox"]), {"psnr"}), (dict(classes=[3]), {"psnr"}), (dict(height=32), {"psnr"}),
     (dict(steps=9), {"fid", "psnr"}), (dict(features="Inception, sha256 1"), {"psnr"}),
     (dict(held_out=None), {"fid"})])
 def test_compare_ranks_by_what_a_metric_depends_on_and_by_nothing_unknown(tmp_path, changes, ranked):

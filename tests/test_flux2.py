@@ -1,11 +1,13 @@
 """support/flux2.py: FLUX.2's VAE against diffusers', and TAEF2 as another base of the same latents."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from davae import DAVAE, DAVAEConfig
-from support import metrics
+from support import checks, metrics
 from support.bases import TAEF2
 from support.fit import fit_new_blocks
 from support.flux2 import import_flux2, is_flux2
@@ -114,6 +116,15 @@ def test_a_davae_on_flux2_starts_in_closed_form_as_the_base_itself(ours, error):
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     x_hat = vae.decode_raw(vae.encode_base(x), vae.detail_posterior(x).mean)
     assert error(x_hat, ours.decode(ours.encode(x))) < 1e-3
+
+
+def test_a_davae_on_flux2_takes_images_whose_latents_are_whole_blocks(ours):
+    vae = DAVAE(ours, DAVAEConfig(D=16))
+    side = checks.multiple(SimpleNamespace(D=16), vae)
+    assert side == 2 * vae.f
+    vae.encode(torch.zeros(1, 3, side, 3 * side))
+    with pytest.raises(ValueError, match="made of 2x2 blocks"):
+        vae.encode(torch.zeros(1, 3, vae.f, side))
 
 
 @torch.no_grad()

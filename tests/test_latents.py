@@ -40,11 +40,19 @@ def test_large_images_are_encoded_a_few_at_a_time_to_the_same_latents(finetune_c
     whole = latents.encode(vae, images, cfg, torch.device("cpu"))
     sizes = []
     monkeypatch.setattr(vae, "encode", lambda x, f=vae.encode, **how: (sizes.append(len(x)), f(x, **how))[1])
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 3 * 64 * 64 + 1)
+    monkeypatch.setattr(ranks, "at_once", lambda most, height, width: 3)
     assert torch.allclose(latents.encode(vae, images, cfg, torch.device("cpu")), whole, atol=1e-5)
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 1)              # one image is larger
-    latents.encode(vae, images[:2], cfg, torch.device("cpu"))
-    assert sizes == [3, 3, 2, 1, 1]
+    assert sizes == [3, 3, 2]
+
+
+def test_ranks_with_other_images_are_told_so_and_write_no_cache_of_a_part(
+    finetune_config, tiny_vae, tmp_path, monkeypatch
+):
+    vae, cpu = load_davae(tiny_vae), torch.device("cpu")
+    train_set = data.open_dataset("procedural", 64, 8, 0)
+    monkeypatch.setattr(ranks, "from_all", lambda header: [header | {"about": "of other copies"}, header])
+    with pytest.raises(SystemExit, match="process 1 has other images, .* than process 0; .*cp -p, rsync"):
+        latents.write_cache(vae, train_set, finetune_config(tmp_path, data_dir="photos"), cpu, 1, 2)
 
 
 def test_samples_of_details_are_drawn_from_other_random_numbers_than_the_noise_of_their_step(

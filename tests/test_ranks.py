@@ -35,6 +35,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
         ranks.accumulation(7, 4, 2)
 
 
+def test_an_autoencoder_gets_as_many_images_at_once_as_eight_megapixels_hold():
+    assert [ranks.at_once(8, side, side) for side in (64, 1024, 2048, 8192)] == [8, 8, 2, 1]
+    assert ranks.at_once(64, 512, 1024) == 16
+
+
 def test_reseeding_depends_on_seed_rank_and_step_only():
     def draw(*key):
         ranks.seed_step(*key)

@@ -186,15 +186,29 @@ def test_damaged_labels_and_captions_are_named_and_their_images_left_out(tmp_pat
     for i in range(40):
         members |= sample(i, cls=b"1")
     del members["0001.cls"]
-    members |= {"0002.txt": b"\xff\xfe", "0003.cls": b"\xff", "0004.json": b"{", "0005.json": b"[1]"}
+    members |= {"0002.txt": b"\xff\xfe", "0003.cls": b"\xff", "0004.json": b"{", "0005.json": b"[1]",
+                "0006.json": b'{"caption": "\\ud83d"}'}
     dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
     assert dataset.bad == {
         "0.tar/0001.png": "it has no class, and others have one (.cls)",
         "0.tar/0002.png": "its .txt is not UTF-8", "0.tar/0003.png": "its .cls is not UTF-8",
-        "0.tar/0004.png": dataset.bad["0.tar/0004.png"]}
+        "0.tar/0004.png": dataset.bad["0.tar/0004.png"],
+        "0.tar/0006.png": "its .json has half a character, such as \\ud83d alone"}
     assert "its .json cannot be read" in dataset.bad["0.tar/0004.png"]
-    assert len(dataset) == 36 and "4 unreadable" in dataset.summary()
-    assert "and 1 more like these" in capsys.readouterr().err
+    assert len(dataset) == 35 and "5 unreadable" in dataset.summary()
+    assert "and 2 more like these" in capsys.readouterr().err
+
+
+def test_of_a_name_that_is_in_a_shard_twice_image_and_caption_are_both_the_first(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i, words in ((1, b"one"), (2, b"two"), (1, b"of another 1")):
+            for ending, content in (("png", image_bytes(i)), ("txt", words)):
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    dataset = opened(tmp_path)
+    assert list(dataset.captions) == ["one", "two"]
+    assert dataset.left_out == {".png": 1, ".txt": 1}
 
 
 def test_many_images_without_a_class_are_refused(photos):

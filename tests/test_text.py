@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support import text
+from support import runs, text
 
 PROMPTS = ["a red fox, asleep", "snow"]
 
@@ -78,12 +78,13 @@ def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_fo
     class Images:
         captions = words
         labels = [5, 5, 5]
+        classes = []
 
         def __len__(self):
             return 3
 
     y, cpu = torch.tensor([2, 0]), torch.device("cpu")
-    by_class = text.Conditioner(dit, Images(), SimpleNamespace(text=""), cpu, 0)
+    by_class = text.Conditioner(dit, Images(), SimpleNamespace(text="", base=""), cpu, 0)
     assert by_class(y, 0.0)[0].tolist() == [2, 0] and by_class(y, 1.0)[0].tolist() == [7, 7]
 
     images = Images()
@@ -95,6 +96,24 @@ def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_fo
     images.captions = None
     with pytest.raises(SystemExit, match="photos: has no captions"):
         text.Conditioner(dit, images, cfg, cpu, 0)
+
+    cfg.text = str(tmp_path / "text")                              # a cache, to which nothing is added
+    images.captions = [*words, "a caption of today"]
+    with pytest.raises(SystemExit, match="no embedding of 'a caption of today' and 0 more"):
+        text.Conditioner(dit, images, cfg, cpu, 0)
+
+
+@pytest.mark.parametrize("classes,warned", [(["ant", "bee"], False), (["ant"], False), (["bee"], True),
+                                            (["bee", "ant"], True)])
+def test_a_base_that_learned_other_classes_is_said_so_once(classes, warned, tmp_path, capsys):
+    weights = {"model": {"w": torch.ones(1)}}
+    runs.save_folder(tmp_path / "base/step_000001", weights, {"classes": ["ant", "bee"]})
+    images = SimpleNamespace(captions=None, classes=classes)
+    cfg = SimpleNamespace(text="", base=str(tmp_path / "base"))
+    text.Conditioner(SimpleNamespace(), images, cfg, torch.device("cpu"), 0)
+    text.Conditioner(SimpleNamespace(), images, cfg, torch.device("cpu"), 1)
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("learned ant, bee; these images are") == warned
 
 
 def test_prompts_are_read_off_a_line_or_a_file(tmp_path):

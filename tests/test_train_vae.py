@@ -15,7 +15,7 @@ import finetune
 import sample
 import train_vae
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, align_loss
-from support import data, metrics, ranks, runs
+from support import data, held_out, metrics, ranks, runs
 from support.metrics import psnr
 from support.weights import load_davae
 from train_vae import PRESETS, Config, PatchGAN, adaptive_weight, hinge_loss, learning_rate, vae_loss
@@ -291,6 +291,21 @@ def test_sizes_that_do_not_fit_are_one_sentence_before_the_first_save(
     with pytest.raises(SystemExit, match=sentence):
         train_vae.main(davae_config(tmp_path / "run", **changes))
     assert not list(tmp_path.glob("run/step_*"))
+
+
+def test_latents_are_measured_on_images_of_all_classes_though_folders_come_class_by_class(tmp_path):
+    for k, name in enumerate(("ant", "bee", "cat", "dog")):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8), (60 * k, 0, 0)).save(tmp_path / name / f"{i}.png")
+    cfg = Config(data_dir=str(tmp_path), image_size=8, stats=8, micro_batch=4)
+    train_set = data.open_dataset(cfg.data_dir, 8)
+    cpu = torch.device("cpu")
+    seen = [[batch[:, 0, 0, 0] for batch in held_out.statistics_images(cfg, train_set, cpu, rank, 2)]
+            for rank in (0, 1)]
+    reds = torch.cat([*seen[0], *seen[1]])
+    assert len(reds) == 8
+    assert len(reds.unique()) == 4
 
 
 def test_crops_are_of_the_image_halved_as_often_as_they_fit_in_and_each_size_comes():

@@ -1,0 +1,69 @@
+"""From the bytes of an image file to upright RGB pixels, or to one sentence that says why not."""
+import io
+import math
+import os
+import struct
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from support.captions import shown
+
+ORIENTATION = ExifTags.Base.Orientation
+TURNS = {                                   # its value, if it is not 1 -> what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What Pillow's decoders were seen to raise on damaged files.
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def to_rgb(image):
+    """A PIL image of any mode as 8-bit RGB: 16 bits scaled (Pillow would clip), transparency laid on white.
+
+    raises: ValueError if its pixels are 32-bit numbers
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError("its 32-bit pixels have no known range, save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def upright(image):
+    """A PIL image turned as its EXIF data says.
+
+    Nothing but the orientation is read: Pillow's own exif_transpose writes all tags anew, and fails on photos
+    of which any is of a wrong type.
+    """
+    image.load()                            # a PNG may have its EXIF data behind its pixels
+    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    return image if turn is None else image.transpose(turn)
+
+
+def load_image(path, raw=None):
+    """An image file (of an animation, the first frame) as RGB PIL image, turned upright by its EXIF data.
+
+    raw: its bytes, where it is no file of its own
+    raises: ValueError naming the file and the reason
+    """
+    try:
+        with Image.open(path if raw is None else io.BytesIO(raw)) as file:
+            most = Image.MAX_IMAGE_PIXELS or math.inf
+            if file.width * file.height > most:                     # Pillow itself would only warn
+                raise ValueError(f"{file.width}x{file.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
+            return to_rgb(upright(file))
+    except UnidentifiedImageError:
+        size = os.path.getsize(path) if raw is None else len(raw)
+        reason = "its bytes are no image" if size else "the file is empty"
+    except DECODING_ERRORS as error:
+        reason = str(error) or type(error).__name__
+    raise ValueError(f"cannot read the image {shown(path)}: {reason}")

@@ -1,0 +1,146 @@
+"""photos.py: odd, turned and damaged image files become RGB pixels, or one sentence."""
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from support.photos import load_image
+
+RED = (200, 30, 40)
+
+
+def save(path, colour=RED, size=(12, 10), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+    return path
+
+
+def noise(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("P", "a.png"), ("P", "a.gif"), ("CMYK", "a.jpg"),
+                                        ("CMYK", "a.tif"), ("RGBA", "a.webp"), ("RGB", "a.bmp")])
+def test_every_colour_mode_becomes_the_same_rgb(tmp_path, mode, name):
+    image = Image.new("RGB", (12, 10), RED)
+    (image.quantize(4) if mode == "P" else image.convert(mode)).save(tmp_path / name)
+    image = load_image(tmp_path / name)
+    assert image.mode == "RGB" and image.size == (12, 10)
+    assert np.abs(np.asarray(image).astype(int) - RED).max() <= 4       # JPEG and WebP round colours
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_images_become_three_equal_channels(tmp_path, mode):
+    grey = np.asarray(load_image(save(tmp_path / "a.png", (255, 255, 255), mode=mode)))
+    assert grey.shape == (10, 12, 3) and (grey == 255).all()
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (4, 4), (200, 0, 0, 128)).save(tmp_path / "half.png")
+    Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "grey.png")
+    Image.new("RGB", (4, 4), "red").quantize(2).save(tmp_path / "palette.png", transparency=0)
+    for name in ("clear", "grey", "palette"):
+        assert np.asarray(load_image(tmp_path / f"{name}.png")).min() == 255
+    assert load_image(tmp_path / "half.png").getpixel((0, 0)) == pytest.approx((227, 127, 127), abs=1)
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, extension):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / f"a.{extension}")
+    grey = np.asarray(load_image(tmp_path / f"a.{extension}"))[..., 0]
+    assert np.array_equal(grey.reshape(-1), np.arange(256))
+
+
+def test_float_pixels_are_refused_because_their_range_is_unknown(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif.*no known range"):
+        load_image(tmp_path / "a.tif")
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                    # the camera was held turned: rotate by 270 degrees
+    image = Image.new("RGB", (40, 20), "blue")
+    image.paste((255, 0, 0), (0, 0, 20, 20))
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = load_image(tmp_path / "a.jpg")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[2] > 200
+
+
+@pytest.mark.parametrize("tag,kind,value", [
+    (305, 5, struct.pack("<II", 1, 1)),                 # a name of software that is a fraction
+    (271, 5, struct.pack("<II", 1, 1)), (282, 2, b"72\0\0"), (296, 2, b"2\0"), (305, 3, struct.pack("<H", 3)),
+])
+def test_a_photo_is_turned_whatever_else_its_exif_data_says(tmp_path, tag, kind, value):
+    """Pillow's own exif_transpose fails on these, whose pixels are whole."""
+    count = {5: 1, 2: len(value), 3: 1}[kind]
+    field = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 8 + 2 + 2 * 12 + 4)
+    turned = struct.pack("<HHI", 274, 3, 1) + struct.pack("<HH", 6, 0)
+    odd = struct.pack("<HHI", tag, kind, count) + field
+    entries = [turned, odd] if tag > 274 else [odd, turned]        # tags stand in order
+    tiff = b"II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + struct.pack("<I", 0) + value
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + tiff)
+    assert load_image(tmp_path / "a.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(24, 40).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as file:
+        expected = np.asarray(ImageOps.exif_transpose(file))
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), expected)
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("lime", "blue", "red")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "a.gif").getpixel((4, 4)) == (0, 255, 0)
+
+
+def bomb(path, side):
+    """A PNG whose header promises side x side pixels, with none behind it."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+def damaged_files(folder):
+    noise(64, 64).save(folder / "whole.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:2000])
+    noise(64, 64).save(folder / "whole.png")
+    (folder / "truncated.png").write_bytes((folder / "whole.png").read_bytes()[:5000])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not found\n")
+    bomb(folder / "bomb.png", 20_000)
+    os.remove(folder / "whole.jpg"), os.remove(folder / "whole.png")
+    return sorted(folder.iterdir())
+
+
+def test_damaged_files_are_refused_in_one_sentence_with_name_and_reason(tmp_path):
+    reasons = {"truncated.jpg": "truncated", "truncated.png": "truncated", "empty.png": "the file is empty",
+               "text.png": "no image", "bomb.png": "exceed"}
+    for path in damaged_files(tmp_path):
+        with pytest.raises(ValueError) as error:
+            load_image(path)
+        assert path.name in str(error.value) and reasons.pop(path.name) in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not reasons
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pillows_pixel_limit_is_an_error_and_not_a_warning(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", size=(30, 20))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    assert load_image(path).size == (30, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns here, refuses at twice this
+    with pytest.raises(ValueError, match="30x20 pixels exceed"):
+        load_image(path)
