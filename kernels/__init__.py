@@ -153,10 +153,11 @@ def operator(schema, shapes):
 
         def run(*inputs):
             outputs = shapes(*inputs)
-            if isinstance(outputs, tuple):
-                fill(*outputs, *inputs)
-            else:
-                fill(outputs, *inputs)
+            with torch.cuda.device_of(inputs[0]):              # Triton launches on the current GPU
+                if isinstance(outputs, tuple):
+                    fill(*outputs, *inputs)
+                else:
+                    fill(outputs, *inputs)
             return outputs
 
         op = torch.library.custom_op(f"davae::{name}", run, mutates_args=(), schema=parenthesis + rest)

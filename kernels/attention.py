@@ -21,7 +21,8 @@ Bytes, U = B*N*A*K elements:
     Norm and rotation are computed again for each block that needs them: 2 to 4 % of its products' arithmetic.
 Measured:  not run on a GPU. As compiled for Hopper in bfloat16 (Triton 3.9, K = 72, N = 256, no norm), the
            forward takes 192 registers in 4 warps, so that two programs share a multiprocessor; the backward
-           takes all 255 in 8 warps and keeps 0.2 (queries) and 0.3 kB (keys) per thread in local memory.
+           takes all 255 in 8 warps and keeps 0.2 (queries) and 0.3 kB (keys) per thread in local memory. With
+           norm and rotation the forward takes 255, too, and keeps 0.4 kB (Triton 3.6).
 """
 from __future__ import annotations
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:                                          # else at the first l
 
 BLOCK = 64         # queries of a program; keys, for dk and dv
 MAX_N = 256        # tokens: a tile of BLOCK x 256 scores in float32 still fits into the registers
+# In float32, whose products are no tensor core's: 256 compiles for minutes, to 288 kB of shared memory of 227
+# (Triton 3.7.1, the gradients of keys).
+MAX_N_FLOAT32 = 64
 MIN_K = 17         # channels: both parts are at least 16, the smallest product of the tensor cores
 MAX_K = 128        # q, k, v and dout of a head must find room on the chip
 
@@ -82,8 +86,9 @@ def separately(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
 
 
 def takes(qkv, *_):
-    """Is this kernel made for so many tokens, and for heads of this width?"""
-    return qkv.shape[1] <= MAX_N and MIN_K <= qkv.shape[4] <= MAX_K
+    """Is this kernel made for so many tokens of this precision, and for heads of this width?"""
+    most = MAX_N if INTERPRETED or qkv.element_size() == 2 else MAX_N_FLOAT32
+    return qkv.shape[1] <= most and MIN_K <= qkv.shape[4] <= MAX_K
 
 
 # ---------------------------------------------------------------- Triton: rows of a head

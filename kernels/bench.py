@@ -46,7 +46,7 @@ from kernels.swiglu import swiglu, swiglu_ref
 
 PEAK = 989e12              # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
 MINUTES = 8.5              # for everything; what is under way is finished
-TESTS = 100                # seconds, for the tests
+TESTS = 240                # seconds, for the tests: 108 of them to compile their kernels, on one core
 TRAINING_STEPS = 200       # of each variant
 GRAPH_CALLS = 10           # of an operation, in one CUDA graph
 REPEAT_MS = 5              # one measurement lasts at least that long

@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 
 import kernels
-from kernels.trial import Trial, adopt, guarded, judge, key_of, names_of, try_apart, untried, variants_of
+from kernels.trial import SLOW, Trial, adopt, guarded, judge
+from kernels.trial import key_of, names_of, try_apart, untried, variants_of
 
 # ---------------------------------------------------------------- the two calls of the scripts
 
@@ -170,10 +171,16 @@ def look_up_or_try(calls, device, compiled):
     why = try_apart(calls, rows, device, compiled)
     for n in missing:
         rows[n] = rows[n] or untried(calls[n], f"not tried: {why}")
-    new = {text_of(calls[n]): rows[n] for n in missing if rows[n]["ms"]}
+    new = {text_of(calls[n]): rows[n] for n in missing if rows[n]["ms"] and not may_pass(rows[n])}
     cache = read_cache(path)                               # another program may have written meanwhile
     write_cache(path, cache | {here: cache.get(here, {}) | new})
     return rows
+
+
+def may_pass(row):
+    """Is a variant left out for a reason that may be another next time, such as memory that others took?"""
+    passing = ("OutOfMemoryError", SLOW, "its process ended with -9")      # -9: Linux, out of memory
+    return any(why.startswith(passing) for why in row["left_out"].values())
 
 
 def machine(device):

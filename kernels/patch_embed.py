@@ -186,7 +186,18 @@ def _flops(z, z_d, weight, *_, **__):
 FLOPS[torch.ops.davae.patch_embed] = _flops
 
 
-@operation(patch_embed_ref, images=2)
+def takes(z, z_d, weight, *_):
+    """Is this kernel made for products of this precision and size?
+
+    In float32 these are no tensor core's: 128 channels of patches of 2x2 would keep 72 kB per thread in local
+    memory (Triton 3.6, as compiled).
+    """
+    casts = not z.is_meta and torch.is_autocast_enabled(z.device.type)
+    small = (z.shape[1] + z_d.shape[1]) * weight.shape[-1]**2 <= 64
+    return INTERPRETED or small or casts or z.element_size() == 2
+
+
+@operation(patch_embed_ref, images=2, takes=takes)
 def patch_embed(z, z_d, weight, weight_new, bias, pos):
     """P(z) + P_new(z_d) + pos: (B, C, h, w), (B, D, h, w) -> (B, L, E)."""
     if not z.is_meta and torch.is_autocast_enabled(z.device.type):  # what it would do to a convolution

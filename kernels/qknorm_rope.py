@@ -79,8 +79,8 @@ def _forward(
     EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr,
 ):
     """One program: all heads of one token, in a tile of BLOCK_A x BLOCK_K."""
-    b = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
+    row = tl.program_id(0)                                 # first: there may be more than 65,535
+    b = tl.program_id(1).to(tl.int64)
     a = tl.arange(0, BLOCK_A)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     inside = (a < A) & (k < K)
@@ -167,7 +167,7 @@ def _op(out, x, weight, cos, sin):
     B, L, _, _ = x.shape
     x = contiguous_rows(x)
     tables = [pointer(t, unused=x) for t in (weight, cos, sin)]
-    _forward[(B, L)](x, *tables, out, L, x.stride(0), **_sizes(x, weight, cos))
+    _forward[(L, B)](x, *tables, out, L, x.stride(0), **_sizes(x, weight, cos))
 
 
 def _backward_shapes(dout, x, weight, cos, sin):

@@ -35,7 +35,8 @@ FILES = (attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swi
 LARGEST = 2**28        # elements of a first argument: a larger batch is tried in part, float32 takes room
 ROUNDS = 5             # of the timing; in the interpreter, which is slow, 1
 ROUND_MS = 3           # a variant's launches in one round take about that long
-PATIENCE = 180         # seconds for the process that tries; what it was at then counts as failed
+PATIENCE = 180         # seconds for each variant, in the process that tries; more counts as failed
+SLOW = "did not end within"
 PROCESSES = 4          # that are started at most, one after the other
 COMMAND = [sys.executable, "-m", "kernels.trial"]
 
@@ -89,7 +90,8 @@ class Trial:
         self.device = torch.device(device)
         self.autocast = getattr(torch, call["autocast"]) if call["autocast"] else None
         self.inputs = made(call, self.op.images, self.device)
-        self.names = names_of(self.op, self.inputs)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            self.names = names_of(self.op, self.inputs)
         self.douts = []
 
         # one unit in the last place of the coarsest dtype; the kernels round in other places
@@ -337,13 +339,10 @@ def in_a_process(job, folder, rows):
     file = folder / "job.json"
     file.write_text(json.dumps(job))
     with open(folder / "said", "w+", errors="replace") as said:
-        try:
-            done = subprocess.run(
-                [*COMMAND, str(file)], cwd=Path(__file__).parent.parent, env=os.environ | {"KERNELS": "auto"},
-                stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=PATIENCE)
-            why = f"its process ended with {done.returncode}"
-        except subprocess.TimeoutExpired:
-            why = f"did not end within {PATIENCE} s"
+        process = subprocess.Popen(
+            [*COMMAND, str(file)], cwd=Path(__file__).parent.parent, env=os.environ | {"KERNELS": "auto"},
+            stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        why = end_of(process, folder / "lines")
         said.seek(0)
         last = "".join(said).strip().rpartition("\n")[2]
     number, name = None, None
@@ -352,6 +351,26 @@ def in_a_process(job, folder, rows):
         if "row" in line:
             rows[number] = line["row"]
     return number, name, f"{why}: {last[:120]}" if last else why
+
+
+def end_of(process, lines):
+    """Wait for a process that tries, while it begins or ends a variant at least every PATIENCE seconds.
+
+    Returns how it ended.
+    """
+    written = 0
+    try:
+        while True:
+            try:
+                return f"its process ended with {process.wait(PATIENCE)}"
+            except subprocess.TimeoutExpired:
+                size = lines.stat().st_size if lines.exists() else 0
+                if size == written:
+                    return f"{SLOW} {PATIENCE} s"
+                written = size
+    finally:
+        process.kill()                                     # also if the waiting ends by Ctrl-C
+        process.wait()
 
 
 def read_lines(path):

@@ -478,6 +478,32 @@ def test_a_kernel_that_ends_or_holds_up_its_process_is_left_out_and_the_others_a
     assert rows == [["good", {}], "known before", ["bad", {"kernel": why}], ["good", {}]]
 
 
+def test_many_variants_may_take_longer_than_one_may(monkeypatch):
+    says = "            say(number=n, starts"
+    slow = CHILD.replace("{end}", "pass").replace(says, f"            time.sleep(0.7)\n{says}")
+    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", slow])
+    monkeypatch.setattr(trial, "PATIENCE", 2)
+    rows = [None, None]
+    assert trial.try_apart(["good", "good"], rows, CPU, False) == ""              # in 2.8 s
+    assert rows == [["good", {}], ["good", {}]]
+
+
+@pytest.mark.parametrize("why,kept", [
+    ("OutOfMemoryError: tried to allocate 2 GiB", False), ("did not end within 180 s", False),
+    ("its process ended with -9", False), ("its process ended with 1: illegal memory access", True),
+    ("wrong by 0.1", True)])
+def test_what_another_time_may_be_otherwise_is_not_kept(why, kept, scaled, monkeypatch, tmp_path):
+    def tried(calls, rows, device, compiled):
+        rows[:] = [{"call": call, "ms": {"plain": 1.0}, "left_out": {"kernel": why}, "chosen": "plain"}
+                   for call in calls]
+        return ""
+
+    monkeypatch.setattr(choose, "try_apart", tried)
+    op = scaled(exact)
+    choose.choose(lambda: op(*inputs()), tmp_path, CPU)
+    assert bool(choose.read_cache(choose.cache_file())[choose.machine(CPU)]) == kept
+
+
 def test_a_call_whose_specification_ends_the_process_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", CHILD.replace("{end}", "sys.exit(9)")])
     rows = [None, None]
