@@ -46,7 +46,7 @@ def save_grid(x, path, columns, scale=1, labels=None):
 
 
 def plot(panels, path, size=(9, 4.2)):
-    """A PNG of panels side by side, which share a legend; size in hundreds of pixels.
+    """A PNG of panels side by side, which share the legend of the first; size in hundreds of pixels.
 
     A panel is (x label, y label, line style as matplotlib's, {curve: [x, y]}). Two rules about its y label:
     one that begins with "power" asks for a logarithmic scale, and "" says that the axes have no meaning, as
@@ -55,9 +55,11 @@ def plot(panels, path, size=(9, 4.2)):
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")                                       # needs no display
     figure, axes = plt.subplots(1, len(panels), figsize=size, dpi=100, layout="constrained", squeeze=False)
+    place = {name: k for k, name in enumerate(panels[0][3])}        # in the legend
+    colours = plt.get_cmap("tab10" if len(place) <= 10 else "tab20").colors
     for axis, (xlabel, ylabel, style, curves) in zip(axes[0], panels, strict=True):
-        for name, (x, y) in curves.items():
-            axis.plot(x, y, style, label=name)
+        for k, (name, (x, y)) in enumerate(curves.items()):
+            axis.plot(x, y, style, label=name, color=colours[place.get(name, k) % len(colours)])
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel.startswith("power") else "linear")
         if not ylabel:
             axis.set(xticks=[], yticks=[])

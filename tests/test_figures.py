@@ -3,6 +3,7 @@ import json
 import os
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,6 +73,22 @@ def test_plot_draws_panels_given_as_tuples(tmp_path):
     panels = [("x", "power of x", "o-", curves), ("", "", ".", {"a": [[0, 1], [1, 0]]})]
     figures.plot(panels, tmp_path / "plot.png", size=(6, 3))
     assert Image.open(tmp_path / "plot.png").size == (600, 300)
+
+
+def test_a_curve_has_the_colour_of_the_legend_also_in_a_panel_that_lacks_one_before_it(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(figure, path):
+        for n, axis in enumerate(figure.axes):
+            drawn.update({(n, line.get_label()): line.get_color() for line in axis.get_lines()})
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    names = [f"arm {k}" for k in range(14)]
+    curve = [[1, 2], [1, 2]]
+    panels = [("x", "y", "-", dict.fromkeys(names, curve)), ("x", "z", "-", dict.fromkeys(names[1:], curve))]
+    figures.plot(panels, tmp_path / "plot.png")
+    assert all(drawn[1, name] == drawn[0, name] for name in names[1:])
+    assert len({drawn[0, name] for name in names}) == 14
 
 
 def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted):
