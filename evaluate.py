@@ -562,10 +562,11 @@ def command_line(argv):
     if argv[:1] == ["analyse"]:
         raise SystemExit("the paper's analyses are scripts of their own, in experiments/: for example "
                          "python experiments/tsne.py RUN")
-    if argv[:1] == ["compare"] and len(argv) != 3:
+    comparing = argv[:1] == ["compare"] and "--help" not in argv
+    if comparing and len(argv) != 3:
         raise SystemExit(f"compare {' '.join(argv[1:])}: wanted two runs: python evaluate.py compare RUN RUN")
     try:
-        if argv[:1] == ["compare"]:
+        if comparing:
             compare(*argv[1:])
         elif argv[:1] == ["report"]:
             ranks.launch(main_report, config.cli(ReportConfig, argv=argv[1:]))

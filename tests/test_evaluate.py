@@ -611,3 +611,7 @@ def test_compare_and_where_the_analyses_went_are_part_of_the_command_line(tmp_pa
         evaluate.command_line(["analyse", "tsne", a])
     with pytest.raises(SystemExit, match="--features='fid': wanted auto or inception or squeeze or"):
         evaluate.command_line([a, "--features=fid"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.command_line(["compare", "--help"])
+    assert "python evaluate.py compare" in capsys.readouterr().out
