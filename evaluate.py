@@ -426,6 +426,7 @@ def main(cfg):
         if run.rank == 0:
             print_table(f"{cfg.n} samples", entry["generation"])
             add_entry(out, entry)
+    ranks.wait_for_all()                                       # rank 0 has distances to compute meanwhile
     return entry
 
 
