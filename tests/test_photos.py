@@ -12,16 +12,6 @@ from support.photos import load_image
 RED = (200, 30, 40)
 
 
-def save(path, colour=RED, size=(12, 10), mode="RGB", **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).convert(mode).save(path, **options)
-    return path
-
-
-def noise(height, width, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 @pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("P", "a.png"), ("P", "a.gif"), ("CMYK", "a.jpg"),
                                         ("CMYK", "a.tif"), ("RGBA", "a.webp"), ("RGB", "a.bmp")])
 def test_every_colour_mode_becomes_the_same_rgb(tmp_path, mode, name):
@@ -34,7 +24,8 @@ def test_every_colour_mode_becomes_the_same_rgb(tmp_path, mode, name):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
 def test_grey_images_become_three_equal_channels(tmp_path, mode):
-    grey = np.asarray(load_image(save(tmp_path / "a.png", (255, 255, 255), mode=mode)))
+    Image.new("RGB", (12, 10), "white").convert(mode).save(tmp_path / "a.png")
+    grey = np.asarray(load_image(tmp_path / "a.png"))
     assert grey.shape == (10, 12, 3) and (grey == 255).all()
 
 
@@ -93,7 +84,7 @@ def test_a_photo_is_turned_whatever_else_its_exif_data_says(tmp_path, tag, kind,
 def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    noise(24, 40).save(tmp_path / "a.png", exif=exif)
+    Image.effect_noise((40, 24), 100).convert("RGB").save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as file:
         expected = np.asarray(ImageOps.exif_transpose(file))
     assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), expected)
@@ -114,9 +105,10 @@ def bomb(path, side):
 
 
 def damaged_files(folder):
-    noise(64, 64).save(folder / "whole.jpg")
+    noise = Image.effect_noise((64, 64), 100).convert("RGB")
+    noise.save(folder / "whole.jpg")
     (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:2000])
-    noise(64, 64).save(folder / "whole.png")
+    noise.save(folder / "whole.png")
     (folder / "truncated.png").write_bytes((folder / "whole.png").read_bytes()[:5000])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("not found\n")
@@ -138,7 +130,8 @@ def test_damaged_files_are_refused_in_one_sentence_with_name_and_reason(tmp_path
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pillows_pixel_limit_is_an_error_and_not_a_warning(tmp_path, monkeypatch):
-    path = save(tmp_path / "a.png", size=(30, 20))
+    path = tmp_path / "a.png"
+    Image.new("RGB", (30, 20)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     assert load_image(path).size == (30, 20)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns here, refuses at twice this
