@@ -1,14 +1,14 @@
 """The method's autoencoder: a frozen base VAE, and detail channels beside its latent (arXiv 2603.22125).
 
     x (B, 3, H, W) --bicubic 1/r--> frozen base encoder --> z    (B, C, h, w)   what the pretrained DiT knows
-    x (B, 3, H, W) ---------------> detail encoder -------> z_d  (B, D, h, w)   aligned to z: of its structure
+    x (B, 3, H, W) ---------------> detail encoder -------> z_d  (B, D, h, w)   aligned to z by Eq. (3), (4)
     z_all = [z, z_d] (B, C+D, h, w) ----------------------> decoder -> x_hat (B, 3, H, W)
 
 First the method: `align_loss`, the two new blocks, `DAVAE`. Then what it stands on: `BaseVAE`, which says
 what a base must offer, and `AutoencoderKL`, the one base that is written out here (VA-VAE, SD3's VAE). Files
 are read in support/weights.py; other bases are in support/bases.py.
 
-Dimension key:  B batch   H W image   h w latent grid   C base channels   D detail channels   F features
+Dimension key:  B batch   H W image   h w latent grid   C base channels   D detail channels   F `width`
                 r ratio of full to base image, 2 in the paper   f downsampling factor; a DAVAE's is r * f_base
 Pixels are RGB in [-1, 1]. Every `encode` returns normalised latents and every `decode` takes them; the
 statistics are buffers, `mean` and `std`, of the module that they belong to.
@@ -34,7 +34,7 @@ class DAVAEConfig:
     D: int = 96                   # detail channels, a multiple of C
     r: int = 2                    # side of the full image / side of the base image; a power of two
     detail_dropout: float = 0.1   # probability, per image, in training only, of decoding without details
-    rescale: bool = False         # the other images' details times 1 / (1 - detail_dropout), as they do
+    rescale: bool = False         # divide the details that are kept by 1 - detail_dropout, as the authors do
     latent_shortcut: bool = False  # the down block's shortcut reads the base's own latent (support/fit.py)
 
     def __post_init__(self):
@@ -48,10 +48,7 @@ class DAVAEConfig:
 
 
 def group_mean(z_d, C):
-    """Average each run of D/C adjacent detail channels: (B, D, h, w) -> (B, C, h, w).  Eq. (3).
-
-    raises: ValueError if D is not a multiple of C.
-    """
+    """Average each run of D/C adjacent detail channels: (B, D, h, w) -> (B, C, h, w).  Eq. (3)."""
     check_groups(C, z_d.shape[1])
     return z_d.unflatten(1, (C, -1)).mean(dim=2)
 
@@ -85,7 +82,7 @@ def half(x):
 def base_image(x, r):
     """The image that the base VAE sees: (B, 3, H, W) -> (B, 3, H/r, W/r), halved log2(r) times.
 
-    Differs from the paper, which has r = 2 only: to a quarter in one step, bicubic would leave out pixels.
+    Differs from the paper, which has r = 2 only: in one step, bicubic without antialiasing would skip pixels.
     """
     while r > 1:
         x = half(x)
@@ -125,7 +122,8 @@ class DownBlock(nn.Module):
     shortcut:  pixel-unshuffle by r to F*r^2 channels, and from those to O: where they divide into O equal
                groups, the mean of each group of adjacent channels (no parameters; SD3); else a 1x1
                convolution, zero at first (VA-VAE)
-    With a `head`, the shortcut reads C channels that it makes of the features, by a 1x1 convolution (ours).
+    head:      if given (ours, support/fit.py), the shortcut reads head(features), C channels, and always ends
+               in the 1x1 convolution, with a bias
     Differs from the paper: Fig. S1 describes strided convolutions; this is what the authors' code does.
     """
 
@@ -138,9 +136,9 @@ class DownBlock(nn.Module):
         self.r = r
         self.conv = nn.Conv2d(width, O // r**2, 3, padding=1)
         self.head = nn.Identity() if head is None else head
-        divides = head is None and width * r**2 % O == 0
+        parameter_free = head is None and width * r**2 % O == 0
         c_in = width if head is None else head.C
-        self.proj = None if divides else zero_conv(c_in * r**2, O, bias=head is not None)
+        self.proj = None if parameter_free else zero_conv(c_in * r**2, O, bias=head is not None)
 
     def shortcut(self, x):
         pixels = F.pixel_unshuffle(self.head(x), self.r)                      # (B, F*r^2, h, w)
@@ -231,7 +229,11 @@ class DAVAE(nn.Module):
         z = self.encode_base(x)                                    # (B, C, h, w)
         posterior = self.detail_posterior(x)
         z_d = posterior.sample()                                   # (B, D, h, w), aligned before it is hidden
-        seen = levels.dropout(x, self.cfg) if keep is None else levels.seen(keep, self.C, self.D)
+        if keep is not None:
+            seen = levels.seen(keep, self.C, self.D)
+        else:                                                      # detail dropout: all of an image, or none
+            seen = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.cfg.detail_dropout
+            seen = seen / (1 - self.cfg.detail_dropout) if self.cfg.rescale else seen
         return Reconstruction(self.decode_raw(z, z_d * seen.to(z_d.dtype)), posterior, z_d, z)
 
     @torch.no_grad()
@@ -278,9 +280,9 @@ class DAVAE(nn.Module):
         return self.base.decode(z)
 
     @torch.no_grad()
-    def measure(self, images, add=torch.clone):    # add: sums over the processes that share the images
+    def measure(self, images, total=lambda x: x):  # total: sums a tensor over the ranks that share the images
         """Set the statistics of the details from batches of training images: per channel, of modes."""
-        measure_channels(self, (self.detail_posterior(x).mean for x in images), add)
+        measure_channels(self, (self.detail_posterior(x).mean for x in images), total)
 
     def config(self):
         """What `load_davae` needs to build this module again, as JSON."""
@@ -295,7 +297,6 @@ class PlainVAE(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base.requires_grad_(True)
-        self.decoder = None                                        # the base's own
         self.C = base.C
         self.f = base.f
 
@@ -304,7 +305,11 @@ class PlainVAE(nn.Module):
         posterior = self.base.posterior(x)
         z = posterior.sample()
         seen = z if keep is None else z * levels.seen(keep, self.C, self.C).to(z)
-        return Reconstruction(self.base.decoder(self.base.from_latent(seen)), posterior, z)
+        return Reconstruction(self.decoder(self.base.from_latent(seen)), posterior, z)
+
+    @property
+    def decoder(self):
+        return self.base.decoder
 
     @torch.no_grad()
     def encode(self, x, sample=False):
@@ -319,13 +324,12 @@ class PlainVAE(nn.Module):
             z = z * seen + normalise(0 * z, self.base.mean, self.base.std) * (1 - seen)
         return self.base.decode(z)
 
-    encode_base = encode
     decode_base = decode
 
     @torch.no_grad()
-    def measure(self, images, add=torch.clone):
+    def measure(self, images, total=lambda x: x):
         """Set the statistics of the base; else as a DAVAE does."""
-        measure_channels(self.base, (self.base.posterior(x).mean for x in images), add)
+        measure_channels(self.base, (self.base.posterior(x).mean for x in images), total)
 
     def config(self):
         return {"base": base_config(self.base), "D": 0}
@@ -334,26 +338,21 @@ class PlainVAE(nn.Module):
 # ---------------------------------------------------------------- small helpers of both
 
 
-def per_channel(statistic):
-    """(channels,) as it is broadcast over (B, channels, h, w)."""
-    return statistic.view(1, -1, 1, 1)
-
-
 def normalise(z, mean, std):
-    return (z - per_channel(mean)) / per_channel(std)
+    return (z - mean[:, None, None]) / std[:, None, None]
 
 
 def unnormalise(z, mean, std):
-    return z * per_channel(std) + per_channel(mean)
+    return z * std[:, None, None] + mean[:, None, None]
 
 
-def measure_channels(module, batches, add):
+def measure_channels(module, batches, total):
     """Set a module's mean and (unbiased) std to those of each channel of raw latents (B, channels, h, w)."""
-    total = module.mean.new_zeros(3, len(module.mean), dtype=torch.float64)  # number, sum, sum of squares
+    sums = module.mean.new_zeros(3, len(module.mean), dtype=torch.float64)  # number, sum, sum of squares
     for raw in batches:
         x = raw.double().movedim(1, 0).flatten(1)                             # (channels, B*h*w)
-        total += torch.stack([torch.ones_like(x).sum(1), x.sum(1), x.square().sum(1)])
-    count, first, second = add(total)
+        sums += torch.stack([torch.ones_like(x).sum(1), x.sum(1), x.square().sum(1)])
+    count, first, second = total(sums)
     variance = (second - first.square() / count) / (count - 1).clamp_min(1)
     module.mean.copy_(first / count)
     module.std.copy_(variance.clamp_min(1e-12).sqrt())                        # grey images have none
@@ -383,13 +382,13 @@ class BaseVAE(nn.Module):
         decoder      features -> images (B, 3, f*h, f*w)
         config()     its settings as JSON, from which `build` makes the module again
 
-    DAVAE copies `encoder` and `decoder`, and puts its new blocks in place of the other two. `from_latent` is
-    a convolution, or a Sequential that ends in one: what follows it is not linear, no up block could imitate
-    it, and it belongs to `decoder`. That begins with AutoencoderKL's middle blocks, with TAEF2's first ReLU.
+    DAVAE copies `encoder` and `decoder`; its new blocks replace the other two. `from_latent` is a convolution
+    or a Sequential that ends in one. Layers that follow belong to `decoder`: the up block, which is linear,
+    could not replace them. (So AutoencoderKL's decoder begins with Mid, and TAEF2's with a ReLU.)
     The class is found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
     mean, std (C,): the statistics by which the pretrained pipeline normalises latents
     """
-    block = 1              # latents whose sides must be multiples of more have more here
+    block = 1              # both sides of a latent must be multiples of this; 2 for FLUX.2's VAE
 
     def __init__(self, C, f, width):
         super().__init__()
@@ -476,8 +475,8 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
-        # The 1x1 convolutions as Linear layers on rows in one piece, as flash attention takes them: of other
-        # layouts a CPU computes all (h*w)^2 scores at once, 1 GB at 1,024 pixels.
+        # Contiguous rows, for flash attention; so the 1x1 convolutions are computed as Linear layers. In
+        # another layout a CPU would hold all (h*w)^2 scores at once: 1 GB at 1,024 pixels.
         y = self.norm(x).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)  # (B, 1, h*w, width), one head
         q, k, v = [F.linear(y, conv.weight.flatten(1), conv.bias) for conv in (self.q, self.k, self.v)]
         y = sdpa(q, k, v).squeeze(2)                                           # (B, h*w, width)
@@ -488,7 +487,7 @@ class AttnBlock(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where `attn`; then `resample`.
 
-    It does nothing, until the encoder or decoder sets it because another resolution follows.
+    `resample` is the identity; where another resolution follows, the encoder or decoder replaces it.
     """
 
     def __init__(self, c_in, c_out, blocks, attn, groups):

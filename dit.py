@@ -19,8 +19,8 @@ Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   
 Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise
                 The model predicts the velocity v = data - noise.
 
-What stands between the matrix products is in kernels/: said there in plain PyTorch, and on a GPU computed by
-what was found to be right and fastest for the model at hand (KERNELS=ref: as it is said).
+Norms, RoPE, SwiGLU and attention are functions of kernels/: a CPU computes them by the plain PyTorch there, a
+GPU by the fastest variant that was found right for the model at hand (KERNELS=ref: by the plain PyTorch).
 """
 import math
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ def widen(in_proj, out_proj, D, p=None):
     out_proj: the head, a Linear E -> p*p*C;  concatenate O_new(x), unpatchified by itself, after its channels
     returns:  P_new (no bias: in_proj has it) and O_new, on the device and in the dtype of in_proj
 
-    Zeros do not stall the training: the base loss reaches P_new, through the whole model; the other, O_new.
+    Zeros do not stall the training: P_new gets a gradient from the base loss, O_new from the detail loss.
     """
     like = dict(device=in_proj.weight.device, dtype=in_proj.weight.dtype)
     if isinstance(in_proj, nn.Linear):                                     # which does not show p
@@ -117,10 +117,10 @@ class Transformer(nn.Module):
 
 
 class DiT(Transformer):
-    """A Transformer with adaLN: what both of this file have but their blocks and embedders."""
+    """A Transformer with adaLN: LightningDiT and MMDiT, which bring their own blocks and embedders."""
 
     def __init__(self, cfg, rms, blocks, **embedders):
-        super().__init__()     # saved optimizers go by this order of the layers
+        super().__init__()     # keep the order below: a saved optimizer knows parameters by number
         self.cfg = cfg
         self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
         self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
@@ -142,7 +142,7 @@ class DiT(Transformer):
         They depend on time and condition alone, not on the latent, and a third of all parameters are in
         their layers. So they come first; and the sampler, which knows its times beforehand, gets those of
         many steps in one call (B then counts the images of all these steps) and hands them to `forward`.
-        Nowhere else does anything reach into the model.
+        Only here does the sampler call a part of the model.
         """
         c = self.condition(t, y)
         return [*(block.modulations(c) for block in self.blocks), self.adaLN_final(c)]
@@ -180,7 +180,7 @@ SIZES = {                  # name: blocks, width, heads
 
 
 @dataclass
-class DiTConfig:
+class LightningDiTConfig:
     """Everything that fixes a LightningDiT's shapes; saved with its weights. Defaults: the released XL/1."""
     C: int = 32                 # base channels
     D: int = 0                  # detail channels, 0 before expand_channels
@@ -476,7 +476,7 @@ class USiT(Transformer):
     """Velocity of a latent, given the time and a class; as LightningDiT's.  Drawn in support/usit.py."""
 
     def __init__(self, cfg):
-        super().__init__()     # saved optimizers go by this order of the layers
+        super().__init__()     # keep the order below: a saved optimizer knows parameters by number
         self.cfg = cfg
         half = cfg.depth // 2
         blocks = [SkipBlock(cfg, skip=i > half) for i in range(cfg.depth + 1)]
@@ -525,7 +525,7 @@ class USiT(Transformer):
 
 
 def Norm(E, rms=True):
-    """Holds the scale of an RMSNorm, or of a LayerNorm none (`weight` is None). Formulas are in kernels/."""
+    """Holds `weight`, a scale, for the functions of kernels/, and is never called. LayerNorm's is None."""
     return nn.RMSNorm(E) if rms else nn.LayerNorm(E, elementwise_affine=False)
 
 
@@ -536,7 +536,7 @@ class Attention(nn.Module):
         super().__init__()
         self.A = A
         self.qkv = nn.Linear(E, 3 * E, bias=bias)
-        self.q_norm = Norm(E // A, qk_norm)
+        self.q_norm = Norm(E // A, qk_norm)        # no qk_norm: no weight, and q and k stay as they are
         self.k_norm = Norm(E // A, qk_norm)
         self.proj = nn.Linear(E, E) if proj else None
 
@@ -653,8 +653,8 @@ class LoRA(nn.Module):
 def add_lora(model, r=256, alpha=256.0):
     """Put adapters of rank r into a model, in place; freeze all but them and P, P_new, O, O_new.  Sec. 4.
 
-    Into the layers of each block that `lora_targets` names: as the paper for SD3.5, whose text-side layers
-    and first layer of each MLP stay frozen. B starts at zero, so nothing changes until training does.
+    Into the layers of each block that `lora_targets` names: as the authors' code for SD3.5, whose text-side
+    layers and first layer of each MLP stay frozen. B starts at zero, so nothing changes until training does.
     """
     model.requires_grad_(False)
     for layer in (model.P, model.O, model.P_new, model.O_new):
@@ -683,13 +683,13 @@ def merge_lora(model):
     return model
 
 
-# The transformers that the scripts know: name -> (its config, its class). The name is "kind" in a run's
-# config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
+# The transformers of this file (support/weights.py adds others): name -> (its config, its class). The name is
+# "kind" in a run's config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
 # Its config has C, D and p, and num_classes where it draws classes. Its class is an nn.Module with `cfg`, P,
 # O, expand_channels(D) and forward(z_all, t, *cond).
 # All scripts open runs through support/weights.py: import your file there (docs/recipes.md).
 MODELS = {
-    "LightningDiT": (DiTConfig, LightningDiT),
+    "LightningDiT": (LightningDiTConfig, LightningDiT),
     "MMDiT": (MMDiTConfig, MMDiT),
     "USiT": (USiTConfig, USiT),
 }

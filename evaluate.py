@@ -255,7 +255,7 @@ def plan_generation(cfg, run, rulers, captions):
 
     captions: of the held-out images, drawn by a model of texts where there are any, and no --prompts
     """
-    about = run.config | ({"classes": captions} if captions else {})
+    about = run.config | ({"captions": captions} if captions else {})
     settings = sample.settings_of(cfg, about, run.checkpoint)
     if cfg.graph and run.device.type != "cuda":
         raise SystemExit("--graph=True: wanted a GPU; leave it out")
@@ -376,7 +376,7 @@ def main(cfg):
     """Measure, print two tables, add them to metrics.json; ranks share the images.  Returns the new entry."""
     cfg.run = cfg.run or runs.newest_run()
     out = Path(cfg.out or run_folder(cfg.run) / "metrics.json")
-    read_entries(out)
+    read_entries(out)                                         # a damaged file is refused now, not after hours
     run = load(cfg.run, cfg.weights, cfg.device)
     dataset, index = held_out(run, cfg.data_dir, cfg.images, cfg.whole)
     rulers = load_rulers(cfg, "none" if cfg.whole else cfg.features, run)
@@ -431,7 +431,7 @@ def main(cfg):
 
 
 def large_enough(batches, dataset, least):
-    """(x, numbers) of the batches of data.read, but for images with sides below `least`, which are named."""
+    """(x, numbers) of data.read's batches, in parts that fit into memory; too small images are left out."""
     for x, _, numbers in batches:
         H, W = x.shape[2:]
         if min(H, W) >= least:
@@ -474,7 +474,7 @@ def main_report(cfg, text=None):
     check_writable(path)
     x, shown = images_to_show(cfg, run)
     samples = draw_latents(cfg, run, text) if run.dit is not None else None
-    report.write(report.Report(cfg.run, run.config, run.vae, x, shown, samples, stages(run)), path)
+    report.write(report.Report(cfg.run, run.config, run.vae, x, shown, samples, with_their_bases(run)), path)
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB: open it in a browser")
 
 
@@ -540,29 +540,19 @@ def names_of(run, settings, n):
     return [known[k] if k < len(known) else f"class {k}" for k in classes]
 
 
-def stages(run):
+def with_their_bases(run):
     """The report.Stages that led to a run: what it was made of, then the run itself."""
-    import finetune
-    import train_vae
-    scripts = {"finetune.py": finetune, "train_vae.py": train_vae}
     own = run.config["config"]
     saved = {}
     for folder in stages_of([own.get("vae", ""), own["base"]]):
         trained = runs.checkpoints(folder)
         saved[folder] = runs.read_config(trained[-1]) if trained else {}
     saved[run_folder(run.folder)] = run.config
-    found = []
-    for folder, about in saved.items():
-        script = scripts.get(about.get("script"), train_vae)
-        found.append(report.stage_in(folder, about, script.Config, script.PRESETS))
-    return found
+    return [report.stage_in(folder, about) for folder, about in saved.items()]
 
 
 def command_line(argv):
     """`compare A B`, `report RUN`, or a run and flags."""
-    if argv[:1] == ["analyse"]:
-        raise SystemExit("the paper's analyses are scripts of their own, in experiments/: for example "
-                         "python experiments/tsne.py RUN")
     comparing = argv[:1] == ["compare"] and "--help" not in argv
     if comparing and len(argv) != 3:
         raise SystemExit(f"compare {' '.join(argv[1:])}: wanted two runs: python evaluate.py compare RUN RUN")

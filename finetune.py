@@ -92,7 +92,7 @@ class Config:
     cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
     beta1: float = field(0.9, "of AdamW", within=(0, 0.999_999))
     beta2: float = field(0.95, "of AdamW", within=(0, 0.999_999))
-    clip: float = field(1.0, "gradient norm limit; 0: none, as the authors", at_least=0)
+    clip: float = field(1.0, "gradient norm limit; 0: none, as the authors on ImageNet", at_least=0)
     ema: float = field(0.999, "decay of the weight average that is sampled from", within=(0, 1))
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
@@ -146,7 +146,7 @@ PRESETS = {
 PRESETS["photos-vf"] = PRESETS["photos"] | dict(out="out/photos-vf", vae="out/photos-vf-vae")
 PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
     out="out/photos-dcae15", vae="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), N=0)
-# Tab. S1; not run
+# Tab. S1, but the batch of the authors' script for 2,048 pixels; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 
@@ -166,7 +166,7 @@ PRESETS["usit-base"] = dict(
 # the same, and D, N and steps of Tab. S1; not run
 PRESETS["usit"] = PRESETS["usit-base"] | dict(out="out/usit", base="out/usit-base", D=96, steps=140_000)
 
-# On resume, beside what changes no result and where things lie; anything else would be another run.
+# On resume these fields may differ, and those that runs.py names (NO_EFFECT, SOURCES); no others.
 MAY_CHANGE = {"steps", "lr", "warmup", "cooldown", "clip", "cfg", "shift", "grid", "sample_steps"}
 
 
@@ -183,10 +183,15 @@ def detail_weight(n, N):
     return 0.5 * (1 - math.cos(math.pi * min(n / N, 1.0)))
 
 
+# Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where
+# PyTorch's 1e-8 makes the gradient 1e8: unless it is clipped, AdamW's second moments hold it long (LOG.md).
+COSINE_EPS = 0.1
+
+
 def flow_loss(model, z_all, cond, w, cfg):
     """Rectified-flow loss at random times, with weight w on the detail channels.  Eq. (13).
 
-        mse  = (C * base + w * D * detail) / (C + w * D)    the weighted mean over channels of (v - v*)^2
+        mse  = (C * base + w * D * detail) / (C + w * D)    means of (v - v*)^2, times `draw_time`'s weight
         loss = mse + cosine * (1 - cos(v, v*))              the cosine over all channels, mean over positions
 
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
@@ -205,10 +210,8 @@ def flow_loss(model, z_all, cond, w, cfg):
     target = z_all - noise                                                    # v*
 
     weight = weight.view(-1, 1, 1, 1)
-    if cfg.keep_levels:                                                       # hide details (DC-AE 1.5)
-        mask = levels.seen_of_all(levels.draw(cfg.keep_levels, len(z_all), z_all.device), C, D)
-        model, target = levels.masked(model, mask), target * mask
-        weight = weight * levels.share(mask, D, w) if cfg.keep_mean == "shown" else weight
+    if cfg.keep_levels:                                                       # a rival's: support/levels.py
+        model, target, weight = levels.hide_some(model, target, weight, w, cfg)
 
     v = model(x_t, t, *cond).float()
     error = (v - target).square()                                             # (B, C+D, h, w)
@@ -223,20 +226,14 @@ def flow_loss(model, z_all, cond, w, cfg):
     return loss, parts
 
 
-# Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where
-# PyTorch's 1e-8 makes the gradient 1e8: unless it is clipped, AdamW's second moments hold it long (LOG.md).
-COSINE_EPS = 0.1
-
-
 def draw_time(B, weighting, device):
     """(t (B,), weight of the squared error at t (B,)); t = 0 is noise, 1 data.
 
     paper: t = sigmoid(N(0, 1)), weight 1.
     uniform: t uniform in [0, 1], weight 1: what SiT and USiT are trained with.
-    sigma: what the authors train SD3.5 with. The same u picks one of SD3's 1000 training times, which
-           diffusers' scheduler keeps shifted by 3; shifted again, by 4, it is sigma = 1 - t.
-           The error is that of the denoised latent, sigma (v - v*), squared, and weighs as much as the
-           ratio t / sigma, at most 5.
+    sigma: the authors' for SD3.5. The same u picks one of SD3's 1000 noise levels, shifted by 3 and then by
+           4 (`sd3_sigmas`); t = 1 - sigma. The loss is (sigma (v - v*))^2, the squared error of the
+           denoised latent, times min(t / sigma, 5).
     Differs from the authors' code, which also cuts the time to thousandths and rounds sigma to bfloat16.
     """
     if weighting == "uniform":
@@ -245,8 +242,8 @@ def draw_time(B, weighting, device):
     if weighting == "paper":
         return u, torch.ones_like(u)
     sigma = sd3_sigmas(device)[(1000 * u).long().clamp_max(999)]
-    snr = (1 - sigma) / sigma
-    return 1 - sigma, sigma.square() * snr.clamp_max(5)
+    ratio = (1 - sigma) / sigma
+    return 1 - sigma, sigma.square() * ratio.clamp_max(5)
 
 
 def sd3_sigmas(device):
@@ -282,7 +279,7 @@ def main(cfg):
     run = runs.Run(cfg, MAY_CHANGE, rank)
     vae = load_vae(cfg, run).to(device, memory_format=torch.channels_last).requires_grad_(False)
     train_set = open_training_set(cfg, vae)
-    run.made_of(**identity.of_parts(cfg, vae, train_set))
+    run.must_be_made_of(**identity.of_parts(cfg, vae, train_set))
     if run.done:
         return run.summary(figures.report)
     check_sizes(vae, train_set, cfg)
@@ -296,7 +293,7 @@ def main(cfg):
         base, dit = initial_dit(cfg, vae, len(train_set.classes))
         ema = deepcopy(dit)
     condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU for itself
-    run.made_of(texts=condition.made_by)
+    run.must_be_made_of(texts=condition.made_by)
     if cfg.shard:
         for part in (dit, ema) if base is None else (dit, ema, base):
             ranks.shard(part, device)                              # in place
@@ -317,11 +314,11 @@ def main(cfg):
     side = cfg.image_size // vae.f
     sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {(side // dit.cfg.p)**2} tokens"
     run.describe(train_set, dit.parameters(), sizes, accumulate, world, device)
-    part = (cfg.batch_size // world // accumulate, vae.C + cfg.D, side, side)
-    choose.before_training(run, device, part, lambda z, y: flow_loss(dit, z, condition(y, 0.0), 1.0, cfg))
-    latents = latent_source(vae, buckets.sort(train_set, cfg, vae.f * dit.cfg.p), cfg, device, rank, world)
+    shape = (cfg.batch_size // world // accumulate, vae.C + cfg.D, side, side)
+    choose.before_training(run, device, shape, lambda z, y: flow_loss(dit, z, condition(y, drop=0), 1.0, cfg))
+    latents_at = latent_source(vae, buckets.sort(train_set, cfg, vae.f * dit.cfg.p), cfg, device, rank, world)
     if not run.checkpoint:
-        z_all, y = next(latents(0))
+        z_all, y = next(latents_at(0))
         if rank == 0:
             check_statistics(z_all, vae.C, cfg.out)
         if base is not None and cfg.D and cfg.zero_init:
@@ -333,7 +330,7 @@ def main(cfg):
         ranks.share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
 
     autocast = ranks.autocast(cfg.dtype, device)
-    for n, (z_all, y) in run.steps(latents(run.start)):
+    for n, (z_all, y) in run.steps(latents_at(run.start)):
 
         # learning rate, and how much the details count
         lr = learning_rate(n, cfg)
@@ -343,7 +340,7 @@ def main(cfg):
 
         # forward and backward, one micro-batch after the other
         for z_part, y_part in ranks.micro_batches(model, accumulate, z_all, y, seed=cfg.seed, step=n):
-            cond = condition(y_part, cfg.label_dropout)
+            cond = condition(y_part, drop=cfg.label_dropout)                  # for guidance
             with autocast:
                 loss, parts = flow_loss(model, z_part, cond, w, cfg)                              # Eq. (13)
             (loss / accumulate).backward()
@@ -371,9 +368,10 @@ def main(cfg):
 
 
 def learning_rate(step, cfg):
-    """cfg.lr, rising linearly over the first `warmup` steps, falling to 0 over the last `cooldown` part."""
-    rise = min(1.0, (step + 1) / max(1, cfg.warmup))
-    return cfg.lr * rise * min(1.0, (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps))
+    """cfg.lr, rising over `warmup` steps, and falling to 0 over the last `cooldown` part of the run."""
+    rise = (step + 1) / max(1, cfg.warmup)
+    fall = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
+    return cfg.lr * min(1.0, rise, fall)
 
 
 # ---------------------------------------------------------------- before the first step
@@ -390,14 +388,14 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
     found = []
     for z_part, y_part in zip(z.split(cfg.micro_batch), y.split(cfg.micro_batch)):
         with specifications(), ranks.autocast(cfg.dtype, z.device):
-            found.append(warm_start_difference(base, model, z_part, condition(y_part, 0.0)))
+            found.append(warm_start_difference(base, model, z_part, condition(y_part, drop=0.0)))
     change, detail = torch.tensor(found, dtype=torch.float64).amax(0).tolist()     # nan, if any of them is
     if run.rank == 0:
         tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, "
                    f"max |v_d| = {detail}")
     if not (change <= 1e-5 and detail <= 1e-5):
-        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero, "
-                         "or some weight is not finite")
+        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero (a model of "
+                         "yours makes them by dit.py:widen), or some weight of --base is not finite")
     run.results["warm_start"] = change
     with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
         draw_warm_start(base, model, vae, z[:8], y[:8], condition, run)
@@ -412,8 +410,8 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
     rows = {"base model": [], "widened, step 0": []}
     with ranks.autocast(cfg.dtype, z.device):
         for part in torch.arange(len(y)).split(max(1, cfg.micro_batch // 2)):      # guidance doubles the rows
-            cond = condition(y[part], 0.0)
-            uncond = condition(y[part], 1.0)
+            cond = condition(y[part], drop=0.0)
+            uncond = condition(y[part], drop=1.0)
             small = sample_flow(base, noise[part, :vae.C], ts, cond, uncond, cfg.cfg)
             wide = sample_flow(model, noise[part], ts, cond, uncond, cfg.cfg)
             rows["base model"].append(vae.decode_base(small))
@@ -464,8 +462,9 @@ def initial_dit(cfg, vae, classes, known=()):
 
 
 def trial(cfg, n, device, known, classes):
-    """(a transformer such as this run's, a function that makes a pass of a step on n latents): for a plan.
+    """(this run's model at step 0, a function that makes one pass, forward and back, on n latents of noise).
 
+    support/stages.py times the pass before anything is trained.
     known: {folder: model} of runs that are not made yet; classes: how many the images have
     """
     vae = known[cfg.vae] if cfg.vae in known else load_davae(cfg.vae)
@@ -495,13 +494,14 @@ def new_dit(cfg, C, f, num_classes):
 
 
 def description(cfg, dit, train_set):
-    """config.json of every checkpoint: settings, the model's own, names of classes (or first captions)."""
-    classes = train_set.classes
+    """config.json of every checkpoint: settings, the model's own, names of classes, or the first captions."""
+    names = {"classes": train_set.classes}
     if cfg.text:
         captions = dict.fromkeys(caption for caption in train_set.captions if caption)
-        classes = list(captions)[:8]
+        names = {"classes": [], "captions": list(captions)[:8]}
     model = {"kind": kind_of(dit)} | dataclasses.asdict(dit.cfg)
-    return {"script": "finetune.py", "config": dataclasses.asdict(cfg), "model": model, "classes": classes}
+    command = config.command("finetune.py", cfg, PRESETS)
+    return dict(script="finetune.py", command=command, config=dataclasses.asdict(cfg), model=model, **names)
 
 
 def dry_run(cfg):
@@ -551,13 +551,13 @@ def save_what_stays(run, vae, dit):
 
 
 def draw_samples(run, done, ema, vae, about, text):
-    """samples_<done>.png: four images of each of the first ten classes (or prompts), one a column; 16 of one.
+    """samples_<done>.png: a column of four for each of the first ten classes or captions; of one alone, 16.
 
     From the same noise at every save. Ranks share the images, in parts of at most micro_batch rows, guidance
     included; all equally many, because a sharded model needs all ranks for each.
     """
     cfg = run.cfg
-    names = [name[:24] for name in about["classes"][:10]]
+    names = [name[:24] for name in (about.get("captions") or about["classes"])[:10]]
     if not names:
         known = min(10, ema.cfg.num_classes)
         names = [f"class {k}" for k in range(known)] if known > 1 else ["image"]
@@ -586,7 +586,7 @@ def draw_samples(run, done, ema, vae, about, text):
 
 def report(run, text):
     """Draw the losses, write report.html; unless other stages follow, print what there is and what to do."""
-    import evaluate                                                # which stands no lower than this script
+    import evaluate                                                # above this script, which it measures
     with runs.picture_may_fail(f"{run.cfg.out}: loss.png"):
         figures.plot_losses(run.cfg.out)
     evaluate.report_at_the_end(run.cfg, text)

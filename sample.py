@@ -105,11 +105,11 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
 
     for n in range(N):
         t = torch.full((len(x),), ts[n], dtype=torch.float64, device=x.device)
-        mods = next(known)
+        extra = next(known)
         if guided[n]:
-            v, c = guided_velocity(model, x, t, cond, uncond, scale, channels, **mods)
+            v, c = guided_velocity(model, x, t, cond, uncond, scale, channels, **extra)
         else:
-            v = model(x, t, *cond, **mods)
+            v = model(x, t, *cond, **extra)
             c = v
         if slg and 0.01 * N < n < 0.2 * N:
             v = v + slg * (c - model(x, t, *cond, skip=skip))
@@ -121,7 +121,7 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
     return x
 
 
-def guided_velocity(model, x, t, cond, uncond, scale, channels=None, **mods):
+def guided_velocity(model, x, t, cond, uncond, scale, channels=None, **extra):
     """(v, c): c is the velocity without guidance, v with it.  Ho & Salimans, 2022.
 
         v = u + scale * (c - u) on the first `channels` channels (None: all), v = c on the others
@@ -130,7 +130,7 @@ def guided_velocity(model, x, t, cond, uncond, scale, channels=None, **mods):
     what it takes after x and t (labels; or text tokens and pooled text). One batch of 2B, c first.
     """
     both = [torch.cat(pair) for pair in zip(cond, uncond)]
-    c, u = model(torch.cat([x, x]), torch.cat([t, t]), *both, **mods).chunk(2)
+    c, u = model(torch.cat([x, x]), torch.cat([t, t]), *both, **extra).chunk(2)
     k = channels or x.shape[1]
     return torch.cat([u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]], dim=1), c
 
@@ -181,7 +181,7 @@ AHEAD = 256
 
 
 def modulations_ahead(model, ts, guided, cond, uncond, rows):
-    """Yield for each step what the model takes besides: {"mods": its modulations}, or {} where rows is 0.
+    """Yield the model's further arguments of each step: {"mods": its modulations}, or {} where rows is 0.
 
     They depend on time and condition only (dit.py:DiT.modulations), so they are computed for many steps at
     once, about `rows` rows of them. Guided steps take those of cond and uncond.
@@ -258,7 +258,7 @@ class Recorded:
 
 @torch.no_grad()
 def for_sampling(dit):
-    """Merge adapters, in place, and round weights as autocast does in each pass: velocities stay equal."""
+    """Merge adapters, and round weights to bfloat16, in place. Without adapters velocities stay equal."""
     if getattr(dit.cfg, "lora", 0):
         dit = merge_lora(dit)
     for layer in dit.modules():
@@ -268,13 +268,13 @@ def for_sampling(dit):
 
 
 def prepare(dit, vae, cfg, device):
-    """Make models ready for many batches, by cfg.compile and cfg.graph; returns the `flow` of `generate`."""
+    """Change the models, in place, for many batches (cfg.compile, cfg.graph); returns `generate`'s flow."""
     if cfg.graph and device.type != "cuda":
         raise SystemExit("--graph=True: wanted a GPU; leave it out")
     if ranks.in_bfloat16(cfg.dtype, device):
         for_sampling(dit)
     if cfg.compile:
-        for part in [*dit.blocks, vae.decoder or vae.base.decoder]:
+        for part in [*dit.blocks, vae.decoder]:
             part.compile(dynamic=False)
     return Recorded() if cfg.graph else sample_flow
 
@@ -338,7 +338,7 @@ def settings_of(cfg, about, checkpoint):
         s[name] = getattr(cfg, name)
     s["shift"] = own["shift"] if cfg.shift < 0 else cfg.shift
     s["cfg"] = own["cfg"] if cfg.cfg < 0 else cfg.cfg
-    s["grid"] = cfg.grid or own.get("grid", "plain")               # a field that is younger than some runs
+    s["grid"] = cfg.grid or own["grid"]
     if cfg.n < 1 or cfg.steps < 1 or s["shift"] == 0 or not s["cfg"] < float("inf"):
         raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and "
                          "steps of at least 1, shift above 0 and a finite cfg")
@@ -359,7 +359,7 @@ def settings_of(cfg, about, checkpoint):
 
 def text_settings(cfg, about, checkpoint):
     size = about["config"]["image_size"]
-    prompts = texts.read_prompts(cfg.prompts) or about["classes"]
+    prompts = texts.read_prompts(cfg.prompts) or about.get("captions")
     if not prompts:
         raise SystemExit(f"{checkpoint}: draws from text: give --prompts=")
     return {"height": cfg.height or size, "width": cfg.width or size, "prompts": prompts,

@@ -51,14 +51,15 @@ class Config:
     base: str = field("", "the frozen base VAE: a path or org/name; D = 0: where to start, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
-    train: str = field("all", "all; not the detail encoder (the authors' SD3 script); nor the down block; or "
-                              "the new blocks", choices=("all", "decoder", "up", "blocks"))
+    train: str = field("all", "all; decoder: not the detail encoder (the authors' SD3 script); up: nor the "
+                              "down block; blocks: the new blocks alone",
+                       choices=("all", "decoder", "up", "blocks"))
     detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
     keep_levels: tuple = field((), "instead: how many details an image keeps, one of these (DC-AE 1.5)",
                                within=(0, 4096), count=(0, 256))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
-    fit: str = field("closed", "how the new blocks start: by least squares; at random as the paper's; or "
-                               "details are pixels of the full-size latent",
+    fit: str = field("closed", "how the new blocks start. closed: by least squares; random: the paper's; "
+                               "pixels: details are pixels of the full-size latent",
                      choices=("closed", "random", "pixels"))
     fit_align: float = field(1.0, "fit=closed: 1 details start aligned to z, at no cost; 0 not; or between",
                              within=(0, 1))
@@ -86,7 +87,7 @@ class Config:
     m2: float = field(0.25, "distance=vf: margin of their matrix", within=(0, 2))
     teacher: str = field("base", "of the alignment: the base latent, or a folder with DINOv2 or MAE")
     gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator", at_least=0)
-    disc_start: int = field(5001, "step at which the discriminator starts, for both players", at_least=0)
+    disc_start: int = field(2501, "step at which the discriminator starts, for both players", at_least=0)
     disc_width: int = field(64, "channels of the discriminator's first layer", within=(1, 4096))
     # optimisation (Tab. S1)
     steps: int = field(100_000, "optimizer steps", at_least=1)
@@ -97,7 +98,7 @@ class Config:
     beta2: float = field(0.9, "of AdamW; Tab. S1: 0.9 on ImageNet, 0.999 for SD3", within=(0, 0.999_999))
     warmup: int = field(0, "steps over which the learning rate rises from 0", at_least=0)
     cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
-    clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as the authors", at_least=0)
+    clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as on ImageNet", at_least=0)
     compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; on a GPU not run")
     stats: int = field(10_000, "training images for the latent statistics", at_least=1)
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
@@ -131,11 +132,11 @@ PRESETS = {
         out="out/imagenet512-vae", base="vavae-imagenet256-f16d32-dinov2.pt", D=96, image_size=512,
         data_dir="imagenet/train", fit="random", micro_batch=8),
 
-    # Tab. S1; not run
+    # Tab. S1; kl: its 1e-7 times half of 16 x 64 x 64, which SD3's KL sums up; clip: of the code; not run
     "sd35m": dict(
         out="out/sd35m-vae", base="sd3.5-medium", D=16, image_size=1024, data_dir="captioned", flip=False,
-        kl=1e-7, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
-        beta2=0.999, detail_dropout=0.0, fit="random"),
+        kl=3.3e-3, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
+        beta2=0.999, clip=1.0, detail_dropout=0.0, fit="random"),
 }
 # FLUX.2's VAE, as sd35m; not run
 PRESETS["klein"] = PRESETS["sd35m"] | dict(
@@ -157,13 +158,13 @@ PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
 PRESETS["vavae-1"] = dict(
     out="out/vavae-1", D=0, r=1, C=32, widths=(128, 128, 256, 256, 512), attn=(4,), quant=True,
     image_size=256, data_dir="imagenet/train", teacher="dinov2-large", project="conv", distance="vf",
-    m1=0.0, m2=0.0, align=0.5, reduction="sum", gan=0.5, disc_start=2501, steps=500_000,
-    batch_size=256, micro_batch=8)
+    m1=0.0, m2=0.0, align=0.5, reduction="sum", gan=0.5, steps=500_000, batch_size=256,
+    micro_batch=8, dtype="float32")
 PRESETS["vavae-2"] = PRESETS["vavae-1"] | dict(
     out="out/vavae-2", base="out/vavae-1", align=0.1, disc_start=1, steps=75_000)
 PRESETS["vavae"] = PRESETS["vavae-2"] | dict(out="out/vavae", base="out/vavae-2", m1=0.5, m2=0.25)
 
-# On resume, beside what changes no result and where things lie; anything else would be another run.
+# On resume these fields may differ, and those that runs.py names (NO_EFFECT, SOURCES); no others.
 MAY_CHANGE = {"steps", "lr", "cooldown", "clip"}
 
 
@@ -179,7 +180,7 @@ def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
     x_hat = rec.x_hat.float()
     parts = {"l1": (x_hat - x).abs().mean()}
     if nets.lpips is not None:
-        parts["lpips"] = nets.lpips(x_hat, x).mean()
+        parts["lpips"] = nets.lpips(x_hat, x).float().mean()
     nll = sum(parts.values())                                              # the reconstruction error
     parts["kl"] = rec.posterior.kl()
     loss = nll + cfg.kl * parts["kl"]
@@ -196,7 +197,7 @@ def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
         loss = loss + weight * parts["align"]
 
     if gan_on:
-        parts["g"] = -nets.disc(x_hat).mean()
+        parts["g"] = -nets.disc(x_hat).float().mean()
         parts["d_w"] = adaptive_weight(nll, parts["g"], last_conv(vae).weight, limit=1e4)
         loss = loss + cfg.gan * parts["d_w"] * parts["g"]
 
@@ -209,17 +210,17 @@ def alignment(rec, x, cfg, nets):
     The teacher is z, or a vision transformer's features of x. What is aligned is the sampled z_d (without
     details, as in VA-VAE itself: the whole latent), after a projection to the teacher's channels.
     """
-    s = rec.z_d
-    f = rec.z if nets.teacher is None else nets.teacher(x, s.shape[-1])
+    student = rec.z_d
+    teacher = rec.z if nets.teacher is None else nets.teacher(x, student.shape[-1])
     if cfg.project == "mean" and cfg.distance == "mse":                    # the paper's
-        return {"align": align_loss(f, s)}
+        return {"align": align_loss(teacher, student)}
     if cfg.project == "mean":
-        s = group_mean(s, f.shape[1])
+        student = group_mean(student, teacher.shape[1])
     if cfg.project == "conv":
-        s = nets.own["project"](s)
+        student = nets.own["project"](student)
     if cfg.distance == "mse":
-        return {"align": F.mse_loss(s.float(), f.detach().float())}
-    terms = vf_loss(s, f, cfg.m1, cfg.m2)
+        return {"align": F.mse_loss(student.float(), teacher.detach().float())}
+    terms = vf_loss(student, teacher, cfg.m1, cfg.m2)
     return {"align": sum(terms.values())} | terms
 
 
@@ -240,8 +241,7 @@ def first_conv(vae):
 
 def last_conv(vae):
     """The layer that paints the pixels; the GAN's adaptive weight compares gradients there."""
-    decoder = vae.base.decoder if vae.decoder is None else vae.decoder
-    layers = [m for m in decoder.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    layers = [m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     return layers[-1]
 
 
@@ -304,8 +304,7 @@ class LossNetworks:
         return state
 
     def load_state_dict(self, state):
-        if "own" in state:                         # not in checkpoints from before 2026-11
-            self.own.load_state_dict(state["own"])
+        self.own.load_state_dict(state["own"])
         if self.disc is not None:
             self.disc.load_state_dict(state["disc"])
 
@@ -326,13 +325,13 @@ def main(cfg):
     if not run.checkpoint:
         stages.make_missing(cfg, [MAKER])
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
-    run.made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"),
+    run.must_be_made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"),
                 teacher=identity.of_source(cfg.teacher) or cfg.teacher)
     if run.done:
         return run.summary()
     checks.before_training(cfg, vae)
-    in_memory = dict(memory_format=ranks.layout(vae.base.width, device))
-    vae = vae.to(device, **in_memory).train()
+    layout = ranks.layout(vae.base.width, device)
+    vae = vae.to(device, memory_format=layout).train()
     freeze(vae, cfg.train)
     if vae.D and cfg.fit != "random" and not run.checkpoint:
         start_in_closed_form(cfg, vae, train_set, device, rank)
@@ -349,11 +348,11 @@ def main(cfg):
     if nets.disc:
         nets.disc.requires_grad_(False)            # but in its own step
 
-    # a disk that is too small shows now, not after hours
+    # before the first step: images to validate on, the fastest kernels, a checkpoint (a full disk shows now)
     val = held_out.validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
-    part = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
-    choose.before_training(run, device, part, lambda x, _: vae(training_batch(x, 1, cfg)))
+    shape = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
+    choose.before_training(run, device, shape, lambda x, _: vae(training_batch(x, 1, cfg)))
     if not run.checkpoint:
         save(run, 0, vae, nets, opt, opt_d)
         validate(run, 0, vae, val)
@@ -372,7 +371,7 @@ def main(cfg):
         pairs = []
         images = data.to_tensor(x).to(device)
         for (part,) in ranks.micro_batches(model, accumulate, images, seed=cfg.seed, step=step):
-            part = training_batch(part, step, cfg).contiguous(**in_memory)
+            part = training_batch(part, step, cfg).contiguous(memory_format=layout)
             keep = levels.draw(cfg.keep_levels, len(part), device) if cfg.keep_levels else None
             with autocast:
                 rec = model(part, keep)
@@ -390,7 +389,7 @@ def main(cfg):
 
         # the discriminator, on the same reconstructions
         if gan_on:
-            train_discriminator(judge, opt_d, pairs, autocast, run.log)
+            train_discriminator(judge, opt_d, pairs, autocast, run.log, step)
 
         # log; save first, then draw
         run.log.row(step + 1, gnorm=norm, lr=lr)
@@ -431,7 +430,7 @@ def one_of(choices):
     return choices[0] if len(choices) == 1 else choices[torch.randint(len(choices), ()).item()]
 
 
-def train_discriminator(judge, opt_d, pairs, autocast, log):
+def train_discriminator(judge, opt_d, pairs, autocast, log, step):
     """One step of the discriminator on pairs of (images, their reconstructions)."""
     judge.requires_grad_(True)
     for i, (x, x_hat) in enumerate(pairs):
@@ -440,6 +439,8 @@ def train_discriminator(judge, opt_d, pairs, autocast, log):
             d_loss = hinge_loss(judge(x).float(), judge(x_hat.float()).float())
         (d_loss / len(pairs)).backward()
         log.add({"d": d_loss})
+    norm = nn.utils.get_total_norm([p.grad for p in judge.parameters()])
+    ranks.stop_if_not_finite(norm, d_loss, nn.ModuleDict({"discriminator": judge}), step)
     opt_d.step()
     opt_d.zero_grad(set_to_none=True)
     judge.requires_grad_(False)                    # the VAE's loss passes through it, and leaves it as it is
@@ -472,13 +473,11 @@ def initial_vae(cfg, known=()):
 
 
 def freeze(vae, train):
-    """Freeze a DA-VAE's detail encoder ("decoder"), the down block too ("up"), or the decoder ("blocks")."""
-    if vae.D and train in ("decoder", "up", "blocks"):
-        vae.detail_encoder.requires_grad_(False)
-    if vae.D and train == "up":
-        vae.down.requires_grad_(False)
-    if vae.D and train == "blocks":
-        vae.decoder.requires_grad_(False)
+    """Freeze what `train` leaves out of a DA-VAE, see Config."""
+    if vae.D:
+        vae.detail_encoder.requires_grad_(train == "all")
+        vae.down.requires_grad_(train != "up")
+        vae.decoder.requires_grad_(train != "blocks")
 
 
 def start_in_closed_form(cfg, vae, train_set, device, rank):
@@ -493,9 +492,10 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
 
 
 def trial(cfg, n, device, known, classes):
-    """(a VAE such as this run's, a function that makes a pass of a step on n images of noise): for a plan.
+    """(this run's VAE at step 0, a function that makes one pass, forward and back, on n images of noise).
 
-    known: {folder: model} of runs that are not made yet; classes: of the images, which this does not need
+    support/stages.py times the pass before anything is trained.
+    known: {folder: model} of runs that are not made yet; classes: unused here, finetune.py's trial needs it
     """
     vae = initial_vae(cfg, known)
     vae = vae.to(device, memory_format=ranks.layout(vae.base.width, device)).train()
@@ -534,7 +534,7 @@ def save(run, done, vae, nets, opt, opt_d, measured=False):
     if opt_d:
         state["opt_d"] = opt_d.state_dict()
     about = {"script": "train_vae.py", "config": dataclasses.asdict(run.cfg), "model": vae.config(),
-             "measured": measured}
+             "measured": measured, "command": config.command("train_vae.py", run.cfg, PRESETS)}
     run.save(done, {"model": vae.state_dict()}, state, about)
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))              # the six scr
 
 import torch
 
-from dit import DiTConfig, LightningDiT
+from dit import LightningDiTConfig, LightningDiT
 from experiments import shared
 from kernels import cost
 from sample import for_sampling
@@ -74,7 +74,7 @@ def main(cfg):
         raise SystemExit(f"--image_size={cfg.image_size}: wanted a multiple of 64, f16 times r = 4")
     table = {}
     for name, r, D in (("DA-VAE, r = 4", 4, 480), ("DA-VAE, r = 2", 2, 96), ("the VAE's own latent", 1, 0)):
-        sizes = DiTConfig(D=D, grid=cfg.image_size // (16 * r))
+        sizes = LightningDiTConfig(D=D, grid=cfg.image_size // (16 * r))
         table[name] = {"tokens": sizes.grid**2, "GFLOPs": flops(sizes) / 1e9,
                        "seconds": seconds(sizes, cfg, device)}
     least = table["DA-VAE, r = 4"]

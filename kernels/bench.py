@@ -424,7 +424,7 @@ def training(cuda):
     import dit
     from finetune import ema_update
     B = 128 if cuda else 2
-    cfg = dit.DiTConfig(D=96) if cuda else dit.DiTConfig(D=96, E=72, A=1, depth=2, grid=4)
+    cfg = dit.LightningDiTConfig(D=96) if cuda else dit.LightningDiTConfig(D=96, E=72, A=1, depth=2, grid=4)
     model = dit.LightningDiT(cfg)
     ema = dit.LightningDiT(cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

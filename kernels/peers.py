@@ -230,7 +230,7 @@ def update():
 
     def prepared(fused):
         torch.manual_seed(0)
-        model = dit.LightningDiT(dit.DiTConfig(E=384, A=6, depth=6))
+        model = dit.LightningDiT(dit.LightningDiTConfig(E=384, A=6, depth=6))
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         return model, deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)

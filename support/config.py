@@ -219,8 +219,8 @@ def shortened(text, most=80):
 
 
 def show(value):
-    """A value as the command line takes it."""
-    if isinstance(value, tuple):
+    """A value, of a Config or read from JSON, as the command line takes it."""
+    if isinstance(value, tuple | list):
         return ",".join(str(n) for n in value)
     return str(value)
 

@@ -6,9 +6,9 @@
 
 A format is a table of `Layer`s: our name of a layer, and the names under which the file holds it. Whatever a
 table does not name is refused, and what is left out on purpose stands in DROPPED or TABLES with the reason.
-`sizes` are the fields of our config dataclass (KLConfig, DiTConfig, MMDiTConfig) as a plain dict, read off
-the keys and shapes, because the files do not hold them. `kind` is a name in BASES (support/bases.py) or in
-MODELS (dit.py).
+`sizes` are the fields of our config dataclass (KLConfig, LightningDiTConfig, MMDiTConfig) as a plain dict,
+read off the keys and shapes, because the files do not hold them. `kind` is a name in BASES (support/bases.py)
+or in MODELS (dit.py).
 
 Every function that finds something wrong raises ValueError with one sentence, without the file's name:
 support/weights.py, which opens the files, puts it in front.
@@ -381,7 +381,7 @@ def export_lightningdit(model):
 
 
 def lightningdit_sizes(sd):
-    """The fields of DiTConfig from LightningDiT's own names and shapes.
+    """The fields of LightningDiTConfig from LightningDiT's own names and shapes.
 
     raises: ValueError saying what `sd` looks like instead, or which variant it is that is left out here
     """

@@ -45,15 +45,6 @@ def seen_of_all(keep, C, D):
     return F.pad(seen(keep, C, D), (0, 0, 0, 0, C, 0), value=1.0)             # (B, C+D, 1, 1)
 
 
-def dropout(x, cfg):
-    """Detail dropout, in the authors' code: (B, 1, 1, 1), 0 for an image whose details are hidden, else 1.
-
-    Two levels, none or all, and the shared random numbers. cfg: a DAVAEConfig; rescale makes the 1 larger.
-    """
-    seen = torch.rand(len(x), 1, 1, 1, device=x.device) >= cfg.detail_dropout
-    return seen / (1 - cfg.detail_dropout) if cfg.rescale else seen
-
-
 def draw(levels, B, device):
     """(B,) of the levels, independent and uniform; the generator of everything else is left as it is."""
     generator = torch.Generator().manual_seed(torch.initial_seed() ^ APART)
@@ -68,6 +59,15 @@ def masked(model, mask):
     def hide(x_t, t, *cond, **options):
         return model(x_t * mask, t, *cond, **options) * mask
     return hide
+
+
+def hide_some(model, target, weight, w, cfg):
+    """flow_loss's (model, target, weight) where each image hides some of its channels (Eq. 2)."""
+    channels = target.shape[1]
+    mask = seen_of_all(draw(cfg.keep_levels, len(target), target.device), channels - cfg.D, cfg.D)
+    if cfg.keep_mean == "shown":
+        weight = weight * share(mask, cfg.D, w)
+    return masked(model, mask), target * mask, weight
 
 
 def share(mask, D, w):

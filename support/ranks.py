@@ -302,7 +302,7 @@ def stop_if_not_finite(norm, loss, model, step):
 
     Ranks share gradients, so they stop together; one that lost only its loss
     takes the others along by ending.
-    This is the one place where a step waits for the device.
+    Nowhere else does a step wait for the device.
     raises: SystemExit naming the first bad parameter
     """
     if torch.isfinite(norm + loss):
@@ -313,7 +313,7 @@ def stop_if_not_finite(norm, loss, model, step):
             bad = name
             break
     raise SystemExit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, first bad parameter "
-                     f"{bad}; the weights were not touched. Lower --lr or --clip and run again")
+                     f"{bad}; its model was not touched. Lower --lr or --clip and run again")
 
 
 # ---------------------------------------------------------- for models that do not fit on one GPU

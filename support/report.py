@@ -8,7 +8,7 @@ made later is replaced by the command that makes it. The pieces (pictures, curve
 support/page.py.
 """
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -540,25 +540,10 @@ def not_measured(report):
 # ---------------------------------------------------------------- the commands
 
 
-def stage_in(folder, saved, Config, presets):
-    """The Stage in a folder.
-
-    saved: config.json of its newest checkpoint; {}: it was not trained here
-    Config, presets: of the script that trained it; a field younger than the run has the preset's value
-    """
-    summary = runs.read_summary(folder)
-    if not saved:
-        return Stage(str(folder), summary, "", {})
-    name = saved["config"]["preset"]
-    preset = {"preset": name} | presets.get(name, {})
-    values = {}
-    for field in fields(Config):
-        if field.name in saved["config"]:
-            value = saved["config"][field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    cfg = Config(**preset | values)
-    settings = dict(flag.removeprefix("--").split("=", 1) for flag in config.flags(cfg))
-    return Stage(str(folder), summary, config.command(saved["script"], cfg, presets), settings)
+def stage_in(folder, saved):
+    """The Stage in a folder.   saved: config.json of its newest checkpoint; {}: it was not trained here"""
+    settings = {name: config.show(value) for name, value in saved.get("config", {}).items()}
+    return Stage(str(folder), runs.read_summary(folder), saved.get("command", ""), settings)
 
 
 def commands_section(report):

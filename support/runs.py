@@ -1,7 +1,7 @@
 """Run folders: checkpoints that are whole or absent, resuming, one job at a time, the log, disks that fail.
 
-    out/tiny/   config.json of each checkpoint, step_000300/ step_000600/ (the two newest), log.jsonl,
-                pictures, summary.json once it is finished, .lock while a job trains in it
+    out/tiny/   step_000300/ step_000600/ (the two newest checkpoints), log.jsonl, pictures, summary.json once
+                it is finished, .lock while a job trains in it; of finetune.py also vae/, and frozen/ (LoRA)
     step_*/     model.safetensors, ema.safetensors, train_state.pt, config.json, SHA256SUMS
 
 `Run` is what the two training scripts hold of their folder. It owns no loop: it says which steps are left,
@@ -82,8 +82,7 @@ class Run:
             state = self.train_state()
             self.start = state["step"]
             self.seconds = state["seconds"]
-            # "extra" was its name before 2026-11
-            self.results = state["results"] if "results" in state else state["extra"]
+            self.results = state["results"]
         self.log = Log(cfg.out, rank, self.start, cfg.steps, cfg.log_every, cfg.batch_size)
         self.trackers = [] if self.done else trackers.open_trackers(cfg, self.start, rank)
         self.log.sinks += self.trackers
@@ -95,10 +94,10 @@ class Run:
         files.refuse_not_finite(state, path)
         return state
 
-    def made_of(self, **parts):
+    def must_be_made_of(self, **parts):
         """Keep with each checkpoint what the run is made of: {images, vae, base ...: digest}.
 
-        A part that is not there any more is None, and goes uncompared. Other images are only said aloud.
+        A part that is not there any more is None, and goes uncompared. Other images are only printed.
         classes: the list of their names
         raises: Differs for a part that is not the one that the run was started with
         """
@@ -118,7 +117,7 @@ class Run:
         self.parts |= {name: new for name, new in parts.items() if new is not None}
 
     def or_another(self, name):
-        """What else to do where a part differs: of a stage, the run that needs it says."""
+        """What else to do, for the end of that sentence; "" for a stage: `make_missing` says it there."""
         if self.needed_by:
             return ""
         kept = [f"--{flag}={getattr(self.cfg, flag)}" for flag in ("vae", "base") if
@@ -194,7 +193,7 @@ class Run:
         return self.seconds + time.time() - self.since
 
     def finish(self, stage):
-        """Write summary.json, once all ranks are here, and give the folder free.  Returns the summary."""
+        """Wait for all ranks, write summary.json, release the folder.  Returns the summary."""
         ranks.wait_for_all()
         summary = {"stage": stage, "steps": self.cfg.steps, "seconds": self.elapsed(), **self.results}
         if self.rank == 0:
@@ -209,7 +208,7 @@ class Run:
             tracker.close()
 
     def summary(self, report=None):
-        """The summary of a run that is finished, said aloud.
+        """The summary of a run that is finished; it is printed.
 
         report(cfg): prints more, of a run that is no stage of another
         """
@@ -227,11 +226,10 @@ def is_due(done, every):
 
 
 def parts_of(checkpoint):
-    """What a checkpoint says of `Run.made_of`; {} for None. One from before 2026-12 names classes at most."""
+    """What a checkpoint says of `Run.must_be_made_of`; {} for None."""
     if checkpoint is None:
         return {}
-    saved = read_config(checkpoint)
-    return saved.get("made_of") or {"classes": saved.get("classes")}
+    return read_config(checkpoint).get("made_of", {})
 
 
 def is_finished(cfg):
@@ -251,7 +249,7 @@ def read_summary(run):
 def hold(run, rank):
     """Take a run's folder for this job, while the returned lock lives.
 
-    raises: SystemExit if it is taken, or none to write to
+    raises: SystemExit if it is taken, or cannot be written to
     """
     if not run:
         raise SystemExit("--out= is empty: wanted the run's folder")
@@ -269,7 +267,7 @@ def hold(run, rank):
 
 
 def mend(run):
-    """Finish what a job that was killed while it wrote a checkpoint anew has left; see `save_folder`."""
+    """Repair step folders that a job left half replaced because it was killed there; see `save_folder`."""
     for aside in Path(run).glob("step_*.old"):
         if aside.with_suffix("").exists():
             shutil.rmtree(aside)
@@ -280,7 +278,7 @@ def mend(run):
 def resume(cfg, free):
     """The checkpoint that cfg.out goes on from; None before step 1.
 
-    raises: Differs for a setting that is not the run's own; one in `free` is only said aloud
+    raises: Differs for a setting that is not the run's own; one in `free` is only printed
     """
     if step_of(cfg.out) < 1:
         return None
@@ -342,7 +340,7 @@ class Log:
                     replace(self.path, "".join(kept))
 
     def add(self, numbers):
-        """Count in {name: () tensor of this rank}."""
+        """Add this rank's values of a micro-batch: {name: () tensor}; a line has their mean."""
         for name, value in numbers.items():
             self.added.setdefault(name, []).append(value.detach())
 
@@ -494,7 +492,7 @@ def latest_checkpoint(run):
 
 
 def newest_run(parent="out"):
-    """The run of finetune.py whose checkpoint is the newest of all in `parent`, said aloud.
+    """The run of finetune.py whose checkpoint is the newest of all in `parent`; it is printed.
 
     raises: SystemExit if there is none
     """

@@ -70,12 +70,12 @@ class Conditioner:
         """Which encoders made the texts; None for a model of classes."""
         return self.text.made_by if self.text else None
 
-    def __call__(self, y, p):
+    def __call__(self, y, drop):
         if self.text is None:
-            return (drop_labels(y, self.dit.cfg.num_classes, p),)
-        dropped = torch.rand(len(y)) < p
+            return (drop_labels(y, self.dit.cfg.num_classes, drop),)
+        dropped = torch.rand(len(y)) < drop
         captions = [self.captions[i] for i in y.tolist()]
-        return self.text(["" if drop else caption for caption, drop in zip(captions, dropped.tolist())])
+        return self.text(["" if hidden else caption for caption, hidden in zip(captions, dropped.tolist())])
 
 
 # ---------------------------------------------------------------- reading the cache

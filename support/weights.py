@@ -283,18 +283,9 @@ def load_davae(source):
         raise SystemExit(f"{source}: holds a transformer; wanted a run of train_vae.py (or {source}/vae)")
     with one_sentence(checkpoint):
         with torch.device("meta"):
-            vae = build_vae(upgrade_vae_config(config))
-        sd = read_state_dict(checkpoint / "model.safetensors")
-        check_cut(sd)
-        fill(vae, sd)
+            vae = build_vae(config)
+        fill(vae, read_state_dict(checkpoint / "model.safetensors"))
     return vae.eval()
-
-
-def check_cut(sd):
-    """raises: ValueError for a TAEF2 of before 2026-11-25, whose decoder began after the stem's ReLU"""
-    if any(key.endswith("decoder.0.pool.0.weight") for key in sd):
-        raise ValueError("its TAEF2 is cut after the decoder's first ReLU, as it was before 2026-11-25, and "
-                         "now before it: make it again, from TAEF2's own files")
 
 
 def load_measured(source):
@@ -344,17 +335,6 @@ def build_vae(config):
         return PlainVAE(module)
     options = {name: value for name, value in config.items() if name != "base"}
     return DAVAE(module, settings_from(options, DAVAEConfig, "DAVAE"))
-
-
-def upgrade_vae_config(config):
-    """The "model" of an older run's config.json as it is now: widths, not ch and ch_mult; r, which was 2."""
-    base = dict(config["base"])
-    if "ch" in base:
-        ch = base.pop("ch")
-        base["widths"] = [ch * multiple for multiple in base.pop("ch_mult")]
-    if config["D"] == 0:                                           # other options have no meaning there
-        return {"base": base, "D": 0}
-    return {"r": 2} | config | {"base": base}
 
 
 # ---------------------------------------------------------------- transformers

@@ -162,11 +162,11 @@ def make_davae(make_base):
 @pytest.fixture
 def make_dit():
     """make_dit(p=1, D=0, seed=0, **options) -> a random LightningDiT of C = 4, 4x4 tokens and 5 classes."""
-    from dit import DiTConfig, LightningDiT
+    from dit import LightningDiTConfig, LightningDiT
 
     def make(p=1, D=0, seed=0, **options):
         sizes = {"E": 32, "A": 4, "depth": 2, "qk_norm": True} | options
-        model = LightningDiT(DiTConfig(C=4, D=D, p=p, grid=4, num_classes=5, **sizes))
+        model = LightningDiT(LightningDiTConfig(C=4, D=D, p=p, grid=4, num_classes=5, **sizes))
         return random_weights(model, seed).eval()
     return make
 

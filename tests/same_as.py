@@ -50,9 +50,9 @@ FILES = {                                          # in a run's folder: kind of 
     "**/*.png": "pixels",
     "**/*.npz": "pixels",
 }
-# "seconds" and "img/s" differ from run to run; "settings" are no results; "results" (once "extra") in a train
+# "seconds" and "img/s" differ from run to run; "settings" are no results; "results" in a train
 # state are copies of numbers in the log and in summary.json, made at another moment of the save than before.
-IGNORED = ("seconds", "img/s", "settings", "results", "extra")
+IGNORED = ("seconds", "img/s", "settings", "results")
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")   # with more, sums are cut up and rounded otherwise
 SHOWN = 5                                          # how many differences of each stage and kind are printed
 

@@ -163,8 +163,8 @@ def test_statistics_of_shares_that_are_added_up_are_those_of_all_images_and_grey
     whole.measure(images)
     totals = []
     for share in (images[:1], images[1:], []):                     # of three processes, one without images
-        shared.measure(share, add=lambda total: totals.append(total.clone()) or total)
-    shared.measure([], add=lambda _: sum(totals))
+        shared.measure(share, total=lambda sums: totals.append(sums.clone()) or sums)
+    shared.measure([], total=lambda _: sum(totals))
     assert torch.equal(shared.mean, whole.mean) and torch.equal(shared.std, whole.std)
 
     plain = PlainVAE(make_davae().base)

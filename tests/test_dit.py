@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 import dit
 import kernels
 import kernels.qknorm_rope
-from dit import DiTConfig, LightningDiT, widen
+from dit import LightningDiTConfig, LightningDiT, widen
 from kernels.norm_modulate import norm_modulate_ref
 from support.formats import export_lightningdit, lightningdit_sizes
 from support.weights import load_dit
@@ -77,7 +77,7 @@ def test_null_class_gives_the_recorded_guidance(golden, error):
 
 def test_initialisation_zeroes_what_the_original_zeroes(golden):
     weights, _, config = golden("lightningdit_qknorm")
-    cfg = DiTConfig(**lightningdit_sizes(weights))
+    cfg = LightningDiTConfig(**lightningdit_sizes(weights))
     torch.manual_seed(0)
     fresh = export_lightningdit(LightningDiT(cfg))
     zero = sorted(key for key, value in fresh.items() if value.abs().max() == 0)
@@ -87,7 +87,7 @@ def test_initialisation_zeroes_what_the_original_zeroes(golden):
 
 def test_initial_weights_have_the_published_scale():
     torch.manual_seed(0)
-    model = LightningDiT(DiTConfig(E=64, A=4, depth=1, C=16, p=2, grid=4))
+    model = LightningDiT(LightningDiTConfig(E=64, A=4, depth=1, C=16, p=2, grid=4))
     for weight in (model.y_embedder.weight, model.t_embedder[0].weight, model.t_embedder[2].weight):
         assert abs(weight.std() / 0.02 - 1) < 0.05
     bound = (6 / (16 * 4 + 64)) ** 0.5                              # Xavier on the (E, C*p*p) view
@@ -100,7 +100,7 @@ def test_initial_weights_have_the_published_scale():
 def test_full_size_models_have_the_published_number_of_parameters(size, count):
     depth, E, A = dit.SIZES[size]
     with torch.device("meta"):
-        model = LightningDiT(DiTConfig(depth=depth, E=E, A=A))
+        model = LightningDiT(LightningDiTConfig(depth=depth, E=E, A=A))
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters + model.pos_embed.numel() == count            # upstream counts the table
 
@@ -213,7 +213,7 @@ ORDER = {
 
 
 @pytest.mark.parametrize("kind, cfg", [
-    (LightningDiT, DiTConfig(C=4, grid=2, E=32, A=4, depth=2)),
+    (LightningDiT, LightningDiTConfig(C=4, grid=2, E=32, A=4, depth=2)),
     (dit.MMDiT, dit.MMDiTConfig(C=4, E=32, A=4, depth=2, dual=1, context=8, pooled=8, pos_size=4))])
 def test_a_widened_model_and_one_built_wide_have_their_parameters_in_one_order(kind, cfg):
     """The optimizer's saved state goes by it, and a resumed model is built wide.
@@ -242,7 +242,7 @@ def test_widen_serves_any_patchifier_and_head():
 
 def test_a_fresh_widened_model_starts_with_zero_new_layers():
     torch.manual_seed(0)
-    model = LightningDiT(DiTConfig(C=4, D=6, grid=4, E=32, A=4, depth=1, num_classes=5))
+    model = LightningDiT(LightningDiTConfig(C=4, D=6, grid=4, E=32, A=4, depth=1, num_classes=5))
     assert all(p.abs().max() == 0 for n, p in model.named_parameters() if "_new" in n)
     assert model.P.weight.abs().max() > 0
 
@@ -252,7 +252,7 @@ def test_a_fresh_widened_model_starts_with_zero_new_layers():
 
 def test_the_cost_of_an_xl_is_the_closed_formula():
     with torch.device("meta"):
-        model = LightningDiT(DiTConfig(D=96))
+        model = LightningDiT(LightningDiTConfig(D=96))
         inputs = torch.empty(1, 128, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.long)
         forward, step, _ = kernels.cost(model, inputs)
     L, E, hidden = 256, 1152, 3072

@@ -89,8 +89,9 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
 
 
 def test_a_model_of_texts_draws_the_captions_of_the_held_out_images_unless_prompts_are_given(monkeypatch):
-    run = stand_in(config={"config": {"image_size": 64, "text": "out/text", "shift": 1.0, "cfg": 4.0},
-                           "model": {"C": 4, "D": 4}, "classes": ["of training"]})
+    run = stand_in(config={"config": {"image_size": 64, "text": "out/text", "shift": 1.0, "cfg": 4.0,
+                                      "grid": "plain"},
+                           "model": {"C": 4, "D": 4}, "classes": [], "captions": ["of training"]})
     monkeypatch.setattr(evaluate.sample, "text_of", lambda *args: SimpleNamespace(need=lambda prompts: None))
     for captions, prompts, drawn in ((["a fox", "snow"], "", ["a fox", "snow"]),
                                      (["a fox"], "an owl", ["an owl"]), ([], "", ["of training"])):
@@ -603,12 +604,10 @@ def test_compare_of_another_number_of_runs_shows_its_usage(runs_given):
         evaluate.command_line(["compare", *runs_given])
 
 
-def test_compare_and_where_the_analyses_went_are_part_of_the_command_line(tmp_path, capsys):
+def test_compare_is_part_of_the_command_line(tmp_path, capsys):
     a, b = entry(tmp_path, "a", 5.0), entry(tmp_path, "b", 7.0)
     evaluate.command_line(["compare", a, b])
     assert "they differ in: " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="in experiments/: for example python experiments/tsne.py RUN"):
-        evaluate.command_line(["analyse", "tsne", a])
     with pytest.raises(SystemExit, match="--features='fid': wanted auto or inception or squeeze or"):
         evaluate.command_line([a, "--features=fid"])
     capsys.readouterr()

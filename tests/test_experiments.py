@@ -275,7 +275,7 @@ def test_speed_counts_what_the_algebra_says_and_multiplies_what_it_timed(tmp_pat
     assert table["the VAE's own latent"]["GFLOPs"] * 1e9 == pytest.approx(blocks, rel=0.03)       # and adaLN
     monkeypatch.undo()
     cfg = speed.Config(blocks=1, repeats=1, device="cpu", dtype="float32")
-    small = speed.DiTConfig(grid=2, E=32, A=2, depth=1)
+    small = speed.LightningDiTConfig(grid=2, E=32, A=2, depth=1)
     once = speed.seconds(small, cfg, torch.device("cpu"))
     assert 0 < once < 1
     with pytest.raises(SystemExit, match="wanted a multiple of 64"):

@@ -18,7 +18,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
-from dit import MODELS, DiTConfig, LightningDiT
+from dit import MODELS, LightningDiTConfig, LightningDiT
 from experiments import timebins
 from finetune import PRESETS, Config, detail_weight, flow_loss, warm_start_difference
 from support import data, ranks, runs, text, weights
@@ -27,7 +27,7 @@ from support.weights import load_davae, load_dit
 
 def tiny_dit(D=0):
     torch.manual_seed(0)
-    model = LightningDiT(DiTConfig(C=4, D=D, p=1, grid=4, E=32, depth=2, A=2, num_classes=5))
+    model = LightningDiT(LightningDiTConfig(C=4, D=D, p=1, grid=4, E=32, depth=2, A=2, num_classes=5))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)              # a fresh DiT computes 0, which would prove nothing
     return model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dit
-from dit import DiTConfig, LightningDiT
+from dit import LightningDiTConfig, LightningDiT
 from support import formats, metrics
 from support.formats import export_kl, export_lightningdit
 from support.weights import load_base_vae, load_dit
@@ -109,7 +109,7 @@ def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
         sd = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
         E, K, grid = shapes["pos_embed"][2], shapes["feat_rope.freqs_cos"][1], 16
         kind, ours, sizes, tables = formats.import_dit(sd)
-        cfg = DiTConfig(**sizes)
+        cfg = LightningDiTConfig(**sizes)
         assert kind == "LightningDiT" and list(tables) == formats.TABLES and cfg.grid == grid
         with torch.device("meta"):
             model = LightningDiT(cfg)
@@ -117,7 +117,7 @@ def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
         assert {k: list(v.shape) for k, v in export_lightningdit(model).items()} == shapes, name
         assert (
             cfg.A == E // K
-            and cfg.hidden == DiTConfig(E=E, A=cfg.A).hidden
+            and cfg.hidden == LightningDiTConfig(E=E, A=cfg.A).hidden
             and cfg.qk_norm == ("qknorm" in name)
         )
 

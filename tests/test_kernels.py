@@ -496,7 +496,7 @@ def on_and_off(f, monkeypatch):
 
 def test_twenty_training_steps_are_the_same_with_kernels(device, monkeypatch):
     """In float32 in the interpreter; on a GPU under bfloat16 autocast, which rounds at other places."""
-    cfg = dit.DiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3, qk_norm=True)
+    cfg = dit.LightningDiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3, qk_norm=True)
     t = torch.tensor([0.8], device=device)
     y = torch.tensor([2], device=device)
 
@@ -550,7 +550,7 @@ def test_under_autocast_the_tokens_are_bfloat16_with_and_without_kernels(device,
     def look(_, args, out):
         seen.extend([args[0].dtype, out.dtype])
 
-    cfg = dit.DiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3)
+    cfg = dit.LightningDiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3)
     model = randomise(dit.LightningDiT(cfg)).to(device)
     for block in model.blocks:
         block.register_forward_hook(look)
@@ -592,7 +592,7 @@ def traffic_of_a_block(mode, monkeypatch):
 
     def total(depth):
         with torch.device("meta"), Count() as count:
-            model = dit.LightningDiT(dit.DiTConfig(D=96, depth=depth)).bfloat16()
+            model = dit.LightningDiT(dit.LightningDiTConfig(D=96, depth=depth)).bfloat16()
             count.calls.clear()
             count.bytes.clear()
             z_all = torch.empty(128, 128, 16, 16, dtype=torch.bfloat16)
@@ -610,7 +610,7 @@ def test_a_models_cost_is_the_same_with_kernels(monkeypatch):
     for mode in ("ref", "triton"):
         monkeypatch.setattr(kernels, "KERNELS", mode)
         with torch.device("meta"):
-            model = dit.LightningDiT(dit.DiTConfig(C=4, D=4, p=2, grid=2, E=72, A=1, depth=2))
+            model = dit.LightningDiT(dit.LightningDiTConfig(C=4, D=4, p=2, grid=2, E=72, A=1, depth=2))
             inputs = (torch.empty(2, 8, 4, 4), torch.empty(2), torch.zeros(2, dtype=torch.long))
             found[mode] = kernels.cost(model, inputs)
     assert found["ref"][:2] == found["triton"][:2]         # FLOPs
@@ -650,7 +650,7 @@ def test_bytes_of_a_compiled_block_stay_below_the_goals(mode, goal, found, monke
     monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: lambda *args, **sizes: None)
     monkeypatch.setattr(GraphLowering, "_update_scheduler", update_and_count)
 
-    block = dit.Block(dit.DiTConfig()).bfloat16()
+    block = dit.Block(dit.LightningDiTConfig()).bfloat16()
     tables = dit.rope_table(16, 72)
     totals = []
     for B in (2, 4):

@@ -13,7 +13,7 @@ import finetune
 import sample
 import train_vae
 from davae import AutoencoderKL, PlainVAE
-from dit import DiTConfig, LightningDiT, warm_start_difference
+from dit import LightningDiTConfig, LightningDiT, warm_start_difference
 from finetune import Config, flow_loss
 from support import levels
 
@@ -131,9 +131,9 @@ def test_detail_dropout_is_the_two_levels_none_and_all(make_davae):
     rec = vae(x)
     torch.manual_seed(0)
     vae.encode_base(x), vae.detail_posterior(x).sample()
-    dropped = levels.dropout(x, vae.cfg).flatten()
-    assert set(dropped.tolist()) == {0, 1}
-    keep = (12 * dropped).long()
+    kept = torch.rand(8) >= 0.5
+    assert 0 < kept.sum() < 8
+    keep = 12 * kept.long()
     shown = levels.seen(keep, 4, 12)
     assert torch.equal(rec.x_hat, vae.decode_raw(rec.z, rec.z_d * shown))
 
@@ -169,7 +169,7 @@ def test_training_with_levels_changes_what_is_hidden_and_no_image_and_no_noise(
 
 def a_dit(D=0, p=1):
     torch.manual_seed(0)
-    model = LightningDiT(DiTConfig(C=4, p=p, grid=4 // p, E=48, depth=2, A=2, num_classes=3)).eval()
+    model = LightningDiT(LightningDiTConfig(C=4, p=p, grid=4 // p, E=48, depth=2, A=2, num_classes=3)).eval()
     for parameter in model.parameters():                              # a released model: nothing is zero
         torch.nn.init.normal_(parameter, std=0.1)
     base = deepcopy(model)
@@ -367,7 +367,8 @@ def test_samples_at_level_zero_are_the_base_models_own():
 
 
 def test_keep_is_a_flag_of_sample_and_a_level_that_is_none_is_one_sentence():
-    about = {"config": {"cfg": 1.0, "shift": 1.0, "text": "", "image_size": 32},
+    about = {"config": {"cfg": 1.0, "shift": 1.0, "grid": "plain", "text": "",
+                        "image_size": 32},
              "model": {"C": 4, "D": 12, "kind": "LightningDiT"}, "classes": ["a"]}
     about["model"]["num_classes"] = 1
     with pytest.raises(SystemExit, match="--keep=13: wanted numbers of detail channels, 0 to 12; 13 is none"):

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 import finetune
-from dit import DiTConfig, LightningDiT
+from dit import LightningDiTConfig, LightningDiT
 from experiments import budget
 from finetune import PRESETS, Config
 
@@ -49,7 +49,7 @@ def test_dry_run_counts_what_the_models_really_cost(preset, changes, forward, pa
 def test_a_dry_run_is_of_the_models_that_a_preset_trains(
         preset, tokens, sizes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = LightningDiT(DiTConfig(num_classes=10, **sizes))
+    model = LightningDiT(LightningDiTConfig(num_classes=10, **sizes))
     parameters = sum(p.numel() for p in model.parameters())
     cfg = Config(**{"preset": preset, **PRESETS[preset]})
     numbers = finetune.main(replace(cfg, dry_run=True))

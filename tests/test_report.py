@@ -379,11 +379,11 @@ def test_a_step_of_a_run_has_its_own_measurements_only(made):
     ({}, "python finetune.py tiny"),
     ({"lr": 0.25, "keep_levels": (0, 8)}, "python finetune.py tiny --keep_levels=0,8 --lr=0.25"),
     ({"data_dir": "my photos"}, "python finetune.py tiny '--data_dir=my photos'")])
-def test_a_command_names_the_preset_and_what_differs_and_makes_the_run_again(changes, command, tmp_path):
+def test_a_command_names_the_preset_and_what_differs_and_makes_the_run_again(
+        changes, command, make_dit, tmp_path):
     cfg = finetune.Config(preset="tiny", **finetune.PRESETS["tiny"] | changes)
-    saved = {"script": "finetune.py", "config": json.loads(json.dumps(dataclasses.asdict(cfg)))}
-    del saved["config"]["cosine"]                                     # a field younger than the run
-    stage = report.stage_in(tmp_path, saved, finetune.Config, finetune.PRESETS)
+    about = finetune.description(cfg, make_dit(), SimpleNamespace(classes=["a"]))
+    stage = report.stage_in(tmp_path, json.loads(json.dumps(about)))
     assert stage.command == command
     again = config.cli(finetune.Config, finetune.PRESETS, argv=["tiny", *(
         f"--{name}={value}" for name, value in stage.settings.items())])

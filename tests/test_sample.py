@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import finetune
 import sample
-from dit import DiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
+from dit import LightningDiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
 from finetune import flow_loss
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
 from support import data, levels, text, weights
@@ -404,7 +404,7 @@ def test_a_whole_pipeline_gives_the_same_image(sd3_folder):
 
 def fresh_models():
     """A LightningDiT and an MMDiT for latents (B, 8, 4, 4), of which 4 channels are details."""
-    return (LightningDiT(DiTConfig(C=4, D=4, grid=4, E=32, A=4, depth=2, num_classes=5)),
+    return (LightningDiT(LightningDiTConfig(C=4, D=4, grid=4, E=32, A=4, depth=2, num_classes=5)),
             MMDiT(MMDiTConfig(C=4, D=4, E=32, A=2, depth=3, dual=1, context=12, pooled=8, pos_size=6)))
 
 

@@ -1,4 +1,5 @@
 """train_vae.py: the losses against closed forms and by hand, the discriminator, exact resume."""
+import contextlib
 import math
 import shutil
 from dataclasses import replace
@@ -51,6 +52,29 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update_and_is_na
     with pytest.raises(SystemExit, match="loss inf, gradient norm 1.0"):
         ranks.stop_if_not_finite(one, inf, torch.nn.Linear(2, 2), 7)
     ranks.stop_if_not_finite(one, one, model, 7)
+
+
+def test_a_discriminator_with_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_weights():
+    torch.manual_seed(0)
+    judge = PatchGAN(4)
+    before = {name: p.clone() for name, p in judge.named_parameters()}
+    opt = torch.optim.AdamW(judge.parameters(), lr=1.0)
+    x = torch.rand(2, 3, 32, 32)
+    log = SimpleNamespace(add=lambda numbers: None)
+    with pytest.raises(SystemExit, match="step 9: loss nan, .* first bad parameter discriminator.0.weight"):
+        train_vae.train_discriminator(judge, opt, [(x, x * math.nan)], contextlib.nullcontext(), log, 9)
+    assert all(torch.equal(p, before[name]) for name, p in judge.named_parameters())
+
+
+def test_losses_are_float32_in_bfloat16_autocast(kl_config):
+    vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    lpips = torch.nn.Conv2d(3, 1, 1)
+    nets = SimpleNamespace(lpips=lambda a, b: lpips(a - b), teacher=None, disc=PatchGAN(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = vae_loss(vae, vae(x), x, Config(D=12), nets, gan_on=True)
+    assert {value.dtype for value in [loss, *parts.values()]} == {torch.float32}
+    assert set(parts) == {"l1", "lpips", "kl", "align", "a_w", "g", "d_w"}
 
 
 def test_patch_discriminator_has_the_published_layers():

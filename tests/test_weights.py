@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import dit
-from davae import DAVAE, DAVAEConfig, PlainVAE, Posterior
-from dit import DiTConfig
+from davae import DAVAE, DAVAEConfig, Posterior
+from dit import LightningDiTConfig
 from support import formats, metrics, runs, weights
 from support.formats import export_kl, export_lightningdit
 from support.weights import load_base_vae, load_dit
@@ -581,27 +581,6 @@ def test_a_missing_a_foreign_a_misshapen_and_a_broken_weight_of_a_vae_are_named(
 # ---------------------------------------------------------------- our own autoencoders
 
 
-def older(config):
-    """A config.json's "model" as older runs have it: multipliers of the first width, and no r."""
-    base = dict(config["base"])
-    widths = base.pop("widths")
-    base |= {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]}
-    rest = {"D": config["D"], "detail_dropout": 0.1, "rescale": False}
-    return {"base": base, **rest}
-
-
-@torch.no_grad()
-def test_older_runs_with_multipliers_for_widths_load(make_base, make_davae, tmp_path):
-    x = torch.rand(1, 3, 16, 16)
-    for name, vae in (("davae", make_davae()), ("plain", PlainVAE(make_base()).eval())):
-        config = older(vae.config())
-        assert config["base"]["ch_mult"] == [1, 2] and "r" not in config
-        runs.save_checkpoint(tmp_path / name, 3, {"model": vae.state_dict()}, {}, {"model": config})
-        loaded = weights.load_davae(tmp_path / name)
-        assert type(loaded) is type(vae) and (loaded.r, loaded.f) == (vae.r, vae.f)
-        assert torch.equal(loaded.encode(x), vae.encode(x)) and loaded.config() == vae.config()
-
-
 @torch.no_grad()
 def test_a_ratio_of_four_is_kept(make_base, tmp_path):
     vae, x = DAVAE(make_base(), DAVAEConfig(D=8, r=4)).eval(), torch.rand(1, 3, 16, 16)
@@ -653,7 +632,7 @@ def test_older_checkpoints_of_either_transformer_are_told_apart_and_the_kind_is_
     with pytest.raises(SystemExit, match="own: its transformer is a 'Own'; MODELS has LightningDiT, MMDiT"):
         load_dit(tmp_path / "own")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dit.MODELS, "Own", (DiTConfig, Own))
+        patch.setitem(dit.MODELS, "Own", (LightningDiTConfig, Own))
         assert type(load_dit(tmp_path / "own")) is Own
 
 
@@ -668,7 +647,7 @@ def test_a_weight_that_is_not_finite_is_named(make_dit, tmp_path):
 def test_sizes_and_options_are_read_off_the_weights(golden):
     sd, _, config = golden("lightningdit_qknorm")
     cfg = load_dit(sd).cfg
-    assert cfg == DiTConfig(
+    assert cfg == LightningDiTConfig(
         C=config["in_channels"],
         p=config["patch_size"],
         grid=config["input_size"],
@@ -819,7 +798,7 @@ def test_variants_we_leave_out_are_refused_by_name(make_dit):
     with pytest.raises(SystemExit, match="extra.weight"):
         load_dit(sd | {"extra.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="multiple of"):
-        DiTConfig(E=36, A=4)
+        LightningDiTConfig(E=36, A=4)
 
 
 def test_sd3_medium_a_truncated_file_and_a_foreign_layer_are_told(stock):
