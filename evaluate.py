@@ -155,7 +155,8 @@ def held_out(run, data_dir, images, whole=False):
                          "--data_dir=")
     if images < 1:
         raise SystemExit(f"--images={images}: wanted at least 1")
-    dataset = data.open_dataset(data_dir or "procedural", own["image_size"], images, own["seed"] + 1)
+    unseen = max(own["seed"], davae_settings(own)["seed"]) + 1     # drawings, by the transformer and its VAE
+    dataset = data.open_dataset(data_dir or "procedural", own["image_size"], images, unseen)
     n = len(dataset) if whole else min(images, len(dataset))
     return dataset, np.linspace(0, len(dataset) - 1, n).astype(int).tolist()
 

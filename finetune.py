@@ -52,7 +52,7 @@ class Config:
     buckets: float = field(1.0, "images up to n:1, in shapes of that area; 1: squares only", within=(1, 16))
     flip: bool = field(True, "mirror half of the images")
     vae: str = field("", "a run of train_vae.py (or, with D = 0, any base VAE)")
-    base_vae: str = field("", "the VAE's base, to make all from it and the images in out/<images>-<base>/")
+    base_vae: str = field("", "a base VAE: train all stages on it and on data_dir, in out/<images>-<base>/")
     lpips_trunk: str = field("", "for stage 1: weights of LPIPS's network, instead of torchvision's download")
     cache: bool = field(True, "encode all images once and keep the latents on disk; False: encode as we go")
     detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")

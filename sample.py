@@ -459,7 +459,7 @@ def path_of(folder, i):
 
 
 def refuse_other_images(out, settings):
-    """raises: SystemExit for a folder of images of other settings or weights, or of nobody knows which"""
+    """raises: SystemExit if `out` has images of other settings or weights, or without settings.json"""
     path = out / "settings.json"
     if path.exists():
         try:

@@ -4,8 +4,9 @@
     for z_all, y in source(start): ...             # endless; the batches of step start, start + 1, ...
 
 `encoded_steps` encodes each batch; `cached_steps` reads them from `Latents`, a folder of shards that
-`write_cache` has written before. What a step gets depends on the seed and its number only, and is the same
-either way, but for the half precision of the cache.
+`write_cache` has written before. Either way a step has the same images, mirrored or not, by its number and
+the seed alone. Their latents differ by the cache's half precision; and with --detail_sample=True a cache has
+one sample of z_d for each image, where `encoded_steps` draws a new one each time.
 """
 import functools
 import hashlib
@@ -96,7 +97,7 @@ def encoded_steps(vae, train_set, cfg, device, rank, world, start):
     """Encode the images of one step after the other."""
     batches = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
     for step, (images, y) in enumerate(batches, start):
-        ranks.seed_step(cfg.seed, rank, step, 1)   # of z_d's samples, where wanted; not those of the step
+        ranks.seed_step(cfg.seed, rank, step, 1)   # z_d's samples have random numbers of their own
         z_all = encode(vae, images, cfg, device)
         yield z_all[:, :vae.C + cfg.D], y.to(device)
 
@@ -142,7 +143,7 @@ class Latents(data.Dataset):
         for path, kind in zip(self.files, kinds):
             if kind != kinds[0]:
                 raise SystemExit(f"{path}: latents of (C+D, h, w), VAE = {kind}; wanted {kinds[0]}, as in "
-                                 f"{self.files[0].name}")
+                                 f"{self.files[0].name}; move one of them away")
         self.shards = [load_file(path) for path in self.files]     # mapped: read as they are used
         self.place = []                                            # of image i: its shard, its row there
         for n, shard in enumerate(self.shards):
@@ -154,7 +155,7 @@ class Latents(data.Dataset):
         self.size, made_by = kinds[0]                              # (C+D, h, w)
         if self.size[0] < self.channels:
             raise SystemExit(f"{self.files[0]}: latents of {self.size[0]} channels; wanted {self.channels}, "
-                             f"{vae.C} of the base first and {D} of details")
+                             f"{vae.C} of the base first and {D} of details; give another --data_dir")
         self.mean = torch.zeros(self.channels)
         self.std = torch.ones(self.channels)
         if made_by == "raw":
@@ -167,7 +168,7 @@ class Latents(data.Dataset):
 
     @staticmethod
     def are_in(folder):
-        """Is it a folder of shards?  If one holds `latents`, or if one is broken and no image is there."""
+        """Does a *.safetensors in it hold `latents`?  Or is one broken, and no image there instead?"""
         if folder in ("", "procedural") or not Path(folder).is_dir():
             return False
         found = [names_in(path) for path in Path(folder).glob("*.safetensors")]

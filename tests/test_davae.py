@@ -148,6 +148,21 @@ def test_decode_undoes_the_normalisation_of_encode(make_davae):
         assert torch.allclose(vae.decode(vae.encode(x)), raw, atol=1e-5)
 
 
+def test_encode_gives_the_mode_of_the_details_or_a_sample_of_them_and_always_the_mode_of_the_base(make_davae):
+    vae = make_davae()
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    mode = vae.encode(x)
+    torch.manual_seed(0)
+    sampled = vae.encode(x, sample=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        posterior = vae.detail_posterior(x)
+        deviation = (0.5 * posterior.logvar).exp() * torch.randn_like(posterior.mean)
+    z_d = mode[:, 4:] + deviation / vae.std.view(1, -1, 1, 1)
+    assert torch.allclose(sampled, torch.cat([mode[:, :4], z_d], dim=1), atol=1e-5)
+    assert torch.equal(vae.encode(x), mode) and (sampled - mode)[:, 4:].std() > 0.1
+
+
 def test_measured_statistics_normalise_the_details(make_davae):
     vae = make_davae()
     images = [torch.rand(8, 3, 16, 16) * 2 - 1 for _ in range(3)]
@@ -182,9 +197,9 @@ def test_decode_base_is_the_base_decoder_on_the_base_channels(make_davae):
         assert torch.equal(vae.decode_base(z), vae.base.decode(vae.base.encode(half(x))))
 
 
-@pytest.mark.parametrize("rescale,scale", [(False, 1.0), (True, 2.0)])
+@pytest.mark.parametrize("rescale,scale", [(False, 1.0), (True, 4 / 3)])
 def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_davae, rescale, scale):
-    vae = make_davae(detail_dropout=0.5, rescale=rescale).train()
+    vae = make_davae(detail_dropout=0.25, rescale=rescale).train()
     seen = []
 
     def decode(z, z_d):
@@ -196,7 +211,7 @@ def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_dav
     rec = vae(torch.rand(64, 3, 16, 16))
     decoded = seen[0]
     dropped = decoded.abs().amax((1, 2, 3)) == 0
-    assert 16 < dropped.sum() < 48
+    assert 4 < dropped.sum() < 32
     assert torch.equal(decoded[~dropped], rec.z_d[~dropped] * scale)
     assert rec.z_d.abs().amax((1, 2, 3)).min() > 0                 # alignment sees what was dropped
 

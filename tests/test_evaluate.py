@@ -15,8 +15,9 @@ from PIL import Image
 
 import evaluate
 from support import data, measurements, metrics, ranks, runs
+from support.latents import open_training_set
 from support.metrics import FeatureNetwork, frechet_distance, moments
-from support.weights import load_davae
+from support.weights import load_davae, load_dit
 
 
 make_probe = functools.cache(metrics.make_probe)
@@ -97,6 +98,48 @@ def test_a_model_of_texts_draws_the_captions_of_the_held_out_images_unless_promp
                                      (["a fox"], "an owl", ["an owl"]), ([], "", ["of training"])):
         plan = evaluate.plan_generation(evaluate.Config(prompts=prompts), run, NOTHING, captions)
         assert plan.settings["prompts"] == drawn
+
+
+PROBE = evaluate.Rulers(FeatureNetwork("Probe", "Probe, sha256 0", pool), lpips=None)
+
+
+@pytest.mark.parametrize("sharp,recognised", [(8, 8), (4, 6), (0, 0)])
+def test_samples_are_sharp_above_zero_and_recognised_where_the_largest_of_ten_is_their_class(
+        monkeypatch, sharp, recognised):
+    i = torch.arange(8)
+    labels = torch.tensor([7, 2, 4]).repeat(3)[:8]
+    logits = torch.randn(8, 11).clamp(-2, 2)
+    logits[i, torch.where(i < recognised, labels, labels + 1)] = 3.0
+    logits[:, 10] = torch.where(i < 8 - sharp, -9.0, 9.0)
+    f = torch.randn(8, 12)
+    parts = [(f[part], logits[part], torch.zeros(len(part))) for part in i.split(3)]
+    monkeypatch.setattr(evaluate, "draw_and_measure", lambda *args: ({"samples": parts}, None))
+    plan = evaluate.Plan({"classes": [7, 2, 4]}, text=None, clip=None, reference=None, real=None)
+    row = evaluate.generation(evaluate.Config(n=8), stand_in(), PROBE, plan, torch.randn(9, 12))["samples"]
+    assert (row["judged sharp"], row["class recognised"]) == (sharp / 8, recognised / 8)
+
+
+def test_speed_is_of_sampling_and_decoding_on_all_ranks_after_the_first_batch(monkeypatch):
+    clock = [0.0]
+
+    def generate(dit, vae, indices, *args):
+        clock[0] += 100.0 if 0 in indices else 0.5 * len(indices)
+        return torch.zeros(len(indices), 3, 4, 4), torch.zeros(len(indices), 3, 2, 2)
+
+    def measure(x):
+        clock[0] += 1000.0
+        return pool(x)
+
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(evaluate.sample, "generate", generate)
+    monkeypatch.setattr(evaluate.sample, "prepare", lambda *args: None)
+    run = stand_in(vae=SimpleNamespace(D=1, r=2), dit=SimpleNamespace(cfg=SimpleNamespace(D=1)), world=4)
+    rulers = evaluate.Rulers(FeatureNetwork("Probe", "Probe, sha256 0", measure), lpips=None)
+    plan = evaluate.Plan({}, text=None, clip=None, reference=None, real=None)
+    cfg = evaluate.Config(batch_size=2)
+    _, speed = evaluate.draw_and_measure(cfg, run, rulers, plan, range(0, 20, 4))
+    assert speed == 4 / 0.5                                    # each of four ranks: three images in 1.5 s
+    assert evaluate.draw_and_measure(cfg, run, rulers, plan, range(0, 8, 4))[1] is None
 
 
 def test_images_are_measured_a_few_at_a_time_where_they_are_large():
@@ -214,6 +257,44 @@ def test_a_photo_run_asks_for_held_out_images():
     run = stand_in(config={"config": {"data_dir": "photos/train", "seed": 0, "image_size": 64}})
     with pytest.raises(SystemExit, match="trained on photos/train: give held-out images with --data_dir="):
         evaluate.held_out(run, data_dir="", images=9)
+
+
+def test_held_out_drawings_are_none_of_those_that_the_run_or_its_vae_was_trained_on(monkeypatch):
+    own = dict(data_dir="procedural", seed=3, image_size=16, images=40)
+    monkeypatch.setattr(evaluate, "davae_settings", lambda own: own | {"seed": 4})
+    seen = set()
+    for seed in (3, 4):
+        trained = open_training_set(SimpleNamespace(**own | {"seed": seed}, text=""), None)
+        seen |= {trained.image(i)[0].tobytes() for i in range(40)}
+    dataset, index = evaluate.held_out(stand_in(config={"config": own}), "", 40)
+    assert len(seen) == 80 and len(index) == 40
+    assert [i for i in index if dataset.image(i)[0].tobytes() in seen] == []
+
+
+@pytest.mark.parametrize("images,whole,index", [
+    (3, False, [0, 7, 14]), (99, False, list(range(15))), (3, True, list(range(15)))])
+def test_held_out_images_of_a_folder_are_spread_over_its_classes(tmp_path, images, whole, index):
+    for i in range(15):
+        (tmp_path / f"class {i // 5}").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / f"class {i // 5}" / f"{i % 5}.png")
+    run = stand_in(config={"config": {"data_dir": "photos/train", "seed": 0, "image_size": 16}})
+    dataset, found = evaluate.held_out(run, str(tmp_path), images, whole)
+    assert found == index and {dataset.labels[i] for i in found} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("which", ["ema", "model"])
+def test_the_weights_that_are_asked_for_are_those_that_are_measured_and_shown(
+        tiny_run, tmp_path, monkeypatch, which):
+    loaded = []
+    monkeypatch.setattr(evaluate, "held_out", lambda run, *args: loaded.append(run) or 1 / 0)
+    cfg = dict(run=tiny_run, weights=which, out=str(tmp_path / "out"))
+    for script, config in ((evaluate.main, evaluate.Config(**cfg)),
+                           (evaluate.main_report, evaluate.ReportConfig(**cfg))):
+        with pytest.raises(ZeroDivisionError):
+            script(config)
+    ema, model = (runs.hash_of(load_dit(runs.latest_checkpoint(tiny_run), name)) for name in ("ema", "model"))
+    assert ema != model
+    assert [runs.hash_of(run.dit) for run in loaded] == [{"ema": ema, "model": model}[which]] * 2
 
 
 @pytest.fixture

@@ -5,13 +5,15 @@ import math
 import shutil
 import signal
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dit
 import evaluate
@@ -278,6 +280,91 @@ def test_accumulated_micro_batches_make_one_optimizer_step(finetune_config, tmp_
     cfg = finetune_config(tmp_path / "a", micro_batch=2, steps=1)
     finetune.main(cfg)
     assert {state["step"].item() for state in optimizer_state(cfg).values()} == {1.0}
+
+
+@pytest.fixture
+def watched(finetune_config, tmp_path, monkeypatch):
+    """watched(name, **changes) -> what a run hands to its loss (labels), to AdamW, and to `generate`."""
+    flow_loss = finetune.flow_loss
+    monkeypatch.setattr(finetune, "report", lambda *args: None)     # it takes longer than all else
+
+    def run(name, **changes):
+        cfg = finetune_config(tmp_path / name, **changes)
+        seen = SimpleNamespace(cfg=cfg, labels=[], norms=[], settings=[], drawn=[])
+
+        def loss(model, z_all, cond, *args):
+            seen.labels += cond[0].tolist()
+            return flow_loss(model, z_all, cond, *args)
+
+        def before_update(opt, *args):
+            [group] = opt.param_groups
+            seen.settings.append({name: value for name, value in group.items() if name != "params"})
+            seen.norms.append(torch.nn.utils.get_total_norm([p.grad for p in group["params"]]).item())
+
+        def draw(model, *args):
+            seen.drawn.append(deepcopy(model.state_dict()))
+            raise RuntimeError("the picture is of no interest")
+
+        monkeypatch.setattr(finetune, "flow_loss", loss)
+        monkeypatch.setattr(finetune, "generate", draw)
+        hook = register_optimizer_step_pre_hook(before_update)
+        try:
+            finetune.main(cfg)
+        finally:
+            hook.remove()
+        return seen
+
+    return run
+
+
+def test_labels_are_dropped_and_gradients_clipped_as_far_as_the_flags_say(watched):
+    null = 10
+    some = watched("some", steps=1, label_dropout=1.0, clip=1e-3)
+    assert set(some.labels) == {null} and some.norms == [pytest.approx(1e-3, rel=1e-2)]
+    none = watched("none", steps=1, label_dropout=0.0, clip=0.0)
+    assert max(none.labels) < null and min(none.norms) > 1e-2
+
+
+def test_adamw_is_set_as_the_flags_say_without_weight_decay_and_the_average_draws_the_pictures(watched):
+    seen = watched("run", steps=2, warmup=2, ema=0.5, beta1=0.8, beta2=0.7)
+    assert [group["weight_decay"] for group in seen.settings] == [0, 0]
+    assert [group["betas"] for group in seen.settings] == [(0.8, 0.7)] * 2
+    assert [group["lr"] for group in seen.settings] == pytest.approx([seen.cfg.lr / 2, seen.cfg.lr])
+    checkpoint = runs.latest_checkpoint(seen.cfg.out)
+    ema, model = (load_file(checkpoint / f"{name}.safetensors") for name in ("ema", "model"))
+    assert not all(torch.equal(ema[name], model[name]) for name in ema)
+    assert seen.drawn
+    for drawn in seen.drawn:
+        assert all(torch.equal(drawn[name], ema[name]) for name in ema)
+
+
+def test_a_run_starts_from_those_weights_of_its_base_that_are_asked_for(make_dit, tmp_path):
+    saved = {"ema": make_dit(), "model": make_dit(seed=1)}
+    about = {"script": "finetune.py", "model": {"kind": "LightningDiT"} | asdict(saved["ema"].cfg)}
+    weights = {name: model.state_dict() for name, model in saved.items()}
+    runs.save_folder(tmp_path / "base" / "step_000001", weights, about)
+    for asked, name in (("", "ema"), ("ema", "ema"), ("model", "model")):
+        cfg = Config(base=str(tmp_path / "base"), base_weights=asked, D=12, image_size=16)
+        for start in finetune.initial_dit(cfg, SimpleNamespace(C=4, f=4), classes=5):
+            assert all(torch.equal(value, start.get_parameter(k)) for k, value in weights[name].items())
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_the_new_layers_start_at_zero_unless_the_flag_says_at_random(make_dit, zero_init):
+    cfg = Config(base="base", D=12, image_size=16, zero_init=zero_init)
+    base, model = finetune.initial_dit(cfg, SimpleNamespace(C=4, f=4), 5, known={"base": make_dit()})
+    assert base.P_new is None and torch.equal(base.P.weight, model.P.weight)
+    assert [layer.weight.any().item() for layer in (model.P_new, model.O_new)] == [not zero_init] * 2
+
+
+def test_adapters_add_their_product_unscaled_whatever_their_rank():
+    sizes = dit.MMDiTConfig(C=4, E=24, A=2, depth=2, dual=1, context=12, pooled=6, pos_size=8)
+    for rank in (2, 8):
+        cfg = Config(base="base", text="text", D=4, image_size=16, lora=rank)
+        known = {"base": dit.MMDiT(sizes)}
+        _, model = finetune.initial_dit(cfg, SimpleNamespace(C=4, f=2), 0, known)
+        assert (model.cfg.lora, model.cfg.alpha) == (rank, rank)
+        assert {layer.scale for layer in model.modules() if isinstance(layer, dit.LoRA)} == {1.0}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """support/latents.py: latents encoded on the fly, from the cache, from the shards of LightningDiT's code."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -180,17 +181,40 @@ def test_a_cache_of_an_older_run_is_found_again():
         latents.describe(known_vae(), train_set, cfg, cpu))
 
 
+class Halves(data.Dataset):
+    """Images whose left half is black and whose right half is white."""
+
+    labels, classes = np.arange(3), []
+
+    def image(self, i):
+        picture = np.zeros((16, 16, 3), np.uint8)
+        picture[:, 8:] = 255
+        return picture, i
+
+
+def test_a_cache_of_sampled_details_goes_on_with_the_samples_that_it_would_have_had(
+    make_davae, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(latents, "SHARD", 1)
+    vae, cpu = make_davae(), torch.device("cpu")
+
+    def written(**changes):
+        cfg = known_config(out=tmp_path, image_size=16, **changes)
+        folder = latents.write_cache(vae, Halves(), cfg, cpu, 0, 1)
+        both = [latents.Latents(folder, vae, 12).batch([0, 1, 2], [flip] * 3)[0] for flip in (False, True)]
+        return folder, torch.cat(both)
+
+    folder, sampled = written(detail_sample=True)
+    (folder / "00001.safetensors").unlink()
+    assert torch.equal(written(detail_sample=True)[1], sampled)
+    mode, other = written()[1], written(detail_sample=True, seed=4)[1]
+    assert torch.equal(sampled[:, :4], mode[:, :4])
+    draws = [*(sampled - mode)[:3, 4:], *(other - mode)[:3, 4:]]               # of three equal images
+    for a, b in itertools.combinations(draws, 2):
+        assert (a - b).std() > 0.1
+
+
 def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
-    class Halves(data.Dataset):
-        """Images whose left half is black and whose right half is white."""
-
-        labels, classes = np.arange(3), []
-
-        def image(self, i):
-            picture = np.zeros((16, 16, 3), np.uint8)
-            picture[:, 8:] = 255
-            return picture, i
-
     class Pixels(torch.nn.Module):
         """A VAE whose latent is the image."""
 

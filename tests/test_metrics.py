@@ -257,6 +257,13 @@ def test_precision_and_recall_of_a_set_with_itself_are_one_and_of_distant_sets_z
     assert (same["precision"], same["recall"], far["precision"], far["recall"]) == (1, 1, 0, 0)
 
 
+def test_samples_that_are_too_alike_lose_recall_and_samples_that_are_too_varied_lose_precision():
+    varied, alike = features(200, 4, 1), features(200, 4, 2, scale=0.2)
+    logits = torch.zeros(200, 8)
+    few, many = inception(alike, logits, varied), inception(varied, logits, alike)
+    assert few["precision"] == many["recall"] == 1 and max(few["recall"], many["precision"]) < 0.2
+
+
 def test_inception_score_is_one_for_equal_guesses_and_the_number_of_classes_for_sure_and_balanced_ones():
     f = features(80, 6, 1)
     assert inception(f[:60], torch.zeros(60, 8))["IS"] == pytest.approx(1)

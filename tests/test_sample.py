@@ -18,7 +18,7 @@ import sample
 from dit import LightningDiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
 from finetune import flow_loss
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
-from support import data, levels, text, weights
+from support import data, levels, ranks, text, weights
 from support.metrics import import_torchvision
 from support.weights import load_base_vae, load_dit
 
@@ -345,6 +345,70 @@ def test_the_decoder_sees_a_few_images_at_a_time(tiny_run):
     assert seen == [8, 1]
     for kind in (0, 1):                                    # images, and their previews from the base channels
         assert torch.allclose(together[kind], torch.cat([three[kind] for three in threes]), atol=1e-5)
+
+
+def settings_from(cfg, text=""):
+    """Settings of a run whose images have 16 pixels, whose latents 4 + 12 channels."""
+    own = {"cfg": 1.0, "shift": 1.0, "grid": "plain", "image_size": 16, "text": text}
+    about = {"config": own, "model": {"C": 4, "D": 12, "num_classes": 5}}
+    return sample.settings_of(cfg, about, "")
+
+
+@torch.no_grad()
+def test_each_sample_has_its_own_noise_and_class_and_is_guided_away_from_the_null_class_as_far_as_asked(
+        make_dit, make_davae):
+    dit, vae = make_dit(D=12), make_davae()
+    cfg = sample.Config(classes=(1, 3), seed=5, steps=5, shift=0.5, cfg=3.0, cfg_start=0.2, cfg_end=0.6,
+                        cfg_channels=2, keep=4, dtype="float32")
+    images, previews = sample.generate(dit, vae, [3, 6], settings_from(cfg))
+
+    y, null = torch.tensor([3, 1]), torch.tensor([5, 5])           # 1, 3, 1, 3 ...: the fourth, the seventh
+    noise, ts = sample_noise(5, [3, 6], (16, 4, 4)), time_grid(5, 0.5)
+    assert [0.2 <= t <= 0.6 for t in ts[:-1]] == [False, False, True, True, False]
+    z = sample_flow(dit, noise, ts, (y,), (null,), 3.0, (0.2, 0.6), 2, mask=levels.seen_of_all(4, 4, 12))
+    assert torch.allclose(images, vae.decode(z, 4).clamp(-1, 1), atol=1e-5)
+    assert torch.allclose(previews, vae.decode_base(z[:, :4]).clamp(-1, 1), atol=1e-5)
+    assert min(x.abs().lt(1).float().mean() for x in (images, previews)) > 0.5
+
+
+@torch.no_grad()
+def test_each_sample_has_its_own_prompt_and_is_guided_away_from_the_negative_one_and_from_fewer_layers(
+        make_dit, make_davae):
+    dit, vae = make_dit(D=12), make_davae()
+    cfg = sample.Config(prompts="a fox|snow", negative="rain", slg=2.5, width=24, dtype="float32")
+
+    def flow(dit, noise, ts, cond, uncond, **options):
+        assert (cond, uncond) == (("snow", "a fox"), ("rain", "rain"))
+        assert options["slg"] == 2.5
+        return noise
+
+    images, _ = sample.generate(dit, vae, [3, 6], settings_from(cfg, "texts"), text=tuple, flow=flow)
+    noise = sample_noise(0, [3, 6], (16, 4, 6))
+    assert torch.allclose(images, vae.decode(noise).clamp(-1, 1), atol=1e-5)
+
+
+def test_each_of_two_processes_draws_half_of_what_is_missing_with_the_weights_that_were_asked_for(
+        tiny_run, tmp_path, monkeypatch):
+    loaded, drawn = [], []
+
+    def load_run(run, weights, device):
+        loaded.append(weights)
+        return None, None, None
+
+    def generate(dit, vae, indices, *rest):
+        drawn.append(indices)
+        return [torch.zeros(len(indices), 3, 8, 8)] * 2
+
+    for name, fake in dict(load_run=load_run, generate=generate).items():
+        monkeypatch.setattr(sample, name, fake)
+    monkeypatch.setattr(sample, "prepare", lambda *args: None)
+    monkeypatch.setattr(sample, "put_together", lambda *args: None)
+    monkeypatch.setattr(sample, "missing", lambda *args: [0, 2, 3, 5, 6, 7, 8])
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "setup", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
+        sample.main(settings(tiny_run, tmp_path / "a", n=9, batch_size=3, weights="model"))
+    assert drawn == [[0, 3, 6], [8], [2, 5, 7]]
+    assert loaded == ["model", "model"]
 
 
 # ---------------------------------------------------------------- SD3.5 against diffusers
