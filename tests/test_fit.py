@@ -203,6 +203,28 @@ def test_new_blocks_know_no_size_they_make_of_a_crop_what_they_make_of_it_in_the
     assert not torch.allclose(crop[:, :, :2], whole[:, :, 2:4, 6:22])   # the zeros beyond the border are seen
 
 
+@torch.no_grad()
+def test_the_details_are_the_best_directions_of_what_z_does_not_tell_and_kept_is_how_much_they_do():
+    vae = make(SD3, D=4)
+    x = images(8)
+    kept = fit.fit_new_blocks(vae, [x], align=0.0)["kept"]
+    U = F.pixel_unshuffle(vae.down.head(vae.detail_encoder(x)), 2).movedim(1, -1).flatten(0, 2)
+    Y = F.pixel_unshuffle(features(vae, x)[1], 2).movedim(1, -1).flatten(0, 2)
+    z = F.pad(fit.patches(vae.encode_base(x)), (1, 0), value=1.0)
+    z_all = torch.cat([z, fit.patches(vae.detail_posterior(x).mean)], dim=1)
+
+    def lacks(X, Y):
+        return Y - X @ torch.linalg.lstsq(X, Y).solution
+
+    R = lacks(z, U)
+    J = torch.linalg.cholesky(fit.moments(vae, [x])[1])
+    V = vae.down.proj.weight[:4, :, 0, 0].T
+    least = torch.linalg.svdvals(R @ J)[4:].square().sum()
+    assert (lacks(R @ V, R) @ J).square().sum() == pytest.approx(least.item(), rel=1e-6)
+    part = lacks(z_all, Y).square().sum() / lacks(z, Y).square().sum()
+    assert kept == pytest.approx(1 - part.item(), abs=1e-4)
+
+
 # ---------------------------------------------------------------- alignment
 
 
@@ -257,6 +279,19 @@ def test_a_fitted_run_says_so_and_resumes_without_fitting_again(davae_config, tm
     train_vae.main(replace(cfg, steps=3))
     assert runs.step_of(cfg.out) == 3
     assert load_davae(cfg.out).cfg.latent_shortcut
+
+
+def test_the_closed_form_of_a_run_aligns_as_far_as_fit_align_says(davae_config, tmp_path):
+    losses = []
+    for amount in (0.0, 0.5, 1.0):
+        cfg = davae_config(tmp_path, fit="closed", fit_align=amount)
+        vae = train_vae.initial_vae(cfg)
+        train_set = data.open_dataset("procedural", 64, 32, cfg.seed)
+        train_vae.start_in_closed_form(cfg, vae, train_set, torch.device("cpu"), 0)
+        x = data.to_tensor(data.stack(train_set, range(8))[0])
+        with torch.no_grad():
+            losses.append(align_loss(vae.encode_base(x), vae.detail_posterior(x).mean).item())
+    assert losses[0] > 1.1 * losses[1] > 1.21 * losses[2], losses
 
 
 def test_too_few_images_are_refused_before_they_are_learned_by_heart(kl_config):

@@ -613,6 +613,20 @@ def test_folders_of_ours_that_are_no_vae_or_a_spoiled_one_get_one_sentence(make_
         assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
 
 
+def test_a_run_whose_latents_are_not_measured_yet_is_refused_to_those_who_train_on_them(make_davae, tmp_path):
+    vae = make_davae()
+    for name, about in (("unfinished", {"measured": False}), ("finished", {"measured": True}), ("older", {})):
+        described = {"model": vae.config()} | about
+        runs.save_checkpoint(tmp_path / name, 7, {"model": vae.state_dict()}, {}, described)
+        weights.load_davae(tmp_path / name)
+    for name in ("finished", "older"):
+        assert torch.equal(weights.load_measured(tmp_path / name).mean, vae.mean)
+    said = "the statistics of its latents are measured at the end .*--steps=7"
+    with pytest.raises(SystemExit, match=said) as caught:
+        weights.load_measured(tmp_path / "unfinished")
+    assert str(caught.value).startswith(str(tmp_path / "unfinished")) and "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- transformers
 
 
