@@ -6,6 +6,7 @@
     pick_weights(state)    the state dict in a checkpoint that holds more
     unwrapped(sd)          names without those of DDP, torch.compile and the like
     fill(module, sd)       the weights into a module, strictly, each of them finite
+    flush(path)            wait until a file that was written is on the disk
 
 A file is what its first bytes say, whatever its name: either safetensors or torch.save's. Pickles are
 memory-mapped, and nothing in them runs. What is wrong with a file is one sentence that begins with its name
@@ -400,3 +401,12 @@ def own(name, weight, like):
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name} is not finite: a damaged file, or of a training that diverged")
     return weight
+
+
+# ---------------------------------------------------------------- on the disk
+
+
+def flush(path):
+    """Wait until a file is on the disk: renamed after that, it is whole or absent, also after a power cut."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import data, identity, levels, ranks, runs
+from support import data, files, identity, levels, ranks, runs
 from support.buckets import Buckets
 
 SHARD = 1024                                       # images per file of cached latents
@@ -301,6 +301,7 @@ def write_cache(vae, train_set, cfg, device, rank, world):
         file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(f".tmp{rank}")
         save_file(encode_shard(vae, images, numbers, n, cfg, device), temporary, header)
+        files.flush(temporary)                                     # after a power cut it is whole, or absent
         temporary.replace(file)
     return folder
 

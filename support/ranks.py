@@ -261,13 +261,17 @@ def accumulation(batch_size, micro_batch, world):
 
     raises: SystemExit if they do not divide, with the nearest batch size that does
     """
-    per_rank = batch_size // world
-    count = max(1, math.ceil(per_rank / micro_batch))
-    if batch_size % world or not per_rank or per_rank % count:
-        fits = max(1, round(batch_size / world / micro_batch)) * micro_batch * world
+    def count(n):
+        """Of a rank with n images; 0 if they make no equal parts."""
+        parts = math.ceil(n / micro_batch)
+        return 0 if n == 0 or n % parts else parts
+
+    per_rank, rest = divmod(batch_size, world)
+    if rest or not count(per_rank):
+        near = sorted(range(1, 2 * per_rank + 2), key=lambda n: abs(n * world - batch_size))
         raise SystemExit(f"batch_size {batch_size} is not {world} ranks x equal parts of at most micro_batch "
-                         f"{micro_batch}; give --batch_size={fits}")
-    return count
+                         f"{micro_batch}; give --batch_size={world * next(filter(count, near))}")
+    return count(per_rank)
 
 
 def micro_batches(model, count, *batch, seed, step):

@@ -460,8 +460,7 @@ def save_folder(final, weights, config, train_state=None):
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
         replace(temporary / "SHA256SUMS", "".join(sums))
         for path in temporary.iterdir():
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())
+            files.flush(path)
         aside = Path(f"{final}.old")
         if final.exists():                                     # whatever happens, one of the two is there
             shutil.rmtree(aside, ignore_errors=True)
@@ -522,12 +521,13 @@ def check_whole(path):
     sums = path.parent / "SHA256SUMS"                          # which `sha256sum --check` reads, too
     if not sums.exists():
         return
+    text = sums.read_text(errors="replace")
     wanted = {}
-    for line in sums.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         digest, _, name = line.partition("  ")
         wanted[name] = digest
-    if not wanted:
-        wanted[path.name] = "nothing: SHA256SUMS itself is damaged"
+    if not text.endswith("\n"):
+        wanted.setdefault(path.name, "nothing: SHA256SUMS itself is cut off")
     if path.name not in wanted or (path.exists() and sha256(path) == wanted[path.name]):
         return
     steps = checkpoints(path.parent.parent)

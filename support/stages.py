@@ -150,8 +150,13 @@ def check_base_vae(cfg, stages):
     for maker, stage in stages:
         needed = maker.makes[1] == "DA-VAE" and stage.D > 0
         if needed and stage.base not in made and "/" not in stage.base and not Path(stage.base).exists():
-            raise SystemExit(f"{stage.out} is to be made on a base VAE, and {stage.base} is not here: give "
-                             "one by --base_vae=FILE, FOLDER or org/name (docs/recipes.md, your own photos)")
+            begun = ""
+            if runs.checkpoints(stage.out):
+                begun = (f" (it stands at step {runs.step_of(stage.out)} of {stage.steps}; in a folder of "
+                         "another name it is taken as it is, by --vae=)")
+            raise SystemExit(f"{stage.out} is to be made on a base VAE{begun}, and {stage.base} is not here: "
+                             "give one by --base_vae=FILE, FOLDER or org/name (docs/recipes.md, your own "
+                             "photos)")
 
 
 def before_dry_run(cfg, makers):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from support import data, hub, identity, ranks, runs
+from support import data, files, hub, identity, ranks, runs
 from support.captions import read_text, shown
 from support.config import field
 from support.diffusers_text import PIPELINES, kind_of_pipeline
@@ -215,6 +215,7 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
         path = Path(out) / f"text_{n:05d}.safetensors"
         temporary = path.with_name(f"{path.name}.tmp")
         save_file(tensors, temporary, {**made_by, "prompts": json.dumps(chunk)})
+        files.flush(temporary)
         temporary.replace(path)
 
 

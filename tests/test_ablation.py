@@ -1,7 +1,7 @@
 """experiments/ablation.py: which commands make an arm, what counts as a difference, and the report."""
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,118 @@ def test_beside_chance_a_difference_counts_where_it_is_more_than_other_seeds_on_
     cells["paper, again"] = cells_of(again=(0.85, 0.9, 0.96))["again"]
     assert verdict(cells, "no alignment").endswith(f"no difference; beside chance: {said}")
     assert verdict(cells, "paper, again").endswith("of 3 below: no difference")
+
+
+def test_the_papers_own_range_is_that_of_the_seeds_that_are_compared():
+    cells = cells_of(paper=(0.8, 0.9, 3.0), no_alignment=(0.3, 0.4))
+    assert verdict(cells, "no alignment").endswith("2 of 2 below: better than paper")
+
+
+def test_every_number_of_the_table_is_the_one_that_its_head_says():
+    """Of a line in which no two numbers are equal."""
+    def rows(first):
+        names = ("samples", "base only, bilinear", "base only, bicubic")
+        metrics = ("Probe-FD", "Probe-KID", "judged sharp")
+        return {row: {metric: first + 3 * i + j for j, metric in enumerate(metrics)}
+                for i, row in enumerate(names)}
+
+    full = {"reconstruction": {"base only, bilinear": {"psnr": 1, "Probe-FD": 2, "Probe-KID": 3},
+                               "DA-VAE": {"psnr": 4, "Probe-FD": 5, "Probe-KID": 6}},
+            "samples, cfg 1": rows(10), "samples, cfg 2": rows(20),
+            "loss by time": {"base": [[0.25, 0.75], [40, 42]], "detail": [[0.25, 0.75], [50, 54]]},
+            "details": {"full details": {"psnr": 60, "ssim": 61}, "zero details": {"psnr": 62, "ssim": 63},
+                        "random details": {"psnr": 64, "ssim": 65},
+                        "base spectrum": {"lowest": 70, "highest": 71},
+                        "detail spectrum": {"lowest": 72, "highest": 73}}}
+    found = {metric: number(full, metric) for metric in ablation.METRICS}
+    assert found == {
+        "PSNR (dB)": 4, "FD, reconstructions": 5, "FD, samples": 10, "FD, cfg 2": 20,
+        "FD, cfg 2, less reconstructions'": 15, "judged sharp, cfg 2": 22, "KID, cfg 2": 21,
+        "FD, base only, cfg 2": 26, "base loss, held out": 41, "detail loss, held out": 52,
+        "PSNR, details 0": 62, "PSNR, random details": 64, "detail power, highest ring": 73}
+    for group in ("samples, cfg 1", "samples, cfg 2"):                # the base model: its images, enlarged
+        del full[group]["samples"]
+    assert [number(full, metric) for metric in ("FD, samples", JUDGED)] == [13, 23]
+    assert number(full, "judged sharp, cfg 2") is None
+
+
+def test_curves_of_the_report_are_means_over_the_seeds_as_far_as_all_have_them():
+    cells = {"paper": {seed: line("paper", seed, 0.8, losses=losses)
+                       for seed, losses in enumerate(([1.0] * 8, [2.0] * 7))}}
+    assert ablation.mean_curves(cells, "base") == {"paper": [list(range(10, 80, 10)), [1.5] * 7]}
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """cell(arm, **changes) -> (its line, the commands), where each script only writes what it would."""
+    def make(arm, **changes):
+        cfg = Config(out=str(tmp_path / "out"), n=123, **changes)
+        executed = []
+
+        def execute(command):
+            executed.append(command)
+            script, *words = shlex.split(command)
+            run = Path(words[0])
+            flags = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--"))
+            if script == "finetune.py":
+                Path(flags["out"]).mkdir(parents=True, exist_ok=True)
+                rows = [{"step": k, "base": 0.5 / k, "detail": 2.0 / k, "lr": 0.1} for k in (1, 3)]
+                Path(flags["out"], "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            if script == "evaluate.py":
+                entries = [{"reconstruction": {"DA-VAE": {"psnr": 100.0 * old + 20.123456, "img/s": 3.0}},
+                            "generation": {"samples": {"Probe-FD": 100.0 * old + float(flags["cfg"])}}}
+                           for old in (1, 0)]                         # the later one counts
+                Path(flags["out"]).write_text(json.dumps(entries))
+            curves = {"base": [[0.1, 0.9], [3.0, 1.0]], "detail": [[0.1, 0.9], [7.0, 5.0]]}
+            for name in ("timebins", "spectrum"):
+                if script == f"experiments/{name}.py":
+                    (run / f"{name}.json").write_text(json.dumps({"panels": [["x", "y", "-", curves]]}))
+            if script == "experiments/sensitivity.py":
+                (run / "sensitivity.json").write_text(json.dumps({"table": {"zero details": {"psnr": 17.0}}}))
+
+        monkeypatch.setattr(ablation, "execute", execute)
+        return ablation.run_cell(cfg, arm, 0), [shlex.split(command) for command in executed]
+    return make
+
+
+def test_a_cells_line_is_what_evaluate_and_the_experiments_say_of_its_run(cell, tmp_path):
+    found, executed = cell("paper")
+    run = str(tmp_path / "out/tiny/seed0/paper")
+    assert all(words[1] == run for words in executed if words[0].startswith(("evaluate", "experiments")))
+    assert found["curves"] == {"base": [[1, 3], [0.5, 0.1667]], "detail": [[1, 3], [2.0, 0.6667]]}
+    assert found["reconstruction"] == {"DA-VAE": {"psnr": 20.123}}    # five digits, no speed
+    assert [found[f"samples, cfg {k}"]["samples"] for k in (1, 2)] == [{"Probe-FD": 1.0}, {"Probe-FD": 2.0}]
+    assert found["loss by time"]["detail"] == [[0.1, 0.9], [7.0, 5.0]]
+    assert found["details"] == {"zero details": {"psnr": 17.0}, "base spectrum": {"lowest": 3, "highest": 1},
+                                "detail spectrum": {"lowest": 7, "highest": 5}}
+    assert [words[2:4] for words in executed if words[0] == "evaluate.py"] == 2 * [["--n=123", "--steps=25"]]
+
+
+def test_photos_are_measured_on_the_held_out_ones_and_the_base_model_has_no_details(cell, tmp_path):
+    photos = dict(preset="photos", data_dir="my photos", eval_dir="others", lpips_trunk="net.pth")
+    found, executed = cell("half size", **photos)
+    measured = [words for words in executed if words[0].startswith(("evaluate", "experiments"))]
+    assert [words[0] for words in measured] == ["evaluate.py"] and "details" not in found
+    assert measured[0][1] == str(tmp_path / "out/photos/seed0/base-dit")
+    _, executed = cell("no schedule", **photos)
+    for words in executed:
+        training = words[0] in ("train_vae.py", "finetune.py")
+        assert ("--data_dir=my photos" in words, "--data_dir=others" in words) == (training, not training)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "photos"])
+def test_a_transformer_from_scratch_has_the_sizes_of_the_base_model_and_its_steps_where_that_is_said(preset):
+    def parsed(arm):
+        made = [shlex.split(command) for command in commands(Config(preset=preset), arm, 0)[0]]
+        return [config.cli(finetune.Config, finetune.PRESETS, argv=words)
+                for script, *words in made if script == "finetune.py"]
+
+    base, paper = parsed("paper")
+    for arm, steps in (("scratch", paper.steps), ("scratch, equal compute", paper.steps + base.steps)):
+        scratch, = parsed(arm)
+        assert (scratch.base, scratch.steps) == ("", steps)
+        assert [getattr(scratch, name) for name in ("p", "E", "depth", "A")] == [
+            getattr(base, name) for name in ("p", "E", "depth", "A")]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "photos"])
@@ -162,6 +274,29 @@ def test_levels_of_the_arms_are_those_of_the_presets():
     for preset, given in ablation.LEVELS.items():
         known = {f.name: f.default for f in fields(train_vae.Config)} | train_vae.PRESETS[preset]
         assert given.endswith(f",{known['D']}") and len(given.split(",")) == 4
+
+
+def test_a_cell_runs_once_seed_by_seed_and_is_kept_when_a_later_one_fails(tmp_path, monkeypatch):
+    ran = []
+
+    def run_cell(cfg, name, seed):
+        ran.append((seed, name))
+        if len(ran) == 3:
+            raise SystemExit("the disk is full")
+        return line(name, seed, 0.5 + seed)
+
+    monkeypatch.setattr(ablation, "run_cell", run_cell)
+    monkeypatch.setattr(ablation.figures, "plot", lambda *_, **__: None)
+    cfg = Config(arms="paper|no schedule", seeds=(0, 1), results=str(tmp_path / "new"))
+    with pytest.raises(SystemExit, match="the disk is full"):
+        ablation.main(cfg)
+    assert ran == [(0, "paper"), (0, "no schedule"), (1, "paper")]
+    found = ablation.main(replace(cfg, seeds=(0, 1, 2)))
+    assert ran[3:] == [(1, "paper"), (1, "no schedule"), (2, "paper"), (2, "no schedule")]
+    assert ablation.main(replace(cfg, report=True)) == found and len(ran) == 7
+    assert {arm: sorted(cells) for arm, cells in found.items()} == {"paper": [0, 1, 2],
+                                                                    "no schedule": [0, 1, 2]}
+    assert "0.1 hours of cells in all" in (tmp_path / "new/tiny.md").read_text()      # six of a minute each
 
 
 @pytest.mark.slow

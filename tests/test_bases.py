@@ -1,14 +1,16 @@
 """support/bases.py: base VAEs beside AutoencoderKL."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from davae import DAVAE, BaseVAE, DAVAEConfig, PlainVAE, half
-from support.bases import BASES, TAEF2
+from davae import DAVAE, AutoencoderKL, BaseVAE, DAVAEConfig, PlainVAE, half
+from support.bases import BASES, TAEF2, AutoencoderKLFlux2
 from support.weights import build_vae, load_base_vae, load_davae, save_base_vae
 
 
@@ -23,6 +25,65 @@ def test_taef2_reproduces_its_published_round_trip(shared):
         values.append(10 * math.log10(4 / (x - vae.decode(z)).square().mean()))
         assert 0.7 < z.std() < 1.0 and z.mean().abs() < 0.2
     assert np.mean(values) > 27  # all 24: 30.19 dB
+
+
+def layer(sd, name, x):
+    """A convolution of TAEF2 by its name, or the three of a block, in float64."""
+    if name.endswith(".conv"):
+        for i in (0, 2, 4):
+            x = layer(sd, f"{name}.{i}", x.relu() if i else x)
+        return x
+    weight = sd[f"{name}.weight"].double()
+    bias = sd[f"{name}.bias"].double() if f"{name}.bias" in sd else None
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def block(sd, name, x):
+    if f"{name}.pool.0.weight" in sd:
+        h = layer(sd, f"{name}.pool.0", x)
+        groups = h.unflatten(1, (4, -1))
+        groups = groups - groups.mean((2, 3, 4), keepdim=True)
+        groups = groups / (groups.square().mean((2, 3, 4), keepdim=True) + 1e-5).sqrt()
+        h = groups.flatten(1, 2) * sd[f"{name}.pool.1.weight"].double().view(1, -1, 1, 1)
+        h = h + sd[f"{name}.pool.1.bias"].double().view(1, -1, 1, 1)
+        x = x + layer(sd, f"{name}.pool.3", h.relu())
+    return (x + layer(sd, f"{name}.conv", x)).relu()
+
+
+@torch.no_grad()
+def test_taef2_is_the_network_of_its_author_written_out_in_float64(error, randomise):
+    torch.manual_seed(0)
+    vae = randomise(TAEF2(C=4, width=8), names="pool.1").eval()
+    vae.decoder[17].weight *= 8                                        # so that some pixels are cut off
+    vae.decoder[17].bias.fill_(0.5)
+    sd = vae.state_dict()
+    x = torch.rand(2, 3, 32, 48) * 2 - 1
+    h = layer(sd, "encoder.1", x.double() / 2 + 0.5)
+    for i in range(2, 15):
+        if i in (3, 7, 11):                                            # a stride of 2 keeps every other one
+            h = layer(sd, f"encoder.{i}", h)[:, :, ::2, ::2]
+        else:
+            h = block(sd, f"encoder.{i}", h)
+    assert error(vae.encode(x), layer(sd, "to_moments", h)) < 1e-5
+
+    z = 4 * torch.randn(2, 4, 4, 6)
+    h = layer(sd, "from_latent.1", 3 * torch.tanh(z.double() / 3)).relu()
+    for i in (*range(1, 4), *range(5, 9), *range(10, 14), 15, 16):
+        if i in (5, 10, 15):
+            h = layer(sd, f"decoder.{i}", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        else:
+            h = block(sd, f"decoder.{i}", h)
+    y = 2 * layer(sd, "decoder.17", h) - 1
+    assert 0.02 < (y.abs() > 1).double().mean() < 0.9
+    assert error(vae.decode(z), y.clamp(-1, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("kind, eps", [(AutoencoderKL, 1e-6), (AutoencoderKLFlux2, 1e-6), (TAEF2, 1e-5)])
+def test_every_group_norm_has_the_epsilon_that_the_public_weights_were_trained_with(kind, eps, kl_config):
+    vae = kind() if kind is TAEF2 else kind(replace(kl_config, attn=(1,)))
+    for part in (vae.encoder, vae.decoder):
+        norms = [layer for layer in part.modules() if isinstance(layer, torch.nn.GroupNorm)]
+        assert len(norms) >= 3 and {norm.eps for norm in norms} == {eps}
 
 
 def test_taef2_keeps_the_names_that_its_checkpoints_have():

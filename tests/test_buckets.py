@@ -95,6 +95,27 @@ def test_a_square_bucket_has_the_pixels_of_an_image_without_buckets(folder, shap
     assert shaped.image(0)[0].shape == (48, 88, 3) and without.image(0)[0].shape == (64, 64, 3)
 
 
+def test_every_image_of_every_bucket_comes_with_its_own_label(folder):
+    images = data.open_dataset(folder, 64)
+    images.labels = np.arange(len(SIZES))                          # by which its caption is found
+    shaped = buckets.sort(images, settings(), 8)
+    for i in range(len(SIZES)):
+        pixels, label = shaped.image(i)
+        shape = shaped.parts[shaped.bucket[i]].shape
+        assert label == i and np.array_equal(pixels, np.asarray(data.center_crop(images.load(i), *shape)))
+
+
+def test_the_fingerprint_is_of_the_images_and_of_their_shapes(folder, tmp_path):
+    def fingerprint(**changes):
+        return buckets.sort(data.open_dataset(tmp_path, 64), settings(**changes), 8).fingerprint
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    before = fingerprint()
+    assert fingerprint() == before != fingerprint(buckets=1.5)
+    picture(*SIZES[3], seed=99).save(tmp_path / "03.png")
+    assert fingerprint() != before
+
+
 def test_the_table_has_each_buckets_images_and_what_is_cut_off(folder, capsys):
     buckets.sort(data.open_dataset(folder, 64), settings(batch_size=16), 8)
     lines = capsys.readouterr().out.splitlines()
@@ -127,6 +148,16 @@ def test_sizes_are_those_of_the_upright_image_in_every_format_also_in_shards(tmp
         images = data.open_dataset(place, 64)
         assert buckets.read_sizes(images, "photos").tolist() == 6 * [[400, 300]]
         assert [images.load(i).size for i in range(6)] == 6 * [(300, 400)]
+
+
+def test_of_every_orientation_the_header_tells_the_size_of_the_upright_image(tmp_path):
+    for orientation in range(1, 9):
+        turned = Image.Exif()
+        turned[photos.ORIENTATION] = orientation
+        picture(20, 30).save(tmp_path / f"{orientation}.jpg", exif=turned)
+    images = data.open_dataset(tmp_path, 64)
+    sizes = buckets.read_sizes(images, "photos").tolist()
+    assert sizes == [[*reversed(images.load(i).size)] for i in range(8)] == 4 * [[20, 30]] + 4 * [[30, 20]]
 
 
 def test_only_the_headers_of_a_shards_images_are_read(tmp_path, monkeypatch):
@@ -219,6 +250,13 @@ def test_every_batch_is_of_one_bucket_and_epochs_and_seeds_differ(shaped):
     assert mixed > 5                                               # not one bucket after the other
     other = [shaped.plan(4, 1, step)[0].tolist() for step in range(60)]
     assert other != [indices.tolist() for indices in batches]
+
+
+def test_buckets_follow_each_other_in_another_order_in_each_epoch_and_with_each_seed():
+    orders = set()
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        orders.add(tuple(bucket for bucket, _ in buckets.mixed((80, 80), 4, seed, epoch)))
+    assert len(orders) == 3
 
 
 def test_ranks_share_one_bucket_and_together_read_what_one_process_reads(shaped):

@@ -108,6 +108,14 @@ def test_a_csv_is_read_as_well_and_lists_lie_in_sub_folders_too(tmp_path):
     assert data.ImageFolder(tmp_path, 8).left_out == {}
 
 
+def test_of_two_lists_the_jsonl_counts_and_of_two_columns_the_text(tmp_path):
+    images(tmp_path, "a.png", "b.png")
+    metadata(tmp_path, ("a.png", "of the csv"), ("b.png", "of the csv"), name="metadata.csv")
+    row = {"caption": "of the column caption", "file_name": "a.png", "text": " of the column text\n"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert of(tmp_path) == {"a.png": "of the column text", "b.png": "of the csv"}
+
+
 BROKEN = [
     '{"file_name": "a.png", "text": null}', '["a.png", "text"]', '"a.png"', "null", '{"text": "nameless"}',
     '{"file_name": 3, "text": "x"}', '{"file_name": "a.png", "text": ["x"]}', '{"file_name": "a.png", ',

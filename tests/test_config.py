@@ -2,6 +2,7 @@
 import dataclasses
 import math
 import os
+import shlex
 from dataclasses import dataclass
 
 import pytest
@@ -106,6 +107,15 @@ def test_tuples_are_read_in_any_of_their_forms(text, value):
     Options(), Options("a", "vf", (), 0.5, True), Options("b c", "mse", (3,), -1.0)])
 def test_a_config_as_flags_makes_the_same_config(options):
     assert cli(Options, argv=flags(options)) == options
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(steps=10, lr=1e-3), dict(out="my photos/$HOME's;x", ch_mult=(), flip=False, lr=1 / 3)])
+def test_the_command_that_is_printed_makes_the_same_config_also_where_a_presets_value_was_taken_back(changes):
+    cfg = Config(**{"preset": "large", **PRESETS["large"], **changes})
+    words = shlex.split(config.command("script.py", cfg, PRESETS))
+    assert words[:2] == ["python", "script.py"] and len(words) == 3 + len(changes)
+    assert cli(Config, PRESETS, words[2:]) == cfg
 
 
 def test_a_value_may_follow_its_flag():

@@ -37,6 +37,17 @@ def test_center_crop_halves_by_box_means_then_bicubic():
     assert np.array_equal(np.asarray(data.center_crop(image, 32)), expected)
 
 
+@pytest.mark.parametrize("width, height", [(64, 64), (64, 90), (45, 32), (100, 61), (61, 100), (31, 47)])
+def test_center_crop_is_adms_where_a_side_is_just_twice_as_long_and_where_halves_are_rounded(width, height):
+    image = ours = noise(height, width)
+    while min(image.size) >= 2 * 32:                    # guided_diffusion/image_datasets.py:center_crop_arr
+        image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
+    scale = 32 / min(image.size)
+    array = np.array(image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC))
+    top, left = (array.shape[0] - 32) // 2, (array.shape[1] - 32) // 2
+    assert np.array_equal(np.asarray(data.center_crop(ours, 32)), array[top:top + 32, left:left + 32])
+
+
 def test_center_crop_of_an_exact_size_changes_nothing():
     image = noise(32, 32)
     assert np.array_equal(np.asarray(data.center_crop(image, 32)), np.asarray(image))
@@ -326,6 +337,24 @@ def test_labels_and_images_are_all_that_a_data_set_of_ones_own_needs():
         next(data.read(dataset, [0], whole=8))
 
 
+def test_the_fingerprint_of_ones_own_data_set_is_of_its_labels_and_of_images_from_the_first_to_the_last():
+    class Changed(Greys):
+        other = -1
+
+        def image(self, i):
+            pixels, label = super().image(i)
+            return pixels + (i == self.other), label
+
+    prints = {Changed(16).fingerprint}
+    for other in range(16):
+        dataset = Changed(16)
+        dataset.other = other
+        prints.add(dataset.fingerprint)
+    relabelled = Changed(16)
+    relabelled.labels[5] = 1
+    assert len(prints | {relabelled.fingerprint}) == 18
+
+
 def test_classes_and_captions_of_ones_own_are_in_the_summary():
     dataset = Greys(3)
     dataset.classes, dataset.captions, dataset.labels = ["a", "b", "c"], ["", "x", "y"], np.array([2, 0, 2])
@@ -395,6 +424,16 @@ def test_flip_mirrors_about_half_of_the_images_and_no_others():
     mirrored = torch.tensor([torch.equal(a.flip(1), b) for a, b in zip(plain, flipped, strict=True)])
     same = torch.tensor([torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)])
     assert (mirrored ^ same).all() and 70 < mirrored.sum() < 130
+
+
+def test_other_images_are_mirrored_in_another_step_and_with_another_seed():
+    plans = [data.batch_plan(50, 50, seed, step, flip=True) for seed in (0, 1) for step in (0, 1)]
+    assert len({flips.tobytes() for _, flips in plans}) == 4
+    once = np.zeros((50, 2), bool)
+    for step in range(40):                              # an epoch each: every image comes either way round
+        indices, flipped = data.batch_plan(50, 50, 0, step, flip=True)
+        once[indices, flipped.astype(int)] = True
+    assert once.all()
 
 
 def test_batches_raise_what_reading_raises(tmp_path):

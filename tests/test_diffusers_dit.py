@@ -1,4 +1,5 @@
 """support/diffusers_dit.py: FLUX.2's and Sana's transformers against diffusers' own, small and random."""
+import inspect
 import re
 import sys
 import types
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 import dit
 from dit import LoRA, add_lora, merge_lora, warm_start_difference
 from support import diffusers_dit, metrics, plan, weights
-from support.diffusers_dit import Flux2, Flux2Config, Sana, SanaConfig, export_transformer
+from support.diffusers_dit import Flux2, Flux2Config, InPipeline, Sana, SanaConfig, export_transformer
 from support.weights import load_dit
 
 FLUX2 = dict(
@@ -154,6 +155,40 @@ def test_a_guidance_distilled_flux2_is_given_its_scale(make, inputs):
     model.O.load_state_dict(net.proj_out.state_dict())
     v = flux2_by_pipeline(net, z, t, context, torch.full((2,), 2.5))
     assert torch.equal(model.eval()(z, t, context, mask), v)
+
+
+@torch.no_grad()
+def test_sanas_time_has_the_scale_of_its_config(make, inputs):
+    net = make("SanaTransformer2DModel", **SANA | {"timestep_scale": 0.25})
+    model = Sana(SanaConfig(C=4, context=12, net=dict(net.config)))
+    model.net.load_state_dict({k: v for k, v in net.state_dict().items() if k in model.net.state_dict()})
+    model.P.load_state_dict(net.patch_embed.proj.state_dict())
+    model.O.load_state_dict(net.proj_out.state_dict())
+    z, t, context, mask = inputs()
+    v = -net(z, context, 250 * (1 - t), encoder_attention_mask=mask, return_dict=False)[0]
+    assert torch.equal(model.eval()(z, t, context, mask), v)
+
+
+def test_a_distilled_flux2_is_given_the_guidance_that_its_pipeline_gives_by_default():
+    metrics.import_torchvision()
+    from diffusers import Flux2Pipeline
+    wanted = inspect.signature(Flux2Pipeline.__call__).parameters["guidance_scale"].default
+    assert Flux2Config().guidance == wanted
+
+
+@torch.no_grad()
+def test_a_davae_in_a_pipeline_decodes_latents_as_they_are(make_davae):
+    """By the lines of FLUX.2's pipeline, and of Sana's, between their last step and the VAE."""
+    davae = make_davae()
+    vae = InPipeline(davae)
+    z_all = torch.randn(2, 16, 4, 6)
+    wanted = davae.decode(z_all)
+    std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
+    patches = F.pixel_unshuffle(z_all, 2) * std + vae.bn.running_mean.view(1, -1, 1, 1)
+    assert torch.equal(vae.decode(F.pixel_shuffle(patches, 2), return_dict=False)[0], wanted)
+    latents = z_all.to(vae.dtype) / vae.config.scaling_factor
+    assert torch.equal(vae.decode(latents, return_dict=False)[0], wanted)
+    assert torch.equal(vae.decode(z_all.double())[0], wanted)
 
 
 # ---------------------------------------------------------------- training it

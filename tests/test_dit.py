@@ -1,5 +1,6 @@
 """dit.py against recorded outputs of the original LightningDiT and diffusers; claims of the warm start."""
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import kernels.qknorm_rope
 from dit import LightningDiTConfig, LightningDiT, widen
 from kernels.norm_modulate import norm_modulate_ref
 from support.formats import export_lightningdit, lightningdit_sizes
+from support.metrics import import_torchvision
 from support.weights import load_dit
 
 
@@ -92,7 +94,15 @@ def test_initial_weights_have_the_published_scale():
         assert abs(weight.std() / 0.02 - 1) < 0.05
     bound = (6 / (16 * 4 + 64)) ** 0.5                              # Xavier on the (E, C*p*p) view
     assert 0.95 * bound < model.P.weight.abs().max() <= bound
+    for layer in (model.blocks[0].attn.qkv, model.blocks[0].attn.proj, model.blocks[0].mlp.w12):
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.95 * bound < layer.weight.abs().max() <= bound and layer.bias.abs().max() == 0
     assert all((p == 1).all() for n, p in model.named_parameters() if "norm" in n)
+
+
+def test_a_lightningdit_without_swiglu_has_an_mlp_of_four_times_its_width():
+    assert LightningDiTConfig(E=64, A=4, swiglu=False).hidden == 256
+    assert (LightningDiTConfig().hidden, LightningDiTConfig(hidden=100).hidden) == (3072, 100)
 
 
 @pytest.mark.parametrize("size, count", [
@@ -103,6 +113,12 @@ def test_full_size_models_have_the_published_number_of_parameters(size, count):
         model = LightningDiT(LightningDiTConfig(depth=depth, E=E, A=A))
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters + model.pos_embed.numel() == count            # upstream counts the table
+
+
+def test_the_defaults_are_the_released_xl(full_size):
+    shapes = full_size["LightningDiT-XL/1"]
+    released = lightningdit_sizes({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert LightningDiTConfig(**released) == LightningDiTConfig()
 
 
 def test_a_token_is_read_as_rows_columns_channels():
@@ -194,6 +210,22 @@ def test_gradients_reach_the_new_layers_from_the_first_step(make_dit, dit_inputs
     assert model.P_new.weight.grad.abs().max() > 1e-6               # even from a loss on base channels only
     assert (model.O_new.weight.grad.abs().max() > 0) == (weight > 0)
     assert (model.O_new.bias.grad.abs().max() > 0) == (weight > 0)
+
+
+@torch.no_grad()
+def test_the_proof_of_the_warm_start_sees_differences_of_either_sign_in_both_parts(make_dit, dit_inputs):
+    z, _, y = dit_inputs(1)
+    base, model = make_dit(), make_dit()
+    model.expand_channels(6)
+    assert dit.warm_start_difference(base, model, z, (y,)) == (0.0, 0.0)
+    model.O.bias -= 3.0
+    model.O_new.bias -= 2.0
+    assert dit.warm_start_difference(base, model, z, (y,)) == pytest.approx((3.0, 2.0), rel=1e-4)
+    wider = make_dit()
+    wider.expand_channels(6)
+    wider.P_new.weight[:, :, 0, 0] += 1.0                           # only random details show this one
+    change, detail = dit.warm_start_difference(base, wider, z, (y,))
+    assert change > 1e-2 and detail == 0
 
 
 def test_widening_an_expanded_or_by_nothing_is_refused(make_dit):
@@ -294,6 +326,15 @@ def test_mmdit_equals_diffusers_in_sd3s_own_time_and_sign(stock, sd3_inputs, err
     assert error(model(z, t, context, pooled, skip=skip), -ref) < 5e-6
 
 
+def test_a_fresh_mmdit_has_the_position_table_that_diffusers_gives_sd3(error):
+    """Of 384 x 384 positions, as far apart as 64 x 64 would be."""
+    import_torchvision()
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+    cfg = dit.MMDiTConfig(E=48, A=3, depth=1, dual=1, context=8, pooled=8, pos_size=21)
+    theirs = get_2d_sincos_pos_embed(48, 21, base_size=64, output_type="pt")
+    assert error(dit.MMDiT(cfg).pos_embed[0], theirs) < 1e-5
+
+
 @torch.no_grad()
 def test_an_unflipped_time_is_noticed(stock, sd3_inputs, error):
     model = load_dit(stock.state_dict())
@@ -388,6 +429,32 @@ def test_lora_starts_as_the_model_itself_and_freezes_all_but_the_first_and_last_
     first = model.blocks[0].x
     assert first.attn.qkv.A.shape == (3, 4, 48)
     assert first.adaLN.B.shape == (1, 9 * 48, 4)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@torch.no_grad()
+def test_an_adapter_adds_alpha_over_r_times_b_a_x_to_each_part_and_merges_into_that_weight(parts, error):
+    linear = torch.nn.Linear(10, 12)
+    before = deepcopy(linear)
+    lora = dit.LoRA(linear, r=4, alpha=6.0, parts=parts)
+    assert lora.A.shape == (parts, 4, 10) and lora.B.shape == (parts, 12 // parts, 4)
+    lora.B.normal_()
+    x = torch.randn(2, 5, 10)
+    change = torch.cat([x @ (1.5 * lora.B[i] @ lora.A[i]).T for i in range(parts)], dim=-1)
+    assert error(lora(x), before(x) + change) < 1e-5
+
+    model = torch.nn.Module()
+    model.cfg, model.layer = dit.MMDiTConfig(lora=4), lora
+    merged = dit.merge_lora(model).layer
+    assert type(merged) is torch.nn.Linear and error(merged(x), before(x) + change) < 1e-5
+
+
+def test_adapters_begin_as_pefts_gaussian_ones():
+    """A from N(0, 1 / r^2), B zero, and by default a scale of 1."""
+    torch.manual_seed(0)
+    lora = dit.LoRA(torch.nn.Linear(500, 12), r=8, alpha=8.0, parts=3)
+    assert lora.A.std().item() == pytest.approx(1 / 8, rel=0.05) and lora.B.abs().max() == 0
+    assert dit.LoRA(torch.nn.Linear(4, 4), 256, dit.MMDiTConfig().alpha, 1).scale == 1.0
 
 
 @torch.no_grad()

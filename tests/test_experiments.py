@@ -20,12 +20,14 @@ from experiments.knockout import knockout
 from experiments.latents import latents
 from experiments.losses import losses
 from experiments.sensitivity import sensitivity
-from experiments.sizes import measure, strips, summarise, views
+from experiments.sizes import decodings, measure, strips, summarise, views
 from experiments.sizes import Config as SizesConfig
 from experiments.spectrum import spectrum
 from experiments.timebins import timebins
 from experiments.tsne import tsne
-from support.metrics import psnr
+from sample import sample_noise
+from support.levels import seen_of_all
+from support.metrics import psnr, upsampled
 from support.weights import load_davae
 
 
@@ -50,6 +52,59 @@ def test_zero_random_and_true_details_score_the_same_where_the_decoder_ignores_d
         detail = torch.arange(vae.C + vae.D).view(1, -1, 1, 1) >= vae.C
         vae.decode = lambda z_all: decode(torch.where(detail, mean, z_all))
         assert len(scores()) == 1
+
+
+@torch.no_grad()
+def test_the_three_rows_of_sensitivity_are_true_details_raw_zeros_and_seeded_noise(make_davae):
+    """Zeros in the decoder's own units, which are not those of a latent."""
+    vae = make_davae()
+    x = torch.rand(3, 3, 16, 16) * 2 - 1
+    z_all = vae.encode(x)
+    noise = torch.cat([z_all[:, :4], sample_noise(0, range(3), (12, 4, 4))], dim=1)
+    expected = [vae.decode(z_all), vae.decode(z_all, keep=0), vae.decode(noise)]
+    for y, wanted in zip(sensitivity(vae, x).values(), expected, strict=True):
+        assert torch.allclose(y, wanted.clamp(-1, 1), atol=1e-5)
+    assert (vae.decode(z_all, keep=0) - vae.decode(z_all * seen_of_all(0, 4, 12))).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_what_is_looked_at_are_base_and_details_of_the_run_and_the_details_of_the_other(
+        tiny_vae, make_davae, monkeypatch, tmp_path, error):
+    theirs = make_davae(D=8, r=4)                  # of f = 8, and still of the same images
+    load = shared.weights.load_davae
+    monkeypatch.setattr(shared.weights, "load_davae", lambda path: theirs if path == "a/b" else load(path))
+    held = shared.open_run(shared.Config(run=tiny_vae, other="a/b", images=12, device="cpu"))
+    ours = load(tiny_vae).encode(held.x)
+    assert list(held.groups) == ["base", "detail", "detail of b"]
+    for z, wanted in zip(held.groups.values(), (ours[:, :4], ours[:, 4:], theirs.encode(held.x)[:, 4:])):
+        assert error(z, wanted) < 1e-3             # normalised by statistics of three steps
+    assert torch.equal(held.z_all, torch.cat([held.groups["base"], held.groups["detail"]], dim=1))
+
+    monkeypatch.setattr(shared, "open_run", lambda cfg: held)
+    (_, _, _, curves), = module("spectrum").main(shared.Config(run=tiny_vae, out=str(tmp_path)))["panels"]
+    assert curves == {name: spectrum(z) for name, z in held.groups.items()}
+
+
+def test_the_worst_group_is_the_one_without_which_most_is_lost(tiny_vae, tmp_path, monkeypatch):
+    found = [10.0, 14.0, 15.0, 16.0, 20.0], [1.0, 3.0, -0.5, 2.0]
+    monkeypatch.setattr(module("knockout"), "knockout", lambda *_: found)
+    made = module("knockout").main(shared.Config(run=tiny_vae, out=str(tmp_path), images=2))
+    decibels = {row: numbers["psnr"] for row, numbers in made["table"].items()}
+    assert decibels == {"all details": 20, "none": 10, "all but group 1, the worst": 17}
+    curves = [panel[3] for panel in made["panels"]]
+    assert curves == [{"one group": [[0, 1, 2, 3], found[1]]}, {"k": [[0, 3, 6, 9, 12], found[0]]}]
+
+
+@torch.no_grad()
+def test_each_size_is_compared_with_the_base_vae_on_the_same_pixels(make_davae):
+    vae, other = make_davae(), make_davae(D=8)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    base = upsampled(vae.decode_base(vae.encode_base(x)), 2)["base only, bicubic"]
+    expected = {"base only": base, "start": other.decode(other.encode(x)),
+                "trained": vae.decode(vae.encode(x)), "full size": vae.base.decode(vae.base.encode(x))}
+    found = decodings(vae, {"start": other}, "float32", x)
+    assert list(found) == list(expected)
+    assert all(torch.allclose(found[name], y.clamp(-1, 1), atol=1e-5) for name, y in expected.items())
 
 
 def test_knock_out_finds_the_one_group_that_the_decoder_looks_at():
@@ -115,6 +170,16 @@ def test_principal_components_show_the_one_direction_in_which_the_latents_vary()
     assert first.shape == (2, 8, 8) and (first[:, :, 0] * first[:, :, -1]).max() < 0
     expected = gradient[:, 0] / gradient.std() / 2
     assert torch.allclose(first[:, ::2, ::2].abs(), expected.abs(), atol=0.02)
+
+
+def test_each_colour_has_a_deviation_of_a_half_around_grey_whatever_the_latents_mean():
+    z = torch.randn(20, 5, 6, 6, generator=torch.Generator().manual_seed(0))
+    z = z * torch.tensor([5.0, 4, 3, 2, 1]).view(1, 5, 1, 1) + 7
+    colours = latents(z, 20, (6, 6))
+    assert colours.mean((0, 2, 3)).abs().max() < 1e-5
+    assert torch.allclose(colours.std((0, 2, 3)), torch.full((3,), 0.5))
+    for k in range(3):                             # red is the direction of most variance, and so on
+        assert torch.corrcoef(torch.stack([colours[:, k].flatten(), z[:, k].flatten()]))[0, 1].abs() > 0.95
 
 
 def test_every_size_of_an_image_is_cut_from_its_middle_or_made_of_all_of_it():

@@ -75,6 +75,15 @@ def test_plot_draws_panels_given_as_tuples(tmp_path):
     assert Image.open(tmp_path / "plot.png").size == (600, 300)
 
 
+def test_powers_have_a_logarithmic_scale_and_an_embedding_has_no_ticks(tmp_path, monkeypatch):
+    axes = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path: axes.extend(figure.axes))
+    curves = {"a": [[1, 2, 3], [1, 10, 100]]}
+    figures.plot([("x", label, "-", curves) for label in ("power of x", "y", "")], tmp_path)
+    assert [axis.get_yscale() for axis in axes] == ["log", "linear", "linear"]
+    assert [len(axis.get_xticks()) > 0 for axis in axes] == [True, True, False]
+
+
 def test_a_curve_has_the_colour_of_the_legend_also_in_a_panel_that_lacks_one_before_it(tmp_path, monkeypatch):
     drawn = {}
 
@@ -188,6 +197,16 @@ def test_folders_without_a_summary_are_not_in_the_final_table(make_run, capsys):
     make_run("vae", "taef2", stage="DA-VAE", steps=3, seconds=1.0, psnr=24.0, psnr_base=19.0)
     figures.final_table(["vae", "cut-off", "nowhere"])
     assert len(lines_of(capsys)) == 3
+
+
+def test_the_last_line_of_a_vae_says_what_its_base_and_it_came_to_and_zero_is_a_number(tmp_path, capsys):
+    summary = {"seconds": 12.6, "psnr": 24.5, "psnr_base": 0.0}
+    figures.report_vae(str(tmp_path), summary, 12, "8 images")
+    figures.report_vae(str(tmp_path), summary | {"psnr": 0}, 0, "8 images")
+    said = [line.partition("; ")[2].partition(";")[0] for line in lines_of(capsys)]
+    assert said == ["base only 0.00 dB, DA-VAE 24.50 dB on 8 images", "base VAE 0.00 dB on 8 images"]
+    figures.print_table("t", {"row": {"KID": 0.0}})
+    assert lines_of(capsys)[2].split() == ["row", "0"]
 
 
 def test_print_table_aligns_its_columns_and_leaves_blank_what_a_row_lacks(capsys):

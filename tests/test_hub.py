@@ -334,6 +334,20 @@ def test_a_commit_can_be_named(online, sd3_folder):
     assert hub.local("org/sd3@main/vae/config.json").name == "config.json"
 
 
+def test_a_commit_that_is_named_is_what_is_read_also_from_the_cache_however_far_main_has_gone_on(online):
+    fake = online({"org/a": {"a.pt": b"new"}})
+    former = Hub({"org/a": {"a.pt": b"old"}})
+    former.commit = "f" * 40
+    answer = fake.answer
+    fake.answer = lambda method, path, token: (former.answer if former.commit in path else answer)(
+        method, path, token)
+    for _ in ("online", "from the cache"):
+        for source, content in (("org/a/a.pt", b"new"), (f"org/a@{former.commit}/a.pt", b"old")):
+            assert hub.local(source).read_bytes() == content
+        fake.answer = lambda method, path, token: (503, {}, b"")
+        hub.fetch.cache_clear()
+
+
 @pytest.mark.slow
 def test_the_hub_s_own_variables_say_where_it_is_and_what_it_may(sd3_folder, tmp_path):
     program = "from support import hub; print(hub.local('org/sd3', 'vae'))"

@@ -2,6 +2,7 @@
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +111,35 @@ def test_a_source_is_known_by_its_weights(base_run, tmp_path):
     weights[-1] = 1                                                # nor is one number among many overlooked
     save_file({"w": weights}, file)
     assert identity.of_source(tmp_path / "pipeline", "vae") != one
+
+
+def test_a_run_is_known_by_its_weights_those_that_adapters_leave_alone_and_those_of_its_vae(tmp_path):
+    places = ("step_000001", "frozen", "vae")
+
+    def save(place, value, **more):
+        runs.save_folder(tmp_path / place, {"model": {"w": torch.full((2,), value)}}, more, more)
+
+    for place in places:
+        save(place, 0.0)
+    known = {identity.of_run(tmp_path / "step_000001")}
+    for place in places:
+        save(place, 0.0, written="again, of the same weights")
+        assert identity.of_run(tmp_path / "step_000001") in known
+        save(place, 1.0)
+        known.add(identity.of_run(tmp_path / "step_000001"))
+    assert len(known) == 4
+
+
+def test_a_model_of_texts_is_made_of_captions_and_one_of_labels_of_classes():
+    vae = torch.nn.Linear(1, 1)
+    images = SimpleNamespace(fingerprint="f", classes=["ant"], captions=["an ant"])
+    texts, labels = (SimpleNamespace(text=text, base="") for text in ("out/text", ""))
+    before = identity.of_parts(texts, vae, images)
+    assert before["classes"] is None and before["captions"] and before["images"] == "f"
+    images.captions = ["a bee"]
+    assert identity.of_parts(texts, vae, images)["captions"] != before["captions"]
+    other = identity.of_parts(labels, vae, images)
+    assert other["captions"] is None and other["classes"] == ["ant"] and other["vae"] == before["vae"]
 
 
 # ---------------------------------------------------------------- the cache of latents

@@ -605,6 +605,24 @@ def traffic_of_a_block(mode, monkeypatch):
     return (bytes_3 - bytes_2) / (128 * 256 * 1152 * 2), calls_3 - calls_2
 
 
+@ordinary
+def test_a_cost_is_two_flops_a_product_and_every_number_once_that_the_backward_pass_needs():
+    """Of 5 rows: x, 50 numbers; the SiLU's input and output, 100 each, though two layers read it; no weights.
+    """
+    class Net(torch.nn.Sequential):
+        def forward(self, x):
+            h = self[1](self[0](x))
+            return self[2](h) + self[3](h[:])
+
+    with torch.device("meta"):
+        Linear = torch.nn.Linear
+        model = Net(Linear(10, 20), torch.nn.SiLU(), Linear(20, 1), Linear(20, 1, bias=False))
+        found = kernels.cost(model, (torch.empty(5, 10),))
+    forward = 2 * 5 * (10 * 20 + 2 * 20)
+    assert found == (forward, forward + 2 * 5 * (10 * 20 + 2 * 2 * 20), 50 + 100 + 100)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_models_cost_is_the_same_with_kernels(monkeypatch):
     found = {}
     for mode in ("ref", "triton"):

@@ -71,6 +71,44 @@ def test_samples_of_details_are_drawn_from_other_random_numbers_than_the_noise_o
     assert len(set(seeds)) == 3
 
 
+def test_samples_of_details_are_each_ranks_own_and_a_resumed_run_draws_those_it_would_have(
+    make_davae, monkeypatch
+):
+    monkeypatch.setattr(latents, "encode", lambda *args: torch.randn(2, 16, 1, 1))
+    cfg = known_config(detail_sample=True, cache=False)
+
+    def drawn(rank, start, count):
+        stream = latents.encoded_steps(make_davae(), Halves(), cfg, torch.device("cpu"), rank, 2, start)
+        return torch.stack([next(stream)[0] for _ in range(count)])
+
+    straight = drawn(0, 3, 3)
+    assert torch.equal(drawn(0, 5, 1)[0], straight[2])
+    assert len({step.sum().item() for step in [*straight, *drawn(1, 3, 3)]}) == 6
+
+
+def test_ranks_share_the_shards_and_a_cache_that_the_disk_cannot_hold_is_not_begun(
+    make_davae, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(latents, "SHARD", 1)
+    vae, cfg = make_davae(), known_config(out=tmp_path, image_size=16)
+    monkeypatch.setattr(ranks, "from_all", lambda header: [header] * 2)
+    size = 3 * 2 * 16 * 4 * 4 * 2                      # images, orientations, channels, pixels, bytes
+
+    def write(rank, free):
+        monkeypatch.setattr(latents.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        return latents.write_cache(vae, Halves(), cfg, torch.device("cpu"), rank, 2)
+
+    with pytest.raises(SystemExit, match="GB free, .* GB of latents to write; give --cache=False"):
+        write(0, size - 1)
+    folder = write(1, size)
+    assert [path.name for path in folder.iterdir()] == ["00001.safetensors"]
+    kept = (folder / "00001.safetensors").stat().st_mtime_ns
+    write(0, 2 * size // 3)                            # what is missing yet
+    assert sorted(path.name for path in folder.iterdir()) == [f"0000{n}.safetensors" for n in range(3)]
+    assert (folder / "00001.safetensors").stat().st_mtime_ns == kept
+    assert latents.Latents(folder, vae, 12).labels.tolist() == [0, 1, 2]
+
+
 def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(
     finetune_config, tiny_vae, tmp_path, monkeypatch, capsys
 ):
@@ -165,6 +203,7 @@ def test_a_cache_of_an_older_run_is_found_again():
     cfg, train_set = known_config(), data.open_dataset("procedural", 64, 5, 3)
     folder = latents.cache_folder(cfg, latents.describe(known_vae(), train_set, cfg, cpu))
     assert str(folder) == "out/latents-e6d515fe6e63"
+    names = {folder}
     for change in (
         dict(image_size=32),
         dict(flip=False),
@@ -174,9 +213,8 @@ def test_a_cache_of_an_older_run_is_found_again():
         dict(text="out/text", dtype="bfloat16"),
     ):
         other = known_config(**change)
-        name = latents.cache_folder(other, latents.describe(known_vae(), train_set, other, cpu))
-        assert name != folder
-        folder = name
+        names.add(latents.cache_folder(other, latents.describe(known_vae(), train_set, other, cpu)))
+    assert len(names) == 7                                         # each differs from all others
     assert latents.describe(known_vae(), data.open_dataset("procedural", 64, 5, 4), cfg, cpu) != (
         latents.describe(known_vae(), train_set, cfg, cpu))
 

@@ -31,8 +31,13 @@ def test_micro_batches_share_the_global_batch_equally(batch, micro, world, count
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
-    with pytest.raises(SystemExit, match="batch_size 7 is not 2 ranks"):
-        ranks.accumulation(7, 4, 2)
+    for batch, micro, world in ((7, 4, 2), (100, 32, 8), (1, 8, 4), (13, 5, 1)):
+        with pytest.raises(SystemExit, match=f"batch_size {batch} is not {world} ranks") as refused:
+            ranks.accumulation(batch, micro, world)
+        ranks.accumulation(int(str(refused.value).rpartition("=")[2]), micro, world)
+    for batch, micro, world, nearest in ((50, 8, 3, 48), (100, 32, 8, 96), (13, 5, 1, 12), (1, 8, 4, 4)):
+        with pytest.raises(SystemExit, match=f"give --batch_size={nearest}$"):
+            ranks.accumulation(batch, micro, world)
 
 
 def test_an_autoencoder_gets_as_many_images_at_once_as_eight_megapixels_hold():
@@ -81,6 +86,58 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_zero(davae_config, same_
     for cfg in (straight, stopped):
         train_vae.main(replace(cfg, steps=step + 2, cooldown=0.0))
     assert same_weights(straight, stopped)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_ends_the_program(monkeypatch):
+    monkeypatch.setattr(ranks, "ASKED", [])
+    try:
+        ranks.heed_signals()
+        assert not ranks.asked_to_stop()
+        signal.raise_signal(signal.SIGINT)
+        assert ranks.asked_to_stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        ranks.heed_signals(False)
+
+
+def test_all_ranks_stop_where_one_was_asked_to(monkeypatch):
+    monkeypatch.setattr(ranks, "ASKED", [])
+    monkeypatch.setattr(ranks, "sum_over_ranks", lambda x: x + 1)              # another rank was
+    assert ranks.asked_to_stop()
+
+
+@pytest.mark.parametrize("count, world", [(7, 3), (2, 4), (8, 4), (0, 2)])
+def test_every_rank_has_equally_many_numbers_and_together_they_have_all_once(monkeypatch, count, world):
+    shares = []
+    monkeypatch.setattr(ranks, "world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(ranks, "this_rank", lambda rank=rank: rank)
+        shares.append(ranks.my_share(count))
+    assert len(set(map(len, shares))) == 1
+    together = sorted(sum(shares, []))
+    assert together == list(range(len(together))) and count <= len(together) < count + world
+
+
+def test_parts_of_a_batch_have_random_numbers_of_their_own_however_many_ranks_share_them(monkeypatch):
+    def seeds(world):
+        found = []
+        for rank in range(world):
+            monkeypatch.setattr(ranks, "this_rank", lambda rank=rank: rank)
+            for _ in ranks.micro_batches(None, 4 // world, torch.zeros(8 // world), seed=1, step=5):
+                found.append(torch.initial_seed())
+        return found
+
+    assert seeds(1) == seeds(2) == seeds(4) and len(set(seeds(4))) == 4
+
+
+@pytest.mark.parametrize("dtype, device, has, wanted", [
+    ("auto", "cuda", {}, True), ("auto", "cpu", {}, False), ("auto", "cpu", {"avx512_bf16": True}, True),
+    ("auto", "cpu", {"amx_bf16": True, "avx512_bf16": False}, True), ("bfloat16", "cpu", {}, True),
+    ("float32", "cuda", {}, False), ("float32", "cpu", {"amx_bf16": True}, False)])
+def test_bfloat16_is_used_where_it_is_asked_for_or_has_instructions(monkeypatch, dtype, device, has, wanted):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert ranks.in_bfloat16(dtype, torch.device(device)) == wanted
 
 
 def test_out_of_memory_is_answered_with_the_flags_to_try_in_order(vae_config, tmp_path):

@@ -251,6 +251,34 @@ def test_every_picture_is_what_the_models_make(made):
     assert (pixels_of(shown[0]["src"]) == (10, 200, 30)).all()        # warm_start.png
 
 
+def test_the_wipe_and_the_dial_name_the_picture_and_the_psnr_that_they_show(made):
+    about = made()
+    dial = report.Dial(about)
+    parsed = Parsed(report.render(about, dial, 100))
+    with torch.no_grad():
+        z_all = about.vae.encode(about.x)
+        base = upsampled(about.vae.decode_base(z_all[:, :4]), 2)["base only, bicubic"]
+        shown = {"base only": base, "DA-VAE": about.vae.decode(z_all), "input": about.x}
+    pairs = []
+    for found in parsed.all("input", name="pair"):
+        pairs.append((found["data-first-name"], found["data-second-name"]))
+        for side in ("first", "second"):
+            sheet, = parsed.all("img", **{"data-set": "held-out", "data-stop": found[f"data-{side}"]})
+            images = shown[found[f"data-{side}-name"]].clamp(-1, 1)
+            strip = np.concatenate(list(data.to_uint8(images)), axis=1).astype(int)
+            assert np.abs(pixels_of(sheet["src"]) - strip).max() <= 1      # batches of another size round so
+    assert pairs == [("base only", "DA-VAE"), ("DA-VAE", "input"), ("base only", "input")]
+
+    decibels = [json.loads(found["data-dbs"]) for found in parsed.all("figcaption") if "data-dbs" in found]
+    for stop, images in ((0, base), (-1, shown["DA-VAE"])):
+        assert [said[stop] for said in decibels] == [f"{value:.2f} dB" for value in psnr(about.x, images)]
+    for name, labels in {"held-out": [f"image {i}, reconstructed" for i in range(1, 6)],
+                         "samples": [f"sample: {label}" for label in 2 * ["cat", "dog", "owl"]]}.items():
+        canvases = parsed.all("canvas", **{"data-dial": name})
+        assert [(found["data-i"], found["aria-label"]) for found in canvases] == [
+            (str(i), label) for i, label in enumerate(labels)]
+
+
 def test_of_large_images_the_middle_is_shown_and_the_whole_is_measured(made, monkeypatch):
     monkeypatch.setattr(report, "SIDE", 16)
     about = made()
@@ -363,6 +391,15 @@ def test_a_davae_alone_has_a_smaller_page(made):
     assert not [found for found in parsed.all("canvas") if found.get("data-dial") == "samples"]
 
 
+def test_the_facts_count_tokens_or_latent_positions_and_those_that_the_base_model_would_need(made):
+    about = made()
+    alone = dataclasses.replace(about, samples=None, stages=about.stages[:1])
+    found, found_alone = report.facts(about), report.facts(alone)
+    assert found["tokens an image, not 64"] == 16 and found["channels, base + detail"] == "4 + 12"
+    assert found_alone["latent positions an image, not 256"] == 64 and "warm start" not in str(found_alone)
+    assert found["of training, 2 stages"] == "81 s" and found_alone["of training, 1 stage"] == "50 s"
+
+
 def test_a_step_of_a_run_has_its_own_measurements_only(made):
     about = made()
     other = METRICS[0] | {"settings": METRICS[0]["settings"] | {"checkpoint": "r/step_000009", "n": 99}}
@@ -371,6 +408,21 @@ def test_a_step_of_a_run_has_its_own_measurements_only(made):
     for step, said in (("step_000009", "99 samples"), ("step_000008", "Not measured yet")):
         of_step = dataclasses.replace(about, folder=f"{about.folder}/{step}")
         assert said in Parsed(rendered(of_step)).text
+
+
+def test_the_latest_measurement_is_shown_and_after_more_training_is_said_to_be_an_old_one(made):
+    about = made()
+    folder = Path(about.folder)
+    entries = []
+    for n, step in ((99, 3), (77, 5)):
+        settings = METRICS[0]["settings"] | {"n": n, "checkpoint": f"r/step_00000{step}"}
+        entries.append(METRICS[0] | {"settings": settings})
+    (folder / "metrics.json").write_text(json.dumps(entries))
+    for newest, old in ((5, False), (8, True)):
+        runs.save_folder(folder / f"step_00000{newest}", {}, {})
+        section = report.measurements_section(about)
+        assert "77 samples" in section["tables"] and "99 samples" not in section["tables"]
+        assert ("Careful, " in section["measured"] and "step 8" in section["measured"]) == old
 
 
 # ---- commands ----
@@ -452,7 +504,7 @@ def test_images_are_those_asked_for_else_those_of_validation(given, val_dir, sho
         Path(folders[name]).mkdir()
         for i in range(3):
             Image.new("RGB", (16, 16), (value, value, value)).save(tmp_path / name / f"{i}.png")
-    stage_1 = {"config": {"val_dir": folders.get(val_dir, "")}}
+    stage_1 = {"config": {"val_dir": folders.get(val_dir, ""), "seed": 0}}
     runs.save_folder(tmp_path / "vae" / "step_000001", {}, stage_1)
     own = {"data_dir": folders["train"], "image_size": 16, "seed": 0, "vae": str(tmp_path / "vae")}
     run = SimpleNamespace(config={"config": own}, dit=object(), folder="r")

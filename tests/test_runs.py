@@ -1,4 +1,6 @@
 """support/runs.py: checkpoints that are whole or absent, damage, full disks, safe reading, resumed logs."""
+import contextlib
+import errno
 import json
 import os
 import pickle
@@ -6,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import finetune
 import train_vae
-from support import figures, runs
+from support import figures, ranks, runs
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -84,11 +89,113 @@ def test_a_field_that_is_younger_than_the_run_was_at_its_default(tmp_path):
         runs.resume(Config(out=str(tmp_path), lr=0.5), free=set())
 
 
+OTHER = {str: "other", bool: None, int: 77, float: 0.77, tuple: (77,)}         # values that no default is
+PLACES = {"preset", "data_dir", "val_dir", "vae", "base", "base_vae", "text", "lpips_trunk", "teacher"}
+HOW = {"device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile", "log_every",
+       "save_every", "track", "dry_run"}
+
+
+@pytest.mark.parametrize("script", [train_vae, finetune])
+def test_every_setting_that_changes_what_is_trained_is_refused_when_it_is_changed(script, tmp_path):
+    cfg = script.Config(out=str(tmp_path))
+    settings = asdict(cfg)
+    runs.save_checkpoint(tmp_path, 1, {}, {}, {"config": settings})
+    passed = set()
+    for name in settings.keys() - {"out"}:
+        with contextlib.suppress(runs.Differs):
+            runs.resume(replace(cfg, **{name: OTHER[type(settings[name])]}), free=())
+            passed.add(name)
+    assert passed == (PLACES | HOW) & settings.keys()
+
+
+def test_a_run_goes_on_with_the_seconds_and_results_of_the_jobs_before(tmp_path):
+    @dataclass
+    class Small(Config):
+        save_every: int = 0
+        log_every: int = 1
+        batch_size: int = 4
+
+    cfg = Small(out=str(tmp_path))
+    state = {"step": 3, "seconds": 100.0, "results": {"warm_start": 0.5}}
+    runs.save_checkpoint(tmp_path, 3, {}, state, {"config": asdict(cfg), "made_of": {"vae": "abc"}})
+    run = runs.Run(cfg, (), 0)
+    assert run.start == 3 and 100 <= run.elapsed() < 110
+    run.log.since -= 2.0
+    run.log.row(7)
+    assert run.log.latest["img/s"] == pytest.approx((7 - 3) * 4 / 2, rel=0.1)      # of this job's steps alone
+    with pytest.raises(runs.Differs, match="started with other vae than"):
+        run.cfg.vae = "another"
+        run.must_be_made_of(vae="def")
+    assert run.finish("DiT")["warm_start"] == 0.5
+
+
+def test_a_signal_that_comes_in_the_last_step_does_not_keep_a_run_from_being_finished(monkeypatch):
+    run = object.__new__(runs.Run)
+    run.cfg = SimpleNamespace(steps=9, save_every=0)
+    monkeypatch.setattr(ranks, "asked_to_stop", lambda: True)
+    assert run.save_due(8) and run.ends_early and run.must_save
+    assert run.save_due(9) and not run.ends_early and run.must_save
+
+
+def test_other_captions_are_said_aloud_and_a_finished_run_is_not_of_them(capsys):
+    run = object.__new__(runs.Run)
+    run.cfg, run.rank, run.done, run.needed_by = SimpleNamespace(out="a", data_dir="b"), 0, False, "c"
+    run.parts = {"captions": "1"}
+    run.must_be_made_of(captions="2")
+    said = capsys.readouterr().out
+    assert "a was started with other captions than --data_dir=b has now; training goes on" in said
+    assert run.parts == {"captions": "2"}
+    run.done = True
+    with pytest.raises(runs.Differs, match="started with other captions"):
+        run.must_be_made_of(captions="3")
+
+
 def test_json_files_are_replaced_whole(tmp_path):
     runs.write_json(tmp_path / "x.json", {"a": 1})
     with pytest.raises(TypeError):
         runs.write_json(tmp_path / "x.json", {"a": object()})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_a_file_stays_as_it_was_until_all_of_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
+    def fail(number):
+        raise OSError(5, "Input/output error")
+
+    runs.write_json(tmp_path / "x.json", {"a": 1})
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        runs.write_json(tmp_path / "x.json", {"a": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_former_is_there_until_then(
+        tmp_path, monkeypatch):
+    final, flushed, moved = tmp_path / "step_000005", set(), []
+    fsync, rename = os.fsync, os.replace
+
+    def noted(number):
+        flushed.add(os.fstat(number).st_ino)
+        fsync(number)
+
+    def checked(a, b):
+        if str(b) == str(final):
+            inside = {file.name: file.stat().st_ino for file in Path(a).iterdir()}
+            assert set(inside) == {"model.safetensors", "train_state.pt", "config.json", "SHA256SUMS"}
+            assert set(inside.values()) <= flushed
+            moved.append((tmp_path / "step_000005.old" / "model.safetensors").exists())
+        rename(a, b)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    for value in (1.0, 2.0):
+        runs.save_folder(final, {"model": {"w": torch.full((2,), value)}}, {}, {"step": 5})
+    assert moved == [False, True]
+
+    monkeypatch.setattr(torch, "save", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runs.save_folder(final, {"model": {"w": torch.zeros(2)}}, {}, {"step": 5})
+    assert [path.name for path in tmp_path.iterdir()] == [final.name]          # a full disk needs the room
+    assert load_file(final / "model.safetensors")["w"].tolist() == [2.0, 2.0]
 
 
 def test_resuming_drops_the_log_lines_that_will_be_written_again(tmp_path, read_log):
@@ -159,6 +266,15 @@ def test_damage_is_answered_with_what_can_be_done(tmp_path):
         file.write_bytes(file.read_bytes()[:-1])
         with pytest.raises(SystemExit, match=sentence):
             runs.read_state_dict(file)
+
+
+@pytest.mark.parametrize("left", [0, 80])
+def test_sums_that_are_empty_or_cut_off_do_not_vouch_for_what_they_lack(tmp_path, left):
+    runs.save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {}, {})
+    sums = tmp_path / "step_000001" / "SHA256SUMS"
+    sums.write_text(sums.read_text()[:left])                                   # a power cut
+    with pytest.raises(SystemExit, match="model.safetensors: damaged, not what SHA256SUMS beside it says"):
+        runs.read_state_dict(tmp_path / "step_000001")
 
 
 def test_truncated_weight_files_are_named(tmp_path):
@@ -303,6 +419,7 @@ def test_a_disk_too_small_shows_at_step_zero_in_one_sentence(davae_config, small
     assert process.returncode == 1
     assert "not written: " in err and "Make room" in err
     assert "Traceback" not in err
+    assert "step 1/" not in out
 
 
 def fill(file):
@@ -328,6 +445,18 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
     train_vae.main(davae_config(disk / "run", save_every=1, image_size=16, steps=3, gan=0.0))
     assert "training goes on, and the next save tries again" in capsys.readouterr().err
     assert [p.name for p in runs.checkpoints(disk / "run")] == ["step_000001", "step_000003"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
+def test_what_a_disk_may_refuse_ends_no_training_but_what_must_be_written_does(tmp_path, number, capsys):
+    with runs.disk_may_fail():
+        raise OSError(number, os.strerror(number), "file")
+    assert os.strerror(number) in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="not written: .*what was saved is"), runs.disk_may_fail(must=True):
+        raise OSError(number, os.strerror(number), "file")
+    for error in (PermissionError(errno.EACCES, "Permission denied"), RuntimeError("shapes differ")):
+        with pytest.raises(type(error)), runs.disk_may_fail():
+            raise error
 
 
 def test_a_read_only_disk_is_one_sentence_and_the_run_goes_on(davae_config, small_disk, monkeypatch, capsys):

@@ -99,6 +99,18 @@ def test_a_json_has_class_and_caption_and_the_files_of_their_own_count_more(phot
     assert set(dataset.labels) == {1} and set(dataset.captions) == {"another"}
 
 
+def test_of_two_names_for_one_thing_in_a_json_the_documented_first_counts(photos):
+    both = {"label": 0, "cls": 1, "caption": "the second", "text": "the first"}
+    dataset = opened(photos(json=lambda i: json.dumps(both).encode()))
+    assert set(dataset.labels) == {1} and set(dataset.captions) == {"the first"}
+
+
+def test_names_of_classes_may_be_numbers_themselves(photos):
+    folder = photos(cls=lambda i: [b"2001", b"1999"][i % 2])
+    (folder / "classes.txt").write_text("1999\n2000\n2001\n")
+    assert opened(folder).classes == ["1999", "2000", "2001"] and opened(folder).labels.tolist() == [2, 0] * 6
+
+
 def test_without_labels_there_are_no_classes(photos):
     dataset = opened(photos())
     assert dataset.classes == [] and dataset.captions is None and set(dataset.labels) == {0}
@@ -199,6 +211,19 @@ def test_damaged_labels_and_captions_are_named_and_their_images_left_out(tmp_pat
     assert "and 2 more like these" in capsys.readouterr().err
 
 
+def test_where_an_image_without_a_class_is_left_out_all_others_keep_their_class_and_caption(tmp_path):
+    members = {}
+    for i in range(30):
+        members |= sample(i, cls=b"%02d" % i, txt=b"number %02d" % i)
+    del members["0004.cls"]
+    dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
+    kept = [i for i in range(30) if i != 4]
+    assert dataset.labels.tolist() == kept and list(dataset.captions) == [f"number {i:02d}" for i in kept]
+    for place, i in enumerate(kept):
+        whole = Image.open(io.BytesIO(image_bytes(i)))
+        assert np.array_equal(dataset.image(place)[0], np.asarray(data.center_crop(whole, SIZE)))
+
+
 def test_of_a_name_that_is_in_a_shard_twice_image_and_caption_are_both_the_first(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for i, words in ((1, b"one"), (2, b"two"), (1, b"of another 1")):
@@ -288,6 +313,15 @@ def test_the_index_is_made_once_and_again_when_a_shard_has_changed(photos, scans
     assert len(opened(folder)) == 9 and len(scans) == 4
 
 
+def test_an_index_of_another_version_is_made_again(photos, scans, monkeypatch):
+    folder = photos(cls=label)
+    opened(folder)
+    monkeypatch.setattr(shards, "VERSION", shards.VERSION + 1)
+    assert len(opened(folder)) == 12 and len(scans) == 2
+    opened(folder)
+    assert len(scans) == 2
+
+
 @pytest.mark.parametrize("spoil", [b"", b"PK\3\4 no index", None])
 def test_a_damaged_index_is_made_again(photos, scans, spoil):
     folder = photos(cls=label)
@@ -332,6 +366,18 @@ def test_the_fingerprint_is_that_of_images_and_classes(photos):
     assert len(prints) == 4
     moved = folder.rename(folder.with_name("moved"))
     assert opened(moved).fingerprint in prints
+
+
+def test_other_pixels_in_files_of_the_same_names_and_sizes_are_other_images(tmp_path):
+    def bitmaps(seed):
+        return {f"{i}.bmp": image_bytes(i if i < 3 else seed, "BMP") for i in range(4)}
+
+    write_tar(tmp_path / "0.tar", bitmaps(50))
+    before = opened(tmp_path)
+    known = before.fingerprint
+    write_tar(tmp_path / "0.tar", bitmaps(51))
+    after = opened(tmp_path)
+    assert after.index.size.tolist() == before.index.size.tolist() and after.fingerprint != known
 
 
 def test_strings_in_two_arrays_are_the_list_that_was_packed():

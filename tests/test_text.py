@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from support import runs, text
@@ -69,6 +70,50 @@ def test_no_shard_of_texts_is_ever_written_over(sd3_folder, tmp_path):
     text.cache_text(sd3_folder, ["fox", "snow", "owl"], tmp_path, cpu, t5_tokens=24, shard=1)
     assert [p.stem for p in text.shards_of(tmp_path)] == [f"text_{n:05d}" for n in (0, 2, 3, 4)]
     assert set(text.TextCache(tmp_path).rows) == {"", "fox", "snow", "owl"}
+
+
+def test_texts_are_known_by_their_encoders_and_tokenizers_wherever_these_lie(sd3_folder, tmp_path):
+    before = text.fingerprint(sd3_folder)
+    shutil.copytree(sd3_folder, tmp_path / "sd3", copy_function=shutil.copyfile)
+    assert text.fingerprint(tmp_path / "sd3") == before
+    shutil.rmtree(tmp_path / "sd3/transformer")                    # which no text passes through
+    assert text.fingerprint(tmp_path / "sd3") == before
+    for name in ("tokenizer_2/tokenizer.json", "text_encoder_3/config.json"):
+        file = tmp_path / "sd3" / name
+        file.write_text(file.read_text() + " ")
+        assert text.fingerprint(tmp_path / "sd3") != before
+        before = text.fingerprint(tmp_path / "sd3")
+
+
+def test_one_rank_encodes_for_all_and_no_cache_is_begun_that_the_disk_cannot_hold(
+        sd3_folder, tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    with pytest.raises(SystemExit, match="no text_"):
+        text.text_for(sd3_folder, ["fox"], tmp_path, 1, cpu, 24)   # of which rank 0 has written nothing here
+    free = (77 + 24) * 40 * 4 + 24 * 4                             # bytes of one text
+    monkeypatch.setattr(text.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * free - 1))
+    with pytest.raises(SystemExit, match="too little space; give another --out, or fewer texts"):
+        text.text_for(sd3_folder, ["fox"], tmp_path, 0, cpu, 24)   # and ""
+    assert not list(tmp_path.glob("text/*.safetensors"))
+
+
+def test_the_captions_of_a_folder_and_the_prompts_are_both_encoded(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a caption")
+    asked = []
+    monkeypatch.setattr(text, "cache_text", lambda encoders, prompts, *rest: asked.append(prompts))
+    text.main_text(text.TextConfig(encoders="e", out="o", data_dir=str(tmp_path), prompts="fox|owl"))
+    assert asked == [["a caption", "fox", "owl"]]
+
+
+def test_captions_of_one_batch_are_dropped_each_by_itself(tmp_path):
+    shard(tmp_path, 0, prompts=["", "a"], context=torch.stack([torch.zeros(8, 6), torch.ones(8, 6)]))
+    images = SimpleNamespace(captions=["a"] * 200)
+    cfg = SimpleNamespace(text=str(tmp_path), out="", t5_tokens=None)
+    condition = text.Conditioner(None, images, cfg, torch.device("cpu"), 0)
+    torch.manual_seed(0)
+    tokens, _ = condition(torch.arange(200), 0.25)
+    assert 120 < tokens[:, 0, 0].sum() < 180
 
 
 def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_folder, tmp_path):

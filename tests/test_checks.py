@@ -1,0 +1,43 @@
+"""support/checks.py: what does not fit together is refused, and what fits is not."""
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+import train_vae
+from support import checks
+
+
+def test_a_base_of_fewer_classes_than_the_images_have_is_refused(make_dit):
+    cfg = SimpleNamespace(base="base", vae="vae", text="", lora=0, image_size=16, data_dir="photos")
+    vae = SimpleNamespace(C=4, f=4)
+    for classes in (1, 5):
+        checks.check_base(cfg, vae, make_dit(), classes)
+    with pytest.raises(SystemExit, match="base: has 5 classes; photos has 6"):
+        checks.check_base(cfg, vae, make_dit(), 6)
+
+
+@pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])
+def test_the_discriminator_counts_only_where_it_starts_before_the_end(gan, start, judged):
+    assert checks.is_judged(SimpleNamespace(gan=gan, disc_start=start, steps=9)) == judged
+
+
+@pytest.mark.parametrize("changes, refused", [
+    (dict(image_size=12, perceptual="vgg"), "images of 12 pixels; wanted 16"),
+    (dict(image_size=16, perceptual="vgg"), ""),
+    (dict(image_size=20, perceptual="squeeze"), ""),
+    (dict(image_size=20, gan=0.1), "images of 20 pixels; wanted 24"),
+    (dict(image_size=20, gan=0.1, disc_start=9, steps=9), ""),
+    (dict(image_size=24, gan=0.1), ""),
+    (dict(train="up", adaptive_align=True), "--train=up freezes the layer"),
+    (dict(train="up", adaptive_align=False), ""),
+    (dict(train="blocks"), ""),
+    (dict(detail_dropout=1.0, rescale=True), "--rescale=True divides by"),
+    (dict(detail_dropout=1.0, rescale=False), ""),
+])
+def test_what_fits_is_not_refused_with_what_does_not(make_davae, changes, refused):
+    cfg = train_vae.Config(D=12, image_size=64, perceptual="none", gan=0.0, disc_start=3, steps=9, crop=())
+    if not refused:
+        return checks.before_training(replace(cfg, **changes), make_davae())
+    with pytest.raises(SystemExit, match=refused):
+        checks.before_training(replace(cfg, **changes), make_davae())
