@@ -202,7 +202,7 @@ def test_a_preset_whose_base_vae_is_not_here_says_by_which_flag_to_name_it(toys)
     assert not Path("out").exists()
     runs.save_checkpoint("out/photos-vae", 1, {}, None, {})
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", "--data_dir=mine"])
-    with pytest.raises(SystemExit, match="stands at step 1 of 2; in a .*name it is taken as it is, by --vae="):
+    with pytest.raises(SystemExit, match="stands at step 1 of 2; in a .*it is taken as it is, by --vae="):
         finetune.main(cfg)
 
 
