@@ -124,7 +124,7 @@ def read_index(folder, endings):
     tars = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     place = place_of_index(folder)
     with FileLock(f"{place}.lock"):
-        found = load(place, tars)
+        found = load(place, tars, endings)
         if found is None:
             found = scan(folder, tars, endings)
             try:
@@ -166,7 +166,8 @@ def scan(folder, tars, endings):
     for name in ("names", "labels", "captions"):
         packed = Strings.pack(columns[name])
         arrays |= {name: packed.text, f"{name}_ends": packed.ends}
-    about = {"version": VERSION, "tars": tars, "faults": faults, "left_out": dict(left_out.most_common())}
+    about = {"version": VERSION, "tars": tars, "endings": sorted(endings), "faults": faults,
+             "left_out": dict(left_out.most_common())}
     return about, arrays
 
 
@@ -304,12 +305,12 @@ def save(place, about, arrays):
         Path(aside).unlink(missing_ok=True)
 
 
-def load(place, tars):
-    """(about, arrays) of an index; None if it is of other shards, of another version, or damaged."""
+def load(place, tars, endings):
+    """(about, arrays) of an index; None if it is of other shards, endings or another version, or damaged."""
     try:
         with np.load(place) as file:
             about = json.loads(str(file["about"]))
-            if about["version"] != VERSION or about["tars"] != tars:
+            if (about["version"], about["tars"], about["endings"]) != (VERSION, tars, sorted(endings)):
                 return None
             return about, {name: file[name] for name in file.files if name != "about"}
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):

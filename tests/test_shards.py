@@ -322,6 +322,13 @@ def test_an_index_of_another_version_is_made_again(photos, scans, monkeypatch):
     assert len(scans) == 2
 
 
+def test_an_index_made_where_other_formats_are_read_is_made_again(photos, scans, monkeypatch):
+    folder = photos(cls=label)
+    opened(folder)
+    monkeypatch.setattr(data, "EXTENSIONS", (*data.EXTENSIONS, ".new"))            # of a newer Pillow
+    assert len(opened(folder)) == 12 and len(scans) == 2
+
+
 @pytest.mark.parametrize("spoil", [b"", b"PK\3\4 no index", None])
 def test_a_damaged_index_is_made_again(photos, scans, spoil):
     folder = photos(cls=label)
