@@ -48,7 +48,7 @@ class DAVAEConfig:
 
 
 def group_mean(z_d, C):
-    """Average each run of D/C adjacent detail channels: (B, D, h, w) -> (B, C, h, w).  Eq. (3)."""
+    """Means of D/C adjacent details: (B, D, h, w) -> (B, C, h, w).  Eq. (3).  raises: ValueError if D % C"""
     check_groups(C, z_d.shape[1])
     return z_d.unflatten(1, (C, -1)).mean(dim=2)
 
