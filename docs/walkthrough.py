@@ -1,10 +1,10 @@
 """Run the notebook walkthrough.ipynb and print it as the page walkthrough.md.
 
     python docs/walkthrough.py                      # of out/tiny, the run of `python finetune.py`
-    python docs/walkthrough.py --execute=False      # print only: after a change of the text
+    python docs/walkthrough.py --execute=False      # print only: after editing the text
 
-The notebook is the source; nothing of it stands anywhere else. Its cells are run here one after the other, as
-Jupyter would run them. What they print and show is put into the notebook; page and pictures/ are made of it.
+The notebook is the only source. Its cells run here one after the other, as in Jupyter. Their output is stored
+in the notebook, from which the page and pictures/ are made.
 80 CPU-seconds on one thread (AMD EPYC, Zen 4; 2026-11-26).
 """
 import ast
@@ -31,21 +31,21 @@ HEAD = "<!-- printed by walkthrough.py from walkthrough.ipynb: change it there -
 @dataclass
 class Config:
     run: str = field("out/tiny", "RUN of the notebook: a run of finetune.py, widened from a base model")
-    image: int = field(7, "IMAGE of the notebook: which of the held-out drawings to follow", at_least=0)
-    images: int = field(200, "IMAGES: held-out drawings that averages are taken over", at_least=6)
-    steps: int = field(200, "STEPS of each short training in the exercises", at_least=1)
-    execute: bool = field(True, "run the cells; False: print the page of what they said last time")
+    image: int = field(7, "IMAGE of the notebook: the held-out drawing to follow", at_least=0)
+    images: int = field(200, "IMAGES: held-out drawings to average over", at_least=6)
+    steps: int = field(200, "STEPS of each short training run in the exercises", at_least=1)
+    execute: bool = field(True, "run the cells; False: print the page from their stored output")
     out: str = field("docs", "folder for notebook, page and pictures")
 
 
-# ---------------------------------------------------------------- running, as Jupyter would
+# ---------------------------------------------------------------- running the cells, as Jupyter would
 
 
 def execute(notebook, given):
-    """Run all code cells and keep what they print and show, in place.
+    """Run all code cells and store their output in the notebook, in place.
 
     given: {name: value}, set after the cell with the tag "parameters"
-    Whatever a cell raises goes on from here; the traceback names the cell.
+    Exceptions in a cell propagate; the traceback names the cell.
     """
     names = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -60,7 +60,7 @@ def execute(notebook, given):
 
 
 def run_cell(source, names, title):
-    """(what a cell printed, the value of the expression at its end or None)"""
+    """Run one cell: (what it printed, the value of its last expression or None)."""
     body = ast.parse(source, title).body
     last = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None
     value = None
@@ -72,7 +72,7 @@ def run_cell(source, names, title):
 
 
 def outputs(said, value, count):
-    """What a cell printed and showed, in the format of notebooks."""
+    """A cell's output, in the notebook format."""
     found = []
     if said:
         found.append({"name": "stdout", "output_type": "stream", "text": said.splitlines(keepends=True)})
@@ -91,11 +91,11 @@ def png(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
-# ---------------------------------------------------------------- the printed form
+# ---------------------------------------------------------------- the printed page
 
 
 def page(notebook):
-    """The notebook as Markdown: text as it is, code and what it printed in fences, links to the pictures."""
+    """The notebook as Markdown: text unchanged, code and printed output in fences, links to the pictures."""
     parts = [HEAD]
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -108,13 +108,13 @@ def page(notebook):
         if picture(cell):
             shown.append(f"![{caption(source)}](pictures/{cell['id']}.png)")
         if "solution" in tags(cell):
-            shown = ["<details>\n<summary>A solution, and what it gives</summary>", *shown, "</details>"]
+            shown = ["<details>\n<summary>A solution and its output</summary>", *shown, "</details>"]
         parts += shown
     return "\n\n".join(parts) + "\n"
 
 
 def printed(cell):
-    """What a cell printed; Jupyter keeps it in parts, and beside it what went to stderr: progress bars."""
+    """What a cell printed. Jupyter stores it in parts, next to stderr, which has progress bars."""
     return "".join("".join(output["text"]) for output in cell["outputs"] if output.get("name") == "stdout")
 
 
@@ -127,7 +127,7 @@ def picture(cell):
 
 
 def caption(source):
-    """What a picture shows: the comment in the last line of its cell."""
+    """A picture's caption: the comment in the last line of its cell."""
     return source.splitlines()[-1].removeprefix("# ")
 
 
