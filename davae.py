@@ -1,17 +1,17 @@
-"""The method's autoencoder: a frozen base VAE, and detail channels beside its latent (arXiv 2603.22125).
+"""The method's autoencoder: a frozen base VAE plus detail channels next to its latent (arXiv 2603.22125).
 
     x (B, 3, H, W) --bicubic 1/r--> frozen base encoder --> z    (B, C, h, w)   what the pretrained DiT knows
     x (B, 3, H, W) ---------------> detail encoder -------> z_d  (B, D, h, w)   aligned to z by Eq. (3), (4)
     z_all = [z, z_d] (B, C+D, h, w) ----------------------> decoder -> x_hat (B, 3, H, W)
 
-First the method: `align_loss`, the two new blocks, `DAVAE`. Then what it stands on: `BaseVAE`, which says
-what a base must offer, and `AutoencoderKL`, the one base that is written out here (VA-VAE, SD3's VAE). Files
-are read in support/weights.py; other bases are in support/bases.py.
+The method comes first: `align_loss`, the two new blocks, `DAVAE`. Then what it builds on: `BaseVAE`, the
+interface that every base implements, and `AutoencoderKL`, the one base written out here (VA-VAE, SD3's VAE).
+Weight files are read in support/weights.py; other bases are in support/bases.py.
 
 Dimension key:  B batch   H W image   h w latent grid   C base channels   D detail channels   F `width`
                 r ratio of full to base image, 2 in the paper   f downsampling factor; a DAVAE's is r * f_base
 Pixels are RGB in [-1, 1]. Every `encode` returns normalised latents and every `decode` takes them; the
-statistics are buffers, `mean` and `std`, of the module that they belong to.
+statistics are the buffers `mean` and `std` of the module that makes the latent.
 """
 import dataclasses
 from collections import OrderedDict
@@ -30,18 +30,18 @@ from support.fit import LatentHead
 
 @dataclass
 class DAVAEConfig:
-    """What a DAVAE adds to its base VAE; saved with the weights. A new option is one more field here."""
+    """What a DAVAE adds to its base VAE; saved with the weights. To add an option, add a field here."""
     D: int = 96                   # detail channels, a multiple of C
     r: int = 2                    # side of the full image / side of the base image; a power of two
-    detail_dropout: float = 0.1   # probability, per image, in training only, of decoding without details
-    rescale: bool = False         # divide the details that are kept by 1 - detail_dropout, as the authors do
+    detail_dropout: float = 0.1   # probability of decoding an image without details, in training only
+    rescale: bool = False         # divide the surviving details by 1 - detail_dropout, as the authors do
     latent_shortcut: bool = False  # the down block's shortcut reads the base's own latent (support/fit.py)
 
     def __post_init__(self):
         if self.D < 1:
-            raise ValueError(f"D={self.D} detail channels: wanted at least 1; without, it is a PlainVAE")
+            raise ValueError(f"D={self.D} detail channels: wanted at least 1; for none, use PlainVAE")
         if self.r < 2 or self.r & (self.r - 1):
-            raise ValueError(f"r={self.r}: wanted 2, 4, 8, ...: the base image is halved over and over")
+            raise ValueError(f"r={self.r}: wanted 2, 4, 8, ...: the base image is made by repeated halving")
 
 
 # ---------------------------------------------------------------- the method: alignment
@@ -61,7 +61,7 @@ def check_groups(C, D):
 
 
 def align_loss(z, z_d):
-    """Mean squared distance between the grouped details and the base latent, which stays as it is.  Eq. (4).
+    """Mean squared error between the details' group means and the base latent, which is detached.  Eq. (4).
 
     z: (B, C, h, w), z_d: (B, D, h, w); returns a () float32 mean over all B*C*h*w elements.
     """
@@ -82,7 +82,7 @@ def half(x):
 def base_image(x, r):
     """The image that the base VAE sees: (B, 3, H, W) -> (B, 3, H/r, W/r), halved log2(r) times.
 
-    Differs from the paper, which has r = 2 only: in one step, bicubic without antialiasing would skip pixels.
+    Differs from the paper, which has only r = 2: in one step, bicubic without antialiasing would skip pixels.
     """
     while r > 1:
         x = half(x)
@@ -119,19 +119,19 @@ class DownBlock(nn.Module):
     """Residual pixel-unshuffle (after DC-AE): features (B, F, r*h, r*w) -> moments of z_d (B, O = 2D, h, w).
 
     main path: conv3x3 to O/r^2 channels, pixel-unshuffle by r
-    shortcut:  pixel-unshuffle by r to F*r^2 channels, and from those to O: where they divide into O equal
-               groups, the mean of each group of adjacent channels (no parameters; SD3); else a 1x1
-               convolution, zero at first (VA-VAE)
+    shortcut:  pixel-unshuffle by r to F*r^2 channels, then to O: if they divide into O equal groups, by the
+               mean of each group of adjacent channels (no parameters; SD3), else by a zero-initialised 1x1
+               convolution (VA-VAE)
     head:      if given (ours, support/fit.py), the shortcut reads head(features), C channels, and always ends
                in the 1x1 convolution, with a bias
-    Differs from the paper: Fig. S1 describes strided convolutions; this is what the authors' code does.
+    Differs from the paper: Fig. S1 describes strided convolutions; this follows the authors' code.
     """
 
     def __init__(self, width, O, r=2, head=None):
         super().__init__()
         if O % (r * r):
             raise ValueError(f"the down block makes {O} channels by pixel-unshuffle: wanted a multiple of "
-                             f"{r * r}, so D a multiple of {r * r // 2}")
+                             f"{r * r}, so D must be a multiple of {r * r // 2}")
         self.O = O
         self.r = r
         self.conv = nn.Conv2d(width, O // r**2, 3, padding=1)
@@ -154,9 +154,9 @@ class UpBlock(nn.Module):
     """Residual pixel-shuffle, the mirror of DownBlock: latents (B, C+D, h, w) -> features (B, F, r*h, r*w).
 
     main path: conv3x3 to F*r^2 channels, pixel-shuffle by r
-    shortcut:  each latent channel repeated until there are F*r^2, pixel-shuffle by r; where the numbers do
-               not divide, a 1x1 convolution, zero at first, in place of the repetition
-    Differs from the paper: Fig. S1 shuffles first and convolves after; this is what the authors' code does.
+    shortcut:  repeat each latent channel to reach F*r^2 channels, pixel-shuffle by r; if F*r^2 is not a
+               multiple of C+D, a zero-initialised 1x1 convolution replaces the repetition
+    Differs from the paper: Fig. S1 shuffles first and convolves afterwards; this follows the authors' code.
     """
 
     def __init__(self, channels, width, r=2):
@@ -181,25 +181,25 @@ class UpBlock(nn.Module):
 
 @dataclass
 class Reconstruction:
-    """What one training pass gives to the losses."""
+    """The outputs of one training pass, for the losses."""
     x_hat: torch.Tensor               # (B, 3, H, W)
-    posterior: Posterior              # of z_d; of z where there are no details
-    z_d: torch.Tensor                 # (B, D, h, w) raw, sampled; (B, C, h, w) where there are no details
-    z: torch.Tensor = None            # (B, C, h, w) normalised; None where there are no details
+    posterior: Posterior              # of z_d; of z if there are no details
+    z_d: torch.Tensor                 # (B, D, h, w) raw, sampled; (B, C, h, w) if there are no details
+    z: torch.Tensor = None            # (B, C, h, w) normalised; None if there are no details
 
 
 class DAVAE(nn.Module):
     """A frozen base VAE on the small image, D detail channels from the full one, one decoder.  Sec. 3.1.
 
     The detail encoder starts as a copy of the base encoder, tapped before its latent head; the decoder as a
-    copy of the base decoder, entered after its latent stem. Down and up block take the places of these two.
+    copy of the base decoder, entered after its latent stem. The down and up blocks replace head and stem.
 
-    base: a BaseVAE; it is frozen, and not copied
-    Differs from the authors' code in two points. What survives detail dropout is not multiplied by 1/(1-p)
-    unless `rescale`, because the decoder would then see z_d at two scales, in training and after. Alignment
-    and decoder work on normalised base latents for every base, as in their SD3 code, and not on raw ones,
-    as in their ImageNet code.
-    raises: ValueError if D is not a multiple of C, and of r^2 / 2
+    base: a BaseVAE; it is frozen in place, not copied
+    Differs from the authors' code in two points. Details that survive dropout are not multiplied by 1/(1-p)
+    unless `rescale`: the decoder would then see z_d at one scale in training and at another afterwards.
+    Alignment and decoder use normalised base latents for every base, as in their SD3 code; their ImageNet
+    code uses raw ones.
+    raises: ValueError unless D is a multiple of both C and r^2 / 2
     """
 
     def __init__(self, base, cfg):
@@ -224,21 +224,21 @@ class DAVAE(nn.Module):
     def forward(self, x, keep=None):
         """One training pass, with sampled details: (B, 3, H, W) -> Reconstruction.
 
-        keep: (B,) how many details the decoder sees of each image (support/levels.py); None: detail dropout
+        keep: (B,) number of details of each image that the decoder sees (support/levels.py); None: dropout
         """
         z = self.encode_base(x)                                    # (B, C, h, w)
         posterior = self.detail_posterior(x)
-        z_d = posterior.sample()                                   # (B, D, h, w), aligned before it is hidden
+        z_d = posterior.sample()                                   # (B, D, h, w); alignment sees all of it
         if keep is not None:
             seen = levels.seen(keep, self.C, self.D)
-        else:                                                      # detail dropout: all of an image, or none
+        else:                                                      # detail dropout: per image, all or none
             seen = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.cfg.detail_dropout
             seen = seen / (1 - self.cfg.detail_dropout) if self.cfg.rescale else seen
         return Reconstruction(self.decode_raw(z, z_d * seen.to(z_d.dtype)), posterior, z_d, z)
 
     @torch.no_grad()
     def encode_base(self, x):
-        """Normalised base latent: (B, 3, H, W) -> (B, C, h, w); the base VAE's own, of the small image."""
+        """Normalised base latent: (B, 3, H, W) -> (B, C, h, w); the base VAE's latent of the small image."""
         return self.base.encode(base_image(x, self.r))
 
     def detail_posterior(self, x):
@@ -249,9 +249,9 @@ class DAVAE(nn.Module):
     def encode(self, x, sample=False):
         """Normalised latent z_all = [z, z_d]: (B, 3, H, W) in [-1, 1] -> (B, C+D, H/f, W/f).
 
-        z is the mode; z_d is the mode, or a sample of its posterior where `sample`, as in the authors'
-        ImageNet features. Differs from the authors' code: their wrapper adds unit Gaussian noise to z_d
-        here, which their trainer never saw.
+        z is the mode; z_d is the mode or, with `sample`, a sample of its posterior, as in the authors'
+        ImageNet features. Differs from the authors' code, whose wrapper adds unit Gaussian noise to z_d
+        here, which their trainer never does.
         raises: ValueError if a side of the image is not a multiple of f
         """
         check_sides(x, self.f)
@@ -263,7 +263,7 @@ class DAVAE(nn.Module):
     def decode(self, z_all, keep=None):
         """Image of a normalised latent: (B, C+D, h, w) -> (B, 3, f*h, f*w), nominally in [-1, 1].
 
-        keep: take so many of the details (support/levels.py), and zero, not their mean, for the others
+        keep: use only this many details (support/levels.py); the others become zero, not their mean
         """
         z, z_d = z_all.split([self.C, self.D], dim=1)
         z_d = unnormalise(z_d, self.mean, self.std)
@@ -272,7 +272,7 @@ class DAVAE(nn.Module):
         return self.decode_raw(z, z_d)
 
     def decode_raw(self, z, z_d):
-        """Image of a normalised base latent and raw details, as the losses need it."""
+        """Image of a normalised base latent and raw details, as in training."""
         return self.decoder(self.up(torch.cat([z, z_d], dim=1)))
 
     def decode_base(self, z):
@@ -281,16 +281,16 @@ class DAVAE(nn.Module):
 
     @torch.no_grad()
     def measure(self, images, total=lambda x: x):  # total: sums a tensor over the ranks that share the images
-        """Set the statistics of the details from batches of training images: per channel, of modes."""
+        """Set the details' per-channel statistics from their modes on batches of training images."""
         measure_channels(self, (self.detail_posterior(x).mean for x in images), total)
 
     def config(self):
-        """What `load_davae` needs to build this module again, as JSON."""
+        """What `load_davae` needs to rebuild this module, as JSON."""
         return {"base": base_config(self.base)} | dataclasses.asdict(self.cfg)
 
 
 class PlainVAE(nn.Module):
-    """A base VAE alone, at full size and trainable, behind the calls of a DAVAE: D = 0, r = 1, z_all = z."""
+    """A base VAE alone, at full size and trainable, with a DAVAE's interface: D = 0, r = 1, z_all = z."""
     D = 0
     r = 1
 
@@ -328,14 +328,14 @@ class PlainVAE(nn.Module):
 
     @torch.no_grad()
     def measure(self, images, total=lambda x: x):
-        """Set the statistics of the base; else as a DAVAE does."""
+        """Set the base's statistics; see DAVAE.measure."""
         measure_channels(self.base, (self.base.posterior(x).mean for x in images), total)
 
     def config(self):
         return {"base": base_config(self.base), "D": 0}
 
 
-# ---------------------------------------------------------------- small helpers of both
+# ---------------------------------------------------------------- small helpers for both
 
 
 def normalise(z, mean, std):
@@ -347,15 +347,15 @@ def unnormalise(z, mean, std):
 
 
 def measure_channels(module, batches, total):
-    """Set a module's mean and (unbiased) std to those of each channel of raw latents (B, channels, h, w)."""
-    sums = module.mean.new_zeros(3, len(module.mean), dtype=torch.float64)  # number, sum, sum of squares
+    """Set a module's per-channel mean and (unbiased) std from batches of raw latents (B, channels, h, w)."""
+    sums = module.mean.new_zeros(3, len(module.mean), dtype=torch.float64)  # count, sum, sum of squares
     for raw in batches:
         x = raw.double().movedim(1, 0).flatten(1)                             # (channels, B*h*w)
         sums += torch.stack([torch.ones_like(x).sum(1), x.sum(1), x.square().sum(1)])
     count, first, second = total(sums)
     variance = (second - first.square() / count) / (count - 1).clamp_min(1)
     module.mean.copy_(first / count)
-    module.std.copy_(variance.clamp_min(1e-12).sqrt())                        # grey images have none
+    module.std.copy_(variance.clamp_min(1e-12).sqrt())                        # 0 for plain grey images
 
 
 def check_sides(x, f):
@@ -366,7 +366,7 @@ def check_sides(x, f):
 
 
 def base_config(base):
-    """A base VAE's settings with its name in support/bases.py:BASES."""
+    """A base VAE's settings, plus its name in support/bases.py:BASES."""
     return {"kind": type(base).__name__} | base.config()
 
 
@@ -374,19 +374,19 @@ def base_config(base):
 
 
 class BaseVAE(nn.Module):
-    """What DAVAE asks of a base. A class of your own sets four parts, and gives its settings as a dict:
+    """What DAVAE requires of a base. Your own class sets four parts and returns its settings as a dict:
 
         encoder      images (B, 3, H, W) in [-1, 1] -> features (B, width, H/f, W/f)
         to_moments   features -> mean and logvar of the latent (B, 2C, H/f, W/f)
         from_latent  latent (B, C, h, w) -> features (B, width, h, w)
         decoder      features -> images (B, 3, f*h, f*w)
-        config()     its settings as JSON, from which `build` makes the module again
+        config()     its settings as JSON, from which `build` rebuilds the module
 
     DAVAE copies `encoder` and `decoder`; its new blocks replace the other two. `from_latent` is a convolution
-    or a Sequential that ends in one. Layers that follow belong to `decoder`: the up block, which is linear,
+    or a Sequential that ends in one. Any later layers belong to `decoder`: the up block, which is linear,
     could not replace them. (So AutoencoderKL's decoder begins with Mid, and TAEF2's with a ReLU.)
     The class is found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
-    mean, std (C,): the statistics by which the pretrained pipeline normalises latents
+    mean, std (C,): the statistics with which the pretrained pipeline normalises latents
     """
     block = 1              # both sides of a latent must be multiples of this; 2 for FLUX.2's VAE
 
@@ -423,16 +423,16 @@ class BaseVAE(nn.Module):
 
 @dataclass
 class KLConfig:
-    """Sizes of an AutoencoderKL; the public ones are read off the checkpoint. Defaults: SD3's VAE, f8."""
+    """Sizes of an AutoencoderKL; for public ones, inferred from the checkpoint. Defaults: SD3's VAE, f8."""
     C: int = 16                                 # latent channels
-    widths: tuple = (128, 256, 512, 512)        # of the levels, from full size down; f = 2^(levels - 1)
+    widths: tuple = (128, 256, 512, 512)        # channels per level, full size first; f = 2^(levels - 1)
     blocks: int = 2                             # residual blocks per level (one more in the decoder)
     attn: tuple = ()                            # levels with attention after each residual block
     quant: bool = False                         # 1x1 convolutions on both sides of the latent (VA-VAE)
     groups: int = 32                            # of every GroupNorm
 
     def __post_init__(self):
-        self.widths = tuple(self.widths)        # JSON knows lists only
+        self.widths = tuple(self.widths)        # JSON only has lists
         self.attn = tuple(self.attn)
         for width in self.widths:
             if width % self.groups:
@@ -447,7 +447,7 @@ class NormSiLU(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution brings x to another width."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); if the width changes, a 1x1 convolution adapts x."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -475,7 +475,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
-        # Contiguous rows, for flash attention; so the 1x1 convolutions are computed as Linear layers. In
+        # Flash attention needs contiguous rows, so the 1x1 convolutions are computed as Linear layers. In
         # another layout a CPU would hold all (h*w)^2 scores at once: 1 GB at 1,024 pixels.
         y = self.norm(x).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)  # (B, 1, h*w, width), one head
         q, k, v = [F.linear(y, conv.weight.flatten(1), conv.bias) for conv in (self.q, self.k, self.v)]
@@ -485,9 +485,9 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where `attn`; then `resample`.
+    """The residual blocks of one resolution, each followed by attention if `attn`; then `resample`.
 
-    `resample` is the identity; where another resolution follows, the encoder or decoder replaces it.
+    `resample` starts as the identity; if another resolution follows, the encoder or decoder replaces it.
     """
 
     def __init__(self, c_in, c_out, blocks, attn, groups):
@@ -534,11 +534,11 @@ class Encoder(nn.Module):
         super().__init__()
         widths = cfg.widths
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        comes_in = [widths[0], *widths[:-1]]                  # level i takes what the level before it made
+        comes_in = [widths[0], *widths[:-1]]                  # level i reads the output of level i - 1
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(comes_in, widths)):
             self.down.append(Level(c_in, c_out, cfg.blocks, i in cfg.attn, cfg.groups))
-        for level, width in zip(self.down[:-1], widths):      # all but the last end at half the size
+        for level, width in zip(self.down[:-1], widths):      # all but the last level halve the size
             level.resample = halving(width)
         self.mid = Mid(widths[-1], cfg.groups)
         self.norm_out = NormSiLU(cfg.groups, widths[-1], eps=1e-6)
@@ -551,17 +551,17 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features at the latent's resolution -> image; `up` counts from full size down: the last runs first."""
+    """Features at the latent's resolution -> image; `up` lists full size first, so it runs in reverse."""
 
     def __init__(self, cfg):
         super().__init__()
         widths = cfg.widths
         self.mid = Mid(widths[-1], cfg.groups)
-        comes_in = [*widths[1:], widths[-1]]                  # from level i + 1; into the last one, from mid
+        comes_in = [*widths[1:], widths[-1]]                  # level i reads level i + 1; the last one, mid
         self.up = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(comes_in, widths)):
             self.up.append(Level(c_in, c_out, cfg.blocks + 1, i in cfg.attn, cfg.groups))
-        for level, width in zip(self.up[1:], widths[1:]):     # all but level 0 end at twice the size
+        for level, width in zip(self.up[1:], widths[1:]):     # all but level 0 double the size
             level.resample = doubling(width)
         self.norm_out = NormSiLU(cfg.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -576,8 +576,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(BaseVAE):
     """The convolutional VAE of latent diffusion; its config covers VA-VAE f16d32 and the SD3 VAE f8c16.
 
-    Differs from both in nothing but the grouping of its parts: `to_moments` and `from_latent` hold the layers
-    beside the latent (conv_out, quant_conv; post_quant_conv, conv_in), so that DAVAE can leave them out.
+    Differs from both only in how the parts are grouped: `to_moments` and `from_latent` hold the layers next
+    to the latent (conv_out, quant_conv; post_quant_conv, conv_in), so that DAVAE can leave them out.
     """
 
     def __init__(self, cfg):

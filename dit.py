@@ -1,8 +1,8 @@
 """Transformers that denoise latents, and the surgery that gives a pretrained one more channels.
 
-The method is `widen` and `expand_channels`: next to the patch embedder P and the output head O stand P_new
-and O_new for the D detail channels, all zero, so that the widened model starts as an exact copy of the
-pretrained one (Sec. 3.2):
+The method is `widen` and `expand_channels`: the patch embedder P and the output head O get companions P_new
+and O_new for the D detail channels, initialised to zero, so that the widened model starts as an exact copy
+of the pretrained one (Sec. 3.2):
 
     tokens = P(z) + P_new(z_d)          v_all = [O(x), O_new(x)]
 
@@ -11,7 +11,7 @@ pretrained one (Sec. 3.2):
 
 Then three transformers in full: LightningDiT (Yao et al., 2025; class-conditional, pretrained on VA-VAE
 latents), MMDiT (Esser et al., 2024, in the form of Stable Diffusion 3.5 Medium; text-conditional), and USiT
-(DC-AE 1.5's; class-conditional); and adapters for the second.
+(DC-AE 1.5's; class-conditional); and LoRA adapters for the text-conditional ones.
 
 Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   T text tokens
                 E width   A heads   K width per head   C base channels   D detail channels
@@ -19,8 +19,8 @@ Dimension key:  B batch   h w latent grid   p patch side   L tokens = h*w/p^2   
 Time:           t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise
                 The model predicts the velocity v = data - noise.
 
-Norms, RoPE, SwiGLU and attention are functions of kernels/: a CPU computes them by the plain PyTorch there, a
-GPU by the fastest variant that was found right for the model at hand (KERNELS=ref: by the plain PyTorch).
+Norms, RoPE, SwiGLU and attention are functions in kernels/: a CPU runs the plain PyTorch there, a GPU the
+fastest variant found correct for the model at hand (with KERNELS=ref, plain PyTorch as well).
 """
 import math
 from dataclasses import dataclass, replace
@@ -41,16 +41,16 @@ from support.usit import USiTConfig
 
 
 def widen(in_proj, out_proj, D, p=None):
-    """Zero-initialised companions of a transformer's first and last layer: P', O' for D channels.  Sec. 3.2.
+    """Zero-initialised companions of a transformer's first and last layer, for D channels.  Sec. 3.2.
 
     in_proj:  the patch embedder, a Conv2d C -> E of stride p, or a Linear p*p*C -> E;  add P_new(z_d) to it
-    out_proj: the head, a Linear E -> p*p*C;  concatenate O_new(x), unpatchified by itself, after its channels
-    returns:  P_new (no bias: in_proj has it) and O_new, on the device and in the dtype of in_proj
+    out_proj: the head, a Linear E -> p*p*C;  unpatchify O_new(x) separately, append it along the channels
+    returns:  P_new (no bias: in_proj has one) and O_new, on the device and in the dtype of in_proj
 
     Zeros do not stall the training: P_new gets a gradient from the base loss, O_new from the detail loss.
     """
     like = dict(device=in_proj.weight.device, dtype=in_proj.weight.dtype)
-    if isinstance(in_proj, nn.Linear):                                     # which does not show p
+    if isinstance(in_proj, nn.Linear):                                     # its shape does not reveal p
         P_new = nn.Linear(p * p * D, in_proj.out_features, bias=False, **like)
     else:
         p = in_proj.kernel_size[0]
@@ -62,23 +62,23 @@ def widen(in_proj, out_proj, D, p=None):
 
 
 class Transformer(nn.Module):
-    """What every transformer here does with its P and O, and once widened, with P_new and O_new.
+    """What every transformer here does with its P and O and, once widened, with P_new and O_new.
 
-    One of your own need not be a Transformer: P, O, expand_channels and `forward(z_all, t, *cond)` are all
-    that the scripts ask for (see MODELS at the end). If it has `modulations`, the sampler computes them
-    for many steps at once.
+    Your own model need not be a Transformer: the scripts require only `cfg`, P, O, expand_channels and
+    `forward(z_all, t, *cond)` (see MODELS at the end). If it has a `modulations` method, the sampler calls
+    it for many steps at once.
     """
     checkpointing = False      # True: recompute each block in the backward pass, to save memory
 
     def expand_channels(self, D):
         """Add D detail channels that change nothing yet: for any z_d, v is as before, and v_d is 0.
 
-        raises: ValueError if there are details already, or D < 1
+        raises: ValueError if the model already has details, or D < 1
         """
         if self.cfg.D:
             raise ValueError(f"already expanded by D={self.cfg.D} channels; start from the base model again")
         if D < 1:
-            raise ValueError(f"D={D} detail channels asked for, wanted at least 1")
+            raise ValueError(f"D={D} detail channels: wanted at least 1")
         self.P_new, self.O_new = widen(self.P, self.O, D, self.cfg.p)
         self.cfg = replace(self.cfg, D=D)
 
@@ -102,13 +102,13 @@ class Transformer(nn.Module):
         return x.contiguous()                                                  # else each block copies it
 
     def run(self, block, *args):
-        """One block, recomputed in the backward pass where `checkpointing`."""
+        """Run one block; with `checkpointing`, it is recomputed in the backward pass."""
         if self.checkpointing and self.training:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
     def heads(self, x, h, w):
-        """[O(x), O_new(x)], each unpatchified by itself: (B, L, E) -> (B, C+D, h, w) float32."""
+        """[O(x), O_new(x)], each unpatchified separately: (B, L, E) -> (B, C+D, h, w) float32."""
         v = unpatchify(self.O(x), self.cfg.p, h, w)                            # (B, C, h, w)
         if self.cfg.D:
             v_d = unpatchify(self.O_new(x), self.cfg.p, h, w)                  # (B, D, h, w)
@@ -117,10 +117,10 @@ class Transformer(nn.Module):
 
 
 class DiT(Transformer):
-    """A Transformer with adaLN: LightningDiT and MMDiT, which bring their own blocks and embedders."""
+    """A Transformer with adaLN: the base of LightningDiT and MMDiT, which add their blocks and embedders."""
 
     def __init__(self, cfg, rms, blocks, **embedders):
-        super().__init__()     # keep the order below: a saved optimizer knows parameters by number
+        super().__init__()     # keep the order below: a saved optimizer identifies parameters by number
         self.cfg = cfg
         self.P = nn.Conv2d(cfg.C, cfg.E, cfg.p, stride=cfg.p)
         self.t_embedder = nn.Sequential(nn.Linear(256, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
@@ -133,16 +133,16 @@ class DiT(Transformer):
         self.P_new, self.O_new = widen(self.P, self.O, cfg.D) if cfg.D else (None, None)
 
     def condition(self, t, y):
-        """(B, E): what every adaLN starts from, its SiLU included."""
+        """(B, E): the input of every adaLN layer, its SiLU already applied."""
         return F.silu(self.t_embedder(timestep_embedding(t)) + self.y_embedder(y))
 
     def modulations(self, t, y):
-        """Everything that adaLN computes: an entry for each block, and the last norm's.
+        """All that adaLN computes: one entry per block, then the last norm's.
 
-        They depend on time and condition alone, not on the latent, and a third of all parameters are in
-        their layers. So they come first; and the sampler, which knows its times beforehand, gets those of
-        many steps in one call (B then counts the images of all these steps) and hands them to `forward`.
-        Only here does the sampler call a part of the model.
+        They depend only on time and condition, not on the latent, and their layers hold a third of all
+        parameters. So they are computed first; and the sampler, which knows its times in advance, gets those
+        of many steps in one call (B then counts the images of all these steps) and passes them to `forward`.
+        This is the only part of the model that the sampler calls on its own.
         """
         c = self.condition(t, y)
         return [*(block.modulations(c) for block in self.blocks), self.adaLN_final(c)]
@@ -158,7 +158,7 @@ def warm_start_difference(base, model, z, cond):
     """(max |v - v_base|, max |v_d|) of a widened model and its base, for random z_d and t.  Sec. 3.2.
 
     z: (B, C, h, w); cond: what the models take after z_all and t, a tuple of (B, ...)
-    Both are 0.0 at step 0: details neither disturb the base nor move yet.
+    Both are 0.0 at step 0: the details do not affect the base yet, and their own velocity is 0.
     """
     B, C, h, w = z.shape
     t = torch.rand(B, device=z.device)
@@ -201,7 +201,7 @@ class LightningDiTConfig:
             raise ValueError(f"E={self.E} with A={self.A} heads: E must be a multiple of 4*A, "
                              "for the position tables")
         if self.qk_norm and not self.rms_norm:
-            raise ValueError("qk_norm without rms_norm is left out: set rms_norm=True")
+            raise ValueError("qk_norm without rms_norm is not implemented: set rms_norm=True")
         if not self.hidden:
             self.hidden = int(2 / 3 * int(4 * self.E)) if self.swiglu else 4 * self.E
 
@@ -228,7 +228,7 @@ class Block(nn.Module):
         """(B, L, E) -> (B, L, E); mods: (B, 6E), see `modulations`; cos, sin: RoPE's tables, if any."""
         shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)                  # each (B, E)
         y = self.attn(norm_modulate(x, shift1, scale1, self.norm1.weight), cos, sin)
-        # The sum x + gate1 * y and its norm are one kernel: it returns both.
+        # One kernel computes the sum x + gate1 * y and its norm, and returns both.
         x, h = add_norm_modulate(x, y, gate1, shift2, scale2, self.norm2.weight)
         return x + gate2[:, None] * self.mlp(h)
 
@@ -239,7 +239,7 @@ class LightningDiT(DiT):
     z_all:   (B, C+D, h, w) normalised, base channels first; h = w = cfg.grid * cfg.p
     t:       (B,) in [0, 1], 0 noise, 1 data
     y:       (B,) int64 in 0 .. num_classes; num_classes is the null class. The caller drops labels
-    mods:    modulations(t, y), if they are known already
+    mods:    modulations(t, y), if already computed
     returns: v (B, C+D, h, w) float32
     raises:  ValueError for a latent of another shape
     """
@@ -262,7 +262,7 @@ class LightningDiT(DiT):
         return self.velocity(x, final_mods, h, w)
 
     def init_weights(self):
-        # Linear layers, and the patch embedder as the Linear (C p p) -> E that it is:
+        # Linear layers, and the patch embedder, viewed as a Linear (C p p) -> E:
         # Xavier-uniform, zero bias.
         for m in self.modules():
             if isinstance(m, nn.Linear) or m is self.P:
@@ -282,7 +282,7 @@ class LightningDiT(DiT):
     def build_tables(self, device):
         """Position tables from their formulas.
 
-        They are never saved: of a model that was made on "meta", these alone are not loaded but made.
+        They are never saved: for a model created on "meta", they are computed while all else is loaded.
         """
         cfg = self.cfg
         cos, sin = rope_table(cfg.grid, cfg.E // cfg.A) if cfg.rope else (None, None)
@@ -303,20 +303,20 @@ class MMDiTConfig:
     E: int = 1536               # width
     depth: int = 24             # blocks
     A: int = 24                 # attention heads
-    dual: int = 13              # the first blocks, that have a second attention among image tokens
+    dual: int = 13              # number of first blocks with a second attention, among image tokens
     context: int = 4096         # width of the text tokens: CLIP-L | CLIP-G | zeros, and T5
     pooled: int = 2048          # width of the pooled text vector: CLIP-L | CLIP-G
-    pos_size: int = 384         # side of the position table, in tokens; an image takes a crop of its middle
+    pos_size: int = 384         # side of the position table, in tokens; an image uses a central crop of it
     lora: int = 0               # rank of the adapters, 0: none
-    alpha: float = 256.0        # their scale is alpha / rank
+    alpha: float = 256.0        # the adapters are scaled by alpha / rank
 
 
 class Stream(nn.Module):
-    """What a joint block holds for one kind of token, image or text: adaLN, projections of attention, MLP.
+    """A joint block's layers for one kind of token, image or text: adaLN, attention projections, MLP.
 
-    adaLN gives shift, scale and gate of the attention, of the MLP, and of the second attention, if there is
-    one (`dual`): in the order of the checkpoint, not of their use. In the `last` block, of the text only
-    q, k, v are wanted, so its adaLN gives shift and scale alone.
+    adaLN gives shift, scale and gate for the attention, for the MLP and, if `dual`, for the second attention:
+    the checkpoint's order, not the order of use. The `last` block needs only q, k, v of the text, so there
+    the text's adaLN gives just shift and scale.
     """
 
     def __init__(self, cfg, dual=False, last=False):
@@ -332,7 +332,7 @@ class Stream(nn.Module):
         self.mlp = None if last else MLP(cfg.E, 4 * cfg.E)
 
     def normed(self, x, mods):
-        """(h, h2): x as the joint attention reads it, and as the second one does, if there is one."""
+        """(h, h2): x as read by the joint attention, and by the second one (None if there is none)."""
         shift, scale = mods[:2]
         if self.attn2 is None:
             return norm_modulate(x, shift, scale), None
@@ -341,12 +341,12 @@ class Stream(nn.Module):
 
     def update(self, x, attended, h2, mods):
         """x after attention (attended: (B, L, E), before its projection), second attention, and MLP."""
-        if self.mlp is None:                       # the last block's text: nothing reads it after
+        if self.mlp is None:                       # the last block's text: nothing reads it any more
             return x
         _, _, gate, shift_mlp, scale_mlp, gate_mlp = mods[:6]
         y = self.attn.proj(attended)
 
-        # add_norm_modulate: the sum x + gate * y, and its norm modulated, which the MLP reads
+        # add_norm_modulate: the sum x + gate * y, and its modulated norm, which the MLP reads
         if self.attn2 is None:
             x, h = add_norm_modulate(x, y, gate, shift_mlp, scale_mlp)
         else:
@@ -357,7 +357,7 @@ class Stream(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Image and text tokens attend to all of both, each kind with its own weights; dual: see Stream."""
+    """All image and text tokens attend to each other, each kind with its own weights; dual: see Stream."""
 
     def __init__(self, cfg, dual, last):
         super().__init__()
@@ -368,11 +368,11 @@ class JointBlock(nn.Module):
         return self.x.adaLN(c), self.text.adaLN(c)
 
     def forward(self, x, text, mods):
-        """x: (B, L, E), text: (B, T, E), mods: what `modulations` makes of (B, E) -> new x and text."""
+        """x: (B, L, E), text: (B, T, E), mods: from `modulations` -> new x and text."""
         x_mods = mods[0].chunk(self.x.chunks, dim=-1)                          # each (B, E)
         text_mods = mods[1].chunk(self.text.chunks, dim=-1)
 
-        # one attention over the tokens of both
+        # one attention over image and text tokens
         h, h2 = self.x.normed(x, x_mods)                                       # each (B, L, E)
         h_text, _ = self.text.normed(text, text_mods)                          # (B, T, E)
         q, k, v = self.x.attn.heads(h)                                         # each (B, A, L, K)
@@ -389,13 +389,13 @@ class JointBlock(nn.Module):
 
 
 class MMDiT(DiT):
-    """Velocity of a latent, given the time and a text.
+    """Velocity of a latent, given the time and a text prompt.
 
     z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p, at most p * pos_size
     t:       (B,) in [0, 1], 0 noise, 1 data
     context: (B, T, cfg.context) text tokens;  pooled: (B, cfg.pooled)
-    skip:    numbers of blocks to leave out (skip-layer guidance)
-    mods:    modulations(t, pooled), if they are known already
+    skip:    indices of blocks to leave out (skip-layer guidance)
+    mods:    modulations(t, pooled), if already computed
     returns: v (B, C+D, h, w) float32
     raises:  ValueError for a latent of another shape
     """
@@ -406,7 +406,7 @@ class MMDiT(DiT):
         y_embedder = nn.Sequential(nn.Linear(cfg.pooled, cfg.E), nn.SiLU(), nn.Linear(cfg.E, cfg.E))
         super().__init__(cfg, False, blocks, y_embedder=y_embedder,
                          context_embedder=nn.Linear(cfg.context, cfg.E))
-        # Saved, unlike LightningDiT's: it is not known that the released table is what the formula gives.
+        # Saved, unlike LightningDiT's: it is not known whether the released table matches the formula.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
         if not table.is_meta:
             table = sincos_table(cfg.pos_size, cfg.E, spacing=64 / cfg.pos_size)
@@ -415,8 +415,8 @@ class MMDiT(DiT):
             add_lora(self, cfg.lora, cfg.alpha)
 
     def condition(self, t, pooled):
-        # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data:
-        # here, and in the sign of `forward`'s result, and nowhere else, are the two conventions exchanged.
+        # SD3's own time runs the other way, sigma = 1 - t, in thousandths, and it predicts noise - data.
+        # The conventions are converted only here and in the sign of `forward`'s result.
         return super().condition(1000 * (1 - t), pooled)
 
     def forward(self, z_all, t, context, pooled, skip=(), mods=None):
@@ -437,7 +437,7 @@ class MMDiT(DiT):
         return -self.velocity(x, final_mods, h, w)
 
     def positions(self, rows, columns):
-        """The middle rows x columns of the position table, as tokens: (1, L, E)."""
+        """The central rows x columns of the position table, as tokens: (1, L, E)."""
         n = self.cfg.pos_size
         top = (n - rows) // 2
         left = (n - columns) // 2
@@ -449,7 +449,7 @@ class MMDiT(DiT):
 
 
 class SkipBlock(nn.Module):
-    """Attention, then MLP, each behind a LayerNorm; in the second half, first the merging of a skip.
+    """Attention, then MLP, each after a LayerNorm; in the second half, a skip connection is merged first.
 
         x = skip_linear([x, kept])
         x = x + attn(norm1(x))
@@ -473,10 +473,10 @@ class SkipBlock(nn.Module):
 
 
 class USiT(Transformer):
-    """Velocity of a latent, given the time and a class; as LightningDiT's.  Drawn in support/usit.py."""
+    """Velocity of a latent, given the time and a class, as in LightningDiT.  Diagram: support/usit.py."""
 
     def __init__(self, cfg):
-        super().__init__()     # keep the order below: a saved optimizer knows parameters by number
+        super().__init__()     # keep the order below: a saved optimizer identifies parameters by number
         self.cfg = cfg
         half = cfg.depth // 2
         blocks = [SkipBlock(cfg, skip=i > half) for i in range(cfg.depth + 1)]
@@ -492,13 +492,13 @@ class USiT(Transformer):
     def forward(self, z_all, t, y):
         h, w = self.square(z_all)
 
-        # label and time, the image, and a position for each
+        # tokens: label, time and image, each with a position added
         image = self.tokens(z_all, self.pos_embed[:, 2:])                      # (B, L, E)
         time = timestep_embedding(t, self.cfg.E)
         front = torch.stack([self.y_embedder(y), time], dim=1) + self.pos_embed[:, :2]
         x = torch.cat([front.to(image.dtype), image], dim=1)                   # (B, 2+L, E)
 
-        # two halves of the blocks, the second with what the first left
+        # the first half of the blocks keeps its outputs, the second half consumes them in reverse
         half = self.cfg.depth // 2
         kept = []
         for block in self.blocks[:half]:
@@ -511,7 +511,7 @@ class USiT(Transformer):
         return self.heads(self.norm_final(x[:, 2:]), h, w)
 
     def init_weights(self):
-        # Linear layers and positions: a normal of std 0.02 cut off at +-2, no bias; the rest is PyTorch's.
+        # Linear layers and positions: a normal of std 0.02 truncated at +-2, zero bias; else PyTorch's own.
         # Unlike LightningDiT's, neither the blocks nor the head start at zero.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for m in self.modules():
@@ -521,22 +521,22 @@ class USiT(Transformer):
                     nn.init.zeros_(m.bias)
 
 
-# ---------------------------------------------------------------- parts of all, one equation each
+# ---------------------------------------------------------------- shared parts, one equation each
 
 
 def Norm(E, rms=True):
-    """Holds `weight`, a scale, for the functions of kernels/, and is never called. LayerNorm's is None."""
+    """Holds `weight`, a scale, for the functions in kernels/, and is never called. LayerNorm's is None."""
     return nn.RMSNorm(E) if rms else nn.LayerNorm(E, elementwise_affine=False)
 
 
 class Attention(nn.Module):
-    """Self-attention with A heads, q and k optionally normalised; its parts, for a joint attention."""
+    """Self-attention with A heads, q and k optionally normalised; a joint attention uses its parts."""
 
     def __init__(self, E, A, qk_norm, proj=True, bias=True):
         super().__init__()
         self.A = A
         self.qkv = nn.Linear(E, 3 * E, bias=bias)
-        self.q_norm = Norm(E // A, qk_norm)        # no qk_norm: no weight, and q and k stay as they are
+        self.q_norm = Norm(E // A, qk_norm)        # without qk_norm: no weight; q and k are left as they are
         self.k_norm = Norm(E // A, qk_norm)
         self.proj = nn.Linear(E, E) if proj else None
 
@@ -565,7 +565,7 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """fc2(GELU(fc1(x))), GELU by its tanh formula; with gelu="none" exactly."""
+    """fc2(GELU(fc1(x))); GELU by its tanh approximation, or exact with gelu="none"."""
 
     def __init__(self, E, hidden, gelu="tanh"):
         super().__init__()
@@ -580,7 +580,7 @@ class MLP(nn.Module):
 def timestep_embedding(t, width=256):
     """[cos(t f_k), sin(t f_k)] with f_k = 10000^(-k / (width/2)).  (B,) -> (B, width) float32.
 
-    LightningDiT gives it t in [0, 1] as it is; most DiTs, SD3's among them, multiply by 1000 first.
+    LightningDiT passes t in [0, 1] as it is; most DiTs, including SD3's, multiply it by 1000 first.
     """
     k = torch.arange(width // 2, dtype=torch.float32, device=t.device)
     f = torch.exp(-2 * math.log(10000) / width * k)
@@ -615,7 +615,7 @@ def sincos_table(grid, E, spacing=1.0):
 def rope_table(grid, K):
     """cos and sin of the rotary angles, (L, K) each.
 
-    The row turns the first K/2 channels, the column the rest: the opposite order to that of `sincos_table`,
+    The row rotates the first K/2 channels, the column the rest: the opposite order to that of `sincos_table`,
     and LightningDiT uses both.
     Frequencies are 10000^(-2j / (K/2)), one per pair of channels.
     """
@@ -627,13 +627,13 @@ def rope_table(grid, K):
     return angle.cos().float(), angle.sin().float()
 
 
-# ---------------------------------------------------------------- adapters: LoRA, for models of text
+# ---------------------------------------------------------------- LoRA adapters, for text-conditional models
 
 
 class LoRA(nn.Module):
     """y = W x + b + alpha/r B A x, with W and b frozen (Hu et al., 2022).
 
-    parts: 3 where q, k, v are stacked in one W: each has an A and a B of its own; else 1
+    parts: 3 if W stacks q, k and v, each of which then has its own A and B; else 1
     """
 
     def __init__(self, linear, r, alpha, parts):
@@ -651,10 +651,10 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, r=256, alpha=256.0):
-    """Put adapters of rank r into a model, in place; freeze all but them and P, P_new, O, O_new.  Sec. 4.
+    """Add adapters of rank r to a model, in place; freeze all but these and P, P_new, O, O_new.  Sec. 4.
 
-    Into the layers of each block that `lora_targets` names: as the authors' code for SD3.5, whose text-side
-    layers and first layer of each MLP stay frozen. B starts at zero, so nothing changes until training does.
+    They go into those layers of each block that `lora_targets` names, as in the authors' code for SD3.5: the
+    text-side layers and each MLP's first layer stay frozen. B starts at zero, so nothing changes at first.
     """
     model.requires_grad_(False)
     for layer in (model.P, model.O, model.P_new, model.O_new):
@@ -672,7 +672,7 @@ def add_lora(model, r=256, alpha=256.0):
 
 @torch.no_grad()
 def merge_lora(model):
-    """W <- W + alpha/r B A, in place, exact up to float32 rounding; the adapters are gone after it."""
+    """W <- W + alpha/r B A, in place, exact up to float32 rounding; removes the adapters."""
     adapters = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRA)]
     for name, lora in adapters:
         change = lora.scale * torch.bmm(lora.B, lora.A).flatten(0, 1)
@@ -683,11 +683,11 @@ def merge_lora(model):
     return model
 
 
-# The transformers of this file (support/weights.py adds others): name -> (its config, its class). The name is
-# "kind" in a run's config.json. Add your own, from your own file: MODELS["ViT"] = (ViTConfig, ViT).
-# Its config has C, D and p, and num_classes where it draws classes. Its class is an nn.Module with `cfg`, P,
-# O, expand_channels(D) and forward(z_all, t, *cond).
-# All scripts open runs through support/weights.py: import your file there (docs/recipes.md).
+# The transformers of this file (support/weights.py adds others): name -> (config class, model class). The
+# name is "kind" in a run's config.json. Add your own from your own file: MODELS["ViT"] = (ViTConfig, ViT).
+# The config has C, D and p, and num_classes if the model is class-conditional. The model is an nn.Module
+# with `cfg`, P, O, expand_channels(D) and forward(z_all, t, *cond).
+# All scripts open runs through support/weights.py, so import your file there (docs/recipes.md).
 MODELS = {
     "LightningDiT": (LightningDiTConfig, LightningDiT),
     "MMDiT": (MMDiTConfig, MMDiT),
@@ -696,5 +696,5 @@ MODELS = {
 
 
 def kind_of(model):
-    """The name in MODELS of a transformer's class; FSDP2 puts one of its own in front of it."""
+    """The name in MODELS of a transformer's class, which FSDP2 replaces by a subclass of its own."""
     return next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in MODELS)

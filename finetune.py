@@ -1,16 +1,16 @@
 """Stage 2, the main job: warm-start a DiT on a DA-VAE's latent (with D = 0: train a base DiT from scratch).
 
-    python finetune.py                                  # preset tiny: everything from nothing, on a CPU
-    python finetune.py photos --data_dir=my_photos --base_vae=weights/taef2     # own photos, a real VAE
+    python finetune.py                                  # preset tiny: everything from scratch, on a CPU
+    python finetune.py photos --data_dir=my_photos --base_vae=weights/taef2     # your photos, a real VAE
     torchrun --nproc_per_node=8 finetune.py imagenet512 --data_dir=imagenet/train \\
         --base=lightningdit-xl-imagenet256-800ep.pt
     torchrun --nproc_per_node=8 finetune.py sd35m-1024 --data_dir=captioned --base=sd3.5-medium \\
         --text=out/text
     python finetune.py sd35m-1024 --dry_run=True        # what that would take; needs no weights
 
-What a preset needs and does not find (base VAE, DA-VAE, base DiT) is trained first. Writes to --out:
-log.jsonl, loss.png, warm_start.png (base model | widened model), samples_*.png, the VAE, step_*/ and
-summary.json. The same command again resumes.
+Earlier stages that a preset needs and that do not exist (base VAE, DA-VAE, base DiT) are trained first.
+Writes to --out: log.jsonl, loss.png, warm_start.png (base model | widened model), samples_*.png, the VAE,
+step_*/ and summary.json. To resume, run the same command again.
 
 Time, here and everywhere: t = 0 is noise, t = 1 is data, x_t = t*data + (1-t)*noise, v = data - noise.
 """
@@ -42,25 +42,25 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where there are instructions for it",
+    dtype: str = field("auto", "for autocast; auto: bfloat16 if the hardware has instructions for it",
                        choices=("auto", "float32", "bfloat16"))
-    seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
+    seed: int = field(0, "for the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data and latents (Sec. 3.1)
     data_dir: str = field("procedural", "a folder of images, tar shards or latents; procedural: built in")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
-    images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
-    buckets: float = field(1.0, "images up to n:1, in shapes of that area; 1: squares only", within=(1, 16))
+    images: int = field(4096, "number of built-in images", within=(1, 10_000_000))
+    buckets: float = field(1.0, "shapes up to n:1, of area image_size^2; 1: squares only", within=(1, 16))
     flip: bool = field(True, "mirror half of the images")
     vae: str = field("", "a run of train_vae.py (or, with D = 0, any base VAE)")
     base_vae: str = field("", "a base VAE: train all stages on it and on data_dir, in out/<images>-<base>/")
     lpips_trunk: str = field("", "for stage 1: weights of LPIPS's network, instead of torchvision's download")
     cache: bool = field(True, "encode all images once and keep the latents on disk; False: encode as we go")
-    detail_sample: bool = field(False, "sample z_d, as the authors' ImageNet features; False: its mode")
+    detail_sample: bool = field(False, "sample z_d, as in the authors' ImageNet features; False: its mode")
     # model (Sec. 3.2)
-    D: int = field(96, "detail channels, the VAE's; 0: a base DiT, on the base channels", within=(0, 4096))
+    D: int = field(96, "detail channels of the VAE; 0: a base DiT, on the base channels", within=(0, 4096))
     base: str = field("", "the DiT to widen: a run, released weights or their org/name; empty: none")
-    base_weights: str = field("", "of the base's file; empty: the EMA, if any", choices=("", "ema", "model"))
-    model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS, as USiT")
+    base_weights: str = field("", "which to load; empty: the EMA, if any", choices=("", "ema", "model"))
+    model: str = field("LightningDiT", "no base given: a name in dit.py:MODELS, such as USiT")
     p: int = field(1, "no base given: patch side in latent pixels", within=(1, 64))
     E: int = field(1152, "no base given: width", within=(1, 65_536))
     depth: int = field(28, "no base given: blocks", within=(1, 1000))
@@ -68,20 +68,20 @@ class Config:
     qk_norm: bool = field(False, "no base given: RMSNorm on q and k")
     zero_init: bool = field(True, "P_new and O_new start at zero; False: at random, without the warm start")
     # SD3.5 (the base is an MMDiT, the images have captions)
-    text: str = field("", "shards of the captions (`python sample.py text`), or a folder of encoders")
+    text: str = field("", "shards of encoded captions (`python sample.py text`), or a folder of encoders")
     t5_tokens: int = field(256, "tokens given to T5", within=(1, 4096))
     lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight", within=(0, 8192))
     checkpointing: bool = field(False, "recompute blocks in the backward pass: less memory, more time")
     shard: bool = field(False, "under torchrun: split weights and optimizer over the ranks (FSDP2)")
-    compile: bool = field(False, "torch.compile the blocks: a minute at the start; on a GPU not run")
+    compile: bool = field(False, "torch.compile the blocks: a minute at the start; not run on a GPU")
     # loss (Sec. 3.3, Tab. S1)
     N: int = field(10_000, "steps over which the weight w(n) of the details rises from 0 to 1", at_least=0)
     cosine: float = field(1.0, "weight of the term 1 - cos(v, v*)", at_least=0)
     label_dropout: float = field(0.1, "probability of training without a label or caption", within=(0, 1))
     weighting: str = field("paper", "of times, see `draw_time`", choices=("paper", "sigma", "uniform"))
-    keep_levels: tuple = field((), "details shown of an image, one of these; empty: all (DC-AE 1.5, Eq. 2)",
-                               within=(0, 4096), count=(0, 256))
-    keep_mean: str = field("all", "of squared errors, over all channels (Eq. 2), or those shown (their code)",
+    keep_levels: tuple = field((), "each image shows one of these numbers of details; empty: all "
+                                   "(DC-AE 1.5, Eq. 2)", within=(0, 4096), count=(0, 256))
+    keep_mean: str = field("all", "error averaged over all channels (Eq. 2), or those shown (their code)",
                            choices=("all", "shown"))
     # optimisation (Tab. S1)
     steps: int = field(140_000, "optimizer steps", at_least=1)
@@ -93,16 +93,16 @@ class Config:
     beta1: float = field(0.9, "of AdamW", within=(0, 0.999_999))
     beta2: float = field(0.95, "of AdamW", within=(0, 0.999_999))
     clip: float = field(1.0, "gradient norm limit; 0: none, as the authors on ImageNet", at_least=0)
-    ema: float = field(0.999, "decay of the weight average that is sampled from", within=(0, 1))
+    ema: float = field(0.999, "decay of the weight average used for sampling", within=(0, 1))
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
     # sampling defaults, kept with the model
-    cfg: float = field(4.0, "guidance scale of the pictures and sample.py's default", within=(0, 1000))
-    shift: float = field(0.3, "time shift of the pictures and sample.py's default", within=(0.001, 1000))
-    grid: str = field("plain", "time grid of the pictures and sample.py's default", choices=("plain", "sd3"))
-    sample_steps: int = field(50, "Euler steps of the pictures", within=(1, 1_000_000))
-    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
-    dry_run: bool = field(False, "only print what the run would be: sizes, FLOPs, memory, disk, files")
+    cfg: float = field(4.0, "guidance scale for the pictures; sample.py's default", within=(0, 1000))
+    shift: float = field(0.3, "time shift for the pictures; sample.py's default", within=(0.001, 1000))
+    grid: str = field("plain", "time grid for the pictures; sample.py's default", choices=("plain", "sd3"))
+    sample_steps: int = field(50, "Euler steps for the pictures", within=(1, 1_000_000))
+    track: str = field("", "also send lines and pictures to tensorboard or wandb; both: tensorboard,wandb")
+    dry_run: bool = field(False, "only print what the run would take: sizes, FLOPs, memory, disk, files")
 
 
 PRESETS = {
@@ -118,13 +118,13 @@ PRESETS = {
         flip=False, steps=420, batch_size=32, micro_batch=32, lr=1.5e-3, cooldown=0.5, ema=0.98, cfg=2.0,
         shift=1.0, sample_steps=20, log_every=25, save_every=420),
 
-    # base loss 0.97, some 20 CPU-minutes (2026-11-25)
+    # base loss 0.97, about 20 CPU-minutes (2026-11-25)
     "photos-base": dict(
         out="out/photos-base", vae="out/photos-vae", D=0, E=256, depth=6, A=4, image_size=128, flip=False,
         steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5, shift=1.0,
         log_every=50, save_every=600),
 
-    # on 40 photos, 7.5 min, 2 cores: detail loss 0.20, 43 of 50 samples sharp, and copies (2026-11-26)
+    # 40 photos, 7.5 min, 2 cores: detail loss 0.20, 43 of 50 samples sharp, but memorised (2026-11-26)
     "photos": dict(
         out="out/photos", vae="out/photos-vae", base="out/photos-base", D=96, N=200, image_size=128,
         flip=False, steps=600, batch_size=64, micro_batch=64, lr=1e-3, cooldown=0.5, ema=0.99, cfg=2.5,
@@ -142,15 +142,15 @@ PRESETS = {
         batch_size=128, micro_batch=16, lr=1e-4, beta2=0.999, clip=0.5, flip=False, save_every=1000, cfg=2.5,
         shift=1 / 3, grid="sd3", sample_steps=30),
 }
-# the rivals' VAEs (see train_vae.py), with DC-AE 1.5's also its training: 50 steps of each were run, not more
+# the rivals' VAEs (see train_vae.py) and, for DC-AE 1.5's, its training too: only 50 steps of each were run
 PRESETS["photos-vf"] = PRESETS["photos"] | dict(out="out/photos-vf", vae="out/photos-vf-vae")
 PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
     out="out/photos-dcae15", vae="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), N=0)
-# Tab. S1, but the batch of the authors' script for 2,048 pixels; not run
+# Tab. S1, but with the batch size of the authors' script for 2,048 pixels; not run
 PRESETS["sd35m-2048"] = PRESETS["sd35m-1024"] | dict(
     out="out/sd35m-2048", image_size=2048, batch_size=96, micro_batch=6)
 
-# FLUX.2 klein (support/diffusers_dit.py), not the distilled; FLUX.2's own shift; klein-2048: r = 4; not run
+# FLUX.2 klein (support/diffusers_dit.py), undistilled; FLUX.2's own shift; klein-2048: r = 4; not run
 PRESETS["klein-1024"] = PRESETS["sd35m-1024"] | dict(
     out="out/klein-1024", vae="out/klein-vae", base="FLUX.2-klein-base-4B", text="out/klein-text",
     model="Flux2", t5_tokens=512, D=96, lora=128, micro_batch=4, cfg=4.0, shift=0.18, grid="plain",
@@ -158,15 +158,15 @@ PRESETS["klein-1024"] = PRESETS["sd35m-1024"] | dict(
 PRESETS["klein-2048"] = PRESETS["klein-1024"] | dict(
     out="out/klein-2048", vae="out/klein-2048-vae", image_size=2048)
 
-# DC-AE 1.5's recipe for USiT-H, on a DA-VAE of DC-AE f32c32: 64 tokens; clip and flip are ours; not run
+# DC-AE 1.5's recipe for USiT-H, with a DA-VAE on DC-AE f32c32: 64 tokens; clip and flip are ours; not run
 PRESETS["usit-base"] = dict(
     out="out/usit-base", vae="out/usit-vae", D=0, model="USiT", data_dir="imagenet/train", image_size=512,
     steps=500_000, batch_size=1024, micro_batch=128, lr=1e-4, warmup=5000, beta1=0.99, beta2=0.99, ema=0.9999,
     weighting="uniform", cosine=0.0, cfg=1.5, shift=1.0)
-# the same, and D, N and steps of Tab. S1; not run
+# the same, with D, N and steps from Tab. S1; not run
 PRESETS["usit"] = PRESETS["usit-base"] | dict(out="out/usit", base="out/usit-base", D=96, steps=140_000)
 
-# On resume these fields may differ, and those that runs.py names (NO_EFFECT, SOURCES); no others.
+# On resume, only these fields may differ, and those listed in runs.py (NO_EFFECT, SOURCES).
 MAY_CHANGE = {"steps", "lr", "warmup", "cooldown", "clip", "cfg", "shift", "grid", "sample_steps"}
 
 
@@ -176,15 +176,15 @@ MAY_CHANGE = {"steps", "lr", "warmup", "cooldown", "clip", "cfg", "shift", "grid
 def detail_weight(n, N):
     """w(n): 0 at step n = 0, 1/2 at N/2, 1 from N on; half a cosine.  Eq. (12).
 
-    Differs from the paper: its text keeps w low for N steps and ramps after; its code, and this, ramp over N.
+    Differs from the paper: its text keeps w low for N steps, then ramps; its code, and this, ramp over N.
     """
     if N == 0:
         return 1.0
     return 0.5 * (1 - math.cos(math.pi * min(n / N, 1.0)))
 
 
-# Norms below this count as this much in the cosine. A transformer from scratch starts at v = 0, where
-# PyTorch's 1e-8 makes the gradient 1e8: unless it is clipped, AdamW's second moments hold it long (LOG.md).
+# The cosine clamps norms to at least this. A transformer from scratch starts at v = 0, where PyTorch's 1e-8
+# makes the gradient 1e8: unless clipped, it stays in AdamW's second moments for a long time (LOG.md).
 COSINE_EPS = 0.1
 
 
@@ -197,12 +197,12 @@ def flow_loss(model, z_all, cond, w, cfg):
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
     cfg:   D, cosine, weighting, keep_levels and keep_mean are read
     returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights)
-    Differs from the paper, as the authors' code does: w(n) leaves the cosine alone, so details learn at once.
+    Differs from the paper, as the authors' code does: w(n) does not scale the cosine: details learn at once.
     """
     D = cfg.D
     C = z_all.shape[1] - D
 
-    # x_t between noise and data, and the velocity v* of this straight line
+    # x_t on the straight line from noise to data, and its velocity v*
     t, weight = draw_time(len(z_all), cfg.weighting, z_all.device)            # (B,), (B,)
     noise = torch.randn_like(z_all)
     s = t.view(-1, 1, 1, 1)
@@ -210,7 +210,7 @@ def flow_loss(model, z_all, cond, w, cfg):
     target = z_all - noise                                                    # v*
 
     weight = weight.view(-1, 1, 1, 1)
-    if cfg.keep_levels:                                                       # a rival's: support/levels.py
+    if cfg.keep_levels:                                                       # DC-AE 1.5: support/levels.py
         model, target, weight = levels.hide_some(model, target, weight, w, cfg)
 
     v = model(x_t, t, *cond).float()
@@ -230,11 +230,11 @@ def draw_time(B, weighting, device):
     """(t (B,), weight of the squared error at t (B,)); t = 0 is noise, 1 data.
 
     paper: t = sigmoid(N(0, 1)), weight 1.
-    uniform: t uniform in [0, 1], weight 1: what SiT and USiT are trained with.
-    sigma: the authors' for SD3.5. The same u picks one of SD3's 1000 noise levels, shifted by 3 and then by
-           4 (`sd3_sigmas`); t = 1 - sigma. The loss is (sigma (v - v*))^2, the squared error of the
-           denoised latent, times min(t / sigma, 5).
-    Differs from the authors' code, which also cuts the time to thousandths and rounds sigma to bfloat16.
+    uniform: t uniform in [0, 1], weight 1: as SiT and USiT are trained.
+    sigma: the authors' for SD3.5. The same u = sigmoid(N(0, 1)) picks one of SD3's 1000 noise levels, shifted
+           by 3 and then by 4 (`sd3_sigmas`); t = 1 - sigma. The loss is (sigma (v - v*))^2, the squared
+           error of the denoised latent, times min(t / sigma, 5).
+    Differs from the authors' code, which also truncates the time to thousandths and rounds sigma to bfloat16.
     """
     if weighting == "uniform":
         return torch.rand(B, device=device), torch.ones(B, device=device)
@@ -255,7 +255,7 @@ def sd3_sigmas(device):
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, for every parameter that is trained."""
+    """ema <- decay * ema + (1 - decay) * model, for every trained parameter."""
     pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     averages = [e for e, _ in pairs]
     newest = [p for _, p in pairs]
@@ -292,7 +292,7 @@ def main(cfg):
     else:
         base, dit = initial_dit(cfg, vae, len(train_set.classes))
         ema = deepcopy(dit)
-    condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU for itself
+    condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU to itself
     run.must_be_made_of(texts=condition.made_by)
     if cfg.shard:
         for part in (dit, ema) if base is None else (dit, ema, base):
@@ -301,7 +301,7 @@ def main(cfg):
     ema = ema.to(device).eval().requires_grad_(False)
     dit.checkpointing = cfg.checkpointing
     if cfg.compile:
-        for block in dit.blocks:                                   # in place: no name in a checkpoint changes
+        for block in dit.blocks:                                   # in place: parameters keep their names
             block.compile(dynamic=False)
     trained = [p for p in dit.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
@@ -309,7 +309,7 @@ def main(cfg):
         ranks.load_optimizer(opt, run.train_state()["opt"])
     model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
 
-    # before the first step: the statistics, the proof of the warm start, a checkpoint
+    # before the first step: check the statistics, prove the warm start, save a checkpoint
     about = description(cfg, dit, train_set)
     side = cfg.image_size // vae.f
     sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {(side // dit.cfg.p)**2} tokens"
@@ -325,7 +325,7 @@ def main(cfg):
             prove_warm_start(base.to(device), dit, vae, z_all, y, condition, run)
         save_what_stays(run, vae, dit)
         save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
-    del base                                                       # its memory is wanted
+    del base                                                       # to free its memory
     if not cfg.shard:
         ranks.share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
 
@@ -338,7 +338,7 @@ def main(cfg):
             group["lr"] = lr
         w = detail_weight(n, cfg.N)                                                               # Eq. (12)
 
-        # forward and backward, one micro-batch after the other
+        # forward and backward, one micro-batch at a time
         for z_part, y_part in ranks.micro_batches(model, accumulate, z_all, y, seed=cfg.seed, step=n):
             cond = condition(y_part, drop=cfg.label_dropout)                  # for guidance
             with autocast:
@@ -348,7 +348,7 @@ def main(cfg):
 
         # update
         norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
-        norm = ranks.whole(norm)                                   # of a sharded model it is sharded, too
+        norm = ranks.whole(norm)                                   # sharded, if the model is
         ranks.stop_if_not_finite(norm, loss, dit, n)
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -368,7 +368,7 @@ def main(cfg):
 
 
 def learning_rate(step, cfg):
-    """cfg.lr, rising over `warmup` steps, and falling to 0 over the last `cooldown` part of the run."""
+    """cfg.lr, rising over `warmup` steps, and falling to 0 over the last fraction `cooldown` of the run."""
     rise = (step + 1) / max(1, cfg.warmup)
     fall = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
     return cfg.lr * min(1.0, rise, fall)
@@ -378,9 +378,9 @@ def learning_rate(step, cfg):
 
 
 def prove_warm_start(base, model, vae, z_all, y, condition, run):
-    """Print how far the widened model is from the base (0.0), and draw what both make of the same noise.
+    """Print how far the widened model is from the base (0.0), and draw samples of both from the same noise.
 
-    Of sixteen latents of the first batch, in parts of at most micro_batch rows.
+    On sixteen latents of the first batch, at most micro_batch at a time.
     raises: SystemExit if the models differ
     """
     cfg = run.cfg
@@ -394,8 +394,8 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
         tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, "
                    f"max |v_d| = {detail}")
     if not (change <= 1e-5 and detail <= 1e-5):
-        raise SystemExit("the widened model is not the base model: P_new or O_new is not zero (a model of "
-                         "yours makes them by dit.py:widen), or some weight of --base is not finite")
+        raise SystemExit("the widened model differs from the base model: P_new or O_new is not zero (in "
+                         "your own model, make them with dit.py:widen), or a weight of --base is not finite")
     run.results["warm_start"] = change
     with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
         draw_warm_start(base, model, vae, z[:8], y[:8], condition, run)
@@ -403,7 +403,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
 
 @torch.no_grad()
 def draw_warm_start(base, model, vae, z, y, condition, run):
-    """warm_start.png: samples of base and widened model from the same noise, base channels only."""
+    """warm_start.png: samples of the base and the widened model from the same noise, base channels only."""
     cfg = run.cfg
     noise = sample_noise(cfg.seed, range(len(y)), (vae.C + cfg.D, *z.shape[2:])).to(z.device)
     ts = time_grid(cfg.sample_steps, cfg.shift, cfg.grid == "sd3")
@@ -426,13 +426,13 @@ def draw_warm_start(base, model, vae, z, y, condition, run):
 
 
 def makers():
-    """The scripts that make what a run needs, this one last."""
+    """The scripts that train the stages of a run, this one last."""
     import train_vae
     return [train_vae.MAKER, MAKER]
 
 
 def load_vae(cfg, run):
-    """The VAE at cfg.vae, trained first if a preset makes it; of a run that goes on, if need be its copy."""
+    """The VAE at cfg.vae, trained first if it is a preset's; on resume, if it is gone, the run's own copy."""
     if run.checkpoint and not Path(cfg.vae).exists():
         return load_measured(Path(cfg.out) / "vae")
     if not run.checkpoint:
@@ -443,7 +443,7 @@ def load_vae(cfg, run):
 def initial_dit(cfg, vae, classes, known=()):
     """(base, model): the pretrained transformer or None, and the model at step 0, widened from it.
 
-    classes: how many the images have; known: {folder: a transformer that stands in for the run there}
+    classes: how many the images have; known: {folder: a transformer to use instead of the run there}
     """
     torch.manual_seed(cfg.seed)
     if not cfg.base:
@@ -462,10 +462,10 @@ def initial_dit(cfg, vae, classes, known=()):
 
 
 def trial(cfg, n, device, known, classes):
-    """(this run's model at step 0, a function that makes one pass, forward and back, on n latents of noise).
+    """(this run's model at step 0, a function that runs one forward and backward pass on n noise latents).
 
     support/stages.py times the pass before anything is trained.
-    known: {folder: model} of runs that are not made yet; classes: how many the images have
+    known: {folder: model} of runs that do not exist yet; classes: how many the images have
     """
     vae = known[cfg.vae] if cfg.vae in known else load_davae(cfg.vae)
     dit = initial_dit(cfg, vae, classes, known)[1].to(device).train()
@@ -482,7 +482,7 @@ def trial(cfg, n, device, known, classes):
 
 
 def new_dit(cfg, C, f, num_classes):
-    """A transformer from scratch: of MODELS' `cfg.model`, with the settings here that its config knows."""
+    """A transformer from scratch: MODELS[cfg.model], with those settings of `cfg` that its config has."""
     if cfg.model not in MODELS:
         raise SystemExit(f"--model={cfg.model!r}: wanted {' or '.join(MODELS)}")
     ModelConfig, Model = MODELS[cfg.model]
@@ -494,7 +494,7 @@ def new_dit(cfg, C, f, num_classes):
 
 
 def description(cfg, dit, train_set):
-    """config.json of every checkpoint: settings, the model's own, names of classes, or the first captions."""
+    """config.json of every checkpoint: the run's and the model's settings, classes or the first captions."""
     names = {"classes": train_set.classes}
     if cfg.text:
         captions = dict.fromkeys(caption for caption in train_set.captions if caption)
@@ -505,10 +505,10 @@ def description(cfg, dit, train_set):
 
 
 def dry_run(cfg):
-    """Print what a run would be, from shapes alone: no memory, no weights.  Returns the numbers."""
+    """Print what a run would take, from shapes alone: no memory, no weights.  Returns the numbers."""
     known, classes = stages.before_dry_run(cfg, makers())
     model, inputs, r = plan.expected(cfg, known, MODELS, new_dit, classes)
-    forward, _, _ = cost(model, inputs)                            # as it is sampled from, without adapters
+    forward, _, _ = cost(model, inputs)                            # as in sampling, without adapters
     with torch.device("meta"):
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora)
@@ -520,7 +520,7 @@ def dry_run(cfg):
 
 
 def save(run, done, dit, ema, opt, about):
-    """Write a checkpoint, by all ranks: of all weights, or with adapters of the trained ones."""
+    """Write a checkpoint of all weights or, with adapters, of the trained ones.  All ranks must call it."""
     if done:
         run.results |= {name: value for name, value in run.log.latest.items() if name in ("base", "detail")}
     weights = {"model": kept_weights(dit, dit, run.cfg), "ema": kept_weights(ema, dit, run.cfg)}
@@ -530,13 +530,13 @@ def save(run, done, dit, ema, opt, about):
 
 
 def kept_weights(model, dit, cfg):
-    """What each checkpoint holds of `model`, the transformer `dit` or its average."""
+    """The weights that each checkpoint holds of `model`, which is the transformer `dit` or its average."""
     trained = {name for name, p in dit.named_parameters() if p.requires_grad}
     return {name: value for name, value in model.state_dict().items() if name in trained or not cfg.lora}
 
 
 def save_what_stays(run, vae, dit):
-    """vae/, and with adapters frozen/: what no step changes, once."""
+    """Save once what no step changes: vae/ and, with adapters, frozen/."""
     kept = kept_weights(dit, dit, run.cfg)
     frozen = {name: value for name, value in dit.state_dict().items() if name not in kept}
     frozen = ranks.whole(frozen, keep=run.rank == 0)
@@ -553,8 +553,8 @@ def save_what_stays(run, vae, dit):
 def draw_samples(run, done, ema, vae, about, text):
     """samples_<done>.png: a column of four for each of the first ten classes or captions; of one alone, 16.
 
-    From the same noise at every save. Ranks share the images, in parts of at most micro_batch rows, guidance
-    included; all equally many, because a sharded model needs all ranks for each.
+    The noise is the same at every save. The ranks draw equally many images, because a sharded model needs
+    all ranks in every pass; at most micro_batch rows at a time, guidance included.
     """
     cfg = run.cfg
     names = [name[:24] for name in (about.get("captions") or about["classes"])[:10]]
@@ -585,8 +585,8 @@ def draw_samples(run, done, ema, vae, about, text):
 
 
 def report(run, text):
-    """Draw the losses, write report.html; unless other stages follow, print what there is and what to do."""
-    import evaluate                                                # above this script, which it measures
+    """Draw the losses and write report.html; unless other stages follow, print the results and next steps."""
+    import evaluate                                                # here: it is a layer above this script
     with runs.picture_may_fail(f"{run.cfg.out}: loss.png"):
         figures.plot_losses(run.cfg.out)
     evaluate.report_at_the_end(run.cfg, text)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train_vae.py photos ...             # the same on 8 GPUs
 
 Writes to --out: log.jsonl, loss.png, recon.png (input, base only, DA-VAE, error), step_*/ and summary.json.
-The same command again resumes.
+To resume, run the same command again.
 """
 import dataclasses
 import itertools
@@ -34,37 +34,37 @@ class Config:
     preset: str = field("tiny", "a name in PRESETS")
     out: str = field("", "the run's folder")
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where there are instructions for it",
+    dtype: str = field("auto", "for autocast; auto: bfloat16 if the hardware has instructions for it",
                        choices=("auto", "float32", "bfloat16"))
-    seed: int = field(0, "of the weights, the data order and every random draw", within=(0, 2**64 - 1))
+    seed: int = field(0, "for the weights, the data order and every random draw", within=(0, 2**64 - 1))
     # data
-    data_dir: str = field("procedural", "a folder of images or tar shards; procedural: built-in ones")
+    data_dir: str = field("procedural", "a folder of images or tar shards; procedural: built-in images")
     val_dir: str = field("", "held-out images; empty: built-in ones, or training images")
     image_size: int = field(512, "pixels; images are resized and cropped to this square", within=(1, 16_384))
-    images: int = field(4096, "how many built-in images", within=(1, 10_000_000))
-    buckets: float = field(1.0, "images up to n:1, in shapes of that area; 1: squares only", within=(1, 16))
-    crop: tuple = field((), "train on random squares, each step of one of these sides; empty: whole images",
+    images: int = field(4096, "number of built-in images", within=(1, 10_000_000))
+    buckets: float = field(1.0, "shapes up to n:1, of area image_size^2; 1: squares only", within=(1, 16))
+    crop: tuple = field((), "train on random square crops, of one of these sides per step; empty: no crop",
                         within=(1, 16_384), count=(0, 12))
-    halvings: int = field(0, "and halve the images before, at random, up to so many times", within=(0, 6))
+    halvings: int = field(0, "before cropping, halve images up to this many times, at random", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
     # model (Sec. 3.1, Fig. S1)
-    base: str = field("", "the frozen base VAE: a path or org/name; D = 0: where to start, or empty")
+    base: str = field("", "the frozen base VAE: a path or org/name; D = 0: the initial weights, or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
-    train: str = field("all", "all; decoder: not the detail encoder (the authors' SD3 script); up: nor the "
-                              "down block; blocks: the new blocks alone",
+    train: str = field("all", "all; decoder: freezes the detail encoder (the authors' SD3 script); up: also "
+                              "the down block; blocks: trains only the new blocks",
                        choices=("all", "decoder", "up", "blocks"))
     detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
-    keep_levels: tuple = field((), "instead: how many details an image keeps, one of these (DC-AE 1.5)",
+    keep_levels: tuple = field((), "instead: each image keeps one of these numbers of details (DC-AE 1.5)",
                                within=(0, 4096), count=(0, 256))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
-    fit: str = field("closed", "how the new blocks start. closed: by least squares; random: the paper's; "
+    fit: str = field("closed", "how the new blocks start. closed: least squares; random: as in the paper; "
                                "pixels: details are pixels of the full-size latent",
                      choices=("closed", "random", "pixels"))
-    fit_align: float = field(1.0, "fit=closed: 1 details start aligned to z, at no cost; 0 not; or between",
+    fit_align: float = field(1.0, "fit=closed: how far details start aligned to z, at no cost; 1: fully",
                              within=(0, 1))
     C: int = field(16, "D = 0, no base given: latent channels", within=(1, 4096))
-    widths: tuple = field((128, 256, 512, 512), "D = 0, no base given: of the levels, from full size down",
+    widths: tuple = field((128, 256, 512, 512), "D = 0, no base given: channels per level, full size first",
                           within=(1, 8192), count=(1, 12))
     blocks: int = field(2, "D = 0, no base given: residual blocks per level", within=(1, 100))
     groups: int = field(32, "D = 0, no base given: groups of each GroupNorm", within=(1, 8192))
@@ -72,38 +72,38 @@ class Config:
                         count=(0, 12))
     quant: bool = field(False, "D = 0, no base given: 1x1 convolutions on both sides of the latent")
     # losses (Tab. S1)
-    perceptual: str = field("vgg", "network of LPIPS", choices=("vgg", "squeeze", "none"))
+    perceptual: str = field("vgg", "LPIPS's network", choices=("vgg", "squeeze", "none"))
     lpips_trunk: str = field("", "local weight file of that network, instead of torchvision's download")
-    reduction: str = field("mean", "of L1, LPIPS and KL over an image; sum: as VA-VAE, and half of the KL",
+    reduction: str = field("mean", "of L1, LPIPS and KL over an image; sum: as in VA-VAE, with half the KL",
                            choices=("mean", "sum"))
     kl: float = field(1e-6, "weight of the KL term", at_least=0)
     align: float = field(0.5, "lambda_align, times the adaptive ratio", at_least=0)
     adaptive_align: bool = field(True, "scale the alignment by a ratio of gradient norms, as on ImageNet")
     project: str = field("mean", "what is aligned: group means, a trained 1x1 convolution, or raw details",
                          choices=("mean", "conv", "raw"))
-    distance: str = field("mse", "of the alignment: squared, or VA-VAE's, of cosines (support/vf.py)",
+    distance: str = field("mse", "of the alignment: squared error, or VA-VAE's of cosines (support/vf.py)",
                           choices=("mse", "vf"))
     m1: float = field(0.5, "distance=vf: margin of the cosines", within=(0, 2))
-    m2: float = field(0.25, "distance=vf: margin of their matrix", within=(0, 2))
-    teacher: str = field("base", "of the alignment: the base latent, or a folder with DINOv2 or MAE")
+    m2: float = field(0.25, "distance=vf: margin of the cosine matrix", within=(0, 2))
+    teacher: str = field("base", "target of the alignment: the base latent, or a folder with DINOv2 or MAE")
     gan: float = field(0.1, "lambda_adv, times the adaptive ratio; 0: no discriminator", at_least=0)
-    disc_start: int = field(2501, "step at which the discriminator starts, for both players", at_least=0)
+    disc_start: int = field(2501, "step at which the discriminator and the GAN loss start", at_least=0)
     disc_width: int = field(64, "channels of the discriminator's first layer", within=(1, 4096))
     # optimisation (Tab. S1)
     steps: int = field(100_000, "optimizer steps", at_least=1)
     batch_size: int = field(128, "images per optimizer step, over all ranks", within=(1, 1_000_000))
     micro_batch: int = field(16, "images per rank and forward pass", at_least=1)
-    lr: float = field(1e-4, "learning rate of both players", at_least=0)
+    lr: float = field(1e-4, "learning rate of VAE and discriminator", at_least=0)
     beta1: float = field(0.5, "of AdamW; Tab. S1: 0.5 on ImageNet, 0.9 for SD3", within=(0, 0.999_999))
     beta2: float = field(0.9, "of AdamW; Tab. S1: 0.9 on ImageNet, 0.999 for SD3", within=(0, 0.999_999))
-    warmup: int = field(0, "steps over which the learning rate rises from 0", at_least=0)
+    warmup: int = field(0, "first steps, over which lr rises from 0", at_least=0)
     cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
     clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as on ImageNet", at_least=0)
-    compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; on a GPU not run")
+    compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; not run on a GPU")
     stats: int = field(10_000, "training images for the latent statistics", at_least=1)
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)
-    track: str = field("", "send lines and pictures on, to tensorboard or wandb, or both with a comma")
+    track: str = field("", "also send lines and pictures to tensorboard or wandb; both: tensorboard,wandb")
 
 
 PRESETS = {
@@ -113,7 +113,7 @@ PRESETS = {
         flip=False, perceptual="none", gan=0.0, stats=512, steps=800, batch_size=8, lr=3e-3, beta1=0.9,
         beta2=0.99, cooldown=0.5, log_every=50, save_every=0, dtype="float32"),
 
-    # 19.69 dB against 17.00 dB of the base channels alone, same images; 51 s on 2 cores (2026-11-26)
+    # 19.69 dB, against 17.00 dB from the base channels alone, same images; 51 s on 2 cores (2026-11-26)
     "tiny": dict(
         out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none",
         train="decoder", fit="random", stats=512, align=0.05, adaptive_align=False, gan=0.1, disc_start=360,
@@ -132,29 +132,29 @@ PRESETS = {
         out="out/imagenet512-vae", base="vavae-imagenet256-f16d32-dinov2.pt", D=96, image_size=512,
         data_dir="imagenet/train", fit="random", micro_batch=8),
 
-    # Tab. S1; kl: its 1e-7 times half of 16 x 64 x 64, which SD3's KL sums up; clip: of the code; not run
+    # Tab. S1; kl: its 1e-7 times half of 16 x 64 x 64, as SD3's KL is a sum; clip: authors' code; not run
     "sd35m": dict(
         out="out/sd35m-vae", base="sd3.5-medium", D=16, image_size=1024, data_dir="captioned", flip=False,
         kl=3.3e-3, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
         beta2=0.999, clip=1.0, detail_dropout=0.0, fit="random"),
 }
-# FLUX.2's VAE, as sd35m; not run
+# FLUX.2's VAE, trained like sd35m; not run
 PRESETS["klein"] = PRESETS["sd35m"] | dict(
     out="out/klein-vae", base="FLUX.2-klein-base-4B", D=96, fit="closed")
-# 2,048 pixels with the latents of 512; not run
+# 2,048 pixels, with latents as large as those of 512; not run
 PRESETS["klein-2048"] = PRESETS["klein"] | dict(out="out/klein-2048-vae", image_size=2048, r=4, crop=(1024,))
-# the start of photos in closed form and nothing else: one step that moves nothing
+# only the closed-form start of `photos`: the one step changes nothing
 PRESETS["photos-quick"] = PRESETS["photos"] | dict(
     out="out/photos-quick-vae", perceptual="none", steps=1, lr=0.0)
 
-# the rivals: VA-VAE's distance in place of Eq. (4), DC-AE 1.5's structured latent. 50 steps of each, on
-# the photos of `photos`: 30.90 and 30.24 dB on 16 others, base only 26.45 (2026-11-25); whole: not run
+# the rivals: VA-VAE's distance instead of Eq. (4), DC-AE 1.5's structured latent. After 50 steps each, on
+# the photos of `photos`: 30.90 and 30.24 dB on 16 others, base only 26.45 (2026-11-25); full runs: not run
 PRESETS["photos-vf"] = PRESETS["photos"] | dict(
     out="out/photos-vf-vae", distance="vf", align=0.1, adaptive_align=True)
 PRESETS["photos-dcae15"] = PRESETS["photos"] | dict(
     out="out/photos-dcae15-vae", keep_levels=(0, 32, 64, 96), align=0.0, fit_align=0.0)
 
-# VA-VAE itself, f16d32: 100 epochs, and twice 15 from the phase before; not run
+# VA-VAE itself, f16d32: 100 epochs, then twice 15 more, each from the phase before; not run
 PRESETS["vavae-1"] = dict(
     out="out/vavae-1", D=0, r=1, C=32, widths=(128, 128, 256, 256, 512), attn=(4,), quant=True,
     image_size=256, data_dir="imagenet/train", teacher="dinov2-large", project="conv", distance="vf",
@@ -164,7 +164,7 @@ PRESETS["vavae-2"] = PRESETS["vavae-1"] | dict(
     out="out/vavae-2", base="out/vavae-1", align=0.1, disc_start=1, steps=75_000)
 PRESETS["vavae"] = PRESETS["vavae-2"] | dict(out="out/vavae", base="out/vavae-2", m1=0.5, m2=0.25)
 
-# On resume these fields may differ, and those that runs.py names (NO_EFFECT, SOURCES); no others.
+# On resume, only these fields may differ, and those listed in runs.py (NO_EFFECT, SOURCES).
 MAY_CHANGE = {"steps", "lr", "cooldown", "clip"}
 
 
@@ -205,10 +205,10 @@ def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
 
 
 def alignment(rec, x, cfg, nets):
-    """{"align": how far the latent is from its teacher, and its terms}.  Eq. (3), (4); or VA-VAE's VF loss.
+    """{"align": distance of the latent from its teacher, and its terms}.  Eq. (3), (4); or VA-VAE's VF loss.
 
-    The teacher is z, or a vision transformer's features of x. What is aligned is the sampled z_d (without
-    details, as in VA-VAE itself: the whole latent), after a projection to the teacher's channels.
+    The teacher is z, or a vision transformer's features of x. The student is the sampled z_d (if there are
+    no details, the whole latent, as in VA-VAE itself), projected to the teacher's channels.
     """
     student = rec.z_d
     teacher = rec.z if nets.teacher is None else nets.teacher(x, student.shape[-1])
@@ -227,7 +227,7 @@ def alignment(rec, x, cfg, nets):
 def adaptive_weight(nll, loss, weight, limit):
     """|grad nll| / |grad loss| at one weight tensor, in [0, limit].  Esser et al., 2021, Eq. 7.
 
-    It puts both losses on one scale there. Each gradient costs a partial backward pass; the graph is kept.
+    It brings both losses to one scale there. Each gradient costs a partial backward pass; the graph is kept.
     """
     a, = torch.autograd.grad(nll, weight, retain_graph=True)
     b, = torch.autograd.grad(loss, weight, retain_graph=True)
@@ -240,7 +240,7 @@ def first_conv(vae):
 
 
 def last_conv(vae):
-    """The layer that paints the pixels; the GAN's adaptive weight compares gradients there."""
+    """The layer that outputs the pixels; the GAN's adaptive weight compares gradients there."""
     layers = [m for m in vae.decoder.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     return layers[-1]
 
@@ -273,13 +273,13 @@ class PatchGAN(nn.Sequential):
 
 
 class LossNetworks:
-    """The networks that the losses need beside the VAE: saved for resuming, and never exported with it.
+    """The networks that the losses need besides the VAE: saved for resuming, and never exported with it.
 
-    disc:  PatchGAN or None; trained against the VAE, by an optimizer of its own
+    disc:  PatchGAN or None; trained against the VAE, by its own optimizer
     lpips: LPIPS or None; frozen
-    teacher: a vision transformer, or None: details are aligned to z; frozen
-    own:   what a loss trains together with the VAE, as the projection of --project=conv: a module in here is
-           in the VAE's optimizer, its gradients are averaged over the ranks, and it is in train_state.pt
+    teacher: a vision transformer, frozen; None: details are aligned to z
+    own:   modules that a loss trains together with the VAE, such as the projection of --project=conv: they
+           are in the VAE's optimizer and in train_state.pt, and their gradients are averaged over the ranks
     """
 
     def __init__(self, cfg, vae, device):
@@ -321,7 +321,7 @@ def main(cfg):
     run = runs.Run(cfg, MAY_CHANGE, rank)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
 
-    # the VAE, the networks of its losses, an optimizer for each player: new, or from the newest checkpoint
+    # the VAE, the networks of its losses, the optimizers: new, or from the newest checkpoint
     if not run.checkpoint:
         stages.make_missing(cfg, [MAKER])
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
@@ -346,9 +346,9 @@ def main(cfg):
     model = DistributedDataParallel(vae) if world > 1 else vae
     judge = DistributedDataParallel(nets.disc) if world > 1 and nets.disc else nets.disc
     if nets.disc:
-        nets.disc.requires_grad_(False)            # but in its own step
+        nets.disc.requires_grad_(False)            # except in its own step
 
-    # before the first step: images to validate on, the fastest kernels, a checkpoint (a full disk shows now)
+    # before the first step: validation images, the fastest kernels, a checkpoint (so a full disk shows now)
     val = held_out.validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
     shape = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
@@ -362,12 +362,12 @@ def main(cfg):
     stream = data.batches(shaped, cfg.batch_size, cfg.seed, run.start, rank, world, cfg.flip)
     for step, (x, _) in run.steps(stream):
 
-        # learning rate; the discriminator joins in late
+        # learning rate; the discriminator joins later
         lr = learning_rate(step, cfg)
         set_learning_rate(lr, opt, opt_d)
         gan_on = nets.disc is not None and step >= cfg.disc_start
 
-        # the VAE: forward and backward, one micro-batch after the other
+        # the VAE: forward and backward, one micro-batch at a time
         pairs = []
         images = data.to_tensor(x).to(device)
         for (part,) in ranks.micro_batches(model, accumulate, images, seed=cfg.seed, step=step):
@@ -398,8 +398,8 @@ def main(cfg):
             if not run.ends_early:
                 validate(run, step + 1, vae, val)
 
-    # the statistics of the latents, which belong to the weights: they are final now, and saved
-    if run.start == cfg.steps:                     # a job that was cut off between its last save and here
+    # the weights are final now: measure the statistics of their latents, and save both
+    if run.start == cfg.steps:                     # the job was cut off between its last save and here
         validate(run, cfg.steps, vae, val)
     with autocast:
         vae.measure(held_out.statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
@@ -413,8 +413,8 @@ def main(cfg):
 def training_batch(x, step, cfg):
     """(B, 3, H, W) as this step sees it: cropped; for a base VAE (D = 0), mostly shrunk by r as well.
 
-    That is the size of the images that DAVAE will show it. Every eighth step keeps the full size, so that
-    the base VAE also knows what r^2 times the tokens (r = 2: four times) would give it.
+    A DAVAE will show the base VAE images of the shrunk size. Every eighth step keeps the full size, so that
+    the base VAE also learns to use r^2 times the tokens (r = 2: four times).
     """
     if cfg.D == 0 and step % 8:
         x = base_image(x, cfg.r)
@@ -426,7 +426,7 @@ def training_batch(x, step, cfg):
 
 
 def one_of(choices):
-    """One of them at random; where there is only one, no random number is drawn."""
+    """One of `choices` at random; if there is only one, no random number is drawn."""
     return choices[0] if len(choices) == 1 else choices[torch.randint(len(choices), ()).item()]
 
 
@@ -443,11 +443,11 @@ def train_discriminator(judge, opt_d, pairs, autocast, log, step):
     ranks.stop_if_not_finite(norm, d_loss, nn.ModuleDict({"discriminator": judge}), step)
     opt_d.step()
     opt_d.zero_grad(set_to_none=True)
-    judge.requires_grad_(False)                    # the VAE's loss passes through it, and leaves it as it is
+    judge.requires_grad_(False)                    # the VAE's loss passes through it, but does not train it
 
 
 def learning_rate(step, cfg):
-    """cfg.lr, rising over `warmup` steps, and falling to 0 over the last `cooldown` part of the run."""
+    """cfg.lr, rising over `warmup` steps, and falling to 0 over the last fraction `cooldown` of the run."""
     rise = (step + 1) / max(1, cfg.warmup)
     fall = (cfg.steps - step) / max(1.0, cfg.cooldown * cfg.steps)
     return cfg.lr * min(1.0, rise, fall)
@@ -459,7 +459,7 @@ def learning_rate(step, cfg):
 def initial_vae(cfg, known=()):
     """The VAE at step 0.
 
-    known: {folder: a VAE that stands in for the run there}
+    known: {folder: a VAE to use instead of the run there}
     """
     torch.manual_seed(cfg.seed)
     if cfg.D == 0 and not cfg.base:
@@ -473,7 +473,7 @@ def initial_vae(cfg, known=()):
 
 
 def freeze(vae, train):
-    """Freeze what `train` leaves out of a DA-VAE, see Config."""
+    """Freeze the parts of a DA-VAE that `train` leaves out, see Config."""
     if vae.D:
         vae.detail_encoder.requires_grad_(train == "all")
         vae.down.requires_grad_(train != "up")
@@ -481,7 +481,7 @@ def freeze(vae, train):
 
 
 def start_in_closed_form(cfg, vae, train_set, device, rank):
-    """Fit the new blocks, and say how well.  Each rank does it all; DDP then goes on with rank 0's."""
+    """Fit the new blocks, and print how well.  Every rank does all of it; DDP then uses rank 0's result."""
     with ranks.autocast(cfg.dtype, device):
         images = held_out.fitting_images(cfg, vae, train_set, device, rank)
         pixels = cfg.fit == "pixels"
@@ -492,10 +492,10 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
 
 
 def trial(cfg, n, device, known, classes):
-    """(this run's VAE at step 0, a function that makes one pass, forward and back, on n images of noise).
+    """(this run's VAE at step 0, a function that runs one forward and backward pass on n images of noise).
 
     support/stages.py times the pass before anything is trained.
-    known: {folder: model} of runs that are not made yet; classes: unused here, finetune.py's trial needs it
+    known: {folder: model} of runs that do not exist yet; classes: unused here, finetune.py's trial needs it
     """
     vae = initial_vae(cfg, known)
     vae = vae.to(device, memory_format=ranks.layout(vae.base.width, device)).train()
@@ -505,7 +505,7 @@ def trial(cfg, n, device, known, classes):
     sides = itertools.cycle([(side,) for side in cfg.crop] or [()])
 
     def step():
-        x = training_batch(images, 1, replace(cfg, crop=next(sides)))      # in turn: for a fair mean
+        x = training_batch(images, 1, replace(cfg, crop=next(sides)))      # each size in turn: a fair mean
         with ranks.autocast(cfg.dtype, device):
             loss, _ = vae_loss(vae, vae(x), x, cfg, nets, gan_on=checks.is_judged(cfg))
         loss.backward()
@@ -529,7 +529,7 @@ def set_learning_rate(lr, *optimizers):
 
 
 def save(run, done, vae, nets, opt, opt_d, measured=False):
-    """Write a checkpoint; by rank 0.   measured: are the latent statistics those of its weights?"""
+    """Write a checkpoint, on rank 0.   measured: do the latent statistics belong to these weights?"""
     state = {"opt": opt.state_dict(), **nets.state_dict()}
     if opt_d:
         state["opt_d"] = opt_d.state_dict()
@@ -548,7 +548,7 @@ def restore(run, nets, opt, opt_d):
 
 @torch.no_grad()
 def reconstruct(vae, x):
-    """(base only, full) of x (B, 3, H, W): from its base channels alone, bicubically enlarged; from all."""
+    """Reconstruct x (B, 3, H, W): (from base channels only, bicubically enlarged; from all channels)."""
     z_all = vae.encode(x)
     base = vae.decode_base(z_all[:, :vae.C]).float()
     if vae.D:
@@ -557,9 +557,9 @@ def reconstruct(vae, x):
 
 
 def validate(run, done, vae, val):
-    """PSNR of base only and of the whole on `val` (N, 3, H, W), and a strip of its first images.
+    """PSNR on `val` (N, 3, H, W), base only and full, and a strip of its first images.
 
-    Ranks share the images.
+    The ranks split the images among them.
     """
     vae.eval()
     mine = torch.arange(len(val)).tensor_split(ranks.world_size())[run.rank]
@@ -580,8 +580,8 @@ def validate(run, done, vae, val):
 
 
 def draw(cfg, done, vae, val, base, full):
-    """recon.png and recon_<done>.png: rows of inputs, base only, whole reconstructions and their errors."""
-    shown = min(len(val), 8, max(1, 2048 // val.shape[-1]))      # 8, or what 2,048 pixels take side by side
+    """recon.png and recon_<done>.png: rows of inputs, base only, full reconstructions and their errors."""
+    shown = min(len(val), 8, max(1, 2048 // val.shape[-1]))      # 8, or as many as fit in 2,048 pixels
     rows = {"input": val}
     if vae.D:
         rows["base only"] = base

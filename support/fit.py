@@ -3,34 +3,34 @@
 The base VAE already has what the details should hold: its own latent of the full-size image. Per position of
 the small grid, and with pixels unshuffled into channels,
 
-    z    (C)        base latent of the small image, which z_all has anyway
+    z    (C)        base latent of the small image, which z_all contains anyway
     U    (r^2 C)    base latent of the full-size image, as the decoder's first convolution (the stem) sees it
     Y    (r^2 F)    the decoder's features of the full-size image: the stem's output
 
-Y is what the up block should give, and it is linear in U, because the stem is a convolution. The details can
-carry D directions of U:  z_d = U V.  Which ones? Not those in which U varies most, but those that z does not
-tell, and of which the decoder makes most:
+Y is what the up block should output, and it is linear in U, because the stem is a convolution. The details
+can carry D directions of U:  z_d = U V.  Which ones? Not those in which U varies most, but those that z does
+not predict and that change the decoded image most:
 
-    R = U - (what 3x3 positions of z tell of U, linearly)
-    M = J^T J, J the decoder's derivative by U        u^T M u: by how much, squared, u changes the image
-    V = S Q, with M = S S^T and Q the D leading principal directions of R S;  U V then has a mean square of 1
+    R = U - (the linear prediction of U from 3x3 positions of z)
+    M = J^T J, J the decoder's Jacobian at U          u^T M u: the squared change of the image due to u
+    V = S Q, with M = S S^T and Q the D leading principal directions of R S;  U V then scaled to mean square 1
 
-Of all U V of D numbers it is the one from which R is told with the least error in the image (Eckart and
-Young, 1936): reduced-rank regression (Izenman, 1975) with the decoder's own measure of error.
+Of all U V with D numbers, this one predicts R with the least error in the image (Eckart and Young, 1936):
+it is reduced-rank regression (Izenman, 1975) with the decoder's own measure of error.
 
 The down block gives U V exactly: its shortcut reads a copy of the base's own head (`LatentHead`). The up
 block is the least-squares map from 3x3 positions of [z, z_d] to Y. With D = r^2 C nothing is left out, and
-the image is the base VAE's own at full size. Nothing is centred: beyond the border of an image, U, z_d and
-what convolutions pad with are all 0.
+the image is the base VAE's own at full size. Nothing is centred, so beyond the border of an image U, z_d and
+the padding of convolutions are all 0.
 
-Beside M, this needs nothing of the images but second moments: G = X^T X of X = [1, patches of z, patches of
-U], one row for each latent pixel, summed in one pass. Each step after it is a line of algebra on G.
+Besides M, all that is needed of the images is second moments: G = X^T X of X = [1, patches of z, patches of
+U], one row per latent pixel, summed in one pass. Each later step is a line of algebra on G.
 Memory: (1 + 9C + 9 r^2 C)^2 float64, so 17 MB for C = 32, r = 2 and 190 MB for r = 4.
 
-`align` turns the basis of z_d afterwards, so that group means tell z (Eq. 3); see `alignment`.
+`align` then changes the basis of z_d so that group means predict z (Eq. 3); see `alignment`.
 
 Differs from the paper, where both blocks start at random (`--fit=random`) and the down block's shortcut reads
-the encoder's features: on a CPU one cannot afford the steps that this saves.
+the encoder's features: the training steps that this saves are too expensive on a CPU.
 """
 from copy import deepcopy
 
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from support.dcae import Stem
 from support.levels import importance
 
-TAPS = 9                                               # positions of a 3x3 patch; number 4 is its centre
+TAPS = 9                                               # positions of a 3x3 patch; index 4 is its centre
 
 
 class LatentHead(nn.Module):
@@ -77,7 +77,7 @@ def solve_ridge(A, B, strength):
 
 
 def ridge(pairs, strength=1e-3):
-    """`solve_ridge` of examples in batches of X (N, in), Y (N, out), of which only moments are kept."""
+    """`solve_ridge` on batches of examples X (N, in), Y (N, out), of which only moments are kept."""
     A = 0                                                          # X^T X, summed over batches
     B = 0                                                          # X^T Y
     for X, Y in pairs:
@@ -91,33 +91,33 @@ def ridge(pairs, strength=1e-3):
 
 @torch.no_grad()
 def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
-    """Set the down and the up block of a DAVAE with `latent_shortcut`.
+    """Set the down and up blocks of a DAVAE with `latent_shortcut`.
 
     images: batches (B, 3, H, W) of training images; some 20 latent pixels for each of the 9 (C+D) unknowns
-    align:  0 the directions of reduced-rank regression, strongest first as support/levels.py counts them;
-            1 group means are the best linear guess of z; or between
-    pixels: z_d is D/C of every r^2 pixels of U as they are (space to depth), the baseline; with `align` 0
-    strength: of the ridge, against what the images leave undetermined
-    Every rank may fit the same images: DistributedDataParallel goes on with what rank 0 found.
-    returns {"kept": the part of the features' energy that z does not tell, and [z, z_d] do;
-             "told": the part of z's energy that the details tell linearly}
-    raises: ValueError if D > r^2 C, if D is no multiple of C and `align` is not 0, or of too few images
+    align:  0: the directions of reduced-rank regression, strongest first in the order of support/levels.py;
+            1: group means are the best linear prediction of z; or in between
+    pixels: the baseline: z_d is D/C of every r^2 pixels of U, unchanged (space to depth); with `align` 0
+    strength: of the ridge, for what the images leave undetermined
+    Every rank may fit the same images: DistributedDataParallel then uses rank 0's result.
+    returns {"kept": of the features' energy that z does not predict, the fraction that [z, z_d] predict;
+             "told": the fraction of z's energy that the details predict linearly}
+    raises: ValueError if D > r^2 C, if D is no multiple of C and `align` is not 0, or for too few images
     """
     check_fit(vae, align)
     C = vae.C
-    G, M = moments(vae, images)                                    # (1 + 9C + 9 r^2 C) and r^2 C, squared
-    K = features_of_patches(vae)                                   # Y = X K, without any images
+    G, M = moments(vae, images)                                    # square, 1 + 9C + 9 r^2 C and r^2 C wide
+    K = features_of_patches(vae)                                   # Y = X K; needs no images
     inputs = 1 + TAPS * C                                          # 1 and the patches of z
     check_count(int(G[0, 0]), inputs + TAPS * vae.D)
     G = G / G[0, 0]                                                # means over positions, not sums
     z = slice(1 + TAPS // 2, inputs, TAPS)                         # the columns of X that hold z itself,
     U = slice(inputs + TAPS // 2, None, TAPS)                      # and U
 
-    # what z does not tell of X's columns: R = X - X[:, :inputs] W, and its moments R^T R
+    # what z does not predict of X's columns: R = X - X[:, :inputs] W, and its moments R^T R
     W = solve_ridge(G[:inputs, :inputs], G[:inputs], strength)
     R = G - G[:, :inputs] @ W
 
-    # the D directions of U of which the decoder makes most
+    # the D directions of U that matter most to the decoder
     V = some_pixels(C, vae.r**2, vae.D // C).to(M) if pixels else reduced_rank(R[U, U], M, vae.D)
     V = V / (V.T @ G[U, U] @ V).diagonal().sqrt()
     own = V.T @ G[U, U] @ V                                        # moments of z_d: z_d^T z_d, with ones
@@ -130,7 +130,7 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     kept = 1 - (left * (G @ left)).sum() / (K * (R @ K)).sum()
     told = (with_z * solve_ridge(own, with_z, strength)).sum() / G[z, z].trace()
 
-    # another basis of the same details, aligned or the strongest first: the up block undoes it
+    # change the basis of the details, to be aligned or strongest first; the up block undoes it
     if align or not pixels:
         T = alignment(own, with_z, align) if align else torch.eye(vae.D).to(V)[:, importance(C, vae.D)]
         V = V @ T
@@ -144,7 +144,7 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
 def check_fit(vae, align):
     """raises: ValueError if this DAVAE cannot start in closed form"""
     last = stem(vae.base)[-1]
-    conv = last.conv if isinstance(last, Stem) else last           # DC-AE's is a convolution and a shortcut
+    conv = last.conv if isinstance(last, Stem) else last           # DC-AE's stem also has a shortcut
     if not isinstance(conv, nn.Conv2d) or max(conv.kernel_size) > 2 * vae.r + 1:
         raise ValueError(f"{type(vae.base).__name__}.from_latent ends in {last}: wanted a convolution of at "
                          f"most {2 * vae.r + 1} pixels (davae.py:BaseVAE says where to cut), or --fit=random")
@@ -153,15 +153,15 @@ def check_fit(vae, align):
         raise ValueError(f"--D={vae.D}: details in closed form are directions of the full-size latent, which "
                          f"has r^2 C = {most} numbers per position; give --D={most} or less, or --fit=random")
     if align and vae.D % vae.C:
-        raise ValueError(f"--fit_align={align:g} needs C={vae.C} equal groups of details, and D={vae.D} is "
-                         "no multiple of it; give --fit_align=0")
+        raise ValueError(f"--fit_align={align:g} needs C={vae.C} equal groups of details, but D={vae.D} is "
+                         "not a multiple of C; give --fit_align=0")
 
 
 def check_count(positions, unknowns):
-    """raises: ValueError if there are too few latent pixels to fit so many unknowns for each feature"""
+    """raises: ValueError if there are too few latent pixels to fit this many unknowns per feature"""
     if positions < unknowns:
-        raise ValueError(f"the closed form has {unknowns} unknowns for each feature, and the images have "
-                         f"{positions} latent pixels: wanted some {20 * unknowns}; give more or larger "
+        raise ValueError(f"the closed form has {unknowns} unknowns per feature, but the images have only "
+                         f"{positions} latent pixels: wanted about {20 * unknowns}; give more or larger "
                          "images, or --fit=random")
 
 
@@ -171,7 +171,7 @@ def check_count(positions, unknowns):
 def moments(vae, images):
     """(G, M), summed over all positions; float64.
 
-    G: X^T X of X = [1, patches of z, patches of U];  M: J^T J, of up to four crops of 256 pixels per batch
+    G: X^T X of X = [1, patches of z, patches of U];  M: J^T J, on up to four 256-pixel crops per batch
     """
     G = 0
     M = 0
@@ -186,9 +186,9 @@ def moments(vae, images):
 
 
 def what_shows(vae, x, seed):
-    """J^T J (r^2 C, r^2 C) at images x, J the derivative of the decoded image by U, summed over positions.
+    """J^T J (r^2 C, r^2 C) at images x, J the Jacobian of the decoded image in U, summed over positions.
 
-    An estimate by one random projection (Hutchinson): for unit noise e, J^T e has the moments J^T J.
+    Estimated by one random projection (Hutchinson): for unit noise e, J^T e has the moments J^T J.
     """
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
     U = vae.down.head(vae.detail_encoder(x))                                         # (B, C, r*h, r*w)
@@ -206,14 +206,14 @@ def patches(x):
 
 
 def on_patches(V):
-    """A map of channels as one of their 3x3 patches: (c, d) -> (9c, 9d)."""
+    """A map of channels, extended to their 3x3 patches: (c, d) -> (9c, 9d)."""
     return torch.kron(V.contiguous(), torch.eye(TAPS).to(V))
 
 
 def features_of_patches(vae):
     """K (1 + 9C + 9 r^2 C, r^2 F) with Y = X K: the stem as a matrix on 3x3 patches of U.
 
-    Its rows are what the stem makes of patches that are 1 in one place.
+    Its rows for U are the stem's outputs, less the bias, for patches that are 1 in one place, else 0.
     """
     conv = deepcopy(stem(vae.base)[-1]).double()
     n = TAPS * vae.r**2 * vae.C
@@ -234,41 +234,41 @@ def features_of_patches(vae):
 
 
 def reduced_rank(RR, M, D):
-    """The V of the best map of rank D, R -> R V -> R, where an error e counts e^T M e.
+    """The V of the best map of rank D, R -> R V -> R, where an error e costs e^T M e.
 
-    RR: R^T R (n, n), M: (n, n), D <= n;  returns (n, D), the directions by what they explain
+    RR: R^T R (n, n), M: (n, n), D <= n;  returns (n, D), the directions that explain most first
     """
-    little = 1e-4 * M.diagonal().mean() * torch.eye(len(M)).to(M)  # so that no direction counts nothing
+    little = 1e-4 * M.diagonal().mean() * torch.eye(len(M)).to(M)  # so that no direction has zero weight
     S = torch.linalg.cholesky(M + little)
     _, Q = torch.linalg.eigh(S.T @ RR @ S)                         # the largest come last
     return S @ Q.flip(1)[:, :D]
 
 
 def some_pixels(C, pixels, group):
-    """V (pixels * C, group * C) with U V the last `group` of every `pixels` pixels of each channel of U."""
+    """V (pixels * C, group * C); U V is the last `group` of every `pixels` pixels of each channel of U."""
     of_one = torch.eye(pixels)[:, pixels - group:]
     return torch.kron(torch.eye(C), of_one)
 
 
 def alignment(moments, with_z, amount):
-    """T (D, D): z_d T is another basis of the same details, where the means of groups of channels tell z.
+    """T (D, D): z_d T holds the same details in another basis, in which group means predict z.
 
     moments: mean z_d^T z_d (D, D);  with_z: mean z_d^T z (D, C);  amount: in [0, 1], how far
-    At 1, group c of z_d is z_hat_c, the best linear guess of z_c from the details, on all its channels, plus
-    what adds up to 0 in the group: the other D - C dimensions of the details, in the basis nearest to that of
-    0. (Which of them share a group made no difference on 11 photos and TAEF2, 2026-11-25.) So the alignment
-    loss (Eq. 4) is what the details cannot tell of z; and as T is invertible, they lose nothing.
+    At 1, each channel of group c is z_hat_c, the best linear prediction of z_c from the details, plus a part
+    that sums to 0 over the group: the other D - C dimensions of the details, in the basis nearest to that at
+    amount 0. (Which of them share a group made no difference on 11 photos and TAEF2, 2026-11-25.) So the
+    alignment loss (Eq. 4) is what the details cannot predict of z; as T is invertible, they lose nothing.
     """
     C = with_z.shape[1]
     energy, axes = torch.linalg.eigh(moments)
-    white = axes / energy.sqrt() @ axes.T                          # z_d @ white: its moments are 1
+    white = axes / energy.sqrt() @ axes.T                          # the moments of z_d @ white are 1
     M = white @ with_z                                             # (D, C): z_hat = z_d @ white @ M
-    groups = torch.eye(C).to(M).repeat_interleave(len(M) // C, dim=0)            # (D, C): who is in which
+    groups = torch.eye(C).to(M).repeat_interleave(len(M) // C, dim=0)            # (D, C): group membership
     rest = complement(M)                                           # (D, D-C): what is not in z_hat
-    apart = complement(groups)                                     # (D, D-C): what adds up to 0 in each group
+    apart = complement(groups)                                     # (D, D-C): what sums to 0 in each group
     T = white @ (M @ groups.T + rest @ nearest_rotation(rest.T @ apart) @ apart.T)
 
-    sign = torch.ones(len(M), 1).to(M)                             # a sign of V is free: no mirror on the way
+    sign = torch.ones(len(M), 1).to(M)                             # V's signs are free: avoid a reflection
     sign[-1] = torch.det(T).sign()
     return sign * part_of_the_way(sign * T, amount)
 
@@ -279,13 +279,13 @@ def complement(A):
 
 
 def nearest_rotation(A):
-    """The orthogonal matrix that is nearest to a square one."""
+    """The orthogonal matrix nearest to a square one."""
     left, _, right = torch.linalg.svd(A)
     return left @ right
 
 
 def part_of_the_way(T, amount):
-    """From the identity (0) to T (1), invertible all the way: T = stretch @ turn, each to that power."""
+    """From the identity (0) to T (1), invertible all the way: T = stretch @ turn, each raised to `amount`."""
     turn = nearest_rotation(T)
     stretch = T @ turn.T                                           # symmetric, positive
     sizes, axes = torch.linalg.eigh((stretch + stretch.T) / 2)
@@ -298,7 +298,7 @@ def part_of_the_way(T, amount):
 
 
 def set_down_block(down, V):
-    """moments of z_d: mean U V, a small constant variance."""
+    """Make it output the moments of z_d: mean U V, a small constant variance."""
     for parameter in (*down.conv.parameters(), *down.proj.parameters()):
         parameter.zero_()
     D = V.shape[1]
@@ -307,7 +307,7 @@ def set_down_block(down, V):
 
 
 def set_up_block(up, W):
-    """W (1 + 9(C+D), r^2 F): the bias, then the convolution and the shortcut together."""
+    """W (1 + 9(C+D), r^2 F): the bias, then the sum of convolution and shortcut."""
     channels = up.conv.in_channels
     units = torch.eye(channels)[:, :, None, None].to(up.conv.weight)
     shortcut = up.shortcut(units)[:, :, 0, 0].T                    # (r^2 F, C+D)

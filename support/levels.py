@@ -1,23 +1,23 @@
-"""Channels in an order of importance: what DC-AE 1.5 calls structured latents and augmented training.
+"""Channels in order of importance: what DC-AE 1.5 calls structured latents and augmented training.
 
-Some steps hide the last channels of that order: from the decoder while the VAE trains, so that the first ones
-learn to do without them (Eq. 1); from the transformer's input, output and target in stage 2, so that it
-learns the first ones by themselves, too (Eq. 2). Levels are numbers of channels that are shown. Each image
-draws its own, all entries of the list being equally likely; one that stands there twice comes twice as often.
+Training hides the last channels of that order at random: from the decoder in stage 1, so that the first
+channels learn to do without them (Eq. 1); from the transformer's input, output and target in stage 2, so that
+it also learns the first channels by themselves (Eq. 2). A level is a number of channels that are shown. Each
+image draws its own, uniformly from a list; a level that is listed twice comes twice as often.
 
-Of a DA-VAE only details are hidden, and levels count these: (0, 32, 64, 96) for D = 96. The order goes
+In a DA-VAE only details are hidden, and levels count only these: (0, 32, 64, 96) for D = 96. The order goes
 through the groups of Eq. (3) in turn: the first detail of every group, then the second of every group, and so
-on. Without details (D = 0, the pure form) levels count the latent's channels, which are in order as they are.
+on. Without details (D = 0, the pure form), levels count the latent's channels, in the order that they have.
 
-Differs from DC-AE 1.5, where one level is drawn for a whole step: an image of its own draw has the same mean,
-and less noise. And their scripts also keep a level's weights by slicing, which is right for patches of one
-latent pixel only; hiding is the same, for any patch.
+Differs from DC-AE 1.5, where one level is drawn for a whole step: drawing per image has the same mean and
+less noise. Also, their scripts keep a level's weights by slicing, which is right only for patches of one
+latent pixel; hiding is equivalent, and right for any patch.
 """
 import torch
 import torch.nn.functional as F
 
-# An arbitrary number, by which these draws have a generator of their own: with or without them, images, noise
-# and times of a step are the same.
+# An arbitrary number that gives these draws their own generator: with or without them, the images, noise and
+# times of a step are the same.
 APART = 0x1E7E15
 
 
@@ -29,7 +29,7 @@ def importance(groups, channels):
 
 
 def seen(keep, groups, channels):
-    """1 where a channel is among the `keep` first of the order, 0 where it is hidden.
+    """1 where a channel is among the first `keep` of the order, 0 where it is hidden.
 
     keep: an int, or (B,);  returns (B, channels, 1, 1) float32, B = 1 for an int
     """
@@ -39,22 +39,22 @@ def seen(keep, groups, channels):
 
 
 def seen_of_all(keep, C, D):
-    """The same for z_all of C base channels, always seen, and D details; D = 0: of C channels."""
+    """The same for z_all: C base channels, always seen, and D details; D = 0: for C channels."""
     if D == 0:
         return seen(keep, C, C)
     return F.pad(seen(keep, C, D), (0, 0, 0, 0, C, 0), value=1.0)             # (B, C+D, 1, 1)
 
 
 def draw(levels, B, device):
-    """(B,) of the levels, independent and uniform; the generator of everything else is left as it is."""
+    """(B,) levels, drawn independently and uniformly; the generator of everything else is left untouched."""
     generator = torch.Generator().manual_seed(torch.initial_seed() ^ APART)
     chosen = torch.randint(len(levels), (B,), generator=generator)
     return torch.tensor(levels)[chosen].to(device)
 
 
 def masked(model, mask):
-    """A transformer whose input and output are multiplied by `mask` (B, C+D, 1, 1): it neither sees nor says
-    anything of hidden channels.
+    """A transformer whose input and output are multiplied by `mask` (B, C+D, 1, 1): it neither sees nor
+    predicts hidden channels.
     """
     def hide(x_t, t, *cond, **options):
         return model(x_t * mask, t, *cond, **options) * mask
@@ -62,7 +62,7 @@ def masked(model, mask):
 
 
 def hide_some(model, target, weight, w, cfg):
-    """flow_loss's (model, target, weight) where each image hides some of its channels (Eq. 2)."""
+    """flow_loss's (model, target, weight) with some channels of each image hidden (Eq. 2)."""
     channels = target.shape[1]
     mask = seen_of_all(draw(cfg.keep_levels, len(target), target.device), channels - cfg.D, cfg.D)
     if cfg.keep_mean == "shown":
@@ -73,7 +73,7 @@ def hide_some(model, target, weight, w, cfg):
 def share(mask, D, w):
     """(B, 1, 1, 1): times this, a mean over all channels becomes one over those that are shown.
 
-    With weight w on details, as in Eq. (13). DC-AE 1.5's code so divides, where its Eq. 2 does not.
+    With weight w on details, as in Eq. (13). DC-AE 1.5's code divides like this; its Eq. 2 does not.
     """
     weights = mask.new_ones(1, mask.shape[1], 1, 1)
     if D:
@@ -88,5 +88,6 @@ def check(levels, C, D, flag="--keep_levels"):
         if not least <= k <= most:
             what = "detail channels" if D else "channels"
             given = ",".join(map(str, levels))
-            raise SystemExit(f"{flag}={given}: wanted numbers of {what}, {least} to {most}; {k} is none")
+            raise SystemExit(f"{flag}={given}: wanted numbers of {what}, {least} to {most}; "
+                             f"{k} is out of range")
     return levels

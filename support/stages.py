@@ -1,9 +1,9 @@
-"""What a run needs before it: the stages that its preset names, where they lie, and about how long they take.
+"""What a run depends on: the stages its preset names, where they are kept, and about how long they take.
 
     base VAE -> DA-VAE -> base DiT, on the DA-VAE's base channels -> DA-VAE DiT
 
-A preset's `vae` and `base` are folders of other presets, which are trained if they are not there yet. The
-training scripts come in here as Makers, because nothing in support/ imports a script.
+A preset's `vae` and `base` are folders of other presets, which are trained if they do not exist yet. The
+training scripts are passed in as Makers, because nothing in support/ imports a script.
 """
 import os
 import shutil
@@ -33,13 +33,13 @@ class Maker:
     trial: Callable
 
 
-# ---------------------------------------------------------------- where the stages lie
+# ---------------------------------------------------------------- where the stages are kept
 
 
 def settle(cfg):
-    """Where cfg names a base VAE, put its preset's folders into one that belongs to its images and that base.
+    """If cfg names a base VAE, move its preset's folders into one specific to its images and that base.
 
-    Folders that the command line has given stay. Texts come from the base's own encoders.
+    Folders given on the command line stay. Captions are encoded by the base's own encoders.
     """
     if not getattr(cfg, "base_vae", ""):
         return
@@ -51,7 +51,7 @@ def settle(cfg):
 
 
 def at_home(folder, cfg):
-    """A preset's folder; of a run with a base VAE of its own, out/photos -> out/<images>-<base>/photos."""
+    """A preset's folder; for a run with its own base VAE, out/photos -> out/<images>-<base>/photos."""
     base_vae = getattr(cfg, "base_vae", "")
     if not base_vae or not folder.startswith("out/"):
         return folder
@@ -62,13 +62,13 @@ def at_home(folder, cfg):
 
 
 def preset_of(run, cfg, maker):
-    """The Config of a run that cfg needs, if its folder is that of a preset of `maker`; else None."""
+    """The Config of a run that cfg needs, if its folder is that of one of `maker`'s presets; else None."""
     for preset, values in maker.presets.items():
         home = {key: at_home(values[key], cfg) for key in ("out", "vae", "base") if key in values}
         if os.path.realpath(home["out"]) != os.path.realpath(run):
             continue
         same = {field: getattr(cfg, field) for field in ("device", "data_dir", "track")}
-        if cfg.dtype != "auto":                        # else as the preset says
+        if cfg.dtype != "auto":                        # else the preset's
             same["dtype"] = cfg.dtype
         stage = maker.Config(**{"preset": preset, **values, **home, **same})
         take_base(stage, cfg)
@@ -77,7 +77,7 @@ def preset_of(run, cfg, maker):
 
 
 def take_base(stage, cfg):
-    """Hand cfg's base VAE, and the weights of LPIPS, on to a stage that is trained before it."""
+    """Pass cfg's base VAE and its LPIPS weights on to a stage that is trained before it."""
     base_vae = getattr(cfg, "base_vae", "")
     if base_vae and hasattr(stage, "base_vae"):
         stage.base_vae = base_vae
@@ -88,9 +88,9 @@ def take_base(stage, cfg):
 
 
 def make_missing(cfg, makers):
-    """Train (or finish) the runs that cfg names and that are folders of presets, and say so.
+    """Train (or finish) the runs that cfg names and that presets make, and announce them.
 
-    One that is finished must be what the preset makes of cfg.data_dir today; but where the user named it,
+    A finished run must match what its preset would now make of cfg.data_dir, unless the user named it: then
     it is used as it is.
     raises: SystemExit saying what differs
     """
@@ -105,7 +105,7 @@ def make_missing(cfg, makers):
         try:
             maker.main(stage)
         except runs.Differs as difference:
-            at_home = "; or give the folder of images another name, and all is made afresh"
+            at_home = "; or rename the folder of images to train everything anew"
             raise SystemExit(f"{difference}; or give --{flag}={stage.out} to use it as it is"
                              f"{at_home if getattr(cfg, 'base_vae', '') else ''}") from None
 
@@ -113,7 +113,7 @@ def make_missing(cfg, makers):
 def stages_of(cfg, makers):
     """[(flag, Maker, Config)] of the runs that cfg names by --vae and --base and that presets make.
 
-    Left out is one that the user named and that is finished: it is used, whatever it was made of.
+    A finished run that the user named is left out: it is used, whatever it was made of.
     """
     found = []
     for flag in ("vae", "base"):
@@ -132,8 +132,8 @@ def stages_of(cfg, makers):
 
 
 def missing(cfg, maker, makers):
-    """[(Maker, Config)] of the runs that cfg, a run of `maker`, needs and that are not finished, then cfg's
-    own, in the order of their making.
+    """[(Maker, Config)] of the unfinished runs that cfg, a run of `maker`, needs, then cfg's own, in the
+    order of training.
     """
     found = []
     for _, other, stage in stages_of(cfg, makers):
@@ -143,8 +143,8 @@ def missing(cfg, maker, makers):
 
 
 def check_base_vae(cfg, stages):
-    """raises: SystemExit if a DA-VAE is to be made on a preset's base VAE that is not here"""
-    if getattr(cfg, "base_vae", None) != "":           # named, and looked for when it is read
+    """raises: SystemExit if a DA-VAE is to be trained on a preset's base VAE that does not exist"""
+    if getattr(cfg, "base_vae", None) != "":           # the user's own: checked when it is loaded
         return
     made = [stage.out for _, stage in stages]
     for maker, stage in stages:
@@ -152,17 +152,17 @@ def check_base_vae(cfg, stages):
         if needed and stage.base not in made and "/" not in stage.base and not Path(stage.base).exists():
             begun = ""
             if runs.checkpoints(stage.out):
-                begun = (f" (it stands at step {runs.step_of(stage.out)} of {stage.steps}; in a folder of "
-                         "another name it is taken as it is, by --vae=)")
-            raise SystemExit(f"{stage.out} is to be made on a base VAE{begun}, and {stage.base} is not here: "
-                             "give one by --base_vae=FILE, FOLDER or org/name (docs/recipes.md, your own "
+                begun = (f" (it is at step {runs.step_of(stage.out)} of {stage.steps}; to use it as it is, "
+                         "rename its folder and pass that as --vae=)")
+            raise SystemExit(f"{stage.out} cannot be trained{begun}: its base VAE, {stage.base}, is missing; "
+                             "give one with --base_vae=FILE, FOLDER or org/name (docs/recipes.md, your own "
                              "photos)")
 
 
 def before_dry_run(cfg, makers):
-    """Print what cfg needs that is to be made first.  Returns (`known_stages`, classes of the images).
+    """Print the stages to be trained before cfg.  Returns (`known_stages`, number of classes of the images).
 
-    Where the images are not here, they are ImageNet's 1,000.
+    If the images are not here, ImageNet's 1,000 classes are assumed.
     """
     settle(cfg)
     stages = missing(cfg, makers[-1], makers)
@@ -181,7 +181,7 @@ def before_dry_run(cfg, makers):
 
 
 def known_stages(cfg, makers):
-    """{folder: Config} of all runs that cfg needs and that presets make, be they there or not."""
+    """{folder: Config} of all runs that cfg needs and that presets make, whether they exist or not."""
     found = {}
     for _, _, stage in stages_of(cfg, makers):
         found |= known_stages(stage, makers) | {stage.out: stage}
@@ -189,11 +189,11 @@ def known_stages(cfg, makers):
 
 
 def plan(cfg, makers, rank, device):
-    """Print what will be trained, where, and about how long it takes here; once, before the first of it.
+    """Print what will be trained, where, and about how long it takes here; once, before training starts.
 
-    Nothing is printed of a run that needs no other. By three and more passes of each stage on noise, which
-    change nothing in the training. Of models of texts, whose transformers may not fit here, the order alone.
-    Sets cfg.after: {folder of a run: seconds of what comes after it}, for the progress bars.
+    Prints nothing for a run that needs no other. Times come from three or more passes of each stage on noise,
+    which do not affect the training. For text-conditional models, whose transformers may not fit here, only
+    the order is printed. Sets cfg.after: {run's folder: seconds of what follows it}, for the progress bars.
     """
     if hasattr(cfg, "after"):                          # a stage of another run's plan
         return
@@ -229,9 +229,9 @@ def plan(cfg, makers, rank, device):
 
 
 def seconds_of(step, device):
-    """Seconds of a call of step(): the mean over a third of a second, and over three calls at least.
+    """Seconds per call of step(): the mean over a third of a second, and over at least three calls.
 
-    Three calls before are left out: the first of a shape is slower, and images may be cropped to three sizes.
+    Three warm-up calls come first: the first call of a shape is slower, and crops may have three sizes.
     """
 
     def finished():
@@ -266,7 +266,7 @@ def show(stages, times, size):
 
 
 def minutes(seconds):
-    """A time in words, as exact as it is known."""
+    """A time in words, no more precise than it is known."""
     if seconds < 90:
         return f"{max(1, round(seconds / 5)) * 5} s"
     if seconds < 2 * 3600:

@@ -290,8 +290,8 @@ def test_without_the_flag_the_data_set_is_the_same_object_and_its_order_is_that_
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(buckets=1.1), "--buckets=1.1: of multiples of 8, only the square has sides so near"),
-    (dict(compile=True), "--compile=True makes code for one shape"),
+    (dict(buckets=1.1), "--buckets=1.1: in multiples of 8, the square is the only shape"),
+    (dict(compile=True), "--compile=True compiles for one shape"),
     (dict(data_dir="procedural"), "the images of --data_dir=procedural have one shape; give a folder"),
 ])
 def test_what_has_no_buckets_is_one_sentence(change, said, folder):
@@ -303,7 +303,7 @@ def test_what_has_no_buckets_is_one_sentence(change, said, folder):
 
 def test_a_model_of_classes_says_that_it_is_square(finetune_config, folder, tmp_path):
     cfg = finetune_config(tmp_path / "run", data_dir=folder, buckets=2.0)
-    with pytest.raises(SystemExit, match="--buckets=2: a model of classes is square.* leave it out"):
+    with pytest.raises(SystemExit, match="--buckets=2: a class-conditional model.* leave it out"):
         finetune.main(cfg)
 
 

@@ -277,7 +277,7 @@ def test_a_class_without_images_is_named_with_what_it_holds(tmp_path):
 @pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz", "photo.png", "list.txt"])
 def test_a_file_in_place_of_a_folder_is_refused_and_archives_are_to_be_unpacked(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
-    with pytest.raises(ValueError, match=f"{name} is not a folder but a file; .*unpack an archive"):
+    with pytest.raises(ValueError, match=f"{name} is a file, not a folder; .*unpack an archive"):
         data.open_dataset(str(tmp_path / name), 8)
 
 
@@ -480,7 +480,7 @@ def test_whole_images_smaller_than_their_cut_or_than_the_window_of_ssim_are_left
     batches = list(data.read(data.ImageFolder(tmp_path, 8), [0, 1, 2], whole=8))
     assert [numbers for _, _, numbers in batches] == [[0], [2]]
     named, counted = capsys.readouterr().err.splitlines()
-    said = f"b.png: {size[1]}x{size[0]} pixels are too small, the least that is measured is 16x16"
+    said = f"b.png: {size[1]}x{size[0]} pixels are too small, the smallest image that is measured has 16x16"
     assert said in named and counted == "left out of 3 images to look at or measure: 1"
 
 

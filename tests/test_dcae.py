@@ -454,7 +454,7 @@ def test_a_shortcut_on_one_side_of_the_latent_only_is_refused(small):
     sd = original_names(small("1.5").state_dict(), ends=False)
     key = "decoder.project_in.{}conv.weight"
     sd[key.format("main.")] = sd.pop(key.format(""))
-    with pytest.raises(SystemExit, match="a shortcut beside the latent in its decoder only"):
+    with pytest.raises(SystemExit, match="a shortcut next to the latent in its decoder only"):
         load_base_vae(sd)
 
 
@@ -481,7 +481,7 @@ def test_a_config_json_that_cannot_be_meant_is_refused_by_name(small, tmp_path, 
 
 @pytest.mark.parametrize("change, said", [
     (dict(widths=(0, 32, 64)), "an encoder of 6 stages, a decoder of 6, 3 widths"),
-    (dict(encoder_blocks=(0, 4, 0, 2, 2, 2)), "a stage without blocks; wanted one only at full size"),
+    (dict(encoder_blocks=(0, 4, 0, 2, 2, 2)), "a stage without blocks; only the one at full size"),
     (dict(widths=(0, 256, 512, 768, 1024, 1024)), "a stage of 512 channels before one of 768"),
     (dict(C=48), "1024 channels does not divide into C=48 groups"),
     (dict(C=16, widths=(0, 256, 512, 512, 1024, 16)), "16 channels does not divide into heads of 32"),

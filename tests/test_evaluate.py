@@ -421,7 +421,7 @@ def never(*args, **kwargs):
     (dict(images=0), "--images=0: wanted at least 1"), (dict(n=0), "--n: 0, wanted at least 2"),
     (dict(reference="nowhere.npz"), "--reference=nowhere.npz: no such file"),
     (dict(features="none", reference="r.npz"), "wanted a network to measure distances with"),
-    (dict(clip="folder"), "draws classes, not texts"), (dict(graph=True), "--graph=True: wanted a GPU"),
+    (dict(clip="folder"), "draws classes, not texts"), (dict(graph=True), "--graph=True needs a GPU"),
     (dict(classes=(11,)), "class 11 asked for"), (dict(out="."), "folder|directory"),
     (dict(out=__file__), "not a list of measurements"), (dict(keep_reference=__file__), "not an npz file"),
     (dict(out=f"{__file__}/m.json"), "m.json: ")])
@@ -587,7 +587,7 @@ def test_keep_reference_overwrites_no_other_network_no_larger_set_and_no_images(
     path = tmp_path / "r.npz"
     np.savez(path, **own | dict(features=probe.described) | changes)
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match="r.npz: is there, with"):
+    with pytest.raises(SystemExit, match="r.npz: exists, with"):
         evaluate.main(evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), n=4, images=6,
                                       keep_reference=str(path)))
     assert path.read_bytes() == before
@@ -617,7 +617,7 @@ def test_compare_marks_the_better_of_equal_settings_and_refuses_to_rank_fid_at_1
     assert fid.endswith("not ranked: n 10 / 20") and "*" not in fid
     assert "*" in psnr                                                      # n is of samples, not of images
     assert differ == "they differ in: n 10 / 20"
-    with pytest.raises(SystemExit, match="make it with: python evaluate.py"):
+    with pytest.raises(SystemExit, match="measure it with: python evaluate.py"):
         evaluate.compare(a, str(tmp_path / "nowhere"))
 
 
@@ -665,7 +665,7 @@ def test_compare_takes_a_step_folder_for_that_step(measured):
     lines = evaluate.compare(f"{a}/step_000300", b)
     assert lines[1].split() == ["DA-VAE", "psnr", "300*", "7"]
     assert not any("newest" in line for line in lines)
-    with pytest.raises(SystemExit, match="no measurement of .*step_000600; make it with"):
+    with pytest.raises(SystemExit, match="no measurement of .*step_000600; measure it with"):
         evaluate.compare(f"{a}/step_000600", b)
     with pytest.raises(SystemExit, match="twice: wanted two runs"):
         evaluate.compare(a, f"{a}/")

@@ -324,7 +324,7 @@ def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_conf
     assert "no rows" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="90 pixels; wanted multiples of 4, 11 or more"):
         module("sizes").main(replace(cfg, sizes=(64, 90)))
-    with pytest.raises(SystemExit, match="as large as one of --sizes; give less"):
+    with pytest.raises(SystemExit, match="as large as any of --sizes; give less"):
         module("sizes").main(replace(cfg, sizes=(128,), halvings=0))
 
 

@@ -83,7 +83,7 @@ def test_what_shards_and_index_do_not_agree_on_is_named(tmp_path):
     assert f"{first}: lacks b.bias" in sentence(**{"b.bias": first.name})
     assert f"{index}: names model-00003-of-00003.safetensors, not there" in sentence(
         d="model-00003-of-00003.safetensors")
-    assert "names '../model.safetensors'; wanted a file beside it" in sentence(d="../model.safetensors")
+    assert "lists '../model.safetensors'; wanted a file next to it" in sentence(d="../model.safetensors")
     del place["c.bias"]
     assert f"{second}: holds c.bias, which {index.name} does not name there" in sentence()
 
@@ -92,7 +92,7 @@ def test_a_shard_that_is_missing_or_too_many_or_without_its_index_is_named(tmp_p
     index = save_shards(tmp_path)
     extra = tmp_path / "model-00003-of-00003.safetensors"
     save(extra)
-    assert f"{index}: does not name {extra.name} beside it" in refused(tmp_path)
+    assert f"{index}: does not list {extra.name} next to it" in refused(tmp_path)
     assert f"{extra}: one of several shards; wanted their *.index.json" in refused(extra)
     extra.unlink()
     first, second = sorted(tmp_path.glob("model-*"))
@@ -100,14 +100,14 @@ def test_a_shard_that_is_missing_or_too_many_or_without_its_index_is_named(tmp_p
     assert f"holds the shards {first.name}, {second.name} without their *.index.json" in refused(tmp_path)
     (tmp_path / "elsewhere.json").rename(index)
     first.unlink()
-    assert f"{index}: names {first.name}, not there beside it" in refused(index)
+    assert f"{index}: lists {first.name}, not found next to it" in refused(index)
 
 
 @pytest.mark.parametrize("text, said", [
     ("", "not a whole JSON file"),
     ("[]", "holds a list"),
     ("{}", "has no weight_map"),
-    ('{"weight_map": {"a": 3}}', "names 3; wanted a file beside it"),
+    ('{"weight_map": {"a": 3}}', "lists 3; wanted a file next to it"),
 ])
 def test_an_index_that_is_none_is_told(tmp_path, text, said):
     index = save_shards(tmp_path)
@@ -197,7 +197,7 @@ def test_a_link_that_leads_nowhere_is_told_from_a_missing_file(tmp_path):
     link = tmp_path / "model.safetensors"
     link.symlink_to(tmp_path / "blobs" / "123")
     assert refused(tmp_path) == refused(link) == (
-        f"{link}: a link to {tmp_path}/blobs/123, which is not there; copy the file itself")
+        f"{link}: a link to {tmp_path}/blobs/123, which does not exist; copy the file itself")
     assert refused(tmp_path / "other.pt").startswith(f"{tmp_path}/other.pt: no such file or folder; give ")
 
 
@@ -319,9 +319,9 @@ def test_the_average_comes_first_unless_the_trained_weights_are_insisted_on():
     ({"model": WEIGHTS, "generator": OTHER}, "holds weights under model and generator; wanted one"),
     ({"ema": WEIGHTS, "params_ema": OTHER}, "holds weights under ema and params_ema; wanted one"),
     ({"params": WEIGHTS, "state_dict": OTHER}, "holds weights under state_dict and params; wanted one"),
-    ({"a.weight": torch.ones(1), "epoch": 3}, "holds epoch, no names of tensors"),
-    ({0: torch.ones(1)}, "holds 0, no names of tensors"),
-    ({"vae": WEIGHTS}, "holds vae, no names of tensors"),
+    ({"a.weight": torch.ones(1), "epoch": 3}, "holds epoch, not names of tensors"),
+    ({0: torch.ones(1)}, "holds 0, not names of tensors"),
+    ({"vae": WEIGHTS}, "holds vae, not names of tensors"),
     ([WEIGHTS], "holds one list"),
 ])
 def test_a_checkpoint_that_does_not_say_which_weights_are_meant_is_refused(state, said):

@@ -552,9 +552,9 @@ def test_a_run_shorter_than_log_every_logs_its_last_step_and_ends_with_its_table
     (dict(image_size=32), "--image_size=32: .* takes 4x4 tokens of 2x2 latent .* give --image_size=64"),
     (dict(D=28), "--D=28, but .* has 12 detail channels; give that, or 0"),
     (dict(base="", model="Lightning"), "--model='Lightning': wanted LightningDiT or MMDiT"),
-    (dict(base="", model="MMDiT"), "--model=MMDiT draws from texts; give them with --text="),
-    (dict(base="", lora=4), "--model=LightningDiT takes neither texts nor adapters; leave"),
-    (dict(lora=4), "a LightningDiT takes neither texts nor adapters; leave"),
+    (dict(base="", model="MMDiT"), "--model=MMDiT is conditioned on text; give it with --text="),
+    (dict(base="", lora=4), "--model=LightningDiT takes neither text nor adapters; leave"),
+    (dict(lora=4), "a LightningDiT takes neither text nor adapters; leave"),
 ])
 def test_sizes_that_do_not_fit_are_one_sentence_before_anything_is_encoded(
         finetune_config, tmp_path, changes, sentence, monkeypatch):
@@ -640,5 +640,5 @@ def test_a_warm_start_that_is_not_a_number_or_not_the_base_model_is_refused(
         return base, model
 
     monkeypatch.setattr(finetune, "initial_dit", spoilt)
-    with pytest.raises(SystemExit, match="the widened model is not the base model"):
+    with pytest.raises(SystemExit, match="the widened model differs from the base model"):
         finetune.main(finetune_config(tmp_path / "run"))

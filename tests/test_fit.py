@@ -296,7 +296,7 @@ def test_the_closed_form_of_a_run_aligns_as_far_as_fit_align_says(davae_config, 
 
 def test_too_few_images_are_refused_before_they_are_learned_by_heart(kl_config):
     vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12, latent_shortcut=True))
-    with pytest.raises(ValueError, match="145 unknowns for each feature, and the images have 128 latent"):
+    with pytest.raises(ValueError, match="145 unknowns per feature, but the images have only 128 latent"):
         fit.fit_new_blocks(vae, [torch.rand(2, 3, 32, 32)])
 
 

@@ -369,7 +369,7 @@ def test_the_hub_s_own_variables_say_where_it_is_and_what_it_may(sd3_folder, tmp
 
 
 @pytest.mark.parametrize("source, token, sentence", [
-    ("org/nothing", "", "there is no org/nothing, or not for you to see: check the name"),
+    ("org/nothing", "", "there is no org/nothing, or you may not see it: check the name"),
     ("org/gated", "", r"it is gated \(401\): agree to its terms on http://127.*/org/gated, then run"),
     ("org/gated", "good-for-nothing", r"your token is refused \(401\): run  hf auth login  with one"),
     ("org/open@v9", "", "it has no branch, tag or commit 'v9'"),
@@ -403,7 +403,7 @@ def test_without_a_network_or_the_package_a_sentence_says_what_would_help(connec
         weights.load_dit("org/name")
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match="HF_HUB_OFFLINE forbids to ask: fetch it once without that"):
+    with pytest.raises(SystemExit, match="HF_HUB_OFFLINE forbids asking: fetch it once without that"):
         weights.load_dit("org/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SystemExit, match="org/name: no such file or folder .*pip install huggingface_hub"):

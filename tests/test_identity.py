@@ -245,7 +245,7 @@ def test_a_run_goes_on_wherever_it_was_moved_and_however_its_place_is_written(
     assert same_weights(replace(cfg, out="here"), replace(cfg, out="there"))
     train_vae.main(replace(cfg, steps=3, out=str(tmp_path / "there")))
     assert runs.step_of("there") == 3
-    with pytest.raises(SystemExit, match="at step 3 already, now steps=2"):
+    with pytest.raises(SystemExit, match="already at step 3, now steps=2"):
         train_vae.main(replace(cfg, steps=2, out="there"))
 
 
@@ -306,7 +306,7 @@ def test_samples_of_a_model_trained_anew_are_not_mixed_with_the_former_ones(tiny
         first = sorted(state)[0]
         state[first] = state[first] + 1
         runs.save_folder(folder, {name: state}, runs.read_config(folder))
-        with pytest.raises(SystemExit, match="as it was before it was trained on"):
+        with pytest.raises(SystemExit, match="of an earlier state of the run"):
             sample.main(cfg)
         for file, content in before.items():
             (folder / file).write_bytes(content)

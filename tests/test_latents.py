@@ -328,7 +328,7 @@ def test_a_shard_that_was_cut_off_is_named_and_makes_no_photos_of_the_folder(tmp
     path.write_bytes(path.read_bytes()[:length])
     for _ in range(2):
         assert latents.Latents.are_in(str(tmp_path))
-        with pytest.raises(SystemExit, match="b.safetensors: is cut off"):
+        with pytest.raises(SystemExit, match="b.safetensors: is truncated"):
             latents.Latents(tmp_path, known_vae(), 12)
         (tmp_path / "a.safetensors").unlink(missing_ok=True)       # then it is the only one
 

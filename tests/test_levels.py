@@ -60,8 +60,8 @@ def test_levels_draw_from_a_generator_of_their_own_that_follows_the_steps_seed()
 
 
 @pytest.mark.parametrize("given,C,D,sentence", [
-    ((0, 13), 4, 12, "--keep_levels=0,13: wanted numbers of detail channels, 0 to 12; 13 is none"),
-    ((0, 4), 4, 0, "--keep_levels=0,4: wanted numbers of channels, 1 to 4; 0 is none"),
+    ((0, 13), 4, 12, "--keep_levels=0,13: wanted numbers of detail channels, 0 to 12; 13 is out of range"),
+    ((0, 4), 4, 0, "--keep_levels=0,4: wanted numbers of channels, 1 to 4; 0 is out of range"),
 ])
 def test_levels_that_the_latent_has_not_are_one_sentence(given, C, D, sentence):
     with pytest.raises(SystemExit, match=sentence):
@@ -371,7 +371,7 @@ def test_keep_is_a_flag_of_sample_and_a_level_that_is_none_is_one_sentence():
                         "image_size": 32},
              "model": {"C": 4, "D": 12, "kind": "LightningDiT"}, "classes": ["a"]}
     about["model"]["num_classes"] = 1
-    with pytest.raises(SystemExit, match="--keep=13: wanted numbers of detail channels, 0 to 12; 13 is none"):
+    with pytest.raises(SystemExit, match="--keep=13: wanted numbers of detail channels, 0 to 12; 13 is out"):
         sample.settings_of(sample.Config(keep=13), about, "")
     assert sample.settings_of(sample.Config(keep=4), about, "")["keep"] == 4
     assert "keep" not in sample.settings_of(sample.Config(), about, "")

@@ -361,7 +361,7 @@ def test_an_npz_file_that_is_cut_off_or_damaged_is_named(tmp_path, damage):
 def test_a_file_that_is_no_npz_file_is_named_with_what_was_found(tmp_path):
     np.save(tmp_path / "r.npy", GOOD)
     wrong = {"r.npy": r"np.savez\(FILE, arr_0=images\)", "none.npz": "no such file", "": "a folder",
-             "text.npz": r"not an npz file of arrays \(Python objects, which are not loaded, or something"}
+             "text.npz": r"not an npz file of arrays \(pickled Python objects, which are not loaded, or"}
     (tmp_path / "text.npz").write_text("text")
     for path, sentence in wrong.items():
         with pytest.raises(SystemExit, match=sentence):

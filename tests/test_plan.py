@@ -62,7 +62,7 @@ def test_a_dry_run_is_of_the_models_that_a_preset_trains(
 @pytest.mark.parametrize("changes,sentence", [
     (dict(image_size=22), "--image_size=22: wanted a multiple of 32"),
     (dict(image_size=96, p=2), "--image_size=96: wanted a multiple of 64"),
-    (dict(lora=4), "--model=LightningDiT takes neither texts nor adapters"),
+    (dict(lora=4), "--model=LightningDiT takes neither text nor adapters"),
 ])
 def test_a_dry_run_of_what_cannot_be_is_one_sentence(changes, sentence):
     values = dict(preset="tiny", D=32, dry_run=True, E=16, A=2, depth=1)

@@ -306,7 +306,7 @@ def test_a_page_that_is_too_large_is_made_with_less_quality_or_refused(made, mon
     report.write(about, path)
     assert path.stat().st_size == len(rendered(about, 90).encode()) < lossless
     monkeypatch.setattr(report, "LARGEST", 10_000)
-    with pytest.raises(ValueError, match="MB even at the least quality.* fewer images, with --images="):
+    with pytest.raises(ValueError, match="MB even at the lowest quality.* fewer images, with --images="):
         report.write(about, path)
 
 

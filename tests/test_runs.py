@@ -259,7 +259,7 @@ def test_damage_is_answered_with_what_can_be_done(tmp_path):
     advice = {
         "vae": "or start the run afresh",
         "step_999999": "or start the run afresh",
-        "step_1000000": "remove .*step_1000000 to go on from .*step_999999",
+        "step_1000000": "remove .*step_1000000 to resume from .*step_999999",
     }
     for name, sentence in advice.items():
         file = tmp_path / name / "model.safetensors"
@@ -273,7 +273,7 @@ def test_sums_that_are_empty_or_cut_off_do_not_vouch_for_what_they_lack(tmp_path
     runs.save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {}, {})
     sums = tmp_path / "step_000001" / "SHA256SUMS"
     sums.write_text(sums.read_text()[:left])                                   # a power cut
-    with pytest.raises(SystemExit, match="model.safetensors: damaged, not what SHA256SUMS beside it says"):
+    with pytest.raises(SystemExit, match="model.safetensors: damaged, it does not match SHA256SUMS"):
         runs.read_state_dict(tmp_path / "step_000001")
 
 
@@ -319,7 +319,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_is_offered(davae_co
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(SystemExit, match=rf"step_000002/{name}: damaged, .* to go on from .*step_000001"):
+    with pytest.raises(SystemExit, match=rf"step_000002/{name}: damaged, .* to resume from .*step_000001"):
         train_vae.main(replace(cfg, steps=3))
     shutil.rmtree(file.parent)
     train_vae.main(replace(cfg, steps=3))                          # as it said
@@ -521,5 +521,5 @@ def test_the_newest_run_of_finetune_is_found_in_a_folder_of_runs_and_a_level_bel
 
 def test_where_there_is_no_run_the_command_that_makes_one_is_named(tmp_path):
     a_run(tmp_path / "vae", "train_vae.py", 0)
-    with pytest.raises(SystemExit, match="no run of finetune.py is there; make one .python finetune.py."):
+    with pytest.raises(SystemExit, match="no run of finetune.py here; make one .python finetune.py."):
         runs.newest_run(tmp_path)

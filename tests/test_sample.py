@@ -630,6 +630,6 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
 
 
 def test_a_graph_without_a_gpu_is_refused(tiny_run, tmp_path):
-    with pytest.raises(SystemExit, match="wanted a GPU"):
+    with pytest.raises(SystemExit, match="needs a GPU"):
         sample.main(sample.Config(run=str(tiny_run), out=str(tmp_path / "out"), graph=True, device="cpu"))
     assert not (tmp_path / "out").exists()

@@ -202,7 +202,7 @@ def test_damaged_labels_and_captions_are_named_and_their_images_left_out(tmp_pat
                 "0006.json": b'{"caption": "\\ud83d"}'}
     dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
     assert dataset.bad == {
-        "0.tar/0001.png": "it has no class, and others have one (.cls)",
+        "0.tar/0001.png": "it has no class, but others do (.cls)",
         "0.tar/0002.png": "its .txt is not UTF-8", "0.tar/0003.png": "its .cls is not UTF-8",
         "0.tar/0004.png": dataset.bad["0.tar/0004.png"],
         "0.tar/0006.png": "its .json has half a character, such as \\ud83d alone"}
@@ -239,7 +239,7 @@ def test_of_a_name_that_is_in_a_shard_twice_image_and_caption_are_both_the_first
 def test_many_images_without_a_class_are_refused(photos):
     folder = photos(30, cls=label)
     write_tar(folder / "9.tar", {name: content for i in range(10) for name, content in sample(i).items()})
-    with pytest.raises(ValueError, match=r"10 of 40 images have no class \(so 9.tar/0000.png\)"):
+    with pytest.raises(ValueError, match=r"10 of 40 images have no class \(such as 9.tar/0000.png\)"):
         opened(folder)
 
 
@@ -269,12 +269,12 @@ def test_a_tar_that_is_none_and_shards_without_images_are_told(tmp_path):
 @pytest.mark.parametrize("place", ["s3://bucket/photos", "pipe:cat x.tar", "https://a/{000..999}.tar",
                                    "photos/{000..999}.tar"])
 def test_shards_elsewhere_are_the_user_s_to_copy(place):
-    with pytest.raises(ValueError, match="read by seeking; copy or mount it first, by a pipe of your own"):
+    with pytest.raises(ValueError, match="read by seeking; copy or mount it first, with tools of your own"):
         opened(place)
 
 
 def test_one_tar_and_compressed_shards_are_told_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="wanted the folder that it lies in"):
+    with pytest.raises(ValueError, match="wanted the folder that it is in"):
         opened(write_tar(tmp_path / "s" / "0.tar", sample(0)))
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "0.tar.gz").write_bytes(b"")

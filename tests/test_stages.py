@@ -161,7 +161,7 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     assert figures.folder_of_samples(done.out) == f" --out={done.out}/samples_3"
 
     picture(99).save("mine/cats/new.png")
-    with pytest.raises(SystemExit, match="other images than --data_dir=mine has now: give the former, or .*"
+    with pytest.raises(SystemExit, match="other images than --data_dir=mine has now: give the original, or .*"
                                          "--out .* --vae=out/mine-base/photos-vae .*on what was made before"):
         whole_job("--data_dir=mine", "--steps=3")
 
@@ -177,8 +177,8 @@ def test_other_photos_get_other_folders_and_those_of_the_same_name_are_refused(t
     assert runs.hash_of(load_davae("out/mine-base/photos-vae")) == first
     with pytest.raises(SystemExit, match="out/mine-base/photos was started with other vae than|other images"):
         whole_job("--data_dir=elsewhere/mine")
-    with pytest.raises(SystemExit, match="photos-vae was started with other images than .*: give the former; "
-                                         "or give --vae=.* or give the folder of images another name"):
+    with pytest.raises(SystemExit, match="photos-vae was started with other images than .*give the original; "
+                                         "or give --vae=.* or rename the folder of images"):
         whole_job("--data_dir=elsewhere/mine", "--out=out/new")
     assert runs.hash_of(load_davae("out/mine-base/photos-vae")) == first
 
@@ -197,12 +197,12 @@ def test_a_folder_without_classes_and_one_with_captions_give_an_unconditional_mo
 def test_a_preset_whose_base_vae_is_not_here_says_by_which_flag_to_name_it(toys):
     photos("mine")
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", "--data_dir=mine"])
-    with pytest.raises(SystemExit, match="on a base VAE, and taef2 is not here: give one by --base_vae="):
+    with pytest.raises(SystemExit, match="its base VAE, taef2, is missing; give one with --base_vae="):
         finetune.main(cfg)
     assert not Path("out").exists()
     runs.save_checkpoint("out/photos-vae", 1, {}, None, {})
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", "--data_dir=mine"])
-    with pytest.raises(SystemExit, match="stands at step 1 of 2; in a .*it is taken as it is, by --vae="):
+    with pytest.raises(SystemExit, match="is at step 1 of 2; to use it as it is, rename .* as --vae="):
         finetune.main(cfg)
 
 

@@ -92,7 +92,7 @@ def test_one_rank_encodes_for_all_and_no_cache_is_begun_that_the_disk_cannot_hol
         text.text_for(sd3_folder, ["fox"], tmp_path, 1, cpu, 24)   # of which rank 0 has written nothing here
     free = (77 + 24) * 40 * 4 + 24 * 4                             # bytes of one text
     monkeypatch.setattr(text.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * free - 1))
-    with pytest.raises(SystemExit, match="too little space; give another --out, or fewer texts"):
+    with pytest.raises(SystemExit, match="too little space; give another --out, or fewer prompts"):
         text.text_for(sd3_folder, ["fox"], tmp_path, 0, cpu, 24)   # and ""
     assert not list(tmp_path.glob("text/*.safetensors"))
 
@@ -185,7 +185,7 @@ def test_a_text_is_drawn_however_long_it_is_and_whatever_it_looks_like(prompt):
 @pytest.mark.parametrize("prompt", ["prompt_list.txt", "prompts/list.txt", "LIST.TXT", "a.csv", "~/p.jsonl",
                                     "/home/me/my prompts.txt", "fox|prompt_list.txt"])
 def test_a_file_that_is_missing_is_not_drawn(prompt):
-    with pytest.raises(SystemExit, match="there is no file '.*'; wanted texts separated by |, or a file"):
+    with pytest.raises(SystemExit, match="there is no file '.*'; wanted prompts separated by |, or a file"):
         text.read_prompts(prompt)
 
 
@@ -206,7 +206,7 @@ def test_a_file_of_prompts_in_another_encoding_is_refused_with_its_line(tmp_path
 def test_nothing_to_draw_and_what_is_no_text_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text(" \n\n")
     for nothing in ("|", " ", " | ", str(tmp_path / "p.txt")):
-        with pytest.raises(SystemExit, match="holds no text; wanted texts separated by"):
+        with pytest.raises(SystemExit, match="holds no prompt; wanted prompts separated by"):
             text.read_prompts(nothing)
     assert text.read_prompts("") == []
     with pytest.raises(SystemExit, match="is a folder; wanted texts"):
@@ -282,7 +282,7 @@ def lose_a_tensor(path):
     (shutil.rmtree, "tokenizer_2", "tokenizer_2: has no tokenizer"),
     (os.remove, "tokenizer/tokenizer.json", "tokenizer: has no tokenizer"),
     (os.remove, "tokenizer_3/tokenizer_config.json", "tokenizer_3: has no tokenizer"),
-    (cut, "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer.json: is no JSON"),
+    (cut, "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer.json: is not JSON"),
     (os.remove, "text_encoder/model.safetensors", "text_encoder: this text encoder cannot be loaded"),
     (cut, "text_encoder_2/model.safetensors", "text_encoder_2: this text encoder cannot be loaded"),
     (cut, "text_encoder/config.json", "text_encoder: this text encoder cannot be loaded"),
@@ -307,7 +307,7 @@ def shard(folder, n, prompts=("a", "b"), **changes):
 @pytest.mark.parametrize("changes, said", [
     (dict(prompts=None), "embeddings of 0 prompts"),
     (dict(prompts=["a", "b", "c"]), "embeddings of 3 prompts"),
-    (dict(pooled=None), "cannot be read as a shard of texts"),
+    (dict(pooled=None), "cannot be read as a shard of text emb"),
     (dict(pooled=torch.zeros(1, 5)), "embeddings of 2 prompts"),
     (dict(context=torch.zeros(())), "embeddings of 2 prompts"),
     (dict(context=torch.zeros(2, 9, 6)), r"\[\[9, 6\], \[5\]\], those of text_00000.* \[\[8, 6\], \[5\]\]"),

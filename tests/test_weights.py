@@ -436,7 +436,7 @@ def test_statistics_of_each_channel_are_read_as_sdxls_pipelines_do(error, their_
         (dict(shift_factor=float("inf")), "shift_factor=inf; wanted a number"),
         (dict(latents_mean=[0.0, 0.0, 0.0, NAN], latents_std=[1.0] * 4), "the mean .* is not finite"),
         (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 1.0, NAN]), "the std .* is not finite"),
-        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 1.0, None]), "latents_std that is no list of"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 1.0, None]), "latents_std that is not a list"),
         (dict(norm_num_groups=0), "norm_num_groups=0; wanted a whole number above 0"),
         (dict(norm_num_groups="8"), "norm_num_groups='8'; wanted a whole number"),
         (dict(latent_channels=16), "latent_channels=16; wanted 4, by its weights"),
@@ -464,7 +464,7 @@ def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path
         ({"mean": torch.zeros(8), "std": torch.tensor([1.0] * 7 + [NAN])}, "the std .* is not finite"),
         ({"mean": torch.tensor([0.0] * 7 + [NAN]), "std": torch.ones(8)}, "the mean .* is not finite"),
         ({"mean": torch.zeros(8), "std": -torch.ones(8)}, "the std of its latents is not above 0"),
-        ({"mean": "0", "std": 1}, "latents_stats.pt beside it has a mean that is no list of numbers"),
+        ({"mean": "0", "std": 1}, "latents_stats.pt beside it has a mean that is not a list of numbers"),
     ],
 )
 def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, said):
