@@ -1,4 +1,4 @@
-"""Measure a run: how well it gives held-out images back, and how far its samples are from them.
+"""Measure a run: how well it reconstructs held-out images, and how far its samples are from them.
 
     python evaluate.py out/tiny                            # a run of finetune.py: both
     python evaluate.py out/photos-vae --data_dir=photos/eval --perceptual=squeeze \\
@@ -6,15 +6,15 @@
     torchrun --nproc_per_node=8 -- evaluate.py out/imagenet512 --data_dir=imagenet/val --images=50000 \\
         --n=50000 --inception_weights=inception.pth --reference=VIRTUAL_imagenet512.npz
     python evaluate.py compare out/photos out/other        # the latest measurements of two runs, side by side
-    python evaluate.py report out/tiny                     # report.html: the run on one page, to look at
+    python evaluate.py report out/tiny                     # report.html: the run on one page
 
 Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on the full-size image, with r^2
 times the tokens (r = 2: four times). Generation: samples, and the same latents through the base decoder
 alone, enlarged (bilinear: Tab. S2's row). Both go to <run>/metrics.json, each as soon as it is known, with
-all settings and hashes of weights and images. What cannot be measured is refused before the measuring, which
-may take hours; images that cannot be read are left out, named and counted; samples that nothing measures are
-not drawn. The metrics are in support/metrics.py, metrics.json and `compare` in support/measurements.py; the
-paper's analyses are scripts of their own, in experiments/.
+all settings and hashes of weights and images. Impossible requests are refused at the start, because measuring
+may take hours; unreadable images are left out, named and counted; samples that no metric needs are not drawn.
+The metrics are in support/metrics.py, metrics.json and `compare` in support/measurements.py; the paper's
+analyses are separate scripts in experiments/.
 """
 import dataclasses
 import itertools
@@ -43,22 +43,22 @@ from support.runs import hash_of
 
 
 @dataclass
-class Config(sample.Config):       # run, steps, cfg, device and the rest of how samples are drawn
+class Config(sample.Config):       # run, steps, cfg, device and the other flags of sampling
     # what is measured
     out: str = field("", "the JSON file; empty: <run>/metrics.json")
     n: int = field(1000, "samples to draw, for a run of finetune.py", within=(1, 10_000_000))
-    data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on such")
+    data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on them")
     images: int = field(1000, "held-out images to use, spread over the folder", within=(1, 10_000_000))
-    whole: bool = field(False, "reconstruct the images of data_dir at their own sizes, and nothing else")
+    whole: bool = field(False, "only reconstruct the images of data_dir, at their own sizes")
     perceptual: str = field("none", "LPIPS network as a metric", choices=("none", "vgg", "squeeze"))
     lpips_trunk: str = field("", "local weight file of that network; also the trunk of --features=squeeze")
-    features: str = field("auto", "the network of distances; auto: what the other flags and the data allow",
+    features: str = field("auto", "network for the distances; auto: the best that other flags and data allow",
                           choices=("auto", "inception", "squeeze", "probe", "none"))
     reference: str = field("", "npz to measure samples against: mu and sigma, or images arr_0; empty: the "
                                "held-out images")
-    keep_reference: str = field("", "npz to keep the statistics of the held-out images in, for --reference=")
+    keep_reference: str = field("", "npz in which to save the held-out images' statistics, for --reference=")
     inception_weights: str = field("", "torch-fidelity's pt_inception-2015-12-05-6726825d.pth")
-    clip: str = field("", "folder of a CLIP model, to score samples of a model of texts against the prompts")
+    clip: str = field("", "folder of a CLIP model, to score a text model's samples against their prompts")
 
 
 # ---------------------------------------------------------------- what is measured, and with what
@@ -84,11 +84,11 @@ class Rulers:
     lpips: nn.Module | None        # None: LPIPS is not measured
 
     def least(self):
-        """The least side, in pixels, of images that they can measure: SSIM's window, or the networks'."""
+        """The smallest image side, in pixels, that they can measure: SSIM's window, or the networks'."""
         return 17 if self.lpips is not None or self.features.name == "SqueezeNet" else data.SMALLEST
 
     def settings(self):
-        """Which they are, with hashes of their weights."""
+        """Which networks these are, with hashes of their weights."""
         lpips_hash = hash_of(self.lpips) if self.lpips is not None else None
         return {"features": self.features.described, "lpips_hash": lpips_hash}
 
@@ -97,7 +97,7 @@ def load(folder, which="ema", device="auto"):
     """The Run in a folder.
 
     which: "ema" or "model", of the transformer's weights.   device: auto, cpu or cuda.
-    raises: SystemExit if it is no run of either script
+    raises: SystemExit if it is not a run of either script
     """
     rank, world, device = ranks.setup(device)
     checkpoint = runs.latest_checkpoint(folder)
@@ -114,7 +114,7 @@ def load(folder, which="ema", device="auto"):
 
 
 def provenance(run):
-    """What the numbers of any measurement depend on, beside its flags: weights, versions, machine."""
+    """What the numbers of any measurement depend on, besides its flags: weights, versions, machine."""
     machine = f"{torch.get_num_threads()} CPU threads"
     if run.device.type == "cuda":
         machine = torch.cuda.get_device_name()
@@ -132,7 +132,7 @@ def provenance(run):
 
 
 def load_rulers(cfg, features, run):
-    """The Rulers that cfg's flags ask for.   features: which network, as of cfg.features."""
+    """The Rulers that cfg's flags ask for.   features: which network, as in cfg.features."""
     own = run.config["config"]
     network = metrics.feature_network(features, own["data_dir"], own["image_size"], run.device,
                                       cfg.inception_weights, cfg.lpips_trunk)
@@ -146,8 +146,7 @@ def held_out(run, data_dir, images, whole=False):
     """(data set, indices) of `images` images that the run has not seen, spread evenly; if `whole`, of all.
 
     They have the size that the run was trained at.   data_dir: a folder; empty: drawings of another seed.
-    raises: SystemExit where it is empty and the run was trained on something else than drawings, or where no
-    image is wanted.
+    raises: SystemExit if it is empty and the run was not trained on drawings, or if images < 1
     """
     own = run.config["config"]
     if not data_dir and (whole or own["data_dir"] != "procedural"):
@@ -155,7 +154,7 @@ def held_out(run, data_dir, images, whole=False):
                          "--data_dir=")
     if images < 1:
         raise SystemExit(f"--images={images}: wanted at least 1")
-    unseen = max(own["seed"], davae_settings(own)["seed"]) + 1     # drawings, by the transformer and its VAE
+    unseen = max(own["seed"], davae_settings(own)["seed"]) + 1     # drawings new to transformer and VAE
     dataset = data.open_dataset(data_dir or "procedural", own["image_size"], images, unseen)
     n = len(dataset) if whole else min(images, len(dataset))
     return dataset, np.linspace(0, len(dataset) - 1, n).astype(int).tolist()
@@ -165,9 +164,9 @@ def held_out(run, data_dir, images, whole=False):
 
 
 def reconstruction(vae, batches, rulers, device, dtype="float32"):
-    """`image_table` of what the VAE gives back, each row with its number of latent positions.
+    """`image_table` of the VAE's reconstructions, each row with its number of latent positions.
 
-    dtype: of the VAE's products, as of cfg.dtype; what is measured is float32 again
+    dtype: of the VAE's products, as in cfg.dtype; its outputs are measured in float32
     """
     pixels = []
 
@@ -196,10 +195,10 @@ def reconstruction(vae, batches, rulers, device, dtype="float32"):
 
 @torch.no_grad()
 def image_table(decodings, batches, rulers, device):
-    """Score what becomes of images: ({row: averages}, the images' features (N, d), which images they are).
+    """Score decoded images: ({row: averages}, the originals' features (N, d), which images they are).
 
-    decodings: function of x (B, 3, H, W) -> {row: what became of x}, each (B, 3, H, W) in [-1, 1].
-    batches: this rank's share of the images, which may be none: (x in [-1, 1], the numbers of its images).
+    decodings: function of x (B, 3, H, W) -> {row: x as decoded}, each (B, 3, H, W) in [-1, 1].
+    batches: this rank's share of the images, possibly none: (x in [-1, 1], the numbers of its images).
     raises: SystemExit if all ranks together have too few images
     """
     numbers, digests, real, measured = [], [], [], {}
@@ -211,7 +210,7 @@ def image_table(decodings, batches, rulers, device):
         for row, y in decodings(x).items():
             measured.setdefault(row, []).append((pair_scores(x, y, rulers.lpips), rulers.features(y)[0]))
 
-    # all ranks' images, in their order
+    # all ranks' images, in order
     digests = gather(digests, numbers)
     real = gather(real, numbers)
     least = 2 if rulers.features.name else 1
@@ -226,7 +225,7 @@ def image_table(decodings, batches, rulers, device):
         table[row] = dict(zip(("psnr", "ssim", "lpips"), scores.mean(0).tolist()))
         table[row]["images"] = len(f)
         if rulers.features.name and this_rank() == 0:                              # the others wait
-            table[row] |= distances(rulers.features.name, f, moments(real))        # Inception's: the rFID
+            table[row] |= distances(rulers.features.name, f, moments(real))        # of Inception: the rFID
     return table, real, f"{len(real)} images, sha256 {hash_of(digests)}"
 
 
@@ -252,14 +251,14 @@ class Plan:
 
 
 def plan_generation(cfg, run, rulers, captions):
-    """The Plan that cfg's flags ask for.   raises: SystemExit where they ask for what there is not
+    """The Plan that cfg's flags ask for.   raises: SystemExit if they ask for something unavailable
 
-    captions: of the held-out images, drawn by a model of texts where there are any, and no --prompts
+    captions: of the held-out images; a text-conditioned model draws them if --prompts is empty
     """
     about = run.config | ({"captions": captions} if captions else {})
     settings = sample.settings_of(cfg, about, run.checkpoint)
     if cfg.graph and run.device.type != "cuda":
-        raise SystemExit("--graph=True: wanted a GPU; leave it out")
+        raise SystemExit("--graph=True needs a GPU; leave it out")
     text = sample.text_of(cfg, run.config, settings, run_folder(cfg.run), run.rank, run.device)
     if text is not None:
         text.need(settings["prompts"])
@@ -280,7 +279,7 @@ def plan_generation(cfg, run, rulers, captions):
 
 @torch.no_grad()
 def rehearse(cfg, run, rulers, plan):
-    """Draw one batch in one step and measure it, so that what cannot work (memory, sizes) fails now."""
+    """Draw one batch in one step and measure it, so that any failure (memory, sizes) comes early."""
     one_step = dataclasses.replace(plan, settings=plan.settings | {"steps": 1, "cfg_start": 0.0})
     draw(run, rulers, one_step, range(min(cfg.batch_size, cfg.n)), sample.sample_flow)
 
@@ -290,7 +289,7 @@ def generation(cfg, run, rulers, plan, real):
     """Draw cfg.n samples and measure them: {row: metrics}.
 
     real: features (N, d) of the held-out images.
-    A run with D = 0 on a DA-VAE has the enlarged rows only: Tab. S2's model of half the size with upsampling.
+    A run with D = 0 on a DA-VAE has only the enlarged rows: Tab. S2's model of half the size with upsampling.
     """
     reference = plan.reference
     if reference is None and rulers.features.name:
@@ -319,9 +318,9 @@ def generation(cfg, run, rulers, plan, real):
 
 
 def draw_and_measure(cfg, run, rulers, plan, mine):
-    """Draw samples `mine`: ({row: [what `draw` found in each batch]}, img/s of all ranks).
+    """Draw samples `mine`: ({row: [what `draw` returned for each batch]}, img/s of all ranks).
 
-    img/s: sampling and both decoders, after a batch of warm-up; None if there was no second batch.
+    img/s: sampling and both decoders, after one warm-up batch; None if there was no second batch.
     """
     flow = sample.prepare(run.dit, run.vae, cfg, run.device)
     choose.before_sampling(None, run.device, cfg.compile, lambda: rehearse(cfg, run, rulers, plan))
@@ -401,7 +400,7 @@ def main(cfg):
         print("no samples are drawn, since nothing here measures them: give --lpips_trunk= (SqueezeNet-FD) "
               "or --inception_weights= (FID), or --features=none to draw for img/s alone")
 
-    # reconstruction: every process takes each world-th image
+    # reconstruction: each process takes every world-th image
     mine = index[run.rank::run.world]
     batches = data.read(dataset, mine, run.vae.f * run.vae.base.block if cfg.whole else 0)
     batches = tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1)
@@ -421,7 +420,7 @@ def main(cfg):
             size = run.config["config"]["image_size"]
             metrics.keep_reference(cfg.keep_reference, real, rulers.features, settings["held_out"], size)
 
-    # generation: what is measured by now is kept, whatever happens here
+    # generation: what has been measured so far is kept, whatever happens here
     if draws:
         entry["generation"] = generation(cfg, run, rulers, plan, real)
         if run.rank == 0:
@@ -432,7 +431,7 @@ def main(cfg):
 
 
 def large_enough(batches, dataset, least):
-    """(x, numbers) of data.read's batches, in parts that fit into memory; too small images are left out."""
+    """(x, numbers) of data.read's batches, in parts that fit into memory; too-small images are left out."""
     for x, _, numbers in batches:
         H, W = x.shape[2:]
         if min(H, W) >= least:
@@ -449,13 +448,13 @@ def large_enough(batches, dataset, least):
 
 @dataclass
 class ReportConfig:
-    run: str = field("", "a run of either script with D > 0, or a step of it; empty: the newest in out/")
+    run: str = field("", "a run of either script with D > 0, or a step folder; empty: the newest in out/")
     out: str = field("", "the HTML file; empty: <run>/report.html")
-    data_dir: str = field("", "images to reconstruct; empty: drawings of another seed, or what the VAE was "
-                              "validated on, which may be training images: the page says so")
+    data_dir: str = field("", "images to reconstruct; empty: drawings of another seed, or the VAE's "
+                              "validation images; the page says if those are training images")
     images: int = field(8, "images to reconstruct", within=(1, 24))
     n: int = field(20, "samples to draw, for a run of finetune.py", within=(1, 100))
-    seed: int = field(0, "of the samples' noise", within=(0, 2**64 - 1))
+    seed: int = field(0, "seed of the samples' noise", within=(0, 2**64 - 1))
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
@@ -463,7 +462,7 @@ class ReportConfig:
 def main_report(cfg, text=None):
     """Write the page of a run, see support/report.py.
 
-    text: as `sample.generate` takes it; None: of a model of texts, it is found here
+    text: as `sample.generate` takes it; None: found here, for a text-conditioned model
     raises: SystemExit if the run has no details to show
     """
     cfg.run = cfg.run or runs.newest_run()
@@ -480,9 +479,9 @@ def main_report(cfg, text=None):
 
 
 def report_at_the_end(job, text):
-    """The report of a job of finetune.py that has just ended; what hinders it is said, and no more.
+    """Write the report of a job of finetune.py that has just ended; failures are printed, not raised.
 
-    job: its Config; text: see `main_report`.  By one process
+    job: its Config; text: see `main_report`.  Called by one process
     """
     if not job.D:
         return
@@ -509,7 +508,7 @@ def images_to_show(cfg, run):
 
 
 def draw_latents(cfg, run, text):
-    """report.Samples of up to ten classes (or the run's texts), drawn as finetune.py draws its pictures."""
+    """report.Samples of up to ten classes (or the run's prompts), drawn as finetune.py draws its pictures."""
     own = run.config["config"]
     known = run.config["model"].get("num_classes", 0)
     classes = np.linspace(0, known - 1, min(10, known)).round().astype(int).tolist()
@@ -520,7 +519,7 @@ def draw_latents(cfg, run, text):
         text = sample.text_of(chosen, run.config, settings, run_folder(cfg.run), run.rank, run.device)
     latents = []
 
-    def flow(*args, **options):                                # keeps what `generate` only decodes
+    def flow(*args, **options):                                # keeps latents that `generate` only decodes
         latents.append(sample.sample_flow(*args, **options))
         return latents[-1]
 
@@ -532,7 +531,7 @@ def draw_latents(cfg, run, text):
 
 
 def names_of(run, settings, n):
-    """What samples 0, 1, ... are called, in turn: by class or text, or by number where there is one class."""
+    """The names of samples 0, 1, ..., in turn: by class or prompt, or by number if there is one class."""
     if "prompts" in settings:
         return settings["prompts"]
     known, classes = run.config["classes"], settings["classes"]
@@ -542,7 +541,7 @@ def names_of(run, settings, n):
 
 
 def with_their_bases(run):
-    """The report.Stages that led to a run: what it was made of, then the run itself."""
+    """The report.Stages that led to a run: first the runs it was built on, then the run itself."""
     own = run.config["config"]
     saved = {}
     for folder in stages_of([own.get("vae", ""), own["base"]]):

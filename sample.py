@@ -1,18 +1,18 @@
-"""Make images with a run of finetune.py: Euler's method on the flow from noise (t = 0) to data (t = 1).
+"""Draw images with a run of finetune.py: Euler's method on the flow from noise (t = 0) to data (t = 1).
 
-    python sample.py                                    # with the newest run in out/
+    python sample.py                                    # the newest run in out/
     python sample.py out/tiny --n=100 --cfg=2
     python sample.py out/sd35m-1024 --prompts="a red fox|a lighthouse" --text=sd3.5-medium \\
         --height=1024 --width=1536
-    python sample.py text sd3.5-medium --out=out/text --data_dir=photos     # only encode texts
+    python sample.py text sd3.5-medium --out=out/text --data_dir=photos     # only encode captions
     python sample.py export out/sd35m-1024 --out=exported                   # to other programs' formats
     torchrun --nproc_per_node=8 -- sample.py out/imagenet512 --n=50000 --steps=249 --cfg=4 \\
         --cfg_start=0.2 --shift=0.3
 
 Writes to --out: 000000.png ..., grid.png (one row per class), base_preview.png (the same latents through the
 base decoder alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evaluator reads it) and
-settings.json. A folder that is half full is continued, and of a full one nothing is drawn. Image i depends on
-(seed, i) only, not on the batch size or the number of processes. Texts are encoded beforehand, see
+settings.json. Only images missing from --out are drawn, so an interrupted run can be resumed. Image i
+depends only on (seed, i), not on the batch size or the number of processes. Prompts are encoded first, see
 support/text.py.
 """
 import itertools
@@ -41,37 +41,38 @@ from support.weights import ExportConfig, main_export, load_run
 class Config:
     run: str = field("", "a run of finetune.py, or one of its step folders; empty: the newest in out/")
     out: str = field("", "folder for the images; empty: <run>/samples")
-    n: int = field(50, "images", within=(1, 10_000_000))
+    n: int = field(50, "number of images", within=(1, 10_000_000))
     batch_size: int = field(50, "images per forward pass and process", at_least=1)
-    seed: int = field(0, "of the noise", within=(0, 2**64 - 1))
+    seed: int = field(0, "seed of the noise", within=(0, 2**64 - 1))
     # what is drawn
     classes: tuple = field((), "class ids to draw, in turn; empty: all of them", at_least=0)
-    prompts: str = field("", "SD3.5: texts separated by |, or a file of lines; empty: captions", text=True)
-    negative: str = field("", "SD3.5: the text that guidance leads away from", text=True)
+    prompts: str = field("", "SD3.5: prompts separated by |, or a file, one per line; empty: captions",
+                         text=True)
+    negative: str = field("", "SD3.5: the prompt that guidance steers away from", text=True)
     text: str = field("", "SD3.5: text shards, or a folder of encoders to make them; empty: the run's")
     height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size", within=(0, 16_384))
     width: int = field(0, "see height", within=(0, 16_384))
-    # how (App.): the flow's steps, and guidance
+    # how it is drawn (App.): Euler steps and guidance
     steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)",
                        within=(1, 1_000_000))
     shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: the run's own", within=(-1, 1000))
-    grid: str = field("", "sd3: shifted twice at the end, as diffusers; empty: the run's own",
+    grid: str = field("", "sd3: its end is shifted twice, as in diffusers; empty: the run's own",
                       choices=("", "plain", "sd3"))
     cfg: float = field(-1.0, "guidance scale, 1: none; negative: the run's own", within=(-1, 1000))
     cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end", within=(0, 1))
     cfg_end: float = field(1.0, "see cfg_start", within=(0, 1))
-    keep: int = field(-1, "draw and decode the first details alone (support/levels.py); negative: all",
+    keep: int = field(-1, "how many details to draw and decode (support/levels.py); negative: all",
                       within=(-1, 4096))
-    cfg_channels: int = field(0, "guide the first channels only; 0: all. 3 reproduces LightningDiT's figures",
+    cfg_channels: int = field(0, "guide only the first channels; 0: all. 3 reproduces LightningDiT's figures",
                               at_least=0)
-    slg: float = field(0.0, "SD3.5: scale of skip-layer guidance, of blocks 7, 8, 9; Stability AI uses 2.5",
+    slg: float = field(0.0, "SD3.5: scale of skip-layer guidance (blocks 7, 8, 9); Stability AI uses 2.5",
                        at_least=0)
-    # where and by what
+    # hardware, speed and weights
     compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU; not run")
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast; auto: bfloat16 where there are instructions for it",
+    dtype: str = field("auto", "for autocast; auto: bfloat16 if the hardware has instructions for it",
                        choices=("auto", "float32", "bfloat16"))
 
 
@@ -88,15 +89,15 @@ def sample_flow(model, noise, ts, cond, uncond=None, scale=1.0, interval=(0.0, 1
     ts:       increasing floats from 0 to 1, see time_grid
     cond, uncond, scale: see guided_velocity
     interval: guidance is on where interval[0] <= t <= interval[1]
-    channels: guide the first ones only; None: all
+    channels: guide only so many first channels; None: all
     slg:      skip-layer guidance (Stability AI, for SD3.5): v += slg * (c - c without the blocks `skip`) in
-              steps 0.01 N < n < 0.2 N, with one more pass in each of them
-    ahead:    rows, see modulations_ahead
-    tick:     called with 1 after each step, as the `update` of a progress bar
+              steps 0.01 N < n < 0.2 N, at one extra pass per step
+    ahead:    rows of modulations_ahead
+    tick:     called with 1 after each step, like the `update` of a progress bar
     returns the latent at ts[-1], float32
 
     Outside the interval, and with scale 1, the unconditional pass is not computed at all. Nothing here waits
-    for the device, so that a CUDA graph can record it.
+    for the device, so a CUDA graph can record it.
     """
     x = noise if mask is None else noise * mask
     N = len(ts) - 1
@@ -126,8 +127,8 @@ def guided_velocity(model, x, t, cond, uncond, scale, channels=None, **extra):
 
         v = u + scale * (c - u) on the first `channels` channels (None: all), v = c on the others
 
-    x: (B, C+D, h, w), t: (B,); cond and uncond, of which the model makes c and u: tuples of (B, ...) tensors,
-    what it takes after x and t (labels; or text tokens and pooled text). One batch of 2B, c first.
+    x: (B, C+D, h, w), t: (B,); cond, uncond: the model's arguments after x and t that give c and u: tuples
+    of (B, ...) tensors (labels; or text tokens and pooled text). Both passes are one batch of 2B, c first.
     """
     both = [torch.cat(pair) for pair in zip(cond, uncond)]
     c, u = model(torch.cat([x, x]), torch.cat([t, t]), *both, **extra).chunk(2)
@@ -146,9 +147,9 @@ def shift_time(t, s):
 def time_grid(steps, shift=1.0, twice=False):
     """steps + 1 floats from 0 to 1, computed in float64; Python numbers, so that no step waits for a GPU.
 
-    twice: as diffusers' SD3 scheduler, which shifts the last of its 1000 training times, and once more with
-    the whole grid. The last step is then shorter than on the plain grid, and always begins at the same t
-    (0.991 with SD3's shift).
+    twice: as in diffusers' SD3 scheduler, which shifts the last of its 1000 training times, and then shifts
+    it again with the whole grid. The last step is then shorter than on the plain grid, and always begins at
+    the same t (0.991 with SD3's shift).
     """
     if twice:
         even = torch.linspace(0, shift_time(0.999, shift), steps, dtype=torch.float64)
@@ -160,7 +161,7 @@ def time_grid(steps, shift=1.0, twice=False):
 def sample_noise(seed, indices, shape):
     """Standard normal (len(indices), *shape), row i from a generator seeded with (seed, indices[i]) alone.
 
-    NumPy's, because torch's CPU generator keeps 32 bits of a seed: too few for one seed per pair.
+    From NumPy, because torch's CPU generator keeps only 32 bits of a seed: too few for one seed per pair.
     """
     rows = []
     for i in indices:
@@ -170,7 +171,7 @@ def sample_noise(seed, indices, shape):
 
 
 def sample_labels(indices, classes):
-    """Label of sample i: the classes in turn, so that any n is as balanced as it can be."""
+    """Labels of the samples `indices`: the classes in turn, so that any n is as balanced as possible."""
     return torch.tensor([classes[int(i) % len(classes)] for i in indices])
 
 
@@ -181,10 +182,10 @@ AHEAD = 256
 
 
 def modulations_ahead(model, ts, guided, cond, uncond, rows):
-    """Yield the model's further arguments of each step: {"mods": its modulations}, or {} where rows is 0.
+    """Yield the model's extra arguments for each step: {"mods": its modulations}, or {} if rows is 0.
 
-    They depend on time and condition only (dit.py:DiT.modulations), so they are computed for many steps at
-    once, about `rows` rows of them. Guided steps take those of cond and uncond.
+    Modulations depend only on time and condition (dit.py:DiT.modulations), so they are computed for many
+    steps at once, about `rows` rows at a time. Guided steps use those of both cond and uncond.
     """
     if not rows:
         for _ in ts:
@@ -200,7 +201,7 @@ def modulations_ahead(model, ts, guided, cond, uncond, rows):
 
 
 def look_ahead(model, times, y, rows):
-    """Yield the model's modulations for y (B, ...) at one time after the other, made `rows` rows at once."""
+    """Yield the model's modulations for y (B, ...) at each time in turn, computed `rows` rows at once."""
     B = len(y)
     group = max(1, rows // B)
     for k in range(0, len(times), group):
@@ -218,7 +219,7 @@ def rows_of(mods, first, end):
 class Recorded:
     """sample_flow as one CUDA graph: the first call records it, and all calls like the first replay it.
 
-    A call of other shapes or numbers runs sample_flow itself. `tick` is told of all steps at once.
+    A call with other shapes or numbers runs sample_flow itself. `tick` is called once, for all steps.
     """
 
     def __init__(self):
@@ -247,7 +248,7 @@ class Recorded:
         def run(noise, cond, uncond, mask):
             return sample_flow(model, noise, ts, cond, uncond, mask=mask, **options)
 
-        first = run(*given)                                # compiles, and sets up what may not be recorded
+        first = run(*given)                                # compiles, and sets up what cannot be recorded
         self.call = call
         self.inputs = tree_map_only(torch.Tensor, torch.clone, given)
         self.graph = torch.cuda.CUDAGraph()
@@ -258,7 +259,7 @@ class Recorded:
 
 @torch.no_grad()
 def for_sampling(dit):
-    """Merge adapters, and round weights to bfloat16, in place. Without adapters velocities stay equal."""
+    """Merge adapters and round weights to bfloat16, in place. Without adapters, velocities do not change."""
     if getattr(dit.cfg, "lora", 0):
         dit = merge_lora(dit)
     for layer in dit.modules():
@@ -268,9 +269,9 @@ def for_sampling(dit):
 
 
 def prepare(dit, vae, cfg, device):
-    """Change the models, in place, for many batches (cfg.compile, cfg.graph); returns `generate`'s flow."""
+    """Prepare the models, in place, for many batches (cfg.compile, cfg.graph).  Returns `generate`'s flow."""
     if cfg.graph and device.type != "cuda":
-        raise SystemExit("--graph=True: wanted a GPU; leave it out")
+        raise SystemExit("--graph=True needs a GPU; leave it out")
     if ranks.in_bfloat16(cfg.dtype, device):
         for_sampling(dit)
     if cfg.compile:
@@ -283,9 +284,9 @@ def prepare(dit, vae, cfg, device):
 
 
 def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
-    """(images, previews) in [-1, 1]: samples `indices` through the whole decoder and the base decoder.
+    """(images, previews) in [-1, 1]: samples `indices` through the full decoder and the base decoder.
 
-    s: see `settings_of`; text: a TextCache, for a model of texts
+    s: see `settings_of`; text: a TextCache, for a text-conditioned model
     flow: see `prepare`; tick: see `sample_flow`
     raises: SystemExit where height or width do not fit the model
     """
@@ -298,19 +299,19 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
     mask = None if keep is None else levels.seen_of_all(keep, vae.C, dit.cfg.D).to(device)
     ts = time_grid(s["steps"], s["shift"], s["grid"] == "sd3")
     cond, uncond = conditions(dit, indices, s, text)
-    # A sharded model's layers are whole only while it runs; a transformer of one's own may have no adaLN.
+    # A sharded model's layers are whole only while it runs; a user's own transformer may have no adaLN.
     ahead = AHEAD if hasattr(dit, "modulations") and not ranks.is_sharded(dit) else 0
 
-    # A graph would keep the addresses of autocast's cache of rounded weights, which goes with this context.
+    # A graph would keep addresses in autocast's cache of rounded weights, which is freed with this context.
     autocast = ranks.autocast(s.get("dtype", "auto"), device, cache_enabled=flow is sample_flow)
     with torch.no_grad(), autocast:
         z_all = flow(dit, noise.to(device), ts, cond, uncond, scale=s["cfg"],
                      interval=(s["cfg_start"], s["cfg_end"]), channels=s["cfg_channels"] or None,
                      slg=s.get("slg", 0.0), ahead=ahead, mask=mask, tick=tick)
-        # a few at a time: the decoder's activations are the largest there are
+        # a few at a time: the decoder has the largest activations
         parts = z_all.split(ranks.at_once(8, s["height"], s["width"]))
         base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in parts]).float().clamp(-1, 1)
-        if vae.D and not dit.cfg.D:                # a base DiT on a DA-VAE has nothing but the base channels
+        if vae.D and not dit.cfg.D:                # a base DiT on a DA-VAE has only the base channels
             return base, base
         full = torch.cat([vae.decode(z, keep) for z in parts]).float().clamp(-1, 1)
     return full, base
@@ -344,14 +345,14 @@ def settings_of(cfg, about, checkpoint):
                          "steps of at least 1, shift above 0 and a finite cfg")
     if cfg.cfg_start > cfg.cfg_end:
         raise SystemExit(f"--cfg_start={cfg.cfg_start} is after --cfg_end={cfg.cfg_end}: guidance would "
-                         "never be on; give --cfg=1 to do without")
+                         "never be on; give --cfg=1 for none")
     C, D = about["model"]["C"], about["model"]["D"]
     if cfg.keep >= 0:
         s["keep"] = levels.check((cfg.keep,), C, D, "--keep")[0]
     channels = C + D
     if not 0 <= cfg.cfg_channels <= channels:
-        raise SystemExit(f"--cfg_channels={cfg.cfg_channels}: the model has {channels} channels; wanted as "
-                         "many of them as are guided, or 0 for all")
+        raise SystemExit(f"--cfg_channels={cfg.cfg_channels}: the model has {channels} channels; wanted how "
+                         "many of them to guide, or 0 for all")
     if own.get("text"):
         return s | text_settings(cfg, about, checkpoint)
     return s | class_settings(cfg, about)
@@ -378,7 +379,7 @@ def class_settings(cfg, about):
 
 
 def text_of(cfg, about, settings, out, rank, device):
-    """What `generate` takes as `text`: a TextCache of the prompts, or None for a model of classes."""
+    """The `text` of `generate`: a TextCache of the prompts, or None for a class-conditional model."""
     own = about["config"]
     if not own.get("text"):
         return None
@@ -401,13 +402,13 @@ def main(cfg):
     settings = settings_of(cfg, about, checkpoint)
     out = Path(cfg.out or Path(cfg.run) / "samples")
 
-    # texts before the transformer: T5 is the larger of the two
+    # encode text before loading the transformer: T5 is the larger of the two
     text = text_of(cfg, about, settings, out, rank, device)
     settings["model"] = identity.of_run(checkpoint)
     settings["texts"] = text.made_by if text else None
     refuse_other_images(out, settings)
 
-    # what is not there yet; as rank 0 sees it, for all ranks must see the same
+    # the images still missing, as rank 0 sees them, since all ranks must agree
     columns, shown = overview(about, settings, cfg.n)
     todo = ranks.from_all(missing(out, cfg.n, shown))[0]
     if not todo:
@@ -425,7 +426,7 @@ def main(cfg):
     choose.before_sampling(
         out, device, cfg.compile, lambda: generate(dit, vae, batch, settings | {"steps": 1}, text))
 
-    # each rank takes every world-th of them
+    # each rank takes every world-th image
     mine = todo[rank::world]
     start = time.time()
     with progress_bar(f"{out}: {len(todo)} images", len(mine), cfg, rank) as bar:
@@ -448,9 +449,9 @@ def progress_bar(title, images, cfg, rank):
     return tqdm(total=batches * cfg.steps, desc=title, unit="step", disable=rank > 0, mininterval=1)
 
 
-# ---------------------------------------------------------------- its folder
+# ---------------------------------------------------------------- the folder of images
 
-# Hidden: who reads the folder as one of images does not read them for a class of that name.
+# Hidden, so that programs that read the folder as a data set do not take it for a class.
 PREVIEWS = ".base"
 
 
@@ -469,8 +470,8 @@ def refuse_other_images(out, settings):
         changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
                    if old.get(name) != settings.get(name)]
         if changed and old | {"model": ""} == settings | {"model": ""}:
-            raise SystemExit(f"{out} holds images of the run as it was before it was trained on, or of "
-                             "another run: give another --out, or remove it")
+            raise SystemExit(f"{out} holds images of an earlier state of the run, or of another run: give "
+                             "another --out, or remove it")
         if changed:
             raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
                              "another --out, or remove it")
@@ -480,7 +481,7 @@ def refuse_other_images(out, settings):
 
 
 def make_folder(out, settings, rank):
-    """Make the folder of images and that of previews, with settings.json; or go on in them."""
+    """Create the folders of images and of previews, and settings.json, unless they exist."""
     runs.make_folder(out)
     with runs.disk_may_fail(must=True):
         (out / PREVIEWS).mkdir(exist_ok=True)
@@ -491,7 +492,7 @@ def make_folder(out, settings, rank):
 def overview(about, settings, n):
     """(columns, {sample: its label}) of grid.png and base_preview.png.
 
-    Up to ten classes (or prompts), one a row, and up to eight samples of each.
+    Up to ten classes (or prompts), one per row, and up to eight samples of each.
     """
     if "prompts" in settings:
         names = [prompt[:24] for prompt in settings["prompts"]]
@@ -499,7 +500,7 @@ def overview(about, settings, n):
         classes = (about["classes"] or ["image"]) + ["no class"]
         names = [classes[k] for k in settings["classes"]]
 
-    # sample i is of name i % len(names): row by row, the samples of one name
+    # sample i has name i % len(names), and each row shows the samples of one name
     columns = max(1, min(8, n // len(names)))
     shown = {}
     for row, name in enumerate(names[:10]):
@@ -509,7 +510,7 @@ def overview(about, settings, n):
 
 
 def missing(out, n, shown):
-    """Which of n samples are to be drawn: those without their image, or, if shown, their preview."""
+    """Which of n samples must be drawn: those without an image or, if shown, a preview."""
     todo = []
     for i in range(n):
         folders = [out, out / PREVIEWS] if i in shown else [out]
@@ -519,7 +520,7 @@ def missing(out, n, shown):
 
 
 def save_images(out, indices, images, previews, shown):
-    """Write a batch in [-1, 1], of those shown the preview first; images that are there already stay."""
+    """Write a batch in [-1, 1], a shown sample's preview before its image; existing images stay."""
     for i, image, preview in zip(indices, data.to_uint8(images), data.to_uint8(previews)):
         if i in shown:
             save_png(preview, path_of(out / PREVIEWS, i))
@@ -528,14 +529,14 @@ def save_images(out, indices, images, previews, shown):
 
 
 def save_png(image, path):
-    """Write uint8 (H, W, 3) beside `path` and rename it, so that a folder holds whole images only."""
+    """Write uint8 (H, W, 3) under another name, then rename it, so that a folder holds only whole images."""
     temporary = path.with_suffix(".tmp")
     Image.fromarray(image).save(temporary, format="png")
     temporary.replace(path)
 
 
 def put_together(out, n, columns, shown, rank):
-    """samples.npz, grid.png and base_preview.png of what is in the folder, by rank 0.  Returns the folder."""
+    """Write samples.npz, grid.png and base_preview.png from the folder, by rank 0.  Returns the folder."""
     if rank == 0:
         with runs.disk_may_fail(must=True):
             write_npz(out, n)
@@ -548,7 +549,7 @@ def put_together(out, n, columns, shown, rank):
 
 
 def write_npz(out, n):
-    """samples.npz of all images, one after the other: 50,000 of them would not fit into memory."""
+    """Write samples.npz, one image at a time: 50,000 of them would not fit into memory."""
     images = (np.asarray(Image.open(path_of(out, i))) for i in range(n))
     first = next(images)
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}

@@ -1,15 +1,15 @@
-"""Base VAEs beside davae.py's AutoencoderKL, and the dict of all of them.
+"""Base VAEs other than davae.py's AutoencoderKL, and the dict of all of them.
 
-A base of your own is a subclass of `davae.BaseVAE`, whose docstring says what it must offer: four parts
+A base of your own is a subclass of `davae.BaseVAE`, whose docstring says what it must provide: four parts
 (encoder, to_moments, from_latent, decoder), C, f and width; `config()` and `build`, if it has settings; its
 own `encode`, if it has no posterior. Then, in your file or here:
 
     BASES["Mine"] = Mine                               # the name is the class's own
     save_base_vae(Mine(...), "out/mine")               # support/weights.py
 
-and out/mine is a base like any other: `python train_vae.py --base=out/mine`. A run of train_vae.py keeps the
-name as "kind" in its config.json, so whoever loads the run must have filled in BASES first: where your file
-is imported in support/weights.py, all scripts have (docs/recipes.md).
+and out/mine is a base like any other: `python train_vae.py --base=out/mine`. A run of train_vae.py saves the
+name as "kind" in its config.json, so BASES must have it before the run is loaded: import your file in
+support/weights.py, and all scripts know it (docs/recipes.md).
 """
 import dataclasses
 
@@ -26,8 +26,8 @@ from support import dcae, flux2
 class TAEF2(BaseVAE):
     """The tiny autoencoder of FLUX.2's latents: f8, 32 channels.  (B, 3, H, W) <-> (B, 32, H/8, W/8)
 
-    It makes latents that are normalised already: `mean` and `std` stay 0 and 1. It has no posterior: it can
-    be the frozen base of a DAVAE, but not be trained itself.
+    Its latents are already normalised: `mean` and `std` stay 0 and 1. It has no posterior: it can be the
+    frozen base of a DAVAE, but cannot be trained itself.
     """
 
     def __init__(self, C=32, width=64):
@@ -80,7 +80,7 @@ class TAEF2(BaseVAE):
         )
 
     def posterior(self, x):
-        raise SystemExit("TAEF2 has no posterior: it can be the base of a DA-VAE, but not be trained as "
+        raise SystemExit("TAEF2 has no posterior: it can be the base of a DA-VAE, but cannot be trained as "
                          "a plain VAE (D = 0)")
 
     def encode(self, x):
@@ -106,7 +106,7 @@ class TinyBlock(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """The same of x + pool(x), where pool looks at each position by itself, four times as wide."""
+    """A TinyBlock on x + pool(x), where pool is four times as wide and acts on each position separately."""
 
     def __init__(self, width):
         super().__init__()
@@ -157,7 +157,7 @@ class FromUnit(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """Latents to (-3, 3), smoothly."""
+    """Clamps latents smoothly to (-3, 3)."""
 
     def forward(self, z):
         return 3 * torch.tanh(z / 3)
@@ -169,19 +169,19 @@ class SoftClamp(nn.Module):
 class AutoencoderKLFlux2(AutoencoderKL):
     """FLUX.2's VAE: an AutoencoderKL, f8, 32 channels, whose latents are normalised in blocks of 2x2 pixels.
 
-    FLUX.2's transformer takes patches of 2x2 latent pixels. Its pipeline unshuffles them into 128 channels,
-    and normalises those, by the running statistics of a BatchNorm that the VAE's file holds: so each of the
-    four pixels of a block has statistics of its own (diffusers 0.42.1, pipeline_flux2_klein.py).
+    FLUX.2's transformer takes patches of 2x2 latent pixels. Its pipeline unshuffles them into 128 channels
+    and normalises these with the running statistics of a BatchNorm in the VAE's file, so each of the four
+    pixels of a block has its own statistics (diffusers 0.42.1, pipeline_flux2_klein.py).
 
-    Here the patches are the transformer's (p = 2, support/diffusers_dit.py), and the normalisation is the
-    VAE's: a latent keeps 32 channels at f8, and what the pipeline's statistics do to it is the last layer of
-    `to_moments` and undone by the first of `from_latent`. Why not 128 channels at f16? Details stand in C
-    groups (Eq. 3): of 32 there may be 32, 64, 96, of 128 none fewer than 128; the closed form of
-    support/fit.py has (9 r^2 C)^2 moments, 16 times as many; and TAEF2 speaks these very latents, at f8, with
-    32 channels, so that the two are bases for the same transformer. Why not in the transformer? The noise of
-    x_t is that of the normalised latent.
+    Here the transformer makes the patches (p = 2, support/diffusers_dit.py), and the VAE normalises: a latent
+    keeps 32 channels at f8, the last layer of `to_moments` applies the pipeline's statistics, and the first
+    of `from_latent` undoes them. Why not 128 channels at f16? Details come in C groups (Eq. 3): with C = 32
+    there may be 32, 64 or 96 of them, with C = 128 no fewer than 128; the closed form of support/fit.py has
+    (9 r^2 C)^2 moments, 16 times as many; and TAEF2 uses these very latents, at f8 with 32 channels, so both
+    are bases for the same transformer. Why not normalise in the transformer? x_t mixes noise with the
+    normalised latent.
 
-    `mean` and `std` stay 0 and 1, as TAEF2's; trained as a plain VAE (D = 0) they are measured, as usual.
+    `mean` and `std` stay 0 and 1, as in TAEF2; if trained as a plain VAE (D = 0), it measures them as usual.
     """
     block = 2
 
@@ -195,10 +195,10 @@ class AutoencoderKLFlux2(AutoencoderKL):
 
 
 class DCAE(BaseVAE):
-    """DC-AE 1.0, Sana's, and DC-AE 1.5, f32 to f128: support/dcae.py says what it is and has its layers.
+    """DC-AE 1.0, Sana's, and DC-AE 1.5, f32 to f128: support/dcae.py describes it and has its layers.
 
-    It has no posterior: it can be the frozen base of a DAVAE, but not be trained itself. `std` is 1 / the
-    scale of its latents, `mean` 0.
+    It has no posterior: it can be the frozen base of a DAVAE, but cannot be trained itself. `std` is 1 / the
+    scale of its latents, `mean` is 0.
     """
 
     def __init__(self, cfg):
@@ -210,7 +210,7 @@ class DCAE(BaseVAE):
         self.decoder = dcae.Decoder(cfg)
 
     def posterior(self, x):
-        raise SystemExit("DC-AE has no posterior: it can be the base of a DA-VAE, but not be trained as a "
+        raise SystemExit("DC-AE has no posterior: it can be the base of a DA-VAE, but cannot be trained as a "
                          "plain VAE (D = 0)")
 
     def encode(self, x):
@@ -239,7 +239,7 @@ BASES = {
 def compile_levels(vae):
     """torch.compile the VAE, level by level.
 
-    As a whole it would not do: the adaptive weights differentiate by the last convolution alone, and twice.
+    Not as a whole: the adaptive weights differentiate with respect to the last convolution alone, and twice.
     """
     torch._dynamo.config.recompile_limit = 64
     torch._functorch.config.donated_buffer = False

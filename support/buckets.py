@@ -1,17 +1,17 @@
-"""Images that are not square: sorted into buckets by their shape, and each batch out of one bucket.
+"""Images that are not square: sorted into buckets by aspect ratio, each batch from a single bucket.
 
     shaped = sort(images, cfg, multiple)           # before data.batches or latents.latent_source
 
---buckets=2 lets a bucket be up to twice as wide as high, or as high as wide. Its sides are multiples of what
-the models take, and its area is that of the square, --image_size, but for rounding one side: all have about
-as many tokens, and a batch of any takes about the same memory. An image goes to the bucket whose ratio of
-sides is the nearest, is resized to cover it, and what stands over is cut off, on both sides alike.
+--buckets=2 lets a bucket be up to twice as wide as high, or twice as high as wide. Its sides are multiples of
+what the models take, and its area is that of the --image_size square, except that one side is rounded: all
+buckets have about the same number of tokens, and need about the same memory per batch. An image goes to the
+bucket with the nearest aspect ratio, is resized to cover it, and is cropped equally on both sides.
 
-What step n reads follows from (seed, n), as in support/data.py, so a run that resumes reads on exactly, and
-ranks share a batch. In an epoch each bucket gives as many whole batches as its images fill, and the batches
-of all are mixed. Its rest waits, and comes first in its next batch, an epoch later: every batch is full, no
-image is left out, and none comes more often than others. A bucket of fewer images than a batch has one every
-few epochs, in which they come more than once; the table that is printed names these.
+Which images step n reads follows from (seed, n), as in support/data.py, so a resumed run continues exactly,
+and ranks share a batch. In an epoch each bucket gives as many full batches as its images fill, and the
+batches of all buckets are shuffled. Leftover images wait, and come first in the bucket's next batch, an epoch
+later: every batch is full, no image is left out, and none is read more often than others. A bucket with fewer
+images than a batch gives one every few epochs, in which images repeat; the printed table names such buckets.
 """
 import functools
 import io
@@ -24,16 +24,16 @@ from tqdm import tqdm
 
 from support import data, identity, photos, ranks, runs
 
-HEAD = 64 << 10            # bytes of an image in a shard, in which its size is looked for
+HEAD = 64 << 10            # bytes to read of an image in a shard, to find its size
 
 
 # ---------------------------------------------------------------- from a data set to buckets
 
 
 def sort(images, cfg, multiple):
-    """`images` as `Buckets`, whose table rank 0 prints; where cfg.buckets is 1, as they are.  By all ranks.
+    """`images` as `Buckets`, whose table rank 0 prints; unchanged if cfg.buckets is 1.  Called by all ranks.
 
-    cfg: of either training script;  multiple: of both sides of an image, for the models
+    cfg: of either training script;  multiple: what both sides of an image must be multiples of
     raises: SystemExit if there are no image files or no other shape; ValueError if too many are unreadable
     """
     if cfg.buckets == 1:
@@ -41,13 +41,13 @@ def sort(images, cfg, multiple):
     given = f"--buckets={cfg.buckets:g}"
     if images.paths is None:
         raise SystemExit(f"{given}: the images of --data_dir={cfg.data_dir} have one shape; give a folder of "
-                         "images, or leave it out")
+                         "images, or leave out --buckets")
     if cfg.compile:
-        raise SystemExit(f"{given}: --compile=True makes code for one shape; leave either out")
+        raise SystemExit(f"{given}: --compile=True compiles for one shape; leave out one of them")
     shapes = shapes_of(cfg.image_size, multiple, cfg.buckets)
     if len(shapes) == 1:
-        raise SystemExit(f"{given}: of multiples of {multiple}, only the square has sides so near to each "
-                         f"other and {cfg.image_size}x{cfg.image_size} pixels; give more of either")
+        raise SystemExit(f"{given}: in multiples of {multiple}, the square is the only shape of about "
+                         f"{cfg.image_size}x{cfg.image_size} pixels; raise --buckets or --image_size")
     sizes = read_sizes(images, cfg.data_dir) if ranks.this_rank() == 0 else None
     sizes = ranks.from_all(sizes)[0]
     found = Buckets(images, shapes, nearest(shapes, sizes), cfg.data_dir)
@@ -57,14 +57,14 @@ def sort(images, cfg, multiple):
 
 
 def shapes_of(side, multiple, most):
-    """[(height, width)] of the buckets, from the highest to the widest; the square is among them.
+    """[(height, width)] of the buckets, from the tallest to the widest; the square is among them.
 
-    Multiples of `multiple`, neither side more than `most` times the other. For each shorter side, the longer
-    one is that with the nearest area to side^2: off by multiple / (2 * side) of it at most.
+    Sides are multiples of `multiple`, neither more than `most` times the other. Given the shorter side, the
+    longer one brings the area nearest to side^2: off by at most multiple / (2 * side) of it.
     raises: ValueError unless side is a multiple
     """
     if side % multiple:
-        raise ValueError(f"image_size {side}: with buckets wanted a multiple of {multiple}")
+        raise ValueError(f"image_size {side}: buckets need a multiple of {multiple}")
     shapes = {(side, side)}
     for short in range(multiple, side, multiple):
         long = round(side**2 / short / multiple) * multiple
@@ -79,16 +79,16 @@ def ratio(shape):
 
 
 def shortest(cfg, multiple):
-    """The shortest side of any bucket, or of the square where there are none."""
+    """The shortest side of any bucket, or of the square if there are none."""
     if cfg.buckets == 1:
         return cfg.image_size
     return min(itertools.chain.from_iterable(shapes_of(cfg.image_size, multiple, cfg.buckets)))
 
 
 def nearest(shapes, sizes):
-    """For each image, which of the shapes has the nearest ratio of sides, as a factor: (N,) int64, or -1.
+    """For each image, which shape has the nearest aspect ratio, on a log scale: (N,) int64, or -1.
 
-    shapes: as from `shapes_of`;  sizes: as from `read_sizes`, of which (0, 0) gives -1
+    shapes: from `shapes_of`;  sizes: from `read_sizes`, where (0, 0) gives -1
     """
     logs = np.log([ratio(shape) for shape in shapes])
     between = (logs[1:] + logs[:-1]) / 2
@@ -98,13 +98,13 @@ def nearest(shapes, sizes):
 
 
 def cropped_away(sizes, shapes):
-    """Which part of each image (height, width) stands over a shape that it covers: both (N, 2) -> (N,)."""
+    """Which fraction of each image (height, width) is cropped to fit its shape: both (N, 2) -> (N,)."""
     off = np.log(sizes[:, 1] / sizes[:, 0]) - np.log(shapes[:, 1] / shapes[:, 0])
     return 1 - np.exp(-np.abs(off))
 
 
 def table(found, sizes, cfg, multiple):
-    """What `sort` prints: each bucket, its images, and what of them is cut off."""
+    """What `sort` prints: each bucket, its number of images, and how much of them is cut off."""
     shapes = found.shapes[found.bucket]
     known = found.bucket >= 0
     lost = np.zeros(len(sizes))
@@ -129,10 +129,10 @@ def table(found, sizes, cfg, multiple):
 
 
 def read_sizes(images, name):
-    """(N, 2) int64: height and width of each image, as it stands upright; (0, 0) where it cannot be read.
+    """(N, 2) int64: height and width of each image, turned upright; (0, 0) if it cannot be read.
 
     name: of the data set
-    raises: ValueError if 10 and 1 % of all cannot be read
+    raises: ValueError if at least 10 images and 1 % of all cannot be read
     """
     numbers = range(len(images))
     with ThreadPoolExecutor(8) as pool:
@@ -146,14 +146,14 @@ def read_sizes(images, name):
 
 
 def size_of(images, i):
-    """(height, width) of image i, by its header, or where that does not tell by its pixels; else (0, 0)."""
+    """(height, width) of image i, from its header, or else from its pixels; (0, 0) if it is unreadable."""
     try:
         if isinstance(images, data.ImageShards):
             return size_in_header(io.BytesIO(images.index.read(i, HEAD)))
         if isinstance(images, data.ImageFiles):
             return size_in_header(images.paths[i])
     except photos.DECODING_ERRORS:
-        pass                                       # perhaps the header is longer; else `load` will say why
+        pass                                       # the header may be longer; if not, `load` will say why
     try:
         image = images.load(i)
         return image.height, image.width
@@ -163,9 +163,9 @@ def size_of(images, i):
 
 
 def size_in_header(source):
-    """(height, width) of an image file, turned as its EXIF data says."""
+    """(height, width) of an image file, rotated as its EXIF data says."""
     with Image.open(source) as file:
-        exif = Image.Image.getexif(file)           # a PNG's own would decode it, to look behind its pixels
+        exif = Image.Image.getexif(file)           # a PNG's own would decode it, to look beyond its pixels
         if exif.get(photos.ORIENTATION) in (5, 6, 7, 8):           # a quarter turn
             return file.width, file.height
         return file.height, file.width
@@ -175,9 +175,9 @@ def size_in_header(source):
 
 
 class Bucket(data.ImageFiles):
-    """The images of one shape (height, width): numbers `members` of `images`; `root` is their name.
+    """The images of one shape (height, width): those numbered `members` in `images`; root: the set's name.
 
-    In place of an unreadable one stands the next of this bucket.
+    An unreadable image is replaced by the next one of the bucket.
     """
 
     def __init__(self, images, members, shape, root):
@@ -205,8 +205,8 @@ class Buckets(data.Dataset):
     """A data set whose image(i) has the shape of its bucket, and whose `plan` keeps a batch in one bucket.
 
     images: a data set of files;  shapes: [(height, width)];  bucket: (N,) the number of each image's shape
-    afterwards: parts, the buckets that have images; bucket and place, (N,): of each image, which of them and
-    where in it, -1 if in none
+    attributes: parts, the buckets that have images; bucket and place, (N,): for each image, which of them it
+    is in, and where; -1 if in none
     """
 
     def __init__(self, images, shapes, bucket, root):
@@ -228,12 +228,12 @@ class Buckets(data.Dataset):
 
     @functools.cached_property
     def fingerprint(self):
-        """Of the images, and of which shape each gets."""
+        """A digest of the images, and of the shape that each gets."""
         shapes = self.shapes[self.bucket] * (self.bucket >= 0)[:, None]
         return identity.of_text(self.images.fingerprint + runs.hash_of(shapes))
 
     def plan(self, batch_size, seed, step, rank=0, world=1, flip=False):
-        """As `data.batch_plan`, but that the whole batch is of one bucket."""
+        """As `data.batch_plan`, but the whole batch comes from one bucket."""
         counts = tuple(len(part) for part in self.parts)
         bucket, number = batch_at(counts, batch_size, seed, step)
         own = int(np.random.SeedSequence((seed, bucket)).generate_state(1, np.uint64)[0])
@@ -244,9 +244,9 @@ class Buckets(data.Dataset):
 def batch_at(counts, batch_size, seed, step):
     """(bucket, which of its batches) of a step;  counts: images of each bucket.
 
-    By the end of epoch e, a bucket of n images has given its first e * n // batch_size batches.
+    After e epochs, a bucket of n images has given its first e * n // batch_size batches.
     """
-    epoch = step * batch_size // sum(counts)       # or a later one: rests wait
+    epoch = step * batch_size // sum(counts)       # or a later one: leftovers wait
     while start_of(counts, batch_size, epoch + 1) <= step:
         epoch += 1
     return mixed(counts, batch_size, seed, epoch)[step - start_of(counts, batch_size, epoch)]

@@ -1,8 +1,8 @@
-"""Captions of a folder of images, and texts as people save them.
+"""Captions of a folder of images, and text files as people save them.
 
-Captions stand in metadata.jsonl or metadata.csv, in any folder, or in `name.txt` beside an image `name.png`.
-Lists and images often come from different machines: macOS writes an accent as a character of its own, Windows
-writes \\ for /. So names are compared in several forms, strict ones first (`forms`).
+Captions are in metadata.jsonl or metadata.csv, in any folder, or in `name.txt` next to an image `name.png`.
+Lists and images often come from different machines: macOS writes an accent as a separate character, Windows
+writes \\ for /. So names are compared in several forms, the strictest first (`forms`).
 """
 import csv
 import io
@@ -21,13 +21,13 @@ LISTS = ("metadata.csv", "metadata.jsonl")              # if both name an image,
 
 
 def shown(name):
-    """A name as it can be printed in a line: in Python's notation where it has newlines or broken bytes."""
+    """A name that fits on a printed line: in Python's notation if it has newlines or invalid bytes."""
     name = os.fspath(name)
     return name if name.isprintable() else repr(name)
 
 
 def read_text(path):
-    """The text of a UTF-8 file, with a byte order mark or without; its lines end in newlines.
+    """The text of a UTF-8 file, with or without a byte order mark; all line ends become newlines.
 
     raises: ValueError naming file and line if it has another encoding
     """
@@ -40,7 +40,7 @@ def read_text(path):
         text = raw.decode("utf-8-sig")
         place = text.find("\0")
         line = text.count("\n", 0, place) + 1
-        if place >= 0:                                  # UTF-16 without its mark, or no text at all
+        if place >= 0:                                  # UTF-16 without its mark, or not text at all
             reason = "a zero byte, as in UTF-16"
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
@@ -53,13 +53,13 @@ def read_text(path):
 
 
 def forms(name):
-    """The forms in which names are compared: as it is, with accents and slashes alike, in small letters."""
+    """The forms in which names are compared: as is; accents and slashes unified; also in lower case."""
     alike = unicodedata.normalize("NFC", name.replace("\\", "/"))
     return name, alike, unicodedata.normalize("NFC", alike.casefold())
 
 
 def by_forms(names):
-    """{form: files} for each of `forms`, of {file: its name}."""
+    """From {file: its name}, one table {form: files} for each of `forms`."""
     tables = [defaultdict(list) for _ in range(3)]
     for path, name in names.items():
         for table, form in zip(tables, forms(name)):
@@ -68,7 +68,7 @@ def by_forms(names):
 
 
 def find(tables, name):
-    """The files that have a name in the strictest form in which any has it."""
+    """The files with a name, in the strictest form in which there is any."""
     for table, form in zip(tables, forms(name)):
         if form in table:
             return table[form]
@@ -76,7 +76,7 @@ def find(tables, name):
 
 
 def within(root, folder, name):
-    """A name in a list, as seen from `root`.   folder: the list's, seen from there
+    """A name in a list, relative to `root`.   folder: the list's, also relative to it
 
     The name may be absolute, begin with ./ and have backslashes.
     """
@@ -95,10 +95,10 @@ def within(root, folder, name):
 def read_captions(root, paths, files):
     """Captions of the images `paths` below `root`: (one for each, "" = none; the files they came from).
 
-    If a list and a text file beside the image both have one, the latter counts. Rows that find no image, and
-    captions that replace others, are counted on stderr.
+    If both a list and a text file next to the image have one, the text file counts. Rows that match no image,
+    and captions that replace others, are counted on stderr.
     files: all files below `root`
-    raises: ValueError naming file and line that hold something else
+    raises: ValueError naming the file and line that hold something else
     """
     lists = [path for name in LISTS for path in files if os.path.basename(path) == name]
     texts = [path for path in files if path.lower().endswith(".txt")]
@@ -123,7 +123,7 @@ def read_captions(root, paths, files):
 
 
 def match(source, rows, root, names, of_stem):
-    """{image: caption} of a list's rows [(name, caption)], the last of each; says what does not fit.
+    """{image: caption} from a list's rows [(name, caption)], the last row of each; prints what does not fit.
 
     names, of_stem: the images by their names, and by their names without endings
     """
@@ -144,7 +144,7 @@ def match(source, rows, root, names, of_stem):
 
 
 def say(source, rows, some, what):
-    """Count and name on stderr some of a list's rows."""
+    """Print to stderr how many of a list's rows `some` are, and name the first."""
     if some:
         first = ", ".join(map(repr, some[:3]))
         print(f"{shown(source)}: {len(some)} of {len(rows)} rows {what}; the first: {first}", file=sys.stderr)
@@ -153,8 +153,8 @@ def say(source, rows, some, what):
 def read_list(path):
     """[(file name, caption)] of a metadata.jsonl, its lines {"file_name": ..., "text": ...}, or metadata.csv.
 
-    Instead of "text" they may say "caption".
-    raises: ValueError naming file and line that say something else
+    "caption" is accepted in place of "text".
+    raises: ValueError naming the file and line that hold something else
     """
     text = read_text(path)
     if path.endswith(".csv"):
@@ -170,7 +170,7 @@ def read_list(path):
 
 
 def read_csv(path, text):
-    """As `read_list`, of a csv whose first line has the names of its columns."""
+    """As `read_list`, for a csv whose first line names its columns."""
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
     try:
         return [name_and_caption(row) for row in reader]
@@ -179,17 +179,17 @@ def read_csv(path, text):
 
 
 def refused(path, line, error):
-    reason = str(error).replace(": line 1 column", " at column")         # json knows one line only
+    reason = str(error).replace(": line 1 column", " at column")         # json sees one line only
     return ValueError(f"captions in {shown(path)}: line {line}: {reason}; "
                       "wanted text, or lines of {file_name, text}")
 
 
 def name_and_caption(row):
-    """Both of a list's row.   raises: ValueError if one of them is missing or no text"""
+    """(name, caption) of a list's row.   raises: ValueError if one of them is missing or not text"""
     columns = row if isinstance(row, dict) else {}
     name = columns.get("file_name")
     caption = columns["text"] if "text" in columns else columns.get("caption")
     if not isinstance(name, str) or not isinstance(caption, str):
         raise ValueError(f"found {repr(row)[:100]}")
-    caption.encode()                                    # half a character, such as \\ud83d alone, is no text
+    caption.encode()                                    # half a character, such as \\ud83d alone, is not text
     return name, caption.strip()

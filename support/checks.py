@@ -1,4 +1,4 @@
-"""Which settings do not fit together, or not the models: one sentence each, before the first step."""
+"""Settings that conflict with each other or with the models: one sentence each, before the first step."""
 from pathlib import Path
 
 from support import buckets, levels, metrics, plan
@@ -6,26 +6,26 @@ from support.measurements import check_writable
 
 # ---------------------------------------------------------------- train_vae.py
 
-# The side of the smallest images of which the layers of these networks leave anything.
+# The smallest image side, in pixels, of which these networks' layers leave anything.
 SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
 
 
 def before_training(cfg, vae):
-    """raises: SystemExit with the first sentence that applies"""
+    """raises: SystemExit with one sentence, about the first conflict found"""
     check_sizes(cfg, vae)
     check_alignment(cfg, vae)
     levels.check(cfg.keep_levels, vae.C, vae.D)
     if cfg.D and cfg.train == "blocks" and is_judged(cfg):
-        raise SystemExit("--train=blocks freezes the layer by which the GAN is weighted; give --gan=0")
+        raise SystemExit("--train=blocks freezes the layer whose gradients weight the GAN; give --gan=0")
     if cfg.D and cfg.train == "up" and cfg.adaptive_align:
-        raise SystemExit("--train=up freezes the layer by which the alignment is weighted; give "
+        raise SystemExit("--train=up freezes the layer whose gradients weight the alignment; give "
                          "--adaptive_align=False")
     if cfg.D and cfg.rescale and cfg.detail_dropout == 1:
         raise SystemExit("--rescale=True divides by 1 - detail_dropout: wanted --detail_dropout below 1")
 
 
 def is_aligned(cfg):
-    """Is there anything to align, and to what?  Without details (D = 0), only where a teacher is named."""
+    """Is there anything to align, and to what?  Without details (D = 0), only if a teacher is named."""
     return cfg.D > 0 or cfg.teacher != "base"
 
 
@@ -35,7 +35,7 @@ def is_judged(cfg):
 
 
 def multiple(cfg, vae):
-    """Of what the sides of an image are multiples: a base VAE is mostly trained on small images."""
+    """What an image's sides must be multiples of; a plain VAE trains mostly on images shrunk by r."""
     side = vae.f * vae.base.block
     return side if cfg.D else side * cfg.r
 
@@ -64,17 +64,17 @@ def check_sizes(cfg, vae):
 
 
 def check_alignment(cfg, vae):
-    """raises: SystemExit if the projection cannot lead to the teacher's channels, or the distance needs it"""
+    """raises: SystemExit if projection, distance and teacher, or teacher and buckets, do not fit together"""
     if not is_aligned(cfg):
         return
     if cfg.project == "mean" and cfg.teacher != "base":
         raise SystemExit("--project=mean groups details by the base's channels, and --teacher= names another "
                          "teacher; give --project=conv, or --project=raw with --distance=vf")
     if cfg.project == "raw" and cfg.distance == "mse" and (cfg.teacher != "base" or vae.C != vae.D):
-        raise SystemExit("--project=raw leaves the latent other channels than the teacher has, and "
+        raise SystemExit("--project=raw keeps the details' channels, which are not the teacher's, and "
                          "--distance=mse compares channel by channel; give --distance=vf")
     if cfg.teacher != "base" and cfg.buckets > 1:
-        raise SystemExit(f"--buckets={cfg.buckets:g}: the teacher sees squares; leave it out, or "
+        raise SystemExit(f"--buckets={cfg.buckets:g}: the teacher takes square images; leave it out, or give "
                          "--teacher=base")
 
 
@@ -97,35 +97,35 @@ def check_base(cfg, vae, base, num_classes):
 
 
 def check_text(cfg, what, ModelConfig):
-    """raises: SystemExit if a transformer of texts gets none, or one of classes gets texts or adapters."""
+    """raises: SystemExit if a text-conditioned transformer gets no text, or another gets text or adapters."""
     takes_text = plan.takes_text(ModelConfig)
     if takes_text and not cfg.text:
-        raise SystemExit(f"{what} draws from texts; give them with --text=")
+        raise SystemExit(f"{what} is conditioned on text; give it with --text=")
     if not takes_text and (cfg.text or cfg.lora):
-        raise SystemExit(f"{what} takes neither texts nor adapters; leave --text= and --lora= out")
+        raise SystemExit(f"{what} takes neither text nor adapters; leave out --text= and --lora=")
 
 
 # ---------------------------------------------------------------- evaluate.py
 
 
 def before_measuring(cfg, run, rulers, images, draws, out):
-    """raises: SystemExit if flags, of `images` held-out images, ask for what will fail or have no effect"""
+    """raises: SystemExit if flags ask for what will fail, with `images` held-out images, or have no effect"""
     counts = {"images": images, "n": cfg.n} if draws else {"images": images}
     least = 2 if rulers.features.name else 1
     for name, count in counts.items():
         if count < least:
             raise SystemExit(f"--{name}: {count}, wanted at least {least}; distances are between sets, "
-                             "--features=none measures without")
+                             "--features=none omits them")
         if count < run.world:
             raise SystemExit(f"{run.world} processes, {count} {name}: wanted at least one for each process")
     if (cfg.reference or cfg.keep_reference) and not rulers.features.name:
-        raise SystemExit("--reference and --keep_reference: wanted a network to measure distances with, by "
+        raise SystemExit("--reference and --keep_reference: wanted a network to measure distances with: give "
                          "--inception_weights= or --features=, and not --whole=True")
     if (cfg.reference or cfg.clip) and not draws:
-        raise SystemExit(f"--reference and --clip are for samples, and none are drawn of {cfg.run} here")
+        raise SystemExit(f"--reference and --clip are for samples, and none are drawn from {cfg.run} here")
     size = run.config["config"]["image_size"]
     if not cfg.whole and size < rulers.least():
-        raise SystemExit(f"{cfg.run}: images of {size}x{size} pixels; these metrics want {rulers.least()}x"
+        raise SystemExit(f"{cfg.run}: images of {size}x{size} pixels; these metrics need {rulers.least()}x"
                          f"{rulers.least()}: try without --perceptual and --lpips_trunk")
     if cfg.keep_reference:
         metrics.check_kept(cfg.keep_reference, rulers.features, images, size)

@@ -9,9 +9,9 @@
     cfg = cli(Config, PRESETS)
 
 The first field may be given without its name. A preset's values come first, so that flags change them.
-A field's type is that of its default: str, int, float, bool or a tuple of whole numbers. Which values it
-takes is said where it is declared, and checked where they come in, from the command line or a preset.
-A comment on a line of its own, above a field, is the heading that --help puts there.
+A field's type is that of its default: str, int, float, bool or a tuple of whole numbers. Its declaration says
+which values it takes; values from the command line or a preset are checked against it.
+A comment on its own line above a field becomes a heading in --help.
 """
 import dataclasses
 import difflib
@@ -21,21 +21,21 @@ import re
 import shlex
 import sys
 
-# Where a field does not say otherwise, a number may be as large as this.
+# Unless a field says otherwise, a number may be as large as this.
 LARGEST = 1_000_000_000
 
-# Of a path, in bytes: what file systems take, less the names that are put behind it (step_000100.tmp/...).
+# Limits of a path, in bytes: what file systems take, less the names appended to it (step_000100.tmp/...).
 LONGEST_NAME = 240
 LONGEST_PATH = 3800
 
 
 def field(default, help, choices=(), at_least=-LARGEST, within=None, count=None, text=False):
-    """A dataclass field with the line that --help prints, and what the command line takes for it.
+    """A dataclass field with the line that --help prints, and the values that the command line takes for it.
 
     choices: the only values of a str
-    at_least, within: the smallest number, or (smallest, largest); of each number of a tuple
+    at_least, within: the smallest number, or (smallest, largest); for a tuple, of each of its numbers
     count: (fewest, most) numbers of a tuple; None: any
-    text: whether a str is a text; else it is a name, most often of a file or a folder, and not as long
+    text: whether a str is free text; else it is a name, most often of a file or folder, and not as long
     """
     limits = {"range": within or (at_least, LARGEST), "count": count, "text": text}
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices} | limits)
@@ -45,9 +45,9 @@ def cli(Config, presets=None, argv=None):
     """Fill the dataclass `Config` from the command line.
 
     presets: name -> {field: value}; the first field names one, whose values are applied before the flags
-    returns it with one attribute more: `given`, the names of the fields that the command line had
-    raises: SystemExit with one sentence, and the nearest names, for what is no field, no preset or no value,
-    and for a value that the field does not take
+    returns it with an extra attribute, `given`: the names of the fields set on the command line
+    raises: SystemExit with one sentence, and the nearest names, for an unknown field or preset, a missing
+    value, or one that the field does not take
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -87,8 +87,8 @@ def cli(Config, presets=None, argv=None):
 
 
 def print_help(Config, presets, preset):
-    """The script's docstring, every field with its value in the preset, or its default, and what else it
-    takes, the presets.
+    """Print the script's docstring, every field with its value in the preset (or its default) and the values
+    it takes, and the names of the presets.
     """
     fields = dataclasses.fields(Config)
     chosen = (presets or {}).get(preset, {})
@@ -108,7 +108,7 @@ def print_help(Config, presets, preset):
 
 
 def headings(Config):
-    """{field: the comment on the line above it}, of those that have one in the source of the dataclass."""
+    """{field: the comment on the line above it}, for fields that have one in the dataclass's source."""
     found = {}
     for kind in reversed([kind for kind in Config.__mro__[:-1] if "__annotations__" in vars(kind)]):
         lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
@@ -137,7 +137,7 @@ def nearest(name, names):
 
 
 def parse(field, text):
-    """The value that `text` means for a field.   raises: SystemExit saying what was wanted"""
+    """The value that `text` stands for in a field.   raises: SystemExit saying what was wanted"""
     kind = type(field.default)
     if field.metadata["choices"] and text not in field.metadata["choices"]:
         refuse(field, text)
@@ -153,7 +153,7 @@ def parse(field, text):
 
 
 def check(field, value, text):
-    """raises: SystemExit if a field does not take a value of its type, which was given as `text`"""
+    """raises: SystemExit if a field does not take `value`, which has its type and was given as `text`"""
     if isinstance(value, str):
         check_str = check_text if field.metadata["text"] else check_name
         check_str(f"--{field.name}=", value)
@@ -171,7 +171,7 @@ def check(field, value, text):
 
 
 def check_name(given, value):
-    """raises: SystemExit, saying that it was given as `given`, if a str cannot be the name of a file"""
+    """raises: SystemExit that begins with `given`, if a str cannot be the name of a file"""
     written = value.encode(errors="replace")
     if written.decode() != value or re.search("[\x00-\x1f\x7f]", value):
         raise SystemExit(f"{given}{shortened(value)}: wanted a name in UTF-8, without control characters")
@@ -181,7 +181,7 @@ def check_name(given, value):
 
 
 def check_text(given, value):
-    """raises: SystemExit, saying that it was given as `given`, if a str is no text that can be kept"""
+    """raises: SystemExit that begins with `given`, if a str is not text that can be saved"""
     if "\0" in value or value.encode(errors="replace").decode() != value:
         raise SystemExit(f"{given}{shortened(value)}: wanted text in UTF-8, without zero bytes")
 
@@ -214,24 +214,24 @@ def range_of(field):
 
 
 def shortened(text, most=80):
-    """A text in quotes, of which a sentence shows no more than the beginning."""
+    """A text in quotes, cut to its first `most` characters for use in a sentence."""
     return repr(text) if len(text) <= most else f"{text[:most]!r}..."
 
 
 def show(value):
-    """A value, of a Config or read from JSON, as the command line takes it."""
+    """A value of a Config, or from JSON, as the command line takes it."""
     if isinstance(value, tuple | list):
         return ",".join(str(n) for n in value)
     return str(value)
 
 
 def flags(cfg):
-    """A Config as the flags that make it again."""
+    """The flags that recreate a Config."""
     return [f"--{f.name}={show(getattr(cfg, f.name))}" for f in dataclasses.fields(cfg)]
 
 
 def command(script, cfg, presets):
-    """The command that makes a Config of `script` again: its preset, and what differs from that."""
+    """The command that recreates a Config of `script`: its preset, and the flags that differ from it."""
     usual = flags(type(cfg)(**{"preset": cfg.preset} | presets.get(cfg.preset, {})))
     changed = [flag for flag, before in zip(flags(cfg), usual) if flag != before]
     return shlex.join(["python", script, cfg.preset, *changed])

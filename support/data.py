@@ -1,8 +1,8 @@
-"""Images, from files or drawn: cropped to squares, and in batches that a resumed run reads on exactly.
+"""Images, from files or drawn: cropped to squares, and batched so that a resumed run continues exactly.
 
-A folder of images is a data set (`ImageFolder`), and one of tar shards (`ImageShards`), and so is every class
-that keeps the contract in `Dataset`.
-Pixels are uint8 (S, S, 3) while they are read and put into batches; `to_tensor` makes them (B, 3, S, S) in
+A data set is a folder of images (`ImageFolder`) or of tar shards (`ImageShards`), or any class that fulfils
+the contract in `Dataset`.
+Pixels are uint8 (S, S, 3) while they are read and batched; `to_tensor` turns them into (B, 3, S, S) in
 [-1, 1] for the models.
 """
 import functools
@@ -30,42 +30,42 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp",
     ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi",
 )
-if features.check("avif"):                  # some builds of Pillow are without
+if features.check("avif"):                  # some builds of Pillow lack it
     EXTENSIONS += (".avif",)
 
-# What systems put into folders beside the user's files; so do they with names that begin with a dot.
+# What operating systems put into folders next to the user's files, besides names that begin with a dot.
 OF_SYSTEMS = (
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "lost+found", "$recycle.bin",
     "system volume information",
 )
 
-SMALLEST = 11                               # pixels, the side of SSIM's window: of images that are measured
+SMALLEST = 11                               # pixels, the side of SSIM's window: no smaller image is measured
 
 
 # ---------------------------------------------------------------- the contract of a data set
 
 
 class Dataset:
-    """What the scripts ask of a data set. To bring your own, subclass this and return it from `open_dataset`.
+    """What the scripts need of a data set. To use your own, subclass this and return it from `open_dataset`.
 
     Yours must have:
         labels       (N,) int64 numpy array: the class of each image, zeros if there are no classes. N is the
-                     length of the data set. Training on captions puts the numbers 0 to N - 1 here, by which
-                     it finds the caption of each image.
+                     length of the data set. Training on captions puts the numbers 0 to N - 1 here, to find
+                     the caption of each image.
         image(i)     (pixels, label) of image i: a uint8 array (S, S, 3), RGB, S being the run's image_size;
-                     and the int that stands in labels[i] at the time. The same i gives the same pixels
-                     every time. Several threads call it at once.
+                     and the int in labels[i] at that time. The same i gives the same pixels every time.
+                     Several threads call it at once.
 
-    It may have, instead of what stands here:
-        exact(i)     as image(i), but None if image i cannot be read; image(i) may put another in its place
+    It may override these defaults:
+        exact(i)     as image(i), but None if image i cannot be read; image(i) may return another instead
         classes      list of the classes' names, that of label k at k; [] if there are none
         captions     list of N strings, "" where an image has none; None if no image has one
-        paths        N image files, or other names, for those who `read` whole images; None if there are none
-        load(i)      image i as it is, a PIL image in RGB; here from paths[i]
-        bad          {path: reason} of the files that were found to be unreadable so far
+        paths        N image files, or other names, needed to `read` whole images; None if there are none
+        load(i)      image i uncropped, a PIL image in RGB; here from paths[i]
+        bad          {path: reason} of the files found unreadable so far
         fingerprint  a digest of images and labels
         left_out     {ending: count} of the files in its folder that it does not use
-        summary()    one line about it all, which a run prints when it starts
+        summary()    one line that describes the data set, printed when a run starts
     """
 
     classes = []
@@ -85,9 +85,9 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self):
-        """A digest of images and labels: data sets that have the same one have the same images.
+        """A digest of images and labels: data sets with the same digest have the same images.
 
-        Here of the labels and sixteen images. The cache of latents is found by it.
+        Here of the labels and sixteen images. It identifies the cache of latents.
         """
         digest = hashlib.sha256(np.asarray(self.labels, dtype=np.int64).tobytes())
         for i in np.linspace(0, len(self) - 1, 16).astype(int).tolist():
@@ -96,7 +96,7 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     def plan(self, *args):
-        """Which images a step reads: as `batch_plan`, of which support/buckets.py has another."""
+        """Which images a step reads: see `batch_plan`; support/buckets.py has another plan."""
         return batch_plan(len(self), *args)
 
     def exact(self, i):
@@ -106,9 +106,9 @@ class Dataset:
         return load_image(self.paths[i])
 
     def report(self, path, reason, then):
-        """Keep a file in `bad`, and name it on stderr, unless another thread was first to do so.
+        """Record a file in `bad` and name it on stderr, unless another thread has done so already.
 
-        then: what becomes of it, a sentence
+        then: what becomes of it, a clause
         """
         if shown(path) not in reason:
             reason = f"cannot use the image {shown(path)}: {reason}"
@@ -135,10 +135,10 @@ class Dataset:
 
 
 def open_dataset(data_dir, size, length=6000, seed=0):
-    """The data set that `data_dir` means: "" or "procedural" the built-in one, else a folder or its shards.
+    """The data set that `data_dir` names: "" or "procedural" the built-in one, else a folder or its shards.
 
     size: of the square images; length, seed: of the built-in set
-    raises: ValueError if it is no folder, or there are no images
+    raises: ValueError if it is not a folder, or has no images
     """
     if data_dir in ("", "procedural"):
         return Procedural(size, length, seed)
@@ -153,8 +153,8 @@ def open_dataset(data_dir, size, length=6000, seed=0):
 def center_crop(image, height, width=None):
     """The centre crop of ADM (Dhariwal & Nichol, 2021): a PIL image of any size -> (height, width).
 
-    No width: square. The published reference statistics of ImageNet were made with it: 2x2 means while the
-    image stays as large as the crop, then bicubic until it just covers it, then the middle.
+    No width: square. The published reference statistics of ImageNet were made with it: 2x2 means as long as
+    the image still covers the crop, then bicubic until it just covers it, then the middle.
     raises: ValueError if the image is far too thin
     """
     width = width or height
@@ -176,15 +176,15 @@ def center_crop(image, height, width=None):
 def find_files(folder, above=frozenset()):
     """The files below a folder, {"": those in itself, sub-folder: all those below it}, sorted by name.
 
-    Hidden files and folders, and those OF_SYSTEMS, are left out. Links are followed, but not to a folder that
-    they are in (`above`: the real paths of those), where they would go round for ever.
+    Hidden files and folders, and those OF_SYSTEMS, are left out. Links are followed, except to a folder that
+    contains them (`above`: the real paths of those), which would be an endless loop.
     """
     above = above | {os.path.realpath(folder)}
     found = {"": []}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:
             continue
-        # of a link to itself, is_dir would raise, and isdir does not
+        # for a link to itself, is_dir would raise, and isdir does not
         is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
         if not is_folder:
             found[""].append(entry.path)
@@ -199,7 +199,7 @@ def is_image(path):
 
 
 def endings(paths):
-    """{ending: count} of files, in small letters, the most frequent first."""
+    """{ending: count} of files, in lower case, the most frequent first."""
     found = Counter(os.path.splitext(path)[1].lower() for path in paths)
     return {ending or "without an ending": count for ending, count in found.most_common()}
 
@@ -212,10 +212,10 @@ def listed(counts):
 
 
 class ImageFiles(Dataset):
-    """Images as somebody saved them, centre-cropped to `size`: what folders and shards have in common.
+    """Image files of any size, centre-cropped to `size`: what folders and shards have in common.
 
-    An unreadable one is named once on stderr, kept in `bad`, and replaced by the next readable image; where
-    10 and 1 % of all prove unreadable, that is a ValueError.
+    An unreadable image is named once on stderr, recorded in `bad`, and replaced by the next readable one. If
+    at least 10 images and 1 % of all prove unreadable, that is a ValueError.
     """
 
     def image(self, i):
@@ -249,7 +249,7 @@ class ImageFolder(ImageFiles):
     """The images below `root`, centre-cropped to `size`.
 
     Sub-folders are classes, numbered in the order of their names as torchvision does; a folder without
-    sub-folders has no classes. Files that are no images, captions or lists of captions are counted in
+    sub-folders has no classes. Files that are not images, captions or lists of captions are counted in
     `left_out`.
     raises: ValueError if there are no images or a class is empty
     """
@@ -259,7 +259,7 @@ class ImageFolder(ImageFiles):
         self.size = size
         self.bad = {}
         if os.path.isfile(root):
-            raise ValueError(f"{shown(root)} is not a folder but a file; give the folder of the images, and "
+            raise ValueError(f"{shown(root)} is a file, not a folder; give the folder of the images, and "
                              "unpack an archive first")
         if not os.path.isdir(root):
             raise ValueError(f"{shown(root)} is not a folder; "
@@ -303,7 +303,7 @@ class ImageFolder(ImageFiles):
         return groups
 
     def point_deeper(self):
-        """Say so if all classes are folders of folders: perhaps the lower ones were meant as the classes."""
+        """Say so if all classes are folders of folders: perhaps the inner ones were meant as the classes."""
         root = self.root.rstrip("/")
         if self.classes and not any(os.path.dirname(os.path.dirname(path)) == root for path in self.paths):
             print(f"{shown(root)}: all images of its classes lie in folders of their own; if those are the "
@@ -311,7 +311,7 @@ class ImageFolder(ImageFiles):
 
     @functools.cached_property
     def fingerprint(self):
-        """Of the files themselves; a class is the folder in a file's name."""
+        """A digest of the files themselves, whose names include the class's folder."""
         return identity.of_files(self.paths, self.root)
 
 
@@ -319,16 +319,16 @@ class ImageFolder(ImageFiles):
 
 
 def has_shards(folder):
-    """Is it a folder of tar shards: *.tar in it, and no image that is a file of its own?
+    """Is it a folder of tar shards, with *.tar files in it and no loose images?
 
     raises: ValueError for shards that cannot be read where they are
     """
     folder = os.fspath(folder)
     if re.match(r"\w+://|pipe:", folder) or re.search(r"\{.*\}.*\.tar", folder):
-        raise ValueError(f"{shown(folder)}: wanted a folder on this machine, its *.tar are read by seeking; "
-                         "copy or mount it first, by a pipe of your own")
+        raise ValueError(f"{shown(folder)}: wanted a folder on this machine, because *.tar are read by "
+                         "seeking; copy or mount it first, with tools of your own")
     if os.path.isfile(folder) and folder.endswith(".tar"):
-        raise ValueError(f"{shown(folder)}: wanted the folder that it lies in, whose *.tar are read together")
+        raise ValueError(f"{shown(folder)}: wanted the folder that it is in, whose *.tar are read together")
     if not os.path.isdir(folder):
         return False
     try:
@@ -346,7 +346,7 @@ def has_shards(folder):
 class ImageShards(ImageFiles):
     """The images in the *.tar of a folder, in webdataset's layout (support/shards.py), as if in a folder.
 
-    What is no whole sample is named once, and counted in `bad`; so is a shard that is cut off.
+    Incomplete samples and truncated shards are counted in `bad`, and the first three of them named.
     raises: ValueError if there are no images
     """
 
@@ -381,7 +381,7 @@ class ImageShards(ImageFiles):
 
     @functools.cached_property
     def fingerprint(self):
-        """Of names, sizes and classes of all images, and of the contents of at most a thousand shards."""
+        """A digest of all images' names, sizes and classes, and of at most a thousand shards' contents."""
         index = self.index
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for array in (index.names.text, index.size, self.labels):
@@ -428,7 +428,7 @@ def stack(dataset, indices, threads=8):
     return torch.from_numpy(images), labels
 
 
-@functools.lru_cache(maxsize=4)             # of a large set, each is megabytes, and a batch needs one or two
+@functools.lru_cache(maxsize=4)             # for a large set, each takes megabytes; a batch needs one or two
 def epoch_order(length, seed, epoch):
     """The order in which an epoch takes the images: a permutation of 0 to length - 1."""
     return np.random.default_rng((seed, 0, epoch)).permutation(length)
@@ -439,10 +439,10 @@ def batch_plan(length, batch_size, seed, step, rank=0, world=1, flip=False):
 
     Imagine all epochs in a row, each a random order of all images. Step n takes places n * batch_size to
     (n + 1) * batch_size of that row, and each rank an equal part of them: so a batch may begin in one epoch
-    and end in the next, and no image is left out. The flips are drawn for the batch of a step as a whole.
+    and end in the next, and no image is left out. The flips are drawn for a step's whole batch.
 
-    Nothing is remembered from step to step, all follows from (seed, step): a run that resumes at step 1000
-    reads on where it would have, without any state, and two ranks together read what one would.
+    Nothing is carried over between steps; everything follows from (seed, step): a run resumed at step 1000
+    reads what it would have read anyway, without saved state, and two ranks together read what one would.
     Returns: indices (batch_size / world,) int64, flips (batch_size / world,) bool; numpy
     raises: ValueError if the batch does not split over the ranks
     """
@@ -458,10 +458,10 @@ def batch_plan(length, batch_size, seed, step, rank=0, world=1, flip=False):
 
 
 def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, threads=8):
-    """Endless batches of this rank, as `batch_plan` has them from step `start` on.
+    """This rank's batches without end, as `batch_plan` gives them from step `start` on.
 
     Yields tensors, uint8 (batch_size / world, S, S, 3) and int64 labels (batch_size / world,). Threads
-    read two batches ahead of the one that is asked for.
+    read two batches ahead of the one requested.
     """
     pool = ThreadPoolExecutor(threads)
     ahead = deque()
@@ -472,7 +472,7 @@ def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, thr
             if len(ahead) > 2:
                 flips, futures = ahead.popleft()
                 images, labels = collate([future.result() for future in futures])
-                images[flips] = images[flips, :, ::-1]              # left is right
+                images[flips] = images[flips, :, ::-1]              # mirrored
                 yield torch.from_numpy(images), labels
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -481,14 +481,14 @@ def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, thr
 def read(dataset, index, whole=0, threads=8):
     """Images `index` of a data set in order, as batches: x (B, 3, H, W) in [-1, 1], labels y (B,), numbers.
 
-    numbers: list of the B images' places in the data set. Those that cannot be read are left out and counted
-    on stderr, none takes their place: a batch may be smaller for it, and one of none is not given.
-    whole: if given, each image has its own size, and is a batch of its own, cut to sides that are multiples
-    of `whole`; one that is then smaller than SMALLEST is left out, too.
+    numbers: list of the B images' places in the data set. Unreadable images are left out and counted on
+    stderr, and not replaced: a batch may be smaller for it, and an empty one is not yielded.
+    whole: if given, each image keeps its own size and is a batch by itself, cropped to sides that are
+    multiples of `whole`; an image that is then smaller than SMALLEST is left out, too.
     raises: ValueError if whole images are asked of a data set that has none
     """
     if whole and dataset.paths is None:
-        raise ValueError(f"whole images are read from files, which {type(dataset).__name__} has not; "
+        raise ValueError(f"whole images are read from files, but {type(dataset).__name__} has none; "
                          "give a folder of images")
     at_once = 1 if whole else 10
     get = functools.partial(exact_whole, dataset, whole) if whole else dataset.exact
@@ -515,8 +515,8 @@ def exact_whole(dataset, multiple, i):
         x = crop_to_multiple(image, multiple)
         if min(x.shape[:2]) < SMALLEST:
             least = -(-SMALLEST // multiple) * multiple
-            raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels are too small, the least that is "
-                             f"measured is {least}x{least}")
+            raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels are too small, the smallest image "
+                             f"that is measured has {least}x{least}")
         return x, int(dataset.labels[i])
     except ValueError as error:
         dataset.report(path, str(error), "it is left out")

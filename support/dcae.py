@@ -1,23 +1,23 @@
 """DC-AE, the deep compression autoencoder (arXiv 2410.10733), and DC-AE 1.5 (arXiv 2508.00413): its layers.
 
-An autoencoder of f = 32, 64 or 128, without a posterior. One idea carries it that far: wherever features
-change their size, a shortcut without parameters leads past the convolution. On the way down, pixels become
-channels, and each group of adjacent channels its mean; on the way up, each channel is repeated, and channels
-become pixels. The convolutions need to learn only what that leaves.
+An autoencoder of f = 32, 64 or 128, without a posterior. One idea makes this possible: wherever features
+change size, a parameter-free shortcut bypasses the convolution. On the way down, pixels become channels, and
+groups of adjacent channels are averaged; on the way up, each channel is repeated, and channels become pixels.
+The convolutions need to learn only the residual.
 
     encoder   x (B, 3, H, W) -> conv_in, stages of blocks, each but the last ending in a Down -> (B, W, h, w)
     latent    Head -> z (B, C, h, w) -> Stem
     decoder   (B, W, h, w) -> stages, each but the last beginning with an Up; norm, activation, conv_out -> x
 
-A stage has ResBlocks at high resolution, EfficientViT blocks at low; 1.5 has ResBlocks only. Its ends have no
-shortcuts, which would tie latent channels together that 1.5 trains to matter in their order.
+A stage has ResBlocks at high resolution, EfficientViT blocks at low; 1.5 has ResBlocks only, and no shortcuts
+next to the latent: they would tie together latent channels, which 1.5 trains to be in order of importance.
 
 Dimension key:  B batch   H W image   h w latent grid   C latent channels   W width of a stage
 
 The published files (names of mit-han-lab's and dc-ai's repositories on Hugging Face). The scale is that of
 the diffusion models on them, z = scale * raw: in/mix from scripts/convert_dcae_to_diffusers.py of diffusers,
-sana from DC-Gen's dc_ae.py, 1.5 from the list of diffusion models in DC-Gen. Parameters in million, with
-Head and Stem. Blocks before the bar are ResBlocks, behind it EfficientViT.
+sana from DC-Gen's dc_ae.py, 1.5 from the list of diffusion models in DC-Gen. Parameters in millions, with
+Head and Stem. Blocks before the bar are ResBlocks, after it EfficientViT.
 
     file                        blocks of the stages                  scale            parameters
                                 encoder          decoder                               encoder  decoder
@@ -31,9 +31,9 @@ Head and Stem. Blocks before the bar are ResBlocks, behind it EfficientViT.
 
 The widths are 128 256 512 512 1024 1024, then 2048 2048 (1.5: 1024). in/mix have BatchNorm and ReLU in the
 decoder's ResBlocks; everything else has RMSNorm and SiLU. Sana's attention also reads 5x5 neighbourhoods, its
-encoder halves by strided convolutions, its decoder doubles to nearest neighbours (lite's does not).
+encoder downsamples by strided convolutions, its decoder upsamples to nearest neighbours (lite's does not).
 
-The autoencoder of these parts is `support/bases.py:DCAE`; the names in files are in support/dcae_names.py.
+The autoencoder made of these parts is `support/bases.py:DCAE`; the names in files: support/dcae_names.py.
 """
 from dataclasses import dataclass, fields
 
@@ -48,34 +48,34 @@ HEAD = 32                    # channels of an attention head, in all published f
 class DCAEConfig:
     """Sizes of a DC-AE, stage by stage from full size down; read off the file. Defaults: f32c32-in-1.0."""
     C: int = 32                                           # latent channels
-    widths: tuple = (0, 256, 512, 512, 1024, 1024)        # 0 where no half has blocks; f = 2^(stages - 1)
-    encoder_blocks: tuple = (0, 4, 8, 2, 2, 2)            # without any in the first stage, conv_in halves
-    decoder_blocks: tuple = (0, 5, 10, 2, 2, 2)           # without any in the first stage, conv_out doubles
+    widths: tuple = (0, 256, 512, 512, 1024, 1024)        # 0: neither half has blocks; f = 2^(stages - 1)
+    encoder_blocks: tuple = (0, 4, 8, 2, 2, 2)            # if none in the first stage, conv_in halves
+    decoder_blocks: tuple = (0, 5, 10, 2, 2, 2)           # if none in the first stage, conv_out doubles
     encoder_vit: tuple = (3, 4, 5)                        # stages of EfficientViT blocks
     decoder_vit: tuple = (3, 4, 5)
-    nearby: bool = False                                  # they attend with 5x5 neighbourhoods, too
+    nearby: bool = False                                  # attention also reads 5x5 neighbourhoods
     batch_norm: tuple = (1, 2)                            # stages of the decoder with BatchNorm and ReLU
-    strided: bool = False                                 # halve by convolutions of stride 2
-    nearest: bool = False                                 # double to nearest neighbours
-    ends: bool = True                                     # shortcuts beside the latent
+    strided: bool = False                                 # downsample by convolutions of stride 2
+    nearest: bool = False                                 # upsample to nearest neighbours
+    ends: bool = True                                     # shortcuts next to the latent
     relu: bool = True                                     # the decoder's last activation; else SiLU
 
     def __post_init__(self):
         for f in fields(self):
             if type(f.default) is tuple:
-                setattr(self, f.name, tuple(getattr(self, f.name)))         # JSON knows lists only
+                setattr(self, f.name, tuple(getattr(self, f.name)))         # JSON has only lists
         if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks):
             raise ValueError(f"an encoder of {len(self.encoder_blocks)} stages, a decoder of "
-                             f"{len(self.decoder_blocks)}, {len(self.widths)} widths; wanted as many of each")
+                             f"{len(self.decoder_blocks)}, {len(self.widths)} widths; wanted equally many")
         if 0 in self.widths[1:] + self.encoder_blocks[1:] + self.decoder_blocks[1:]:
-            raise ValueError("a stage without blocks; wanted one only at full size, where it is left out")
+            raise ValueError("a stage without blocks; only the one at full size may be empty")
         for a, b in zip(self.widths, self.widths[1:]):
             if 4 * a % b:
                 raise ValueError(f"a stage of {a} channels before one of {b}; wanted four times the first to "
                                  "be a multiple of the second, for the shortcut between them")
         if self.ends and self.widths[-1] % self.C:
             raise ValueError(f"a last stage of {self.widths[-1]} channels does not divide into C={self.C} "
-                             "groups, whose means the latent's shortcut is")
+                             "groups, whose means are the latent's shortcut")
         unequal = [self.widths[i] for i in self.encoder_vit + self.decoder_vit if self.widths[i] % HEAD]
         if unequal:
             raise ValueError(f"a stage of {unequal[0]} channels does not divide into heads of {HEAD}")
@@ -90,7 +90,7 @@ def averaged(x, channels):
 
 
 def repeated(x, channels):
-    """Each channel as often as it takes: (B, W, h, w) -> (B, channels, h, w)."""
+    """Each channel repeated in place: (B, W, h, w) -> (B, channels, h, w)."""
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
@@ -191,9 +191,9 @@ class RMSNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm as after training, always: by the file's statistics, which a DAVAE's training leaves alone.
+    """BatchNorm always in evaluation mode, with the file's statistics, which a DAVAE's training leaves alone.
 
-    Batches of a few images would give others, and the frozen base must not change at all.
+    Batches of a few images would give other statistics, and the frozen base must not change at all.
     """
 
     def __init__(self, width, eps=1e-5):
@@ -241,8 +241,8 @@ class EViTBlock(nn.Module):
 class LinearAttention(nn.Module):
     """Attention whose cost is linear in h*w, with ReLU in place of softmax: (B, W, h, w) -> the same.
 
-    With `nearby` there are twice the heads: the second half reads queries, keys and values that a depthwise
-    5x5 and a 1x1 convolution within each third of a head have mixed.
+    With `nearby` there are twice as many heads: the second half reads queries, keys and values mixed by a
+    depthwise 5x5 convolution and a 1x1 one within each third of a head.
     The 3W rows of qkv are, head after head, HEAD queries, HEAD keys, HEAD values.
     """
 
@@ -268,7 +268,7 @@ class LinearAttention(nn.Module):
 def relu_attention(qkv):
     """Per head, at position i:  sum_j (q_i . k_j) v_j / sum_j (q_i . k_j),  q and k after ReLU, in float32.
 
-    Summed over j first, it needs no (h*w)^2 scores.  (B, heads * 3 * HEAD, h, w) -> (B, heads * HEAD, h, w)
+    Summing over j first needs no (h*w)^2 scores.  (B, heads * 3 * HEAD, h, w) -> (B, heads * HEAD, h, w)
     """
     h, w = qkv.shape[2:]
     with torch.autocast(qkv.device.type, enabled=False):               # sums over all positions
@@ -332,7 +332,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features just after the latent stem -> image: (B, widths[-1], h, w) -> (B, 3, f*h, f*w), unbounded.
 
-    `stages` are counted from full size down, as the encoder's, so the last one runs first.
+    `stages` are counted from full size down, like the encoder's, so the last one runs first.
     """
 
     def __init__(self, cfg):

@@ -1,10 +1,10 @@
-"""The names of DC-AE's public files -> ours, and what they say of its sizes; nothing is read or built here.
+"""The names in DC-AE's public files -> ours, and the sizes they imply; nothing is read or built here.
 
     is_dcae(sd)                 is it one?
     import_dcae(sd, config)     the original's names (efficientvit, DC-Gen), or those of diffusers
-    published_scales(settings)  the scale of its latents, where a file does not state it
+    published_scales(settings)  the scale of its latents, if a file does not state it
 
-As support/formats.py does for the other autoencoders: one dict in, another out, nothing left over.
+Like support/formats.py for the other autoencoders: one dict in, another out, nothing left over.
 """
 import re
 from itertools import zip_longest
@@ -19,7 +19,7 @@ from support.formats import bare, need, refuse_unknown, shape, stacked
 IN_A_STAGE = re.compile(r"(?P<half>encoder|decoder)\.(stages|down_blocks|up_blocks)\.(?P<stage>\d+)"
                         r"\.(op_list\.)?(?P<block>\d+)\.(?P<layer>.+)")
 
-# The layers there: theirs -> ours. First the original's, then those of diffusers that are called otherwise.
+# The layers in it: theirs -> ours. First the original's names, then diffusers' where they differ.
 LAYERS = {
     "main.conv1.conv": "conv1",
     "main.conv2.conv": "conv2",
@@ -40,7 +40,7 @@ LAYERS = {
     "conv2": "conv2",
     "norm": "norm",
     "conv": "conv",
-    "attn.to_qkv": "attn.qkv",                           # to_q, to_k and to_v, one below the other
+    "attn.to_qkv": "attn.qkv",                           # to_q, to_k and to_v, stacked
     "attn.to_qkv_multiscale.0.proj_in": "attn.nearby.0",
     "attn.to_qkv_multiscale.0.proj_out": "attn.nearby.1",
     "attn.to_out": "attn.proj",
@@ -51,8 +51,8 @@ LAYERS = {
     "conv_out.norm": "glu.norm",
 }
 
-# The layers outside the stages. `.main` is there where a shortcut is beside it, the second `.conv` where the
-# layer halves or doubles.
+# The layers outside the stages. `.main` appears if there is a shortcut as well, the second `.conv` if the
+# layer halves or doubles the size.
 ENDS = {
     "encoder.project_in.conv": "encoder.conv_in",
     "encoder.project_in.conv.conv": "encoder.conv_in.conv",
@@ -73,7 +73,7 @@ ENDS = {
     "decoder.conv_out.conv": "decoder.conv_out.conv",
 }
 
-# One of these is in every DC-AE, so that the model's front is known (`support/formats.py:bare`)
+# Every DC-AE has one of these, which shows the prefix of its names (`support/formats.py:bare`)
 MARKS = ("decoder.conv_in.weight", "decoder.project_in.conv.weight", "decoder.project_in.main.conv.weight")
 
 # What no other autoencoder has: a block directly below a stage of the encoder; the original's project_in
@@ -81,18 +81,18 @@ SIGN = re.compile(r"(^|\.)encoder\.(down_blocks\.\d+\.\d+|project_in)\.")
 
 
 def is_dcae(sd):
-    """Are these the names of a DC-AE, whatever stands in front of them?"""
+    """Are these the names of a DC-AE, with whatever prefix?"""
     return any(SIGN.search(key) for key in unwrapped(sd))
 
 
 def import_dcae(sd, config):
-    """A DC-AE -> (state dict in our names but for the statistics, the fields of `DCAEConfig` as a dict).
+    """A DC-AE -> (state dict in our names without the statistics, the fields of `DCAEConfig` as a dict).
 
-    config: diffusers' config.json, or {}. It alone states what in diffusers' format no name or shape shows:
-            whether there are shortcuts beside the latent, and the last activation. Without it they are as in
-            all published files: no shortcuts where the encoder has ResBlocks only, as 1.5; SiLU at the end
-            of a decoder of ResBlocks only. The original's names show the shortcuts.
-    raises: ValueError naming layers that are not known here, and what of config.json cannot be
+    config: diffusers' config.json, or {}. Only it states what no name or shape shows in diffusers' format:
+            whether there are shortcuts next to the latent, and the last activation. Without it, both are as
+            in all published files: no shortcuts if the encoder has ResBlocks only, as in 1.5; SiLU at the
+            end of a decoder of ResBlocks only. The original's names do show the shortcuts.
+    raises: ValueError naming layers that are not known here, or what is impossible in config.json
     """
     sd = {key: weight for key, weight in sd.items() if not key.endswith(".num_batches_tracked")}  # not read
     sd = joined(bare(sd, MARKS))
@@ -113,10 +113,10 @@ def import_dcae(sd, config):
 
 
 def joined(sd):
-    """diffusers' to_q, to_k and to_v one below the other again, as to_qkv; else the same.
+    """The same, but with diffusers' to_q, to_k and to_v stacked again, as to_qkv.
 
-    Their names mislead: they are the thirds of a matrix whose rows are a head's queries, keys and values,
-    then those of the next head.
+    Their names are misleading: they are the thirds of a matrix whose rows are a head's queries, keys and
+    values, then those of the next head.
     """
     found = {}
     for key, weight in sd.items():
@@ -142,10 +142,10 @@ def our_name(key):
 
 
 def has_shortcuts(sd):
-    """Do the original's names have shortcuts beside the latent?   raises: ValueError if on one side only"""
+    """Do the original's names show shortcuts next to the latent?   raises: ValueError if on one side only"""
     sides = {key.split(".")[0] for key in sd if ".project_out.main." in key or ".project_in.main." in key}
     if len(sides) == 1:
-        raise ValueError(f"a DC-AE with a shortcut beside the latent in its {sides.pop()} only; wanted one "
+        raise ValueError(f"a DC-AE with a shortcut next to the latent in its {sides.pop()} only; wanted one "
                          "on both sides, or on neither")
     return bool(sides)
 
@@ -154,7 +154,7 @@ def has_shortcuts(sd):
 
 
 def dcae_sizes(ours):
-    """The fields of DCAEConfig, but for `ends` and `relu`, from a state dict in our names."""
+    """The fields of DCAEConfig, except `ends` and `relu`, from a state dict in our names."""
     encoder = read_stages(ours, "encoder")
     decoder = read_stages(ours, "decoder")
     i = first_with_blocks(encoder)
@@ -177,15 +177,15 @@ def dcae_sizes(ours):
 
 
 def read_stages(ours, half):
-    """Of each stage of a half, from full size down: {"width", "blocks", "vit", "batch_norm"}.
+    """For each stage of a half, from full size down: {"width", "blocks", "vit", "batch_norm"}.
 
-    raises: ValueError if one is missing, but for the one at full size, which has no names where it is empty
+    raises: ValueError if one is missing, except the one at full size, which has no names if it is empty
     """
     numbers = {int(key.split(".")[2]) for key in ours if key.startswith(f"{half}.stages.")}
     last = max(numbers, default=0)
     if last == 0 or last > len(numbers):
         raise ValueError(f"a DC-AE whose {half} has the stages {sorted(numbers)}; wanted two at least, and "
-                         "none left out but that at full size")
+                         "none missing but that at full size")
     stages = []
     for i in range(last + 1):
         keys = [key for key in ours if key.startswith(f"{half}.stages.{i}.")]
@@ -204,9 +204,9 @@ def first_with_blocks(stages):
 
 
 def stated_settings(config, settings):
-    """What diffusers' config.json states of `ends` and `relu`; {} without one.
+    """What diffusers' config.json states about `ends` and `relu`; {} without one.
 
-    raises: ValueError if it states what is not built here, or contradicts the weights
+    raises: ValueError if it states something not implemented here, or contradicts the weights
     """
     if not config:
         return {}
@@ -236,7 +236,7 @@ def stated_settings(config, settings):
 
 
 def check_stage(config, name, i, wanted):
-    """raises: ValueError if config.json states another kind than `wanted` for stage i, or for all of them"""
+    """raises: ValueError if config.json states a kind other than `wanted` for stage i, or for all stages"""
     stated = config.get(name, wanted)
     kinds = stated if isinstance(stated, list) else [stated] * (i + 1)
     if len(kinds) <= i or kinds[i] != wanted:
@@ -258,7 +258,7 @@ SCALES = {
 
 
 def published_scales(settings):
-    """{name: scale} of the published files that have these sizes: none, or more than one for 1.0."""
+    """{name: scale} of the published files that have these sizes: none, one, or several."""
     family = "1.0" if settings["encoder_vit"] else "1.5"
     if settings["nearby"]:
         family = "Sana"

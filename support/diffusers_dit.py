@@ -1,19 +1,19 @@
-"""Transformers of diffusers as backbones, wrapped and not rewritten: FLUX.2 (klein) and Sana.
+"""Transformers of diffusers as backbones, wrapped rather than rewritten: FLUX.2 (klein) and Sana.
 
     python finetune.py klein-1024 --base=FLUX.2-klein-base-4B --data_dir=captioned --text=out/text
 
 diffusers' own class computes everything between the first layer and the last. These two are taken out of it,
-with an identity in their places, and stand beside it as P and O. So P_new and O_new are added as in dit.py:
+leaving identities in their places, and become P and O. So P_new and O_new are added as in dit.py:
 
     x = P(z) + P_new(z_d)          x = net(x, sigma, text)          v_all = -[O(x), O_new(x)]
 
-and at step 0 the velocity is that of diffusers' model, to the last bit (float32). What a class here says of
-its model: the names of its class, of the two layers and of those that get adapters, which its blocks are, and
-in `features`, how it is called: positions, guidance, the scale of its time. That runs the other way,
-sigma = 1 - t, and the model predicts noise - data: `forward` exchanges the two, and nothing else does.
+and at step 0 the velocity is that of diffusers' model, to the last bit (float32). A class here specifies its
+model: the names of diffusers' class, of the two layers and of those that get adapters; its blocks; and, in
+`features`, how it is called: positions, guidance, the scale of its time. diffusers' time runs the other way,
+sigma = 1 - t, and its models predict noise - data: `forward` converts both, and nothing else does.
 
-Dimension key and time are dit.py's. diffusers (0.42.1 was read and compared) is needed for these models only.
-Compared with small models of random weights; pretrained ones were not run.
+Dimension key and time are dit.py's. Only these models need diffusers (0.42.1 was read and compared).
+The comparison used small models with random weights; pretrained ones were not run.
 """
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ class DiffusersConfig:
     guidance: float = 4.0       # of a guidance-distilled model, which takes the scale as an input
     lora: int = 0               # rank of the adapters, 0: none
     alpha: float = 256.0        # their scale is alpha / rank
-    net: dict = field(default_factory=dict)        # diffusers' own config.json; for the rest its defaults
+    net: dict = field(default_factory=dict)        # diffusers' own config.json; defaults for the rest
 
     @property
     def E(self):
@@ -50,18 +50,18 @@ class DiffusersConfig:
 
 
 class DiffusersDiT(nn.Module):
-    """Velocity of a latent, given the time and a text, by a transformer of diffusers.
+    """Velocity of a latent, given the time and a text, by one of diffusers' transformers.
 
     z_all:   (B, C+D, h, w) normalised, base channels first; h and w multiples of p
     t:       (B,) in [0, 1], 0 noise, 1 data
-    context: (B, T, cfg.context) text tokens;  beside: what else the model takes of a text, see `features`
+    context: (B, T, cfg.context) text tokens;  beside: what else the model takes of a text, see subclasses
     returns: v (B, C+D, h, w) float32
-    raises:  ValueError for a latent of another shape, or if diffusers' config is of a model that is left out
+    raises:  ValueError for a latent of another shape, or if diffusers' config is of an unsupported model
     """
     theirs = ""                # its class in diffusers
-    first = ""                 # the names there of its first and last layer
+    first = ""                 # the names, there, of its first and last layer
     last = ""
-    p = 1                      # patch side: of a Linear first layer, how its pipeline packs latents
+    p = 1                      # patch side; for a Linear first layer, as its pipeline packs latents
     width_of_text = ""         # the name of cfg.context in diffusers' config
     mark = ""                  # a weight that no other transformer here has
     lora_targets = ()          # the layers of each block that get an adapter
@@ -79,7 +79,7 @@ class DiffusersDiT(nn.Module):
         if cfg.D:
             self.expand_channels(cfg.D)
         if cfg.lora:
-            from dit import add_lora                               # dit.py stands above support/
+            from dit import add_lora                               # here, as dit.py is above support/
             add_lora(self, cfg.lora, cfg.alpha)
 
     def expand_channels(self, D):
@@ -88,10 +88,10 @@ class DiffusersDiT(nn.Module):
         Transformer.expand_channels(self, D)
 
     def check(self, numbers):
-        """raises: ValueError unless so many numbers of a patch come in, and as many go out"""
+        """raises: ValueError unless the first layer takes, and the last gives, so many numbers per patch"""
         comes = self.P.in_features if isinstance(self.P, nn.Linear) else self.P.weight[0].numel()
         if (comes, self.O.out_features) != (numbers, numbers):
-            raise ValueError(f"this {self.theirs} takes {comes} numbers of a patch and predicts "
+            raise ValueError(f"this {self.theirs} takes {comes} numbers per patch and predicts "
                              f"{self.O.out_features}; wanted {numbers} of both, for a velocity only")
 
     @property
@@ -105,16 +105,16 @@ class DiffusersDiT(nn.Module):
             raise ValueError(f"z_all is {tuple(z_all.shape)}, wanted (B, {self.cfg.C + self.cfg.D}, h, w) "
                              f"with h and w multiples of {p}")
         if skip:
-            raise ValueError(f"skip-layer guidance is SD3.5's; a {type(self).__name__} leaves out no blocks")
+            raise ValueError(f"skip-layer guidance is for SD3.5; {type(self).__name__} cannot skip blocks")
         self.net.gradient_checkpointing = self.checkpointing and self.training
 
-        # tokens in float32: the net rounds the time to their type, and bfloat16 has no thousandths
+        # tokens in float32: the net rounds the time to their type, and bfloat16 cannot hold thousandths
         x = self.tokens(z_all).float()
         x = self.features(x, 1 - t, context, beside, h // p, w // p)                  # (B, L, E)
         return -self.heads(x, h, w)
 
     def tokens(self, z_all):
-        """P(z) + P_new(z_d): (B, L, E) of a Linear, (B, E, h/p, w/p) of a convolution."""
+        """P(z) + P_new(z_d): (B, L, E) from a Linear, (B, E, h/p, w/p) from a convolution."""
         z, z_d = z_all.split([self.cfg.C, self.cfg.D], dim=1)
         x = self.P(self.packed(z))
         if self.cfg.D:
@@ -122,7 +122,7 @@ class DiffusersDiT(nn.Module):
         return x
 
     def packed(self, z):
-        """What the first layer takes: a convolution the latent; a Linear patches, row-major (B, L, p*p*C)."""
+        """What the first layer takes: a convolution the latent, a Linear row-major patches (B, L, p*p*C)."""
         if isinstance(self.P, nn.Conv2d):
             return z
         return F.pixel_unshuffle(z, self.cfg.p).flatten(2).transpose(1, 2)     # pixels fastest, then channels
@@ -133,21 +133,21 @@ class DiffusersDiT(nn.Module):
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (h // p, w // p)), p)
 
     def heads(self, x, h, w):
-        """[O(x), O_new(x)], each unpacked by itself: (B, L, E) -> (B, C+D, h, w) float32."""
+        """[O(x), O_new(x)], each unpacked separately: (B, L, E) -> (B, C+D, h, w) float32."""
         v = self.unpacked(self.O(x), h, w)                                            # (B, C, h, w)
         if self.cfg.D:
             v = torch.cat([v, self.unpacked(self.O_new(x), h, w)], dim=1)
         return v.float()
 
     def features(self, x, sigma, context, beside, rows, columns):
-        """x through the net: what its last layer would read, (B, L, E).  Sigma: (B,), 1 is noise, 0 data."""
+        """x through the net: the input of its last layer, (B, L, E).  sigma: (B,), 1 is noise, 0 data."""
         raise NotImplementedError
 
 
 # ---------------------------------------------------------------- FLUX.2
 
 
-# FLUX.2-klein-4B's config.json, as far as it is not diffusers' default; klein-base-4B has the same
+# FLUX.2-klein-4B's config.json, where it differs from diffusers' defaults; klein-base-4B has the same
 KLEIN_4B = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, attention_head_dim=128,
                 joint_attention_dim=7680, guidance_embeds=False)
 
@@ -161,9 +161,9 @@ class Flux2Config(DiffusersConfig):
 
 
 class Flux2(DiffusersDiT):
-    """Flux2Transformer2DModel: two kinds of blocks, over text and image tokens apart and then together.
+    """Flux2Transformer2DModel: two kinds of blocks, on text and image tokens first apart, then together.
 
-    beside: (B, any), of which nothing is read
+    beside: (B, any), not read
     """
     theirs = "Flux2Transformer2DModel"
     first, last = "x_embedder", "proj_out"
@@ -195,7 +195,7 @@ class Flux2(DiffusersDiT):
 # ---------------------------------------------------------------- Sana
 
 
-# Sana 1.6B's, where the properties above need it; the rest is diffusers' default
+# Sana 1.6B's values that the properties above need; the rest are diffusers' defaults
 SANA = dict(num_layers=20, num_attention_heads=70, attention_head_dim=32)
 
 
@@ -223,19 +223,19 @@ class Sana(DiffusersDiT):
         net = self.cfg.net
         if net["patch_size"] != 1 or net["guidance_embeds"] or net["interpolation_scale"] is not None:
             raise ValueError("this Sana has patches, a guidance input (Sprint) or a position table (4K), "
-                             "which are left out here; wanted patch_size 1 and neither of the others")
+                             "which are not supported here; wanted patch_size 1 and neither of the others")
 
     def features(self, x, sigma, context, beside, rows, columns):
         time = 1000 * self.cfg.net["timestep_scale"] * sigma
         x = self.net(x, context, time, encoder_attention_mask=beside, return_dict=False)[0]
-        return x.flatten(2).transpose(1, 2)        # the net has put the tokens back into rows: (B, E, h, w)
+        return x.flatten(2).transpose(1, 2)        # the net has reshaped the tokens to (B, E, h, w)
 
 
 # ---------------------------------------------------------------- the parts of diffusers
 
 
 def settings_of(net):
-    """The config of a diffusers model, without what it keeps for itself; tuples as JSON knows them."""
+    """The config of a diffusers model, without its private entries; tuples become lists, as in JSON."""
     own = {}
     for name, value in net.config.items():
         if not name.startswith("_"):
@@ -244,7 +244,7 @@ def settings_of(net):
 
 
 def take(net, name):
-    """Take a layer out of a module, by its name; an identity stays in its place."""
+    """Take a layer out of a module, by its name, leaving an identity in its place."""
     parent, _, leaf = name.rpartition(".")
     holder = net.get_submodule(parent)
     layer = getattr(holder, leaf)
@@ -259,7 +259,7 @@ KINDS = {Model.theirs: Model for Model in (Flux2, Sana)}           # class in di
 
 
 def refuse_bare(sd):
-    """raises: ValueError for the weights of one of KINDS, which came without their config.json"""
+    """raises: ValueError for the weights of one of KINDS that came without their config.json"""
     for theirs, Model in KINDS.items():
         if Model.mark in sd:
             raise ValueError(f"the weights of diffusers' {theirs} alone; wanted its folder, with the "
@@ -310,7 +310,7 @@ def export_adapters(model):
 
 
 def merged(model):
-    """Its state dict in diffusers' names, with P_new inside P and O_new inside O."""
+    """The model's state dict in diffusers' names, with P_new inside P and O_new inside O."""
     sd = {name: weight.detach() for name, weight in model.state_dict().items()}
     for layer, axis in (("P", 1), ("O", 0)):
         for part in ("weight", "bias"):
@@ -331,8 +331,8 @@ class InPipeline(nn.Module):
         pipeline.vae = InPipeline(vae)
         pipeline.vae_scale_factor = vae.f
 
-    Its latents are normalised, so what the pipelines take off again changes nothing: FLUX.2's the statistics
-    of a BatchNorm, Sana's a factor.
+    Its latents are normalised, so the pipelines get neutral numbers to undo: FLUX.2's the statistics of a
+    BatchNorm, Sana's a factor.
     """
 
     def __init__(self, vae):

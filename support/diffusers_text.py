@@ -1,10 +1,10 @@
-"""Texts as the pipelines of diffusers encode them, for the transformers of support/diffusers_dit.py.
+"""Prompts as diffusers' pipelines encode them, for the transformers of support/diffusers_dit.py.
 
     python sample.py text FLUX.2-klein-base-4B --out=out/klein-text --data_dir=captioned --t5_tokens=512
 
-Each pipeline has an `encode_prompt` of its own: what it puts around a text, which layers of the encoder it
-takes, how it pads. It is called as it is, with nothing of the pipeline loaded but tokenizer and encoder; what
-it gives goes into the cache of support/text.py, as SD3.5's does.
+Each pipeline has its own `encode_prompt`: what it puts around a prompt, which layers of the encoder it uses,
+how it pads. It is called unchanged, with only the pipeline's tokenizer and encoder loaded; its output goes
+into the cache of support/text.py, like SD3.5's.
 """
 import contextlib
 import inspect
@@ -19,9 +19,9 @@ from support.pretrained import import_transformers, load_pretrained
 
 
 def class_of(name):
-    """A class of diffusers.   raises: SystemExit if diffusers is not there, or older than the class"""
+    """A class of diffusers.   raises: SystemExit if diffusers is not installed, or older than the class"""
     with contextlib.suppress(ModuleNotFoundError):
-        import_torchvision()                       # because diffusers will, where there is one
+        import_torchvision()                       # because diffusers does, if there is one
     try:
         import diffusers
         return getattr(diffusers, name)
@@ -34,8 +34,8 @@ def class_of(name):
 class PipelineText:
     """encode(prompts) -> (context (B, T, W), beside), as `DiffusersDiT.forward` takes them.
 
-    tokens: T, how many the encoder reads of a text; longer ones are cut
-    raises: SystemExit if diffusers is not there, or if the folder's encoder cannot be loaded
+    tokens: T, how many the encoder reads of a prompt; longer ones are cut
+    raises: SystemExit if diffusers is not installed, or if the folder's encoder cannot be loaded
     """
     theirs = ""                # the pipeline's class in diffusers
 
@@ -69,13 +69,13 @@ class PipelineText:
 
 
 class KleinText(PipelineText):
-    """FLUX.2 klein's: three layers of Qwen3 side by side, of the text as a chat; padding counts as text."""
+    """FLUX.2 klein's: three concatenated layers of Qwen3, on the prompt as a chat; padding counts as text."""
     theirs = "Flux2KleinPipeline"
 
-    @torch.no_grad()                                               # which their encode_prompt leaves to us
+    @torch.no_grad()                                               # their encode_prompt leaves it to us
     def __call__(self, prompts):
         context, _ = self.pipeline.encode_prompt(prompts, self.device, max_sequence_length=self.tokens)
-        return context, context.new_zeros(len(prompts), 1)         # which the model does not read
+        return context, context.new_zeros(len(prompts), 1)         # the model does not read the latter
 
     def length(self, prompt):
         chat = [{"role": "user", "content": prompt}]
@@ -84,7 +84,7 @@ class KleinText(PipelineText):
 
 
 class SanaText(PipelineText):
-    """Sana's: Gemma 2 behind instructions for it, and which tokens are text; "" without instructions."""
+    """Sana's: Gemma 2 on instructions and prompt, and which tokens are text; "" gets no instructions."""
     theirs = "SanaPipeline"
 
     @torch.no_grad()
@@ -102,11 +102,11 @@ class SanaText(PipelineText):
         return torch.cat(contexts), torch.cat(masks)
 
 
-# the class in a pipeline's model_index.json -> who encodes its texts
+# the class in a pipeline's model_index.json -> what encodes its prompts
 PIPELINES = {Text.theirs: Text for Text in (KleinText, SanaText)}
 
 
 def kind_of_pipeline(folder):
-    """The class in a folder's model_index.json; None where there is none."""
+    """The class in a folder's model_index.json; None if there is none."""
     index = Path(folder) / "model_index.json"
     return read_json(index).get("_class_name") if index.is_file() else None

@@ -1,8 +1,8 @@
 """The built-in data set's pictures: drawings of ten things, each described by a line of a small language.
 
-Flat shapes tell the class at any blur: they are what a base latent, made of the half-size image, keeps. The
-textures alternate from pixel to pixel. They are what bicubic halving averages out exactly (its taps weigh odd
-and even pixels alike): detail that the base latent lacks, and that the shapes predict. So a DA-VAE has
+Flat shapes tell the class at any blur: a base latent, made from the half-size image, keeps them. The textures
+alternate from pixel to pixel, so bicubic halving averages them out exactly (its taps weigh odd and even
+pixels alike): they are detail that the base latent lacks, but that the shapes predict. So a DA-VAE has
 something to learn here, in minutes and without a download.
 """
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 #   shape     one of SHAPES: an oval or a box has two points, its upper left and lower right corner;
 #             a poly (filled) or a line has a point for each of its corners
 #   x y       from the centre of the scene, x to the right and y downwards, in twentieths of its radius;
-#             99 is outside of every picture
+#             99 is outside every picture
 #   paint     #colour: flat; or texture#colour#colour: the texture says which pixels take the second colour
 #   colour    one hexadecimal digit each for red, green and blue, 0 dark to f bright
 #
@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 #   oval #b74 -7 -7 7 6                 the dough again, around
 #   oval #6cb -6 -4 6 6                 the hole, in the paint of the background
 #
-# In each picture a paint's colours are a little off, by the same amount wherever in it that paint is used.
+# In each picture a paint's colours are shifted a little, by the same amount wherever that paint is used.
 SCENES = {
     "balloon":
         "#adf; oval #fff -24 -2 -10 4; oval #fff 12 -15 24 -10; line #432 -8 2 -3 15 0 6 3 15 8 2; "
@@ -80,7 +80,7 @@ SHAPES = {
 }
 
 
-LETTERS = [                             # a page of a book, 6 rows of 14 pixels, over and over
+LETTERS = [                             # a page of a book, 6 rows of 14 pixels, repeated
     "# #  #  ###   ",
     "# # # # #     ",
     "# # ### ##    ",
@@ -131,7 +131,7 @@ def draw(scene, size, textures, rng):
     """A picture of a scene as uint8 (size, size, 3).
 
     textures: those of `make_textures(size)`, made once for a data set
-    rng: numpy Generator, which decides how large the scene is, where it is, and how far its colours are off
+    rng: numpy Generator, which decides the scene's size and place, and how far its colours are shifted
     """
     radius = size * rng.uniform(0.33, 0.45)
     centre = size * rng.uniform(0.44, 0.56, 2)                      # x, y
@@ -157,6 +157,6 @@ def draw(scene, size, textures, rng):
         patterns.append(textures[texture])
     palette = np.stack(palette).clip(0, 255).astype(np.uint8)       # (paints, 2, 3)
 
-    # each pixel asks the texture of its own paint which of that paint's two colours it takes
+    # the texture of a pixel's paint says which of that paint's two colours the pixel takes
     second = np.choose(canvas, patterns)                            # (size, size), 0 or 1
     return palette[canvas, second]                                  # (size, size, 3)

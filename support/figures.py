@@ -11,13 +11,13 @@ from support.data import to_uint8
 # ---------------------------------------------------------------- images
 
 
-LARGEST_GRID = 4096                # pixels a side: what a phone still opens
+LARGEST_GRID = 4096                # pixels a side: phones still open it
 
 
 def save_grid(x, path, columns, scale=1, labels=None):
-    """(B, 3, H, W) in [-1, 1] as one PNG of `columns` cells a row, each image `scale` times larger; atomic.
+    """(B, 3, H, W) in [-1, 1] as a PNG with `columns` cells a row, each image `scale` times larger; atomic.
 
-    A grid that would be larger than LARGEST_GRID shows its images smaller, by a whole number.
+    A grid that would be larger than LARGEST_GRID shows its images smaller, by an integer factor.
     labels: B strings, written above the cells
     """
     gap = 2                                                         # white pixels around the cells
@@ -48,9 +48,9 @@ def save_grid(x, path, columns, scale=1, labels=None):
 def plot(panels, path, size=(9, 4.2)):
     """A PNG of panels side by side, which share the legend of the first; size in hundreds of pixels.
 
-    A panel is (x label, y label, line style as matplotlib's, {curve: [x, y]}). Two rules about its y label:
-    one that begins with "power" asks for a logarithmic scale, and "" says that the axes have no meaning, as
-    in an embedding.
+    A panel is (x label, y label, matplotlib line style, {curve: [x, y]}). Two rules about its y label: one
+    that begins with "power" asks for a logarithmic scale, and "" says that the axes have no meaning, as in
+    an embedding.
     """
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")                                       # needs no display
@@ -74,7 +74,7 @@ def plot(panels, path, size=(9, 4.2)):
 def read_log(run):
     """The numbers in all rows of a run's log.jsonl as curves: {name: ([steps], [values])}, steps ascending.
 
-    A run that was cut off and resumed may have rows of one step twice: of each number, the later counts.
+    A run that was interrupted and resumed may log a step twice: the later value of each number counts.
     """
     at_step = {}
     for row in runs.read_rows(Path(run) / "log.jsonl"):
@@ -89,10 +89,10 @@ def read_log(run):
 
 
 def plot_losses(run):
-    """<run>/loss.png: every number that is anywhere in log.jsonl against the step, one panel each.
+    """<run>/loss.png: every number in log.jsonl against the step, one panel each.
 
-    Left out are the speed and what the settings say beforehand (the learning rate, w). A run that logged
-    nothing gets none.
+    Speed and what the settings determine (the learning rate, w) are left out. A run that logged nothing gets
+    no plot.
     """
     if not (Path(run) / "log.jsonl").exists():
         return
@@ -108,13 +108,13 @@ def plot_losses(run):
 
 
 def number(numbers, name, form):
-    """A number of a dict as text in a form such as ".2f"; "-" if it is not there."""
+    """A number of a dict as text, in a form such as ".2f"; "-" if it is missing."""
     value = numbers.get(name)
     return "-" if value is None else format(value, form)
 
 
 def stages_of(folders):
-    """These runs, and before each the base that it was trained on; every folder once, "" left out."""
+    """These runs, each preceded by the base it was trained on; every folder once, "" left out."""
     stages = []
     for run in filter(None, folders):
         steps = runs.checkpoints(run)
@@ -126,7 +126,7 @@ def stages_of(folders):
 
 
 def result_of(summary):
-    """What a stage came to, in words: a VAE's PSNR, a DiT's losses; "-" for what was not measured."""
+    """A stage's result in words: a VAE's PSNR, a DiT's losses; "-" for what was not measured."""
     stage = summary["stage"]
     if stage.endswith("VAE"):
         result = f"{number(summary, 'psnr', '.2f')} dB"
@@ -142,7 +142,7 @@ def result_of(summary):
 def final_table(folders):
     """Print the summaries of runs of both stages, and of their bases, one aligned line each.
 
-    A folder without a summary.json (a public checkpoint, or a run cut off) has none.
+    A folder without a summary.json (a public checkpoint, or an interrupted run) has no line.
     """
     folders = stages_of(folders)
     width = max(22, *(len(run) + 2 for run in folders))
@@ -156,7 +156,7 @@ def final_table(folders):
 
 
 def report_vae(out, summary, D, shown):
-    """The end of train_vae.py: draw the losses, and say in a line what came out, on the images `shown`."""
+    """The end of train_vae.py: plot the losses, and print the result in a line, for the images `shown`."""
     with runs.picture_may_fail(f"{out}: loss.png"):
         plot_losses(out)
     what = "base VAE"
@@ -167,7 +167,7 @@ def report_vae(out, summary, D, shown):
 
 
 def report(cfg):
-    """The end of finetune.py: print the table of all stages, what there is to look at, and where to go on."""
+    """The end of finetune.py: print the table of all stages, the pictures to see, and the next commands."""
     out = cfg.out
     final_table([cfg.vae, cfg.base, out])
     pictures = sorted(path.name for path in Path(out).glob("*.png") if not path.stem[-6:].isdigit())
@@ -183,7 +183,7 @@ def report(cfg):
 
 
 def folder_of_samples(out):
-    """The flag by which sample.py draws beside samples of an earlier state of a run; "" where it need not."""
+    """The flag that keeps sample.py apart from samples of an earlier state of a run; "" if there are none."""
     settings = Path(out, "samples", "settings.json")
     if not settings.exists():
         return ""

@@ -1,16 +1,16 @@
 """Weight files from anywhere, and what other programs put around the weights; no layer is known by name here.
 
-    weight_file(path)      the file that is meant: of a folder, the one set of weights in it
-    read(path)             what it holds; of an index, what all of its shards hold together
+    weight_file(path)      the file to load; for a folder, the one set of weights in it
+    read(path)             its contents; for an index, those of all of its shards together
     read_json(path)        a config.json or an index, a dict
     pick_weights(state)    the state dict in a checkpoint that holds more
-    unwrapped(sd)          names without those of DDP, torch.compile and the like
-    fill(module, sd)       the weights into a module, strictly, each of them finite
+    unwrapped(sd)          names without what DDP, torch.compile and the like add to them
+    fill(module, sd)       load the weights into a module, strictly; all must be finite
     flush(path)            wait until a file that was written is on the disk
 
-A file is what its first bytes say, whatever its name: either safetensors or torch.save's. Pickles are
-memory-mapped, and nothing in them runs. What is wrong with a file is one sentence that begins with its name
-(SystemExit); with a dict, one without a name (ValueError).
+The first bytes of a file say what it is, whatever its name: safetensors or torch.save's. Pickles are
+memory-mapped, and nothing in them runs. An error is one sentence: about a file, it begins with its name
+(SystemExit); about a dict, it has no name (ValueError).
 """
 import argparse
 import json
@@ -34,12 +34,12 @@ ENDINGS = ("safetensors", "pt", "pth", "ckpt", "bin")
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")                # model-00001-of-00003.safetensors
 
-# What training leaves beside the weights; and VA-VAE's statistics of latents, which another function reads
+# What training saves next to the weights; and VA-VAE's statistics of latents, which another function reads
 BESIDE = re.compile(r"(optimizer|optim|opt|scheduler|lr_scheduler|scaler|sampler|random_states|rng_state"
                     r"|training_args|train_state|trainer_state|latents_stats)(?![a-z])|.*_optim_states\.")
 
-# Words in the names of variants of one model (diffusion_pytorch_model.fp16.safetensors), the preferred first;
-# "" where the name says nothing
+# Words in the names of variants of one model (diffusion_pytorch_model.fp16.safetensors), the best first;
+# "" if the name says nothing
 AVERAGES = ("ema", "", "non_ema")
 PRECISIONS = ("fp32", "", "bf16", "fp16", "fp8")
 
@@ -47,8 +47,8 @@ PRECISIONS = ("fp32", "", "bf16", "fp16", "fp8")
 def weight_file(path):
     """The file at `path`; the index of the shard at `path`; or the one set of weights in the folder `path`.
 
-    Of variants of one model, it takes the EMA, then the most precise, then safetensors, then the whole file
-    before shards, and says so.
+    Among variants of one model, it prefers the EMA, then the most precise, then safetensors, then a single
+    file over shards, and says so.
     raises: SystemExit if there is nothing, or more than one model
     """
     if not path.exists():
@@ -67,7 +67,7 @@ def weight_file(path):
 
 
 def one_model(inside):
-    """(the file to take of a folder's files, names of all variants of its model); (None, []) without weights.
+    """(which of a folder's files to take, names of all variants of its model); (None, []) without weights.
 
     raises: ValueError if there is more than one model
     """
@@ -86,7 +86,7 @@ def one_model(inside):
 
 
 def variant(name):
-    """("diffusion_pytorch_model", rank) of diffusion_pytorch_model.fp16.safetensors: low ranks are taken."""
+    """("diffusion_pytorch_model", rank) of diffusion_pytorch_model.fp16.safetensors: the lowest rank wins."""
     words = name.removeprefix("pytorch_").split(".")               # pytorch_model.bin is model.safetensors
     average = [word for word in words if word in AVERAGES]
     precision = [word for word in words if word in PRECISIONS]
@@ -101,7 +101,7 @@ def variant(name):
 
 
 def is_weights(file):
-    """Does its name say so?  A link may lead nowhere: that is told when it is read."""
+    """Does its name say so?  It may be a broken link: that is reported when it is read."""
     named = file.name.rpartition(".")[2] in ENDINGS and not file.name.startswith(".")
     return named and not file.is_dir() and not is_shard(file) and not BESIDE.match(file.name)
 
@@ -116,12 +116,12 @@ def is_index(file):
 
 
 def index_of(shard):
-    """The index beside a shard that names it."""
+    """The index next to a shard, which lists it."""
     for index in sorted(shard.parent.glob("*.index.*json")):
         if shard.name in weight_map(index).values():
             return index
-    raise SystemExit(f"{shard}: one of several shards; wanted their *.index.json beside it, which says which "
-                     "weights each of them holds")
+    raise SystemExit(f"{shard}: one of several shards; wanted their *.index.json next to it, which lists "
+                     "the weights in each of them")
 
 
 def without_weights(folder):
@@ -139,9 +139,9 @@ def without_weights(folder):
 
 
 def absent(path):
-    """Half a sentence about a path that leads nowhere."""
+    """Half a sentence about a path that does not exist."""
     if path.is_symlink():
-        return f"a link to {os.readlink(path)}, which is not there; copy the file itself"
+        return f"a link to {os.readlink(path)}, which does not exist; copy the file itself"
     if re.match(r"(https?|hf|s3|gs):/", str(path)):
         return "an address, wanted a local file or folder: download it first"
     return ("no such file or folder; give the path of weights, or their name on Hugging Face, org/name "
@@ -161,7 +161,7 @@ def some(names):
 # ---------------------------------------------------------------- what it holds
 
 
-# First bytes of what else is found under a weight file's name
+# First bytes of other things that are found under a weight file's name
 STRANGE = {
     b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run  git lfs pull  where it is",
     b"<": "a web page, not weights (an error, or a request to log in?); download it again",
@@ -170,7 +170,7 @@ STRANGE = {
     b"\x89PNG": "a picture, not weights",
 }
 
-# What is known to be harmless in the settings and results that people save beside their weights
+# What is known to be harmless in the settings and results that people save with their weights
 HARMLESS = [argparse.Namespace, pathlib.PosixPath, np.ndarray, np.dtype]
 HARMLESS += [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "uint8", "float32", "float64")]
 for number in (np.float64(0), np.zeros(0)):
@@ -185,7 +185,7 @@ DAMAGED = (EOFError, OSError, RuntimeError, ValueError, LookupError, TypeError, 
 
 
 def read(path):
-    """What a weight file holds, on the CPU.   raises: SystemExit saying what is wrong with it"""
+    """The contents of a weight file, on the CPU.   raises: SystemExit saying what is wrong with it"""
     if is_index(path):
         return read_shards(path)
     try:
@@ -245,12 +245,12 @@ def read_shards(index):
     shards = sorted(set(place.values()))
     missing = [shard for shard in shards if not (index.parent / shard).exists()]
     if missing:
-        raise SystemExit(f"{index}: names {some(missing)}, not there beside it; download all its shards")
+        raise SystemExit(f"{index}: lists {some(missing)}, not found next to it; download all its shards")
     family = {SHARD.sub("", shard) for shard in shards}
     beside = [file.name for file in index.parent.iterdir() if is_shard(file)]
     extra = [name for name in sorted(beside) if SHARD.sub("", name) in family and name not in shards]
     if extra:
-        raise SystemExit(f"{index}: does not name {some(extra)} beside it; download shards and index again")
+        raise SystemExit(f"{index}: does not list {some(extra)} next to it; download shards and index again")
     state = {}
     for shard in shards:
         part = read(index.parent / shard)
@@ -264,21 +264,21 @@ def read_shards(index):
 
 
 def weight_map(index):
-    """{weight: shard} of an index.   raises: SystemExit if it is none"""
+    """{weight: shard} of an index.   raises: SystemExit if it is not one"""
     place = read_json(index).get("weight_map")
     if not isinstance(place, dict) or not place:
         raise SystemExit(f"{index}: has no weight_map of names and shards")
     for shard in place.values():
         if not isinstance(shard, str) or os.path.basename(shard) != shard:
-            raise SystemExit(f"{index}: names {shard!r}; wanted a file beside it")
+            raise SystemExit(f"{index}: lists {shard!r}; wanted a file next to it")
     return place
 
 
 def read_json(path):
-    """The dict in a JSON file, with or without a byte order mark.   raises: SystemExit if it has none"""
+    """The dict in a JSON file, with or without a byte order mark.   raises: SystemExit if there is none"""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:                 # of its letters and its grammar: ValueErrors
+    except (OSError, ValueError) as error:                 # bad encoding and syntax: ValueErrors
         raise SystemExit(f"{path}: not a whole JSON file ({error}); copy it again") from None
     if not isinstance(found, dict):
         raise SystemExit(f"{path}: holds a {type(found).__name__}, wanted names and their values: {{...}}")
@@ -290,13 +290,13 @@ def refuse_not_finite(state, path):
     for place, x in tree_flatten_with_path(state)[0]:
         if isinstance(x, torch.Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
             name = ".".join(str(step).strip("[]'.") for step in place)
-            raise SystemExit(f"{path}: {name} is not finite: a damaged file, or of a training that diverged")
+            raise SystemExit(f"{path}: {name} is not finite: the file is damaged, or training diverged")
 
 
 # ---------------------------------------------------------------- the state dict in it
 
 
-# Under these names a checkpoint holds its weights: averaged ones, and those that were trained
+# The names under which checkpoints hold their weights: averaged, or as trained
 HOLDERS = {
     "ema": ("ema", "params_ema", "ema_state_dict", "model_ema", "ema_model"),
     "model": ("model", "state_dict", "model_state_dict", "module", "generator", "params", "net"),
@@ -304,7 +304,7 @@ HOLDERS = {
 
 
 def pick_weights(state, weights=None):
-    """The state dict in a checkpoint: what stands under a name of HOLDERS, or `state` itself.
+    """The state dict in a checkpoint: the entry under a name of HOLDERS, or `state` itself.
 
     weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
     raises:  ValueError if there is none, or more than one of a kind
@@ -322,18 +322,18 @@ def pick_weights(state, weights=None):
     strange = [name for name, weight in state.items()
                if not isinstance(name, str) or not isinstance(weight, torch.Tensor)]
     if strange:
-        raise ValueError(f"holds {some(strange)}, no names of tensors; wanted a state dict")
+        raise ValueError(f"holds {some(strange)}, not names of tensors; wanted a state dict")
     return state
 
 
 def holds_tensors(x):
-    """Is it a dict with a tensor in it, at whatever depth?"""
+    """Is it a dict with a tensor in it, at any depth?"""
     if not isinstance(x, dict):
         return False
     return any(isinstance(value, torch.Tensor) or holds_tensors(value) for value in x.values())
 
 
-WRAPPERS = {                 # components of names, wherever they stand: what wrapped the module below them
+WRAPPERS = {                 # components of names, in any place: what wrapped the module below them
     "module": "DistributedDataParallel, DataParallel, DeepSpeed",
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
@@ -353,13 +353,13 @@ def unwrapped(sd):
     return found
 
 
-# Floats of one byte are taken as they are. Integers, and two floats packed in a byte, would mean nothing
+# One-byte floats are taken as they are. Integers, and two floats packed into a byte, would mean nothing
 # without scales and code of their own.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def check_types(sd):
-    """raises: ValueError naming a weight that is not of floating point"""
+    """raises: ValueError naming a weight that is not in floating point"""
     for name, weight in sd.items():
         if weight.dtype not in FLOATS:
             kind = str(weight.dtype).removeprefix("torch.")
@@ -370,9 +370,9 @@ def check_types(sd):
 
 
 def fill(module, sd):
-    """Give a module made on "meta" copies of its weights, in float32 on the CPU.
+    """Fill a module made on "meta" with copies of its weights, in float32 on the CPU.
 
-    Each takes its source's place in `sd`, one by one, so that a file is never in memory twice.
+    Each copy replaces its source in `sd`, one by one, so that a file is never in memory twice.
     raises: ValueError naming weights that are missing, left over, of another shape, or not finite
     """
     wanted = module.state_dict()
@@ -399,7 +399,7 @@ def own(name, weight, like):
         return weight
     weight = weight.to("cpu", torch.float32, copy=True)
     if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} is not finite: a damaged file, or of a training that diverged")
+        raise ValueError(f"{name} is not finite: the file is damaged, or training diverged")
     return weight
 
 
@@ -407,6 +407,6 @@ def own(name, weight, like):
 
 
 def flush(path):
-    """Wait until a file is on the disk: renamed after that, it is whole or absent, also after a power cut."""
+    """Wait until a file is on the disk: renamed after that, it is whole or absent, even after a power cut."""
     with open(path, "rb+") as f:
         os.fsync(f.fileno())

@@ -7,7 +7,7 @@ from support.formats import bare, import_kl, kl_sizes, need
 
 
 class Blocks(nn.Module):
-    """Statistics of C channels in each pixel of a 2x2 block: of channel c, pixel i, j, number 4c + 2i + j."""
+    """Statistics of C channels at each pixel of a 2x2 block: number 4c + 2i + j is channel c, pixel i, j."""
 
     def __init__(self, C):
         super().__init__()
@@ -15,7 +15,7 @@ class Blocks(nn.Module):
         self.register_buffer("std", torch.ones(4 * C))
 
     def per_channel(self):
-        """mean and std as they are broadcast over (B, 4C, h/2, w/2)."""
+        """mean and std, ready to broadcast over (B, 4C, h/2, w/2)."""
         return self.mean[:, None, None], self.std[:, None, None]
 
     @staticmethod
@@ -50,16 +50,16 @@ class UnnormaliseBlocks(Blocks):
 # ---------------------------------------------------------------- its file
 
 
-STATISTICS = ("bn.running_mean", "bn.running_var")     # of latents that are unshuffled, (4C,) each
-COUNTER = "bn.num_batches_tracked"                     # a whole number, and of no use here
-BESIDE = {                                             # in its authors' file, these belong to the halves
+STATISTICS = ("bn.running_mean", "bn.running_var")     # of unshuffled latents, (4C,) each
+COUNTER = "bn.num_batches_tracked"                     # an integer, not needed here
+BESIDE = {                                             # in its authors' file, these are in the halves
     "encoder.quant_conv": "quant_conv",
     "decoder.post_quant_conv": "post_quant_conv",
 }
 
 
 def is_flux2(sd):
-    """Has the state dict an autoencoder's names, and a BatchNorm's statistics beside them?"""
+    """Does the state dict have an autoencoder's names, and the statistics of a BatchNorm as well?"""
     names = [f".{key}" for key in sd]
     marks = (".decoder.conv_in.weight", f".{STATISTICS[0]}")
     return all(any(name.endswith(mark) for name in names) for mark in marks)
@@ -69,7 +69,7 @@ def import_flux2(sd, eps):
     """FLUX.2's VAE -> (state dict in our names, sizes): diffusers' names, or its authors', which are LDM's.
 
     eps: of the BatchNorm: std = sqrt(running_var + eps)
-    raises: ValueError with one sentence if it is not whole
+    raises: ValueError with one sentence if something is missing
     """
     sd = bare({key: weight for key, weight in sd.items() if not key.endswith(COUNTER)}, STATISTICS[:1])
     need(sd, *STATISTICS)
@@ -81,7 +81,7 @@ def import_flux2(sd, eps):
 
     ours = {}
     for key, weight in kl.items():
-        if key.startswith("from_latent."):                 # where ours has one layer more, the first
+        if key.startswith("from_latent."):                 # where ours has one more layer, the first
             _, number, part = key.split(".")
             key = f"from_latent.{int(number) + 1}.{part}"
         ours[key] = weight
@@ -92,6 +92,6 @@ def import_flux2(sd, eps):
 
 
 def lifted(key):
-    """A name of the authors' file as LDM's, which has the convolutions beside the latent by themselves."""
+    """A name in the authors' file as LDM's, where the convolutions next to the latent are in neither half."""
     layer, _, part = key.rpartition(".")
     return f"{BESIDE[layer]}.{part}" if layer in BESIDE else key

@@ -1,17 +1,17 @@
-"""The names of public checkpoints, in and out: one state dict in, another out; nothing is read or built here.
+"""The names in public checkpoints <-> ours: one state dict in, another out; nothing is read or built here.
 
     import_vae(sd)    VA-VAE, SD and SD3 VAEs (the original or diffusers' names), TAEF2; DC-AE: dcae_names.py
     import_dit(sd)    LightningDiT; SD3.5's transformer (the single file's or diffusers' names)
     export_*(model)   back again, the D detail channels merged with the C base channels
 
-A format is a table of `Layer`s: our name of a layer, and the names under which the file holds it. Whatever a
-table does not name is refused, and what is left out on purpose stands in DROPPED or TABLES with the reason.
+A format is a table of `Layer`s: our name for a layer, and the names under which the file holds it. Anything
+that a table does not name is refused; what is left out on purpose is in DROPPED or TABLES, with the reason.
 `sizes` are the fields of our config dataclass (KLConfig, LightningDiTConfig, MMDiTConfig) as a plain dict,
 read off the keys and shapes, because the files do not hold them. `kind` is a name in BASES (support/bases.py)
 or in MODELS (dit.py).
 
-Every function that finds something wrong raises ValueError with one sentence, without the file's name:
-support/weights.py, which opens the files, puts it in front.
+A function that finds something wrong raises ValueError with one sentence that does not name the file:
+support/weights.py, which opens the files, adds the name in front.
 """
 import math
 import re
@@ -27,17 +27,17 @@ from support.files import check_types, some, unwrapped
 class Layer(NamedTuple):
     """One layer with weights, under our name and under theirs."""
     ours: str
-    theirs: tuple              # more than one name where our weight is several of theirs, one below the other
-    swapped: bool = False          # the two halves of the rows are in the other order there
+    theirs: tuple              # more than one name if our weight is several of theirs, stacked
+    swapped: bool = False          # there, the two halves of the rows are in the opposite order
 
 
 PARTS = ("weight", "bias")
 
 
 def import_layers(sd, layers):
-    """Their names -> ours, as `layers` say; a layer that `sd` has not is left out, and missed on loading.
+    """Their names -> ours, as `layers` say; a layer missing in `sd` is skipped, and reported on loading.
 
-    raises: ValueError naming what no layer accounts for, and a stacked layer of which a part is missing
+    raises: ValueError naming what no layer accounts for, or a missing part of a stacked layer
     """
     ours = {}
     known = set()
@@ -73,11 +73,11 @@ def export_layers(sd, layers):
 
 
 def stacked(sd, names):
-    """Weights one below the other.   raises: ValueError if they are not of one shape"""
+    """Weights stacked, row below row.   raises: ValueError if they do not have the same shape"""
     shapes = {tuple(sd[name].shape) for name in names}
     if len(shapes) > 1 or () in shapes:
         raise ValueError(f"{some(names)} have the shapes {some(sorted(shapes))}; wanted one")
-    if len({sd[name].dtype for name in names}) > 1:                # which floats of one byte cannot be
+    if len({sd[name].dtype for name in names}) > 1:                # which cat refuses for one-byte floats
         return torch.cat([sd[name].float() for name in names])
     return torch.cat([sd[name] for name in names])
 
@@ -89,7 +89,7 @@ def refuse_unknown(keys):
 
 
 def need(sd, *names):
-    """raises: ValueError if one of these is not among the names."""
+    """raises: ValueError if one of these names is missing."""
     missing = [name for name in names if name not in sd]
     if missing:
         raise ValueError(f"not a whole checkpoint (it lacks {some(missing)})")
@@ -107,7 +107,7 @@ def count(sd, prefix):
 
 
 def shape(sd, name, axes):
-    """Of one weight.   raises: ValueError if it is not there, is empty, or has not so many axes"""
+    """A weight's shape.   raises: ValueError if it is missing, empty, or has another number of axes"""
     need(sd, name)
     if sd[name].ndim != axes or 0 in sd[name].shape:
         raise ValueError(f"{name} is {tuple(sd[name].shape)}; wanted {axes} axes, none of them 0 long")
@@ -117,7 +117,7 @@ def shape(sd, name, axes):
 # ---------------------------------------------------------------- the model in a checkpoint
 
 
-FRONTS = {                   # components that may stand before all names of a model: who holds it
+FRONTS = {                   # components of a prefix that a model's names may have: who adds them
     "first_stage_model": "latent diffusion, SD3's single file: the autoencoder",
     "model": "Lightning modules; SD3's single file",
     "diffusion_model": "below `model` in SD3's single file: the transformer",
@@ -127,7 +127,7 @@ FRONTS = {                   # components that may stand before all names of a m
     "uvit": "trainings of DC-AE 1.0's U-ViT",
 }
 
-DROPPED = {                  # first components of names that may stand beside the model's
+DROPPED = {                  # first components of other names, which may accompany the model's
     "loss": "perceptual loss and discriminator of VA-VAE's training",
     "foundation_model": "the DINOv2 that VA-VAE was aligned to",
     "linear_proj": "its projection, used in training only",
@@ -139,10 +139,10 @@ DROPPED = {                  # first components of names that may stand beside t
 
 
 def bare(sd, marks):
-    """The one model in a checkpoint of which `marks` are names, without what stands in front, and DROPPED.
+    """The one model in a checkpoint that has one of the names `marks`, without its prefix and DROPPED.
 
-    What is not below the model's own front belongs to other models.
-    raises: ValueError if there are two such models, or if a weight is not of floating point
+    Names without the model's prefix belong to other models.
+    raises: ValueError if there are two such models, or if a weight is not in floating point
     """
     sd = unwrapped(sd)
     fronts = set()
@@ -165,12 +165,12 @@ def bare(sd, marks):
 
 
 def import_vae(sd):
-    """A public autoencoder -> (kind, state dict in our names but for the statistics, sizes)."""
+    """A public autoencoder -> (kind, state dict in our names without the statistics, sizes)."""
     sd = bare(sd, ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.11.pool.0.weight",
                    "encoder.layers.11.pool.0.weight"))
     if "encoder.layers.11.pool.0.weight" in sd:                # its one file on Hugging Face
         sd = two_files_of_taef2(sd)
-    if "encoder.11.pool.0.weight" in sd:                       # the wide blocks are what only TAEF2 has
+    if "encoder.11.pool.0.weight" in sd:                       # only TAEF2 has wide blocks
         return "TAEF2", import_taef2(sd), {}
     ours = import_kl(sd)
     return "AutoencoderKL", ours, kl_sizes(ours)
@@ -185,9 +185,8 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 # Ours, LDM's (VA-VAE; SD3's single file below first_stage_model.) and diffusers' name of each single layer.
 # {i} counts levels from full size down, {back} from the latent up, as diffusers does in its decoder.
-# Ours differ from LDM's beside the latent, where DAVAE must be able to leave layers out: with `quant`
-# there is
-# a 1x1 convolution on each side, and then {conv_in} is 1, else 0.
+# Ours differ from LDM's next to the latent, where DAVAE must be able to leave layers out: with `quant` there
+# is a 1x1 convolution on each side, and then {conv_in} is 1, else 0.
 KL_SINGLE = [
     ("encoder.conv_in", "encoder.conv_in", "encoder.conv_in"),
     ("encoder.down.{i}.resample.conv",
@@ -203,8 +202,7 @@ KL_SINGLE = [
     ("decoder.conv_out", "decoder.conv_out", "decoder.conv_out"),
 ]
 
-# Ours, which are LDM's too, and diffusers' name of each block, and the layers in it. {j} counts a level's
-# blocks.
+# Our name of each block (also LDM's), diffusers', and the layers in it. {j} counts the blocks of a level.
 KL_BLOCKS = [
     ("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}", RESIDUAL),
     ("encoder.down.{i}.attn.{j}", "encoder.down_blocks.{i}.attentions.{j}", ATTENTION),
@@ -220,7 +218,7 @@ KL_BLOCKS = [
 
 
 def kl_layers(levels, blocks, quant, diffusers):
-    """The table of an AutoencoderKL with so many levels, and at most so many residual blocks in each."""
+    """The table of an AutoencoderKL with so many levels, each of at most so many residual blocks."""
     rows = [(ours, theirs if diffusers else ldm) for ours, ldm, theirs in KL_SINGLE]
     for ours, theirs, leaves in KL_BLOCKS:
         for leaf, their_leaf in leaves:
@@ -251,7 +249,7 @@ def import_kl(sd):
 
 
 def new_name(key):
-    """A name of diffusers as it is now, attention's layers in particular."""
+    """A diffusers name as it is now: old versions called attention's layers otherwise."""
     return ".".join(OLD_ATTENTION.get(word, word) for word in key.split("."))
 
 
@@ -261,7 +259,7 @@ def as_conv(key, weight):
 
 
 def check_kl(sd):
-    """raises: ValueError if the names are no autoencoder's, or those of one that AutoencoderKL cannot be."""
+    """raises: ValueError if the names are not an autoencoder's, or of one that AutoencoderKL cannot be."""
     parts = {key.split(".")[0] for key in sd}
     known = ("encoder", "decoder", "quant_conv", "post_quant_conv")
     foreign = [key for key in sd if key.split(".")[0] not in known]
@@ -279,7 +277,7 @@ def check_kl(sd):
 
 
 def kl_sizes(ours):
-    """The fields of KLConfig, but for `groups`, from an AutoencoderKL's state dict in our names."""
+    """The fields of KLConfig, except `groups`, from an AutoencoderKL's state dict in our names."""
     levels = range(count(ours, "encoder.down."))
     return {
         "C": shape(ours, "from_latent.0.weight", 4)[1],
@@ -302,7 +300,7 @@ def export_kl(vae, diffusers=False):
 
 
 def two_files_of_taef2(sd):
-    """taef2.safetensors -> the names of the two .pth files, whose decoder counts the tanh before it, too."""
+    """taef2.safetensors -> the names of the two .pth files, whose decoder also counts the tanh before it."""
     theirs = {}
     for key, weight in sd.items():
         match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", key)
@@ -317,7 +315,7 @@ def import_taef2(sd):
     """TAEF2's two Sequentials, encoder.0 to .14 and decoder.0 to .19 -> the four parts of a BaseVAE."""
     names = {}
     for i in range(14):
-        names[f"encoder.{i}"] = f"encoder.{i + 1}"       # in front, ours has the layer from [-1, 1] to [0, 1]
+        names[f"encoder.{i}"] = f"encoder.{i + 1}"       # ours begins with a layer from [-1, 1] to [0, 1]
     names["encoder.14"] = "to_moments"                    # the last convolution, to 32 channels
     names["decoder.1"] = "from_latent.1"                 # the first, from 32; number 0 is the tanh before it
     for i in range(3, 20):
@@ -354,7 +352,7 @@ LIGHTNINGDIT_BLOCK = {
     "adaLN": "adaLN_modulation.1",
 }
 
-TABLES = ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"]   # saved there; ours come from a formula
+TABLES = ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"]   # saved there, computed here
 
 RELEASED_HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}       # of LightningDiT's released widths
 
@@ -383,7 +381,7 @@ def export_lightningdit(model):
 def lightningdit_sizes(sd):
     """The fields of LightningDiTConfig from LightningDiT's own names and shapes.
 
-    raises: ValueError saying what `sd` looks like instead, or which variant it is that is left out here
+    raises: ValueError saying what `sd` looks like instead, or which unsupported variant it is
     """
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
               "blocks.0.attn.qkv.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight")
@@ -393,7 +391,7 @@ def lightningdit_sizes(sd):
     E, C, p, _ = shape(sd, "x_embedder.proj.weight", 4)
     if shape(sd, "blocks.0.adaLN_modulation.1.weight", 2)[0] != 6 * E:
         raise ValueError("this LightningDiT was trained with wo_shift (no shift in its adaLN), "
-                         "which is left out here")
+                         "which is not supported here")
     if shape(sd, "final_layer.linear.weight", 2)[0] != p * p * C:
         raise ValueError("its head does not predict as many channels as come in (learn_sigma?), wanted a "
                          "velocity only")
@@ -416,7 +414,7 @@ def lightningdit_sizes(sd):
 
 
 def lightningdit_heads(sd, E):
-    """How many heads E has: q_norm and the RoPE table are as wide as one; else E must be a released width."""
+    """The number of heads: q_norm and the RoPE table are one head wide; else E must be a released width."""
     for name, axes in (("blocks.0.attn.q_norm.weight", 1), ("feat_rope.freqs_cos", 2)):
         if name in sd:
             return E // shape(sd, name, axes)[-1]
@@ -427,7 +425,7 @@ def lightningdit_heads(sd, E):
 
 
 def looks_like(sd):
-    """A few words for a state dict that is no transformer known here."""
+    """A few words for a state dict that is not of a transformer known here."""
     signs = {
         "a LoRA": ["lora_"],
         "an incomplete SD3 transformer": ["joint_blocks.", "transformer_blocks."],
@@ -488,8 +486,8 @@ def mmdit_layers(depth, diffusers):
             rows.append((f"blocks.{i}.{ours}", f"joint_blocks.{i}.{single}", theirs))
     if not diffusers:
         return [Layer(ours, (single,)) for ours, single, _ in rows]
-    # the two adaLN layers without a gate: shift before scale in ours and the single file, after it in
-    # diffusers
+    # the two adaLN layers without a gate: shift before scale in ours and the single file, but after it
+    # in diffusers
     swapped = ("adaLN_final", f"blocks.{depth - 1}.text.adaLN")
     return [Layer(ours, tuple(theirs.split()), ours in swapped) for ours, _, theirs in rows]
 
@@ -509,7 +507,7 @@ def import_diffusers(sd):
 
 
 def with_position_table(ours, sd, name):
-    """The position table is the file's, unlike LightningDiT's: whether a formula gives it is not known."""
+    """The position table comes from the file, unlike LightningDiT's: no formula is known to give it."""
     need(sd, name)
     return ours | {"pos_embed": sd[name]}
 
@@ -551,8 +549,8 @@ def export_diffusers(model):
 
 
 def export_lora(model):
-    """Adapters under peft's names, q, k and v each with its own; beside them the first and last layer, which
-    were trained too, merged as in `export_diffusers`."""
+    """Adapters under peft's names, separate for q, k and v; and the first and last layer, which were trained
+    too, merged as in `export_diffusers`."""
     ours = merge_details(model)
     lora = {}
     for layer in mmdit_layers(model.cfg.depth, diffusers=True):
@@ -592,7 +590,7 @@ def merge_details(model):
     sd = {name: weight.detach() for name, weight in model.state_dict().items()}
     if model.cfg.D:
         sd["P.weight"] = torch.cat([sd["P.weight"], sd.pop("P_new.weight")], dim=1)           # (E, C+D, p, p)
-        for part in PARTS:                 # rows run over (p, p, C): the channels meet inside each pixel
+        for part in PARTS:                 # rows run over (p, p, C): channels are joined within a pixel
             heads = [sd[f"O.{part}"], sd.pop(f"O_new.{part}")]
             pixels = [head.unflatten(0, (model.cfg.p**2, -1)) for head in heads]          # (p*p, C or D, ...)
             sd[f"O.{part}"] = torch.cat(pixels, dim=1).flatten(0, 1)                        # (p*p*(C+D), ...)

@@ -8,9 +8,9 @@ from support import data
 
 
 def fitting_images(cfg, vae, train_set, device, rank):
-    """What the closed form reads: evenly spaced training images, 20 latent pixels for each of its unknowns.
+    """Images for the closed form: evenly spaced training images, 20 latent pixels for each of its unknowns.
 
-    Yields batches (B, 3, H, W) in [-1, 1], of at most 16 images and a megapixel, but one image at least.
+    Yields batches (B, 3, H, W) in [-1, 1], of at most 16 images and one megapixel, but at least one image.
     """
     unknowns = 9 * (vae.C + vae.D) + 1                             # of the up block, for each feature
     n = math.ceil(20 * unknowns * vae.f**2 / cfg.image_size**2)
@@ -25,8 +25,8 @@ def fitting_images(cfg, vae, train_set, device, rank):
 def statistics_images(cfg, train_set, device, rank, world):
     """Batches of this rank's share of cfg.stats training images.
 
-    Evenly spaced, for those of a folder come class by class; built-in ones, which come in no order, are the
-    first.
+    They are evenly spaced, because a folder's images come class by class; of the built-in set, which is in no
+    particular order, they are the first.
     """
     n = min(cfg.stats, len(train_set))
     index = range(n)
@@ -40,16 +40,16 @@ def statistics_images(cfg, train_set, device, rank, world):
 
 
 def in_words(cfg, n):
-    """What the n `validation_images` are, for a sentence."""
+    """A description of the n `validation_images`, for a sentence."""
     kind = "held-out" if cfg.val_dir or cfg.data_dir == "procedural" else "training"
     return f"{n} {kind} images of {cfg.image_size} pixels"
 
 
 def validation_images(cfg, train_set, n=64):
-    """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images where --val_dir is empty.
+    """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images if --val_dir is empty.
 
-    At most n, and four megapixels of them, but 8 at least. Built-in images need no --val_dir: held out are
-    those of another seed.
+    At most n images and four megapixels, but at least 8 images. The built-in set needs no --val_dir: its
+    held-out images are those of another seed.
     """
     n = min(n, max(8, 2048**2 // cfg.image_size**2))
     held_out = train_set

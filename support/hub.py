@@ -1,13 +1,13 @@
-"""Weights by name: `org/name` on Hugging Face, wherever a file or folder of weights is taken.
+"""Weights by name: `org/name` on Hugging Face, wherever a file or folder of weights is accepted.
 
     --base=stabilityai/stable-diffusion-3.5-medium                  of a folder, the files that a load reads
     --base=hustvl/vavae-imagenet256-f16d32-dinov2/NAME.pt           one file, and what describes it
     --base=org/name@3f2a9c1                                         a branch, a tag or a commit of it
 
-What exists on this disk is never a name. The downloads are huggingface_hub's, and so are its cache (HF_HOME),
-its token (`hf auth login`, HF_TOKEN), its offline mode (HF_HUB_OFFLINE=1) and its address (HF_ENDPOINT). A
-repository may hold 30 GB of which a load reads two files: `wanted` says which, before anything is fetched.
-Without a network, what an earlier load has fetched is found in the cache.
+A path that exists on this disk is never a name. huggingface_hub does the downloads, with its cache (HF_HOME),
+token (`hf auth login`, HF_TOKEN), offline mode (HF_HUB_OFFLINE=1) and address (HF_ENDPOINT). A repository may
+hold 30 GB of which a load reads two files: `wanted` says which, before anything is fetched. Without a
+network, files that an earlier load has fetched are found in the cache.
 """
 import functools
 import os
@@ -19,14 +19,14 @@ from support import files, ranks
 
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<inside>.+))?")
 
-# Small files that describe the weights beside them: diffusers' settings, VA-VAE's statistics, our sums.
+# Small files that describe the weights next to them: diffusers' settings, VA-VAE's statistics, our checksums.
 DESCRIBE = ("config.json", "latents_stats.pt", "SHA256SUMS")
 
 TAEF2 = ("taef2_encoder.pth", "taef2_decoder.pth")             # one model in two files
 
 
 def is_name(source):
-    """Is it a name on the hub?  No path that is here, nor one that begins in a folder that is, or in out/.
+    """Is it a name on the hub?  Not if the path exists, or begins with a folder that does, or with out/.
 
     source: a path as it was given, or anything else that a load takes, such as a state dict
     """
@@ -43,18 +43,18 @@ def is_name(source):
 
 
 def local(source, part=""):
-    """The local path of a source: the source itself, or where the cache has what it is the name of.
+    """The local path of a source: the source itself, or for a name, its place in the cache.
 
     part: what is wanted of a diffusers pipeline: vae, transformer, or text (its encoders); or clip, a folder
           of transformers
-    raises: SystemExit, one sentence, where it cannot be had
+    raises: SystemExit, one sentence, if it cannot be obtained
     """
     return fetch(os.fspath(source), part) if is_name(source) else source
 
 
 @functools.cache                           # a run asks several times: to load, and for the identity
 def fetch(source, part):
-    """`local` of a name."""
+    """`local` for a name."""
     repo, revision, inside = NAME.fullmatch(source).group("repo", "revision", "inside")
     HfApi, snapshot_download, HTTPError = import_hub(source)
     try:
@@ -80,7 +80,7 @@ def fetch(source, part):
 
 
 def choose(source, names, inside, part):
-    """`wanted`, its ValueErrors as one sentence that begins with the source."""
+    """`wanted`, with its ValueErrors turned into SystemExits that begin with the source."""
     try:
         return wanted(names, inside, part)
     except ValueError as error:
@@ -88,11 +88,11 @@ def choose(source, names, inside, part):
 
 
 def wanted(names, inside="", part=""):
-    """(the files to fetch, the file or folder that a load takes) of all files of a repository.
+    """(the files to fetch, the file or folder that a load takes) out of all files of a repository.
 
     inside: a file or a folder of it; "": the repository itself.   part: see `local`
-    A folder's weights are those that a load would take of it (support/files.py:weight_file): not the same
-    ones in half precision, nor in another format; of a run of ours, those of its newest step.
+    Of a folder, only the weights that a load would take (support/files.py:weight_file): not the same ones in
+    half precision, nor in another format; of a run of ours, those of its newest step.
     raises: ValueError saying what is there instead
     """
     if inside in names:
@@ -114,7 +114,7 @@ def wanted(names, inside="", part=""):
 
 
 def inside_of(names, folder):
-    """The files of a folder, without those of its folders."""
+    """The files of a folder, without those in its sub-folders."""
     return [name for name in names if os.path.dirname(name) == folder]
 
 
@@ -149,7 +149,7 @@ def file_and_beside(names, file):
 
 
 def with_shards(beside, file):
-    """A file; with an index, the shards of its name."""
+    """A file, and if it is an index, the shards of its name."""
     if not files.is_index(Path(file)):
         return [file]
     return [file] + [name for name in beside
@@ -165,7 +165,7 @@ def shard_words(name):
 
 
 def text_files(names, folder):
-    """Tokenizers, of each text encoder the weights and settings, and which pipeline they are of."""
+    """Tokenizers, weights and settings of each text encoder, and the file that names their pipeline."""
     start = f"{folder}/" if folder else ""
     fetch = [name for name in inside_of(names, folder) if name == f"{start}model_index.json"]
     parts = sorted({name.removeprefix(start).partition("/")[0] for name in names if name.startswith(start)})
@@ -183,7 +183,7 @@ def text_files(names, folder):
 
 
 def import_hub(source):
-    """HfApi, snapshot_download and the base of errors of the network.   raises: SystemExit"""
+    """HfApi, snapshot_download and the base class of network errors.   raises: SystemExit"""
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HTTPError
@@ -194,7 +194,7 @@ def import_hub(source):
 
 
 def cached(repo, revision):
-    """The folder in which the hub's cache has files of a repository; None if there is none."""
+    """The folder with a repository's files in the hub's cache; None if there is none."""
     from huggingface_hub import constants
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     ref = folder / "refs" / (revision or "main")
@@ -204,7 +204,7 @@ def cached(repo, revision):
 
 
 def say(source, names, sizes, there):
-    """Print what will be downloaded; by rank 0."""
+    """Print what will be downloaded, by rank 0."""
     missing = [name for name in names if there is None or not (there / name).exists()]
     if missing and ranks.this_rank() == 0:
         from huggingface_hub import constants
@@ -223,12 +223,12 @@ def what_failed(error, repo, revision):
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no branch, tag or commit {revision!r}", f"look at {page}"
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return (f"there is no {repo}, or not for you to see",
-                "check the name; of a private one, run  hf auth login  or set HF_TOKEN")
+        return (f"there is no {repo}, or you may not see it",
+                "check the name; for a private one, run  hf auth login  or set HF_TOKEN")
     if status in (401, 403):
         return f"your token is refused ({status})", f"run  hf auth login  with one that may read {page}"
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE forbids to ask", "fetch it once without that, or give a local path"
+        return "HF_HUB_OFFLINE forbids asking", "fetch it once without that, or give a local path"
     while error.__cause__ is not None:                             # the hub's own words are about its cache
         error = error.__cause__
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__

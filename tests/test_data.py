@@ -333,7 +333,7 @@ def test_labels_and_images_are_all_that_a_data_set_of_ones_own_needs():
     assert x[:, 0, 0, 0].tolist() == data.batch_plan(30, 6, 0, 0)[0].tolist() and y.tolist() == [0] * 6
     read = torch.cat([x for x, _, _ in data.read(dataset, range(30))])
     assert np.array_equal(data.to_uint8(read)[:, 0, 0, 0], np.arange(30))
-    with pytest.raises(ValueError, match="read from files, which Greys has not"):
+    with pytest.raises(ValueError, match="read from files, but Greys has none"):
         next(data.read(dataset, [0], whole=8))
 
 

@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_one_sentence(ours, inputs, theirs, tmp_path, make)
     z, *others = inputs()
     with pytest.raises(ValueError, match=r"z_all is \(2, 4, 7, 12\), wanted \(B, 4, h, w\) with h and w"):
         model(z[:, :, :7], *others)
-    with pytest.raises(ValueError, match="skip-layer guidance is SD3.5's"):
+    with pytest.raises(ValueError, match="skip-layer guidance is for SD3.5"):
         model(z, *others, skip=(1,))
     with pytest.raises(ValueError, match="already expanded by D=8"):
         ours("Flux2", D=8).expand_channels(8)

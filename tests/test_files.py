@@ -81,7 +81,7 @@ def test_what_shards_and_index_do_not_agree_on_is_named(tmp_path):
 
     assert f"{second}: lacks d.bias, which {index.name} names there" in sentence(**{"d.bias": second.name})
     assert f"{first}: lacks b.bias" in sentence(**{"b.bias": first.name})
-    assert f"{index}: names model-00003-of-00003.safetensors, not there" in sentence(
+    assert f"{index}: lists model-00003-of-00003.safetensors, not found" in sentence(
         d="model-00003-of-00003.safetensors")
     assert "lists '../model.safetensors'; wanted a file next to it" in sentence(d="../model.safetensors")
     del place["c.bias"]

@@ -319,7 +319,7 @@ MU, SIGMA = np.zeros(12), np.eye(12)                               # of as many 
     (np.zeros((6, 8, 8, 4), np.uint8), r"x\[..., :3\]"), (GOOD[0], r"uint8 \(8, 8, 3\), wanted at least two"),
     (GOOD[:1], r"\(1, 8, 8, 3\), wanted at least two"), (GOOD[:0], r"\(0, 8, 8, 3\), wanted at least"),
     (np.uint8(7), r"uint8 \(\), wanted at least two"), (np.zeros((6, 0, 0, 3), np.uint8), "wanted at least"),
-    (np.array([None]), "not an npz file of arrays .Python obj"), (np.array("a"), "wanted at least two")])
+    (np.array([None]), "not an npz file of arrays .pickled"), (np.array("a"), "wanted at least two")])
 def test_images_of_another_layout_are_refused_with_what_makes_them_right(tmp_path, arr_0, sentence):
     np.savez(tmp_path / "r.npz", arr_0=arr_0)
     with pytest.raises(SystemExit, match=sentence):

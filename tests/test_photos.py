@@ -119,7 +119,7 @@ def damaged_files(folder):
 
 def test_damaged_files_are_refused_in_one_sentence_with_name_and_reason(tmp_path):
     reasons = {"truncated.jpg": "truncated", "truncated.png": "truncated", "empty.png": "the file is empty",
-               "text.png": "no image", "bomb.png": "exceed"}
+               "text.png": "not an image", "bomb.png": "exceed"}
     for path in damaged_files(tmp_path):
         with pytest.raises(ValueError) as error:
             load_image(path)

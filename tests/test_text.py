@@ -209,7 +209,7 @@ def test_nothing_to_draw_and_what_is_no_text_are_refused(tmp_path, monkeypatch, 
         with pytest.raises(SystemExit, match="holds no prompt; wanted prompts separated by"):
             text.read_prompts(nothing)
     assert text.read_prompts("") == []
-    with pytest.raises(SystemExit, match="is a folder; wanted texts"):
+    with pytest.raises(SystemExit, match="is a folder; wanted prompts"):
         text.read_prompts(str(tmp_path))
     with pytest.raises(SystemExit, match="is not UTF-8"):
         text.read_prompts("\udcff fox")
@@ -327,7 +327,7 @@ def test_embeddings_that_are_not_finite_are_not_trained_on(tmp_path):
     shard(tmp_path, 0, context=context)
     cache = text.TextCache(tmp_path)
     cache(["a"])
-    with pytest.raises(SystemExit, match="the embeddings of 'a' or of a text after it are not finite"):
+    with pytest.raises(SystemExit, match="the embedding of 'a' or of a prompt after it is not finite"):
         cache(["a", "b"])
 
 

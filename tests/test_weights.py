@@ -307,7 +307,7 @@ def test_a_pipeline_in_shards_loads_as_one_in_whole_files(make_base, stock, sd3_
     for source in (tmp_path, tmp_path / "transformer", index):
         assert torch.equal(load_dit(source)(*sd3_inputs()), v)
     next((tmp_path / "transformer").glob("*00002-of*")).unlink()
-    with pytest.raises(SystemExit, match="index.json: names diffusion_pytorch_model-00002-of-.*, not there"):
+    with pytest.raises(SystemExit, match="index.json: lists diffusion_pytorch_model-00002-of-.*, not found"):
         load_dit(tmp_path)
 
 
@@ -424,7 +424,7 @@ def test_statistics_of_each_channel_are_read_as_sdxls_pipelines_do(error, their_
         ),
         (dict(latents_mean=[0.0] * 4, latents_std=[1.0]), "the std of its latents has 1 numbers; wanted 4"),
         (dict(latents_mean=[0.0] * 4), "without the other"),
-        (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "beside a shift_factor"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "with a shift_factor"),
         (dict(latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "the std of its latents is not above 0"),
         (dict(scaling_factor=0), "scaling_factor=0.0; wanted a number above 0"),
         (dict(act_fn="relu"), "act_fn='relu'; wanted silu"),
