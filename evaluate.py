@@ -397,7 +397,7 @@ def main(cfg):
         settings |= plan.settings
         rehearse(cfg, run, rulers, plan)
     elif may_draw and run.rank == 0:
-        print("no samples are drawn, since nothing here measures them: give --lpips_trunk= (SqueezeNet-FD) "
+        print("no samples are drawn, because no network measures them: give --lpips_trunk= (SqueezeNet-FD) "
               "or --inception_weights= (FID), or --features=none to draw for img/s alone")
 
     # reconstruction: each process takes every world-th image
@@ -414,7 +414,7 @@ def main(cfg):
         seen = seen_in_training(cfg.data_dir, run.config["config"])
         print_table(f"{'training' if seen else 'held-out'} images ({cfg.data_dir or 'procedural'})", table)
         if seen:
-            print(f"{cfg.run}: was trained on these images; the numbers say nothing of others")
+            print(f"{cfg.run}: was trained on these images; the numbers say nothing about others")
         add_entry(out, entry)
         if cfg.keep_reference:
             size = run.config["config"]["image_size"]

@@ -413,11 +413,11 @@ def main(cfg):
     todo = ranks.from_all(missing(out, cfg.n, shown))[0]
     if not todo:
         if rank == 0:
-            print(f"{out}: all {cfg.n} images are there, none is drawn")
+            print(f"{out}: all {cfg.n} images exist, nothing to draw")
         return put_together(out, cfg.n, columns, shown, rank)
     again = [i for i in todo if path_of(out, i).exists()]
     if again and rank == 0:
-        print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again for it")
+        print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again")
 
     dit, vae, _ = load_run(cfg.run, cfg.weights, device)
     flow = prepare(dit, vae, cfg, device)

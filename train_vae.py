@@ -487,8 +487,9 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
         pixels = cfg.fit == "pixels"
         found = fit_new_blocks(vae, images, 0.0 if pixels else cfg.fit_align, pixels)
     if rank == 0:
-        print(f"{cfg.out}: new blocks start in closed form (docs/closed_form.md); the details have "
-              f"{found['kept']:.1%} of what z lacks of the full-size image, and {found['told']:.1%} of z")
+        print(f"{cfg.out}: new blocks start in closed form (docs/closed_form.md); the details keep "
+              f"{found['kept']:.1%} of what z lacks of the full-size image, and predict "
+              f"{found['told']:.1%} of z")
 
 
 def trial(cfg, n, device, known, classes):

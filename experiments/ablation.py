@@ -1,22 +1,22 @@
 """Does it work?  The method without each of its parts, against its rivals, and against a sceptic's baseline.
 
-An arm changes one thing of the preset tiny (or photos): flags of train_vae.py for the DA-VAE, of
-finetune.py for the transformer. A cell is an arm with a seed. The cells of a seed share base VAE and base
-DiT, and arms of the same flags in stage 1 their DA-VAE, so arms are compared in pairs, seed by seed.
+An arm changes one thing about the preset tiny (or photos): flags of train_vae.py for the DA-VAE, of
+finetune.py for the transformer. A cell is an arm with a seed. Cells of one seed share base VAE and base DiT,
+and arms with the same stage 1 flags share their DA-VAE, so arms are compared in pairs, seed by seed.
 
-    python experiments/ablation.py                                   # what is missing is run; then the report
+    python experiments/ablation.py                                   # run the missing cells, then report
     python experiments/ablation.py --arms="paper|no alignment" --seeds=0
-    python experiments/ablation.py --report=True                     # of the cells that there are; seconds
+    python experiments/ablation.py --report=True                     # on the existing cells; seconds
     python experiments/ablation.py --name=short --dit_flags="--steps=140 --N=70"       # another setting
     python experiments/ablation.py photos --base=weights/taef2 --data_dir=photos/train \\
         --eval_dir=photos/eval --lpips_trunk=squeezenet1_1_features.pth
 
-A finished cell is a line of experiments/results/<name>.jsonl, with the commands that made it. The report is
-<name>.md there (means over the seeds, differences to the arm `paper`) and <name>.png (curves). What
-counts was decided before: a difference to `paper` that has the same sign with every seed, and whose mean is
-larger than the range of `paper` itself over the seeds. All else is "no difference". That range turned out to
-be one of base VAEs, so a second rule was written down after seeds 0 and 1 and before all others: instead of
-that range, the largest difference that chance makes on the same base (the arm `paper, again`).
+A finished cell is a line of experiments/results/<name>.jsonl, with the commands that produced it. The report
+is <name>.md there (means over the seeds, differences to the arm `paper`) and <name>.png (curves). The rule
+was fixed beforehand: a difference to `paper` counts if it has the same sign for every seed, and its mean
+exceeds the range of `paper` itself over the seeds. Anything else is "no difference". That range turned out to
+come from the base VAEs, so a second rule was written down after seeds 0 and 1 and before all others: instead
+of the range, the largest difference that chance makes on the same base (the arm `paper, again`).
 """
 import json
 import shlex
@@ -39,13 +39,13 @@ ROOT = Path(__file__).resolve().parent.parent
 class Config:
     preset: str = field("tiny", "tiny, on built-in images, or photos")
     arms: str = field("", "names in ARMS, separated by |; empty: all", text=True)
-    seeds: tuple = field((0, 1, 2, 3, 4), "of all that a cell trains and draws", at_least=0)
-    n: int = field(2000, "samples of a cell", within=(2, 100_000))
-    out: str = field("out/ablation", "folder for the runs; one whose cells are lines may be deleted")
+    seeds: tuple = field((0, 1, 2, 3, 4), "seeds for everything that a cell trains and draws", at_least=0)
+    n: int = field(2000, "samples per cell", within=(2, 100_000))
+    out: str = field("out/ablation", "folder for the runs; those of finished cells may be deleted")
     results: str = field("", "folder for lines and report; empty: experiments/results")
     report: bool = field(False, "run nothing")
-    name: str = field("", "of the setting, for folders and results; empty: the preset's")
-    train_flags: str = field("", "more flags for every training, as for a trial of two steps", text=True)
+    name: str = field("", "name of the setting, for folders and results; empty: the preset's")
+    train_flags: str = field("", "more flags for every training run, such as for a short trial", text=True)
     vae_flags: str = field("", "more flags for every DA-VAE", text=True)
     dit_flags: str = field("", "more flags for every DA-VAE's DiT", text=True)
     base: str = field("taef2", "photos: the base VAE")
@@ -60,17 +60,17 @@ class Config:
 @dataclass
 class Arm:
     """What an arm changes.   vae: flags of train_vae.py; dit: flags of finetune.py"""
-    asks: str                          # the question, as it stands in the report
+    asks: str                          # the question, as printed in the report
     vae: str = ""
     dit: str = ""
-    base: str = "warm"                 # warm start; scratch; scratch+: with the base DiT's steps as well;
-                                       # none: the base DiT itself is measured
+    base: str = "warm"                 # warm start; scratch; scratch+: plus the base DiT's steps; none: the
+                                       # base DiT itself is measured
 
 
-# Nothing is learned but decoder and up block, with all the losses of these: the same information, in one
-# basis or another.
+# Only the decoder and the up block are trained, with all their losses: the same information in different
+# bases.
 FIXED = "--train=up --align=0 --adaptive_align=False"
-UNALIGNED = "--align=0 --fit_align=0"          # neither trained nor at a start in closed form
+UNALIGNED = "--align=0 --fit_align=0"          # neither in training nor in a closed-form start
 LEVELS = {"tiny": "0,8,16,24", "photos": "0,32,64,96"}             # for {levels}
 
 AGAIN = "paper, again"
@@ -103,14 +103,14 @@ ARMS = {
     "all": Arm("and everything together?", "--keep_levels={levels}", "--keep_levels={levels}"),
 }
 OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
-SCALES = {"tiny": (1, 2), "photos": (2,)}                          # of the guidance; the last is judged
+SCALES = {"tiny": (1, 2), "photos": (2,)}                          # of guidance; the last one is judged
 
 
 # ---------------------------------------------------------------- a cell
 
 
 def commands(cfg, name, seed):
-    """(the commands that train an arm, the run that is then measured); runs that are finished say so."""
+    """(the commands that train an arm, the run to measure then); commands of finished runs do nothing."""
     arm = ARMS[name]
     folder = f"{cfg.out}/{cfg.name or cfg.preset}/seed{seed}"
     base_vae = f"{folder}/base-vae"
@@ -123,7 +123,7 @@ def commands(cfg, name, seed):
     vae_flags = fill(arm.vae, cfg, seed)
     vae = f"{folder}/vae-{slug(vae_flags) or 'paper'}"
     base_dit = f"{folder}/base-dit"
-    plain = f"{folder}/vae-paper"                                  # the base DiT sees its base channels only
+    plain = f"{folder}/vae-paper"                                  # the base DiT sees only its base channels
 
     made = []
     if cfg.preset == "tiny":
@@ -146,7 +146,7 @@ def commands(cfg, name, seed):
 
 
 def from_scratch(preset, longer):
-    """Flags of a DiT of the base DiT's sizes with no base; if `longer`, of its steps as well."""
+    """Flags for a DiT of the base DiT's sizes, without a base; if `longer`, also with its steps added."""
     base = finetune.PRESETS[f"{preset}-base"]
     sizes = " ".join(f"--{key}={base[key]}" for key in ("p", "E", "depth", "A") if key in base)
     steps = f"--steps={finetune.PRESETS[preset]['steps'] + base['steps']}" if longer else ""
@@ -164,7 +164,7 @@ def slug(text):
 
 
 def run_cell(cfg, name, seed):
-    """Train an arm with a seed and measure it.  Returns its line of the results."""
+    """Train an arm with a seed, and measure it.  Returns its line for the results."""
     since = time.time()
     made, run = commands(cfg, name, seed)
     for command in made:
@@ -189,7 +189,7 @@ def run_cell(cfg, name, seed):
 
 
 def use_of_details(run, held_out, features):
-    """What a run's decoder makes of other details, and the power at the lowest and highest frequency."""
+    """Scores of a run's decoder with other details, and the power at the lowest and highest frequency."""
     execute(f"experiments/sensitivity.py {run} {held_out} {features}")
     execute(f"experiments/spectrum.py {run} {held_out}")
     found = rounded(json.loads(Path(run, "sensitivity.json").read_text())["table"])
@@ -200,7 +200,7 @@ def use_of_details(run, held_out, features):
 
 
 def execute(command):
-    """Run a script of this repository.   raises: SystemExit with the end of its output, if it fails"""
+    """Run a script of this repository.   raises: SystemExit with the end of its output if it fails"""
     script, *words = shlex.split(command)
     done = subprocess.run([sys.executable, str(ROOT / script), *words], text=True, capture_output=True)
     if done.returncode:
@@ -208,7 +208,7 @@ def execute(command):
 
 
 def rounded(table):
-    """{row: {metric: number}} of metrics.json to five digits, without speeds."""
+    """{row: {metric: number}} of metrics.json, rounded to five digits, without speeds."""
     found = {}
     for row, metrics in table.items():
         found[row] = {name: float(f"{value:.5g}") for name, value in metrics.items() if name != "img/s"}
@@ -228,7 +228,7 @@ def curves(run):
 
 
 def number(line, metric):
-    """One number of a cell; None where it has none.   metric: a key of METRICS"""
+    """One number of a cell; None if it has none.   metric: a key of METRICS"""
     if metric == ADDED:
         return number(line, JUDGED) - number(line, "FD, reconstructions")
     group, rows, name = METRICS[metric]
@@ -240,8 +240,8 @@ def number(line, metric):
     return next((value for key, value in found.items() if key.endswith(name)), None)
 
 
-# What is tabulated: the group in a line, its rows (the first that is there), how the metric's name ends. The
-# base model has no samples of its own at full size; its images, enlarged, take their place.
+# The table's columns: the group in a line, its rows (the first that exists), how the metric's name ends. The
+# base model has no samples at full size; its enlarged images take their place.
 SAMPLES = ("samples", "base only, bilinear")
 ADDED = "FD, cfg 2, less reconstructions'"                         # what the transformer adds
 METRICS = {
@@ -250,7 +250,7 @@ METRICS = {
     "FD, samples": ("samples, cfg 1", SAMPLES, "-FD"),
     "FD, cfg 2": ("samples, cfg 2", SAMPLES, "-FD"),
     ADDED: (),
-    "judged sharp, cfg 2": ("samples, cfg 2", ("samples",), "judged sharp"),       # of the built-in images
+    "judged sharp, cfg 2": ("samples, cfg 2", ("samples",), "judged sharp"),       # built-in images only
     "KID, cfg 2": ("samples, cfg 2", SAMPLES, "-KID"),
     "FD, base only, cfg 2": ("samples, cfg 2", ("base only, bicubic",), "-FD"),
     "base loss, held out": ("loss by time", ("base",), ""),        # means over five intervals of time
@@ -259,13 +259,13 @@ METRICS = {
     "PSNR, random details": ("details", ("random details",), "psnr"),
     "detail power, highest ring": ("details", ("detail spectrum",), "highest"),
 }
-JUDGED = "FD, cfg 2"                                               # by it arms are called better or worse
+JUDGED = "FD, cfg 2"                                               # decides whether an arm is better or worse
 
 
 def read(path):
-    """{arm: {seed: line}} of a results file; of a cell that stands there twice, the later line.
+    """{arm: {seed: line}} of a results file; if a cell occurs twice, the later line.
 
-    raises: SystemExit for a line that is damaged: a cell is hours, so none is left out in silence
+    raises: SystemExit for a damaged line: a cell takes hours, so none is dropped silently
     """
     cells = {}
     for n, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
@@ -278,7 +278,7 @@ def read(path):
 
 
 def verdict(cells, name):
-    """What an arm's differences to `paper` come to, in FD (less is better), by the rules in the docstring."""
+    """The verdict on an arm's differences to `paper` in FD (less is better), by the rules at the top."""
     found = differences(cells, name)
     if name == "paper" or len(found) < 2:
         return ""
@@ -293,13 +293,13 @@ def verdict(cells, name):
 
 
 def differences(cells, name):
-    """{seed: FD of an arm's samples less `paper`'s} of the seeds that both have."""
+    """{seed: FD of an arm's samples minus `paper`'s} for the seeds that both have."""
     seeds = sorted(set(cells.get(name, {})) & set(cells.get("paper", {})))
     return {seed: number(cells[name][seed], JUDGED) - number(cells["paper"][seed], JUDGED) for seed in seeds}
 
 
 def called(found, limit):
-    """Better or worse, if all differences have one sign and their mean is beyond the limit."""
+    """Better or worse, if all differences have the same sign and their mean exceeds the limit."""
     values = found.values()
     mean = sum(values) / len(values)
     if abs(mean) <= limit or not (all(d < 0 for d in values) or all(d > 0 for d in values)):
@@ -308,9 +308,9 @@ def called(found, limit):
 
 
 def steps_to_paper(cells, name):
-    """After how many steps an arm has the base loss that `paper` ends with, seed by seed; or "never".
+    """The steps after which an arm reaches the base loss that `paper` ends with, seed by seed; or "never".
 
-    Losses are means of five rows of the log, since one is a step's.
+    Losses are means of five rows of the log, because a row is a single step's.
     """
     found = []
     for seed in sorted(set(cells[name]) & set(cells.get("paper", {}))):
@@ -321,7 +321,7 @@ def steps_to_paper(cells, name):
 
 
 def smooth(line, n=5):
-    """(steps, means of this row's base loss and the n - 1 rows' before) of a cell."""
+    """(steps, base loss averaged over each row and the n - 1 before it) of a cell."""
     steps, losses = line["curves"]["base"]
     means = [sum(losses[k - n:k]) / n for k in range(n, len(losses) + 1)]
     return steps[n - 1:], means

@@ -1,6 +1,6 @@
 """What the paper's runs would take, on eight GPUs and on more: hours, disk, traffic, dollars.  docs/paper.md.
 
-Nothing here was run on a GPU. FLOPs are counted from the models' shapes; the part of a GPU's peak that is
+Nothing here was run on a GPU. FLOPs are counted from the models' shapes; the fraction of a GPU's peak that is
 reached, prices and bandwidths are assumptions, and each is a flag: give your own figures.
 
     python experiments/budget.py
@@ -22,12 +22,12 @@ from support import config, plan
 from support.config import field
 
 POSITIVE = (1e-6, 1e12)
-IMAGENET = 1_281_167               # images of ImageNet's training part
-VALIDATION = 50_000                # of its validation part, and of FID-50k
+IMAGENET = 1_281_167               # images in ImageNet's training set
+VALIDATION = 50_000                # in its validation set, and for FID-50k
 MJHQ = 30_000                      # prompts of MJHQ-30K
-MACHINE = 8                        # GPUs that share a fast network inside a machine
+MACHINE = 8                        # GPUs with a fast network between them, in one machine
 BUCKET = 25 * 2**20                # bytes that DDP sums at once, its default
-LOWEST = (20, 10)                  # % of the peak, of transformers and of autoencoders: see docs/paper.md
+LOWEST = (20, 10)                  # % of the peak, for transformers and for autoencoders: see docs/paper.md
 HIGHEST = (50, 35)
 
 
@@ -37,43 +37,43 @@ class Config:
                         within=POSITIVE)
     dit: float = field(35.0, "% of it that a transformer reaches, between 20 and 50", within=(0.1, 100))
     vae: float = field(20.0, "% of it that an autoencoder reaches, between 10 and 35", within=(0.1, 100))
-    price: float = field(3.0, "dollars for an hour of a GPU; lists of 2026, on demand: 2 to 5",
+    price: float = field(3.0, "dollars per GPU-hour; list prices of 2026, on demand: 2 to 5",
                          within=POSITIVE)
-    storage: float = field(23.0, "dollars for a terabyte of object storage and a month", within=POSITIVE)
+    storage: float = field(23.0, "dollars per month for a terabyte of object storage", within=POSITIVE)
     nvlink: float = field(300.0, "GB/s that a GPU sends inside a machine, of 450 on paper", within=POSITIVE)
     network: float = field(40.0, "GB/s that a GPU sends to another machine, of 50 on paper", within=POSITIVE)
-    latency: float = field(5.0, "microseconds that one hop of a collective waits", within=POSITIVE)
+    latency: float = field(5.0, "microseconds of waiting per hop of a collective", within=POSITIVE)
     captioned: int = field(100_000, "captioned images of the SD3.5 runs; the paper's stage 1 has as many",
                            within=(1, 10**12))
-    kb512: float = field(115.0, "KB of an image of ImageNet, its mean", within=POSITIVE)
-    kb1024: float = field(500.0, "KB of a JPEG of 1,024 pixels; four times as many at 2,048", within=POSITIVE)
+    kb512: float = field(115.0, "KB of an ImageNet image, on average", within=POSITIVE)
+    kb1024: float = field(500.0, "KB of a JPEG of 1,024 pixels; four times that at 2,048", within=POSITIVE)
     decode: float = field(40.0, "megapixels/s of JPEG that a CPU core decodes and crops", within=POSITIVE)
-    gpus: tuple = field((8, 64, 512), "of the table of steps", within=(1, 2**20), count=(1, 12))
-    images: tuple = field((1_300_000, 100_000_000, 1_000_000_000), "of the table of data sets",
+    gpus: tuple = field((8, 64, 512), "GPUs in the table of steps", within=(1, 2**20), count=(1, 12))
+    images: tuple = field((1_300_000, 100_000_000, 1_000_000_000), "images in the table of data sets",
                           within=(1, 10**15), count=(1, 12))
 
 
-# ---------------------------------------------------------------- what is counted
+# ---------------------------------------------------------------- the jobs, counted
 
 
 @dataclass
 class Job:
-    """One of the paper's runs. FLOPs are of an image, 2 a multiply-add; tests/test_budget.py counts them."""
+    """One of the paper's runs. FLOPs are per image, 2 per multiply-add; tests/test_budget.py counts them."""
     preset: str                    # of finetune.py
-    vae: str                       # of train_vae.py
+    vae: str                       # the preset of train_vae.py
     encode: float                  # DAVAE.encode: the base on the small image, the details on the full one
     decode: float
     vae_step: float                # of train_vae.py, both players: losses, gradients of adaptive weights
     forward: float                 # of the transformer
-    step: float                    # forward and backward, without what --checkpointing computes again
+    step: float                    # forward and backward, without what --checkpointing recomputes
     vae_total: int                 # the DA-VAE's parameters, frozen base included
     vae_trained: int
     total: int                     # the transformer's
     trained: int
     blocks: int
-    passes: int                    # of the transformer, for a sample: the paper's steps and guidance
-    measured: int                  # images that are reconstructed, and as many samples; 0: as the paper, none
-    text: float = 0.0              # of a caption's encoders: 2 FLOPs a parameter and token
+    passes: int                    # of the transformer, per sample: the paper's steps and guidance
+    measured: int                  # images reconstructed, and as many samples; 0: none, as in the paper
+    text: float = 0.0              # to encode a caption: 2 FLOPs per parameter and token
     text_bytes: int = 0            # of a caption's embeddings: (333, 4096) and (2048,) in bfloat16
 
     @property
@@ -86,11 +86,11 @@ class Job:
 
     @property
     def again(self):
-        """FLOPs that the backward pass computes a second time."""
+        """FLOPs of the forward pass that the backward pass recomputes."""
         return self.forward if self.cfg.checkpointing else 0.0
 
     def latent_bytes(self):
-        """Of an image in the cache: float16, mirrored too where the run mirrors."""
+        """Bytes of an image in the cache: float16, with its mirror image if the run mirrors."""
         channels, f = LATENTS[self.vae]
         return 2 * (1 + self.cfg.flip) * channels * (self.cfg.image_size // f) ** 2
 
@@ -108,7 +108,7 @@ TEXT = 2 * (4.76e9 * 256 + 0.81e9 * 77)
 TEXT_BYTES = 2 * (333 * 4096 + 2048)
 
 JOBS = [
-    # 249 steps; guidance, another 135 passes, is on from t = 0.2, which shift 0.3 brings late
+    # 249 steps; guidance is on from t = 0.2, which shift 0.3 makes late: another 135 passes
     Job("imagenet512", "imagenet512", encode=0.695e12, decode=1.016e12, vae_step=6.92e12,
         forward=0.2374e12, step=0.712e12, vae_total=142_199_766, vae_trained=72_363_699,
         total=675_183_104, trained=675_183_104, blocks=28, passes=249 + 135, measured=VALIDATION),
@@ -129,7 +129,7 @@ JOBS = [
 def gather(size, gpus, cfg):
     """Seconds of an all-gather, or of a reduce-scatter, of `size` bytes over so many GPUs.
 
-    First between machines, each GPU its own eighth; then inside each machine. An all-reduce is two of them.
+    First between machines, where each GPU sends its eighth; then inside each machine. An all-reduce is two.
     """
     inside = min(gpus, MACHINE)
     machines = gpus / inside
@@ -143,12 +143,12 @@ def sent(size, gpus):
 
 
 def waits(collectives, gpus, cfg):
-    """Seconds that so many collectives wait for their hops, as in a tree."""
+    """Seconds that so many collectives wait for their hops, assuming a tree."""
     return collectives * cfg.latency * 1e-6 * math.log2(gpus)
 
 
 def compute_seconds(job, images, cfg):
-    """(seconds of a step on one GPU for so many of its images, of which in the backward pass)"""
+    """(seconds of a step on one GPU with this many images, seconds of its backward pass)"""
     rate = cfg.peak * 1e12 * cfg.dit / 100
     step = (job.step + job.again) * images / rate
     return step, step - job.forward * images / rate
@@ -157,8 +157,8 @@ def compute_seconds(job, images, cfg):
 def ddp(job, images, gpus, cfg):
     """(bytes sent, seconds of a step) with DistributedDataParallel.
 
-    Gradients, float32, are summed while the backward pass runs; what takes longer, and the last bucket, is
-    waited for.
+    Gradients, float32, are summed while the backward pass runs; only traffic beyond it, and the last bucket,
+    is waited for.
     """
     size = 4 * job.trained
     compute, backward = compute_seconds(job, images, cfg)
@@ -170,19 +170,19 @@ def ddp(job, images, gpus, cfg):
 def fsdp(job, images, gpus, cfg):
     """(bytes sent, seconds of a step) with `--shard=True` (FSDP2).
 
-    All parameters, float32, are gathered for the forward and for the backward pass, frozen ones too;
+    All parameters, float32, frozen ones too, are gathered for the forward and again for the backward pass;
     gradients are scattered. The first block is waited for.
     """
     compute, _ = compute_seconds(job, images, cfg)
     traffic = 2 * gather(4 * job.total, gpus, cfg) + gather(4 * job.trained, gpus, cfg)
-    traffic += waits(3 * 2 * job.blocks, gpus, cfg)                    # adaLN is gathered by itself
+    traffic += waits(3 * 2 * job.blocks, gpus, cfg)                    # adaLN is gathered separately
     first = gather(4 * job.total / job.blocks, gpus, cfg) + waits(1, gpus, cfg)
     bytes_sent = 2 * sent(4 * job.total, gpus) + sent(4 * job.trained, gpus)
     return bytes_sent, compute + max(0.0, traffic - compute) + first
 
 
 def hours(flops, part, cfg):
-    """GPU-hours of so many FLOPs at `part` % of the peak."""
+    """GPU-hours for so many FLOPs at `part` % of the peak."""
     return plan.gpu_hours(flops, part / 100, cfg.peak * 1e12)
 
 
@@ -202,7 +202,7 @@ def assumptions(cfg):
 
 
 def counted(cfg):
-    """What an image costs, in TFLOP and bytes."""
+    """The cost of an image, in TFLOP and bytes."""
     lines = {
         "DA-VAE encodes, TFLOP": lambda job: f"{job.encode / 1e12:.2f}",
         "DA-VAE decodes, TFLOP": lambda job: f"{job.decode / 1e12:.2f}",
@@ -220,18 +220,18 @@ def counted(cfg):
 def stages(job, cfg):
     """[(what, images, FLOPs of transformers, of autoencoders, bytes on disk)] of a job, from raw data on.
 
-    Of the autoencoder and the transformer, three checkpoints: as many as there are while one is written.
+    Autoencoder and transformer count three checkpoints each: as many as exist while one is written.
     """
     run, vae = job.cfg, job.vae_cfg
     images = IMAGENET if job.vae == "imagenet512" else cfg.captioned
     found = [("raw images", 0, 0, 0, images * job.image_bytes(cfg))]
 
-    if run.preset != "sd35m-2048":                                 # for which those of 1,024 pixels serve
+    if run.preset != "sd35m-2048":                                 # it reuses those of 1,024 pixels
         trained_on = vae.batch_size * vae.steps
         saved = 4 * job.vae_total + 8 * job.vae_trained
         found.append((f"`train_vae.py {job.vae}`", trained_on, 0, trained_on * job.vae_step, 3 * saved))
         if job.text:
-            alone = MACHINE * images * job.text                    # on one GPU; the others wait, and are paid
+            alone = MACHINE * images * job.text                    # on one GPU; the others idle, but cost
             found.append(("`sample.py text`", images, alone, 0, images * job.text_bytes))
 
     encoded = images * (1 + run.flip)
@@ -249,7 +249,7 @@ def stages(job, cfg):
 
 
 def runs(job, cfg):
-    """A job's stages on eight GPUs, one after the other."""
+    """A job's stages on eight GPUs, one after another."""
     rows, sums = [], [0.0] * 5
     for what, images, dit, vae, disk in stages(job, cfg):
         numbers = [(hours(dit, of_dit, cfg) + hours(vae, of_vae, cfg)) / MACHINE
@@ -279,7 +279,7 @@ def short(x):
 
 
 def steps(job, cfg):
-    """A step on more and more GPUs, each with as many images as in the preset; or its batch split."""
+    """A step on more and more GPUs, each with as many images as in the preset; or with its batch split."""
     each = job.cfg.batch_size / MACHINE
     rows = []
     for gpus in cfg.gpus:
@@ -295,7 +295,7 @@ def steps(job, cfg):
 
 
 def split(job, gpus, cfg):
-    """Efficiency where the preset's batch is split over so many GPUs."""
+    """Efficiency if the preset's batch is split over so many GPUs."""
     if job.cfg.batch_size % gpus:
         return f"{job.cfg.batch_size} does not divide"
     images = job.cfg.batch_size // gpus
@@ -304,7 +304,7 @@ def split(job, gpus, cfg):
 
 
 def data_sets(job, cfg):
-    """What so many images take: on disk, encoded once, or in every pass over them."""
+    """What data sets of these sizes take: on disk, encoded once, or encoded in every pass over them."""
     rows = []
     for images in cfg.images:
         encode = hours(images * job.encode, cfg.vae, cfg) + hours(images * job.text, cfg.dit, cfg)
@@ -325,7 +325,7 @@ def days(gpu_hours, cfg):
 
 
 def streams(cfg):
-    """What a machine of eight GPUs reads, from the cache and on the fly."""
+    """What a machine with eight GPUs reads, from the cache and on the fly."""
     rows = []
     for job in JOBS:
         train = hours(job.step + job.again, cfg.dit, cfg)
@@ -341,7 +341,7 @@ def streams(cfg):
 
 
 def size_of(count):
-    """Bytes as a person says them; none: nothing."""
+    """Bytes in readable units; "" for none."""
     for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if count >= size:
             return f"{count / size:,.2f} {unit}"

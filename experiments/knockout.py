@@ -1,12 +1,12 @@
-"""Which details does the decoder look at?  One group of Eq. 3 knocked out at a time, and the first k alone.
+"""Which details does the decoder use?  One group of Eq. 3 is knocked out at a time, or only the first k kept.
 
-Group c is the D/C detail channels that are aligned to base channel c. A channel that is left out gets the
-raw z_d = 0 of detail dropout. This takes 2C + 1 decodings of each image.
+Group c is the D/C detail channels that are aligned to base channel c. A channel that is left out is set to
+the raw z_d = 0 of detail dropout. This takes 2C + 1 decodings of each image.
 
     python experiments/knockout.py out/tiny-vae --images=200
 
-Writes knockout.json and knockout.png: the PSNR lost without each group, and the PSNR with the first k of the
-D channels alone.
+Writes knockout.json and knockout.png: the PSNR lost without each group, and the PSNR with only the first k of
+the D channels.
 """
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ def knockout(vae, x, z_all, zero, device="cpu"):
     """(kept, lost), in dB: PSNR with the first 0, 1, ..., C groups; PSNR lost without group 0, ..., C - 1.
 
     x: (N, 3, H, W) in [-1, 1], z_all: (N, C+D, h, w).
-    zero: (1, D, 1, 1), what a detail channel that is left out is set to.
+    zero: (1, D, 1, 1), the values for detail channels that are left out.
     """
     zero = F.pad(zero, (0, 0, 0, 0, vae.C, 0)).to(device)                          # (1, C+D, 1, 1)
     group = torch.arange(-vae.C, vae.D, device=device) // (vae.D // vae.C)    # (C+D,); below 0: base channels

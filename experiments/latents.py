@@ -1,4 +1,4 @@
-"""What do the latents look like?  Fig. 3 of the paper: principal components as colours, beside the images.
+"""What do the latents look like?  Fig. 3 of the paper: principal components as colours, next to the images.
 
     python experiments/latents.py out/tiny-vae --other=out/no-align
 
@@ -17,13 +17,13 @@ from experiments import shared
 
 
 def latents(z, count, size):
-    """The first `count` of latents (N, K, h, w) as colours: (count, 3, H, W), where size is (H, W).
+    """The first `count` of the latents (N, K, h, w) as colours: (count, 3, H, W), where size is (H, W).
 
     Red, green and blue are the first three principal components over all latents and positions, from -2 sigma
     (-1) to 2 sigma (1).
     """
     x = z.movedim(1, 3).double() - z.mean((0, 2, 3))                               # (N, h, w, K)
-    _, directions = torch.linalg.eigh(torch.cov(x.flatten(0, 2).T))         # (K, K), the last are the largest
+    _, directions = torch.linalg.eigh(torch.cov(x.flatten(0, 2).T))         # (K, K), the largest last
     rgb = x @ directions[:, -3:].flip(1)                                           # (N, h, w, 3)
     rgb = rgb / rgb.std((0, 1, 2)) / 2
     return F.interpolate(rgb.movedim(3, 1)[:count].float(), size)

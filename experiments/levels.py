@@ -1,12 +1,12 @@
-"""How good is the image of the first k details?  Fig. 3 of DC-AE 1.5, for a DA-VAE of any training.
+"""How good is an image decoded from the first k details?  Fig. 3 of DC-AE 1.5, for any trained DA-VAE.
 
 Held-out images are decoded with the first 0, C, 2C, ... D details in the order of support/levels.py, one more
-of every group each time, and zero for the others; no decoder is trained for any of these.
+of every group each time, and zero for the others; no decoder is trained for this.
 
     python experiments/levels.py out/tiny-vae --images=200
 
 Writes levels.json (PSNR and SSIM at each level), levels.png and levels_images.png. --other= names a second
-DA-VAE, for example one that was trained with --keep_levels; its numbers stand beside the run's.
+DA-VAE, for example one trained with --keep_levels, to compare.
 """
 import sys
 from dataclasses import dataclass

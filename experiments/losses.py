@@ -20,7 +20,7 @@ from support.figures import read_log
 def losses(folder):
     """{"base", "detail": {curve: [steps, mean (v - v*)^2]}} of a run's log.jsonl: as logged, and smoothed.
 
-    Smoothed: the mean of neighbouring log lines, a fifth of them all; fewer at the ends.
+    Smoothed: the mean over neighbouring log lines, a fifth of all lines; fewer at the ends.
     raises: SystemExit unless it is the log of a DA-VAE run of finetune.py.
     """
     curves = read_log(folder) if (folder / "log.jsonl").exists() else {}

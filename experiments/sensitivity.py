@@ -1,7 +1,7 @@
 """How much does the decoder use the details?  Fig. S2 and Tab. S3 of the paper.
 
-Held-out images are decoded with their true details, with z_d = 0 as in detail dropout, and with noise in
-their place, N(0, I) in normalised units.
+Held-out images are decoded with their true details, with z_d = 0 as in detail dropout, and with noise
+instead, N(0, I) in normalised units.
 
     python experiments/sensitivity.py out/tiny-vae --images=200
 
@@ -25,7 +25,7 @@ from support.config import field
 class Config(shared.Config):
     perceptual: str = field("none", "LPIPS network as a metric", choices=("none", "vgg", "squeeze"))
     lpips_trunk: str = field("", "local weight file of that network; also the trunk of --features=squeeze")
-    features: str = field("auto", "the network of distances; auto: what the other flags and the data allow",
+    features: str = field("auto", "network for distances; auto: what the other flags and the data allow",
                           choices=("auto", "inception", "squeeze", "probe", "none"))
     inception_weights: str = field("", "torch-fidelity's pt_inception-2015-12-05-6726825d.pth")
 

@@ -1,14 +1,14 @@
-"""What all experiments share: the command line, a run with its held-out latents, and where results go.
+"""Shared by all experiments: the command line, a run with its held-out latents, and where results go.
 
-An experiment is one short script that answers one question with numbers and a picture. They are the pattern
-to copy for one of your own:
+An experiment is one short script that answers one question with numbers and a picture. Copy the pattern for
+one of your own:
 
-    1. the docstring: which figure or table, what it answers, the command, what comes out
+    1. the docstring: which figure or table, what it answers, the command, what it writes
     2. one function with the science, which takes tensors or a model and returns numbers or images
     3. main: open the run, call that function, write what it found
 
 Each writes into the run's folder, or into --out=: <name>.json with its settings and numbers, <name>.png with
-its curves, <name>_images.png with its pictures. A run of finetune.py will do for all of them.
+its curves, <name>_images.png with its pictures. A run of finetune.py works for all of them.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -24,30 +24,30 @@ from support.config import field
 @dataclass
 class Config:
     run: str = field("out/tiny-vae", "a run of train_vae.py or finetune.py, or one of its step folders")
-    out: str = field("", "folder for what comes out; empty: the run's")
-    data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on such")
+    out: str = field("", "folder for the results; empty: the run's")
+    data_dir: str = field("", "held-out images; empty: procedural ones, for a run trained on those")
     images: int = field(1000, "held-out images to use, spread over the folder", within=(1, 10_000_000))
-    other: str = field("", "a second DA-VAE to look at, for example one trained with --align=0")
-    weights: str = field("ema", "of a transformer", choices=("ema", "model"))
+    other: str = field("", "a second DA-VAE to compare, for example one trained with --align=0")
+    weights: str = field("ema", "which weights of a transformer", choices=("ema", "model"))
     device: str = field("auto", "auto, cpu or cuda")
 
 
 @dataclass
 class HeldOut:
-    """A run, and what its DA-VAE makes of held-out images; all tensors on the CPU."""
+    """A run, and its DA-VAE's latents of held-out images; all tensors on the CPU."""
     run: evaluate.Run
     x: torch.Tensor                # (N, 3, H, W) in [-1, 1]
     y: torch.Tensor                # (N,)
-    classes: list                  # their names; empty: the images have none
+    classes: list                  # class names; empty: the images have none
     z_all: torch.Tensor            # (N, C+D, h, w), normalised
     groups: dict                   # {"base": z, "detail": z_d, "detail of <other>": the second DA-VAE's z_d}
 
 
 @torch.no_grad()
 def open_run(cfg):
-    """The HeldOut of a run; images that cannot be read are left out and counted.
+    """The HeldOut of a run; images that cannot be read are skipped and counted.
 
-    raises: SystemExit if it, or the second DA-VAE, has no detail channels, or no image can be read.
+    raises: SystemExit if the run or the second DA-VAE has no detail channels, or no image can be read.
     """
     if cfg.out:
         runs.make_folder(cfg.out)
@@ -82,12 +82,12 @@ def zero_details(vae):
 
 
 def write(name, cfg, run, table=None, panels=None, pictures=None, **settings):
-    """Print and write what an experiment found.  Returns the content of <name>.json.
+    """Print and write the results of an experiment.  Returns the content of <name>.json.
 
     table: {row: {column: number}}.
     panels: curves, each panel (x label, y label, line style, {curve: [x, y]}).
     pictures: {row: images (n, 3, H, W) in [-1, 1]}, the same n in each.
-    settings: what the numbers depend on beside cfg and the run.
+    settings: what else the numbers depend on, besides cfg and the run.
     """
     folder = Path(cfg.out or cfg.run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def write(name, cfg, run, table=None, panels=None, pictures=None, **settings):
 
 
 def start(main, Config=Config):
-    """Run an experiment's main with the Config that its command line gives."""
+    """Run an experiment's main with a Config from the command line."""
     if Config.__module__ == __name__:                  # --help prints the docstring of the Config's module
         Config = type("Config", (Config,), {"__module__": main.__module__})
     try:

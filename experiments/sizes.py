@@ -1,20 +1,20 @@
 """Is a DA-VAE as good on whole images as on crops?  How far it is behind its base VAE, by size.
 
-Each image is looked at in crops, whole, halved, and, with --tiled=, repeated by mirrors until it is so large:
+Each image is measured in crops, whole, halved, and, with --tiled=, repeated by mirroring to that size:
 
     base only     the base channels alone, bicubically enlarged
-    closed form   the run's step 0, if it began so and still has it (--save_every=0 keeps it)
+    closed form   the run's step 0, if it began in closed form and still has it (--save_every=0 keeps it)
     trained       the run
-    <other>       another DA-VAE of that base, by its folder: --other=out/photos-quick-vae, the start alone
-    full size     the base VAE on all pixels, r^2 times the positions: what the closed form takes details from
+    <other>       another DA-VAE on that base, named by its folder: --other=out/photos-quick-vae, just a start
+    full size     the base VAE on all pixels, r^2 times the positions: the closed form's source of details
 
-A model that learned the size of its training images as well is further behind full size at other sizes.
+A model that has also learned the size of its training images is further behind full size at other sizes.
 
     python experiments/sizes.py out/tiny-vae --sizes=32,0 --images=100
 
-Writes sizes.json (of each size and decoding the mean over crops; dB behind full size, ratio to its LPIPS) and
-sizes_images.png (the same pixels, in the middle of the first images, from three of the sizes). With
---sizes=48,0 --tiled=256 it is the picture of docs/closed_form.md.
+Writes sizes.json (for each size and decoding, means over crops; dB behind full size, ratio to its LPIPS) and
+sizes_images.png (the same pixels, in the middle of the first images, at three of the sizes). With
+--sizes=48,0 --tiled=256, it is the picture in docs/closed_form.md.
 """
 import sys
 from dataclasses import dataclass
@@ -40,17 +40,17 @@ from train_vae import reconstruct
 class Config(shared.Config):
     sizes: tuple = field((64, 128, 256, 512, 0), "sides of crops in pixels; 0: whole images as they are",
                          within=(0, 16_384), count=(1, 12))
-    halvings: int = field(2, "also whole images halved, up to so many times", within=(0, 6))
-    tiled: int = field(0, "also whole images repeated to squares of this side; 0: not", within=(0, 16_384))
+    halvings: int = field(2, "also whole images halved, up to this many times", within=(0, 6))
+    tiled: int = field(0, "also whole images repeated to squares of this side; 0: off", within=(0, 16_384))
     shown: int = field(2, "images in the picture", within=(0, 100))
     lpips_trunk: str = field("", "local weight file of SqueezeNet, to measure LPIPS as well")
-    dtype: str = field("auto", "of the VAEs' products", choices=("auto", "float32", "bfloat16"))
+    dtype: str = field("auto", "of the VAEs' matrix products", choices=("auto", "float32", "bfloat16"))
 
 
 def views(x, cfg, f, least):
     """One image (1, 3, H, W) at each size: {size: (n, 3, h, w)}, sides multiples of f and at least `least`.
 
-    A size for which the image is too small or, tiled, too large is left out.
+    Sizes for which the image is too small or, tiled, too large are left out.
     """
     found = {str(side): crops(x, side) for side in cfg.sizes if side}
     if 0 in cfg.sizes:
@@ -66,9 +66,9 @@ def views(x, cfg, f, least):
 
 
 def crops(x, side):
-    """As many as fit side by side around the middle: (1, 3, H, W) -> (n, 3, side, side), n perhaps 0.
+    """As many crops as fit side by side around the middle: (1, 3, H, W) -> (n, 3, side, side), n perhaps 0.
 
-    Their numbers in both directions are odd, so crop n // 2 is in the middle.
+    There are an odd number of rows and of columns, so crop n // 2 is in the middle.
     """
     H, W = [pixels // side - (pixels // side + 1) % 2 for pixels in x.shape[2:]]
     if min(H, W) < 1:
@@ -78,14 +78,14 @@ def crops(x, side):
 
 
 def middle(x, height, width):
-    """(B, 3, H, W) -> (B, 3, height, width), in one piece."""
+    """(B, 3, H, W) -> (B, 3, height, width), contiguous."""
     top = (x.shape[2] - height) // 2
     left = (x.shape[3] - width) // 2
     return x[:, :, top:top + height, left:left + width].contiguous()
 
 
 def tiled(x, side):
-    """An image amid its mirror images: (1, 3, H, W) -> (1, 3, side, side); none if it is larger."""
+    """An image surrounded by its mirror images: (1, 3, H, W) -> (1, 3, side, side); none if it is larger."""
     H, W = x.shape[2:]
     if max(H, W) > side:
         return x[:0]
@@ -97,7 +97,7 @@ def tiled(x, side):
 
 @torch.no_grad()
 def decodings(vae, others, dtype, x):
-    """{name: what became of x (B, 3, H, W)}, in [-1, 1].   others: {name: DAVAE}, decoded besides"""
+    """{name: x (B, 3, H, W) decoded}, in [-1, 1].   others: {name: DAVAE}, further decodings"""
     rows = {}
     with ranks.autocast(dtype, x.device):
         rows["base only"], trained = reconstruct(vae, x)
@@ -109,9 +109,9 @@ def decodings(vae, others, dtype, x):
 
 
 def measure(decode, found, lpips, scores):
-    """Add an image's to scores, {size: {name: [(n, 2 or 3)]}}; over 512 pixels one view at a time.
+    """Add an image's scores to `scores`, {size: {name: [(n, 2 or 3)]}}; above 512 pixels, one view at a time.
 
-    returns {size: {name: (1, 3, h, w)}}: the crop in the middle, decoded, and as "input" itself
+    returns {size: {name: (1, 3, h, w)}}: the middle crop, decoded, and as "input" itself
     """
     shown = {}
     for size, view in found.items():
@@ -128,7 +128,7 @@ def measure(decode, found, lpips, scores):
 
 
 def summarise(scores):
-    """The table {"size, name": numbers}, each a mean over all crops, of the scores that `measure` made."""
+    """The table {"size, name": numbers}, means over all crops of the scores from `measure`."""
     table = {}
     for size, rows in scores.items():
         means = {name: torch.cat(parts).mean(0).tolist() for name, parts in rows.items()}
@@ -143,7 +143,7 @@ def summarise(scores):
 
 
 def strips(shown, side):
-    """{size: {name: (1, 3, side, side)}}: the same pixels of what `measure` gave, at three sizes of all."""
+    """{size: {name: (1, 3, side, side)}}: the same pixels of `measure`'s result, at three of the sizes."""
     sizes = [size for size, rows in shown.items() if "/" not in size and min(rows["input"].shape[2:]) >= side]
     found = {}
     for k in sorted({0, len(sizes) // 2, len(sizes) - 1} if sizes else ()):
@@ -152,7 +152,7 @@ def strips(shown, side):
 
 
 def draw(pictures, path):
-    """The `strips` of some images as one picture: for each size a row per image, a column per decoding."""
+    """Draw the `strips` of some images: for each size a row per image, a column per decoding."""
     cells = {}
     for size in pictures[0]:
         for i, found in enumerate(pictures):
@@ -165,7 +165,7 @@ def draw(pictures, path):
 
 
 def others(run, other):
-    """{name: DAVAE} beside the run: the closed form that it began with, if it still has it, and --other."""
+    """{name: DAVAE} to compare: the closed form that the run began with, if it still has it, and --other."""
     found = {}
     step = run_folder(run.folder) / "step_000000"
     if run.dit is None and run.config["config"].get("fit") == "closed" and step.exists():
@@ -179,7 +179,7 @@ def others(run, other):
 
 
 def images_of(run, cfg):
-    """Held-out images one by one, (1, 3, H, W); files at their own size, cut to multiples of the VAE's f."""
+    """Held-out images one by one, (1, 3, H, W); files at their own size, cropped to multiples of f."""
     dataset, index = evaluate.held_out(run, cfg.data_dir, cfg.images)
     for batch, _, _ in data.read(dataset, index, run.vae.f if dataset.paths else 0):
         yield from batch.split(1)
@@ -208,7 +208,7 @@ def main(cfg):
         if len(pictures) < cfg.shown and shown and (not pictures or shown.keys() == pictures[0].keys()):
             pictures.append(shown)
     if not scores:
-        raise SystemExit(f"{cfg.data_dir}: no image can be read and is as large as one of --sizes; give less")
+        raise SystemExit(f"{cfg.data_dir}: no readable image is as large as any of --sizes; give less")
     table = shared.write("sizes", cfg, run, summarise(scores))
     if pictures:
         draw(pictures, Path(cfg.out or cfg.run) / "sizes_images.png")

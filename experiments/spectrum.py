@@ -1,10 +1,10 @@
 """Do the details have the spatial structure of the base latent, or are they noise?  Fig. S5 of the paper.
 
-The power of base and detail latents against spatial frequency: white noise is flat, images fall off.
+The power of base and detail latents by spatial frequency: white noise is flat, images fall off.
 
     python experiments/spectrum.py out/tiny-vae --other=out/no-align
 
-Writes spectrum.json and spectrum.png, one curve for the base, the details, and those of the second DA-VAE.
+Writes spectrum.json and spectrum.png: one curve each for base, details, and the second DA-VAE's details.
 """
 import sys
 from pathlib import Path
@@ -19,9 +19,9 @@ from experiments import shared
 def spectrum(z):
     """Radially averaged power of latents (N, K, h, w): [frequencies, power at them].
 
-    Frequencies are in cycles per latent pixel. Each image's channel loses its mean; each channel's power,
-    averaged over images, is normalised to a mean of 1 over the frequencies left (white noise: 1 everywhere);
-    then rings of width 1 / min(h, w), up to 1/2, and channels are averaged.
+    Frequencies are in cycles per latent pixel. The mean is subtracted per image and channel; each channel's
+    power, averaged over images, is normalised to a mean of 1 over the other frequencies (white noise: 1
+    everywhere); then it is averaged over channels and over rings of width 1 / min(h, w), up to 1/2.
     """
     h, w = z.shape[2:]
     side = min(h, w)

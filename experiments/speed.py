@@ -1,11 +1,11 @@
-"""What fewer tokens give: FLOPs and seconds of a transformer's pass, at 1, 4 and 16 times the tokens.
+"""What fewer tokens save: FLOPs and seconds of a transformer's forward pass at 1, 4 and 16 times the tokens.
 
     python experiments/speed.py                        # LightningDiT-XL/1 at 2,048 pixels; 5 minutes on a CPU
 
-The same image of a VAE of f16, in three ways: the VAE's own latent (16 times the tokens), a DA-VAE with
-r = 2 (4 times), and with r = 4 (once). Counted is the whole transformer; timed are its first blocks, on
-random weights, and multiplied, which leaves out the ends: a thousandth of the FLOPs. Attention grows with the
-square of the tokens, so at this size 16 times the tokens cost more than 16 times the seconds.
+The same image with an f16 VAE, in three ways: the VAE's own latent (16 times the tokens), a DA-VAE with
+r = 2 (4 times), and one with r = 4 (once). FLOPs are counted for the whole transformer. Only its first blocks
+are timed, with random weights, and scaled up; this omits the ends, a thousandth of the FLOPs. Attention grows
+with the square of the tokens, so at this size 16 times the tokens cost more than 16 times the seconds.
 
 Writes speed.json to --out.
 """
@@ -29,16 +29,16 @@ from support.config import field
 
 @dataclass
 class Config:
-    out: str = field("out", "folder for what comes out")
-    image_size: int = field(2048, "pixels", within=(64, 16_384))
-    blocks: int = field(2, "blocks that are timed, of the 28", within=(1, 28))
-    repeats: int = field(3, "passes of each, of which the median counts", within=(1, 100))
+    out: str = field("out", "folder for the results")
+    image_size: int = field(2048, "pixels a side", within=(64, 16_384))
+    blocks: int = field(2, "blocks to time, of the 28", within=(1, 28))
+    repeats: int = field(3, "passes of each; the median counts", within=(1, 100))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = field("auto", "of products in autocast", choices=("auto", "float32", "bfloat16"))
+    dtype: str = field("auto", "of matrix products", choices=("auto", "float32", "bfloat16"))
 
 
 def flops(sizes):
-    """Of a forward pass of one image, with all blocks."""
+    """FLOPs of a forward pass of one image, with all blocks."""
     with torch.device("meta"):
         model = LightningDiT(sizes)
         forward, _, _ = cost(model, inputs(sizes))
@@ -53,13 +53,13 @@ def inputs(sizes):
 
 @torch.no_grad()
 def seconds(sizes, cfg, device):
-    """Of a forward pass of one image: medians over repeats of `blocks` blocks, times all of them."""
+    """Seconds of a forward pass of one image: the median for `blocks` blocks, scaled to all of them."""
     model = LightningDiT(replace(sizes, depth=cfg.blocks)).to(device).eval()
     if ranks.in_bfloat16(cfg.dtype, device):
-        for_sampling(model)                                        # weights are rounded once, as in sample.py
+        for_sampling(model)                                        # rounds the weights once, as in sample.py
     batch = [x.to(device) for x in inputs(sizes)]
     times = []
-    for _ in range(cfg.repeats + 1):                               # the first is slower, and left out
+    for _ in range(cfg.repeats + 1):                               # the first is slower and not counted
         since = time.time()
         with ranks.autocast(cfg.dtype, device):
             v = model(*batch)

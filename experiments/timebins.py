@@ -1,11 +1,11 @@
 """At which times is the velocity of the details hard to predict, and that of the base?
 
 The mean (v - v*)^2 of base and detail channels by time t, on held-out latents: t is uniform in each bin, and
-each latent is seen once in each. It takes apart what Fig. S3 (experiments/losses.py) averages over t.
+each latent is used once per bin. This resolves what Fig. S3 (experiments/losses.py) averages over t.
 
     python experiments/timebins.py out/tiny --images=500
 
-Writes timebins.json and timebins.png. The run is a class-conditional one of finetune.py.
+Writes timebins.json and timebins.png. The run must be a class-conditional one of finetune.py.
 """
 import sys
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def main(cfg):
         raise SystemExit(f"{cfg.run}: wanted a class-conditional run of finetune.py, and held-out images of "
                          "its classes")
     if not run.dit.cfg.D:
-        raise SystemExit(f"{cfg.run}: its transformer makes no details; wanted one that was widened by them")
+        raise SystemExit(f"{cfg.run}: its transformer makes no details; wanted one widened by some")
     curves = timebins(run.dit, held.z_all, held.y, run.vae.C, cfg.bins, run.device)
     xlabel = f"time t, bins of {1 / cfg.bins:.3g} (0: noise, 1: data)"
     return shared.write("timebins", cfg, run, panels=[(xlabel, "mean (v - v*)^2", "o-", curves)])

@@ -1,10 +1,10 @@
-"""Do the details arrange the images as the base latents do?  Fig. 3 of the paper: t-SNE, coloured by class.
+"""Do the details arrange images as the base latents do?  Fig. 3 of the paper: t-SNE, coloured by class.
 
     python experiments/tsne.py out/tiny-vae --other=out/no-align
 
-Writes tsne.json: how often a latent's nearest neighbour is of the same class; and tsne.png: a panel for the
-base latents, the details, and those of a second DA-VAE, each with its own axes. A DA-VAE without
-alignment is made by `python train_vae.py tiny --align=0 --out=out/no-align`.
+Writes tsne.json: how often a latent's nearest neighbour is of the same class; and tsne.png: a panel each for
+the base latents, the details, and a second DA-VAE's details, each with its own axes. This trains a DA-VAE
+without alignment: `python train_vae.py tiny --align=0 --out=out/no-align`.
 """
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def tsne(z, y):
 def main(cfg):
     held = shared.open_run(cfg)
     if len(held.x) < 2:
-        raise SystemExit(f"--images={cfg.images}: {len(held.x)} can be read, neighbours are at least 2")
+        raise SystemExit(f"--images={cfg.images}: {len(held.x)} can be read, neighbours need at least 2")
     table, panels = {}, []
     for name, z in held.groups.items():
         points, same = tsne(z, held.y)

@@ -1,29 +1,29 @@
-"""What every kernel file needs: which variant computes an operation, and how not to import Triton too early.
+"""Shared by all kernel files: which variant computes an operation, and how not to import Triton too early.
 
 Environment variable KERNELS:
-    auto      the default. On CUDA each operation is tried once, at the sizes of the model at hand, before it
-              is trained or sampled from, and what is right and fastest is used from then on: choose.py.
-              What was not tried, and everything on a CPU, is plain PyTorch
+    auto      the default. On CUDA, before a model is trained or sampled from, each operation is tried once at
+              the model's sizes, and the fastest correct variant is used from then on: choose.py.
+              Operations that were not tried, and everything on a CPU, run in plain PyTorch
     ref       plain PyTorch, the specifications
     triton    all kernels, untried: on CUDA; on the CPU, where they are interpreted (TRITON_INTERPRET=1); on
               "meta", where they are only counted
 
-How to read a kernel. It is one short function that a GPU runs thousands of times at once. Each run, a
-"program", asks which part of the result is its own, loads what that part takes, computes, and stores:
+How to read a kernel. It is one short function that a GPU runs thousands of times in parallel. Each run, a
+"program", finds out which part of the result it owns, loads the inputs of that part, computes, and stores:
 
     row = tl.program_id(0)                which program this is
     e = tl.arange(0, BLOCK)               a "tile", the indices 0 .. BLOCK - 1; its sides are powers of two
-    inside = e < E                        its mask: which of these indices the tensor has
-    at = row * E + e                      where they stand in memory; a kernel knows no shapes
+    inside = e < E                        its mask: which of these indices exist in the tensor
+    at = row * E + e                      their offsets in memory; a kernel knows no shapes
     x = tl.load(x_ptr + at, inside, 0.0)  a tile of values, zeros outside; x_ptr is the tensor's address
     tl.store(y_ptr + at, x, inside)       writes them, and nothing outside
 
-    E: tl.constexpr                       what is in capitals is compiled in: another number, another kernel
+    E: tl.constexpr                       constants in capitals are compiled in: another value, another kernel
     ACC                                   the dtype of the arithmetic, float32; the tensors may be bfloat16
     kernel[grid](arguments)               launches one program for each point of the grid
 
-Tiles live in registers: what happens between loads and stores costs no memory traffic. That is the gain,
-because what stands between matrix products is limited by the bytes it moves and not by its arithmetic.
+Tiles live in registers: work between loads and stores costs no memory traffic. That is the gain, because the
+operations between matrix products are limited by the bytes they move and not by their arithmetic.
 """
 import contextlib
 import functools
@@ -46,24 +46,24 @@ FLOPS = {}
 
 @dataclass
 class Operation:
-    """What choose.py knows of an operation."""
+    """What choose.py knows about an operation."""
     name: str
     ref: object                # the specification
     variants: dict             # name -> function: "plain", "kernel" and whatever else computes the same
-    images: int                # so many of the first arguments have one row for each image
-    takes: object              # arguments -> whether the kernel is made for these
-    chosen: dict = field(default_factory=dict)     # what `key` says of the first argument -> a variant
+    images: int                # how many of the first arguments have one row per image
+    takes: object              # arguments -> whether the kernel supports them
+    chosen: dict = field(default_factory=dict)     # `key` of the first argument -> a variant
 
 
 OPERATIONS = {}                # name -> Operation
-WATCH = None                   # while choose.py watches a model: what is called after each operation
+WATCH = None                   # called after each operation, while choose.py watches a model
 
 
 def operation(ref=None, images=1, plain=None, takes=None, **others):
-    """Decorator: a kernel becomes the operation, which is computed by one of its variants, see KERNELS.
+    """Decorator: turns a kernel into an operation that one of its variants computes, see KERNELS.
 
-    ref:    the specification; without one it is what is decorated, and `others` are all there is besides
-    plain:  what is used in place of the kernel, if that is not the specification
+    ref:    the specification; without one, the decorated function is it, and only `others` are added
+    plain:  what is used instead of the kernel, if not the specification
     """
 
     def register(function):
@@ -93,18 +93,18 @@ def operation(ref=None, images=1, plain=None, takes=None, **others):
 
 
 def key(x):
-    """What a choice goes by, of an operation's first argument. The batch is not part of it."""
+    """What a choice depends on: device, dtype and shape of the first argument, except its batch size."""
     return x.device.type, x.dtype, *x.shape[1:]
 
 
 def forced(x):
-    """KERNELS=triton, where that is possible."""
+    """Is it KERNELS=triton, where Triton can run?"""
     return KERNELS == "triton" and (x.is_cuda or x.is_meta or INTERPRETED)
 
 
 @contextlib.contextmanager
 def specifications():
-    """In here everything is plain PyTorch: for what must be equal to the last bit."""
+    """A context in which everything is plain PyTorch: for results that must be equal to the last bit."""
     global KERNELS
     before = KERNELS
     KERNELS = "ref"
@@ -118,7 +118,7 @@ def specifications():
 
 
 class jit:
-    """Decorator: triton.jit at the first launch; until then `tl` in the kernel's file is only a name."""
+    """Decorator: triton.jit at the first launch; until then, `tl` in the kernel's file is only a name."""
 
     def __init__(self, fn):
         self.fn = fn
@@ -136,16 +136,16 @@ class jit:
             names = self.fn.__globals__
             names["tl"] = triton.language
             for name in set(self.fn.__code__.co_names) & names.keys():
-                if isinstance(names[name], jit):           # a function that this kernel calls
+                if isinstance(names[name], jit):           # a function that the kernel calls
                     names[name] = names[name].compile()
             self.compiled = triton.jit(self.fn)
         return self.compiled
 
 
 def operator(schema, shapes):
-    """Decorator: fill(*outputs, *inputs), which launches kernels, becomes torch.ops.davae.<schema>.
+    """Decorator: turns fill(*outputs, *inputs), which launches kernels, into torch.ops.davae.<schema>.
 
-    shapes(*inputs) makes the outputs, empty. Autograd and torch.compile see one operator, nothing inside it.
+    shapes(*inputs) makes the empty outputs. Autograd and torch.compile see one opaque operator.
     """
     name, parenthesis, rest = schema.partition("(")
 
@@ -171,17 +171,17 @@ def operator(schema, shapes):
 
 
 def cdiv(n, size):
-    """How many blocks of this size it takes to cover n."""
+    """How many blocks of this size cover n."""
     return -(-n // size)
 
 
 def power_of_2(n):
-    """The smallest power of two that is not below n: what tl.arange can count."""
+    """The smallest power of two that is at least n: the only sizes that tl.arange takes."""
     return 1 << (n - 1).bit_length()
 
 
 def precision(*tensors):
-    """The dtype kernels compute in: float32, or float64 if any tensor is (gradcheck)."""
+    """The dtype that kernels compute in: float32, or float64 if any tensor is (gradcheck)."""
     import triton.language as tl
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
 
@@ -197,7 +197,7 @@ def contiguous_rows(t):
 
 
 def pointer(t, unused):
-    """t, contiguous. A kernel takes a pointer even to what there is not: if t is None, `unused` stands in."""
+    """t, contiguous. A kernel needs a pointer even for a missing tensor: if t is None, it gets `unused`."""
     return unused if t is None else t.contiguous()
 
 
@@ -205,14 +205,14 @@ def pointer(t, unused):
 
 
 def cost(model, inputs):
-    """What a forward and backward pass costs, counted by running `model(*inputs)`.
+    """The cost of a forward and backward pass, counted by running `model(*inputs)`.
 
-    On the meta device that takes neither memory nor time.
+    On the meta device, this takes neither memory nor time.
     returns: FLOPs of the forward pass, FLOPs of both passes (2 per multiply-add), and how many numbers are
-             kept for the backward pass, parameters not counted
+             kept for the backward pass, not counting parameters
     """
     from torch.utils.flop_counter import FlopCounterMode   # here, because it imports triton
-    kept = {}                                              # storage -> numbers: kept twice counts once
+    kept = {}                                              # storage -> numbers: shared storage counts once
 
     def keep(x):
         kept[storage(x)] = x.numel()

@@ -1,28 +1,28 @@
-"""Attention over a short sequence, from the qkv Linear's output to the next Linear's input, with no copies.
+"""Attention over a short sequence, from the qkv Linear's output to the next Linear's input, without copies.
 
     q, k = norm and rotation of each head, as in qknorm_rope.py
     out  = softmax(q k^T / sqrt(K)) v                            N <= 256 tokens
 
-One kernel, in which all keys and values of a head stay on the chip, so that no running softmax is needed.
+One kernel keeps all keys and values of a head on the chip, so no running softmax is needed.
 Libraries pad K = 72, LightningDiT-XL's head width, to 96 or 128. Here a width is split into a power of two
-and the rest, 64 + 16 (of which 8 are zeros): each product over K becomes two, and 72 costs as much as 80.
+and the rest, 64 + 16 (8 of the 16 are zeros): each product over K becomes two, and 72 costs as much as 80.
 
 Shapes:    qkv (B, N, 3, A, K), any strides with the last one 1;  weights (K,) or None;
            cos, sin (N, K) float32 or None  ->  out (B, N, A, K)
 Used by:   dit.Attention. For more tokens than LightningDiT's 256, `separately`: qknorm_rope and then `sdpa`,
-           PyTorch's attention by the backend that was measured to be the fastest (choose.py).
-Rounding:  q, k once, after the rotation; scores and softmax in float32;
-           the probabilities to v's dtype for the second product.
+           PyTorch's attention with the backend that was measured to be the fastest (choose.py).
+Rounding:  q, k once, after the rotation; scores and softmax are float32;
+           the probabilities are rounded to v's dtype for the second product.
 Bytes, U = B*N*A*K elements:
-    forward   reads q, k, v, writes out: 4 U; nothing else is kept for the backward. Separate operations: 10 U
-    backward  first for blocks of queries: reads q, k, v, dout, writes dq and three numbers per query;
-              then for blocks of keys: reads the same, writes dk, dv.
+    forward   reads q, k, v, writes out: 4 U; saves nothing else for the backward. Separate operations: 10 U
+    backward  first by blocks of queries: reads q, k, v, dout, writes dq and three numbers per query;
+              then by blocks of keys: reads the same, writes dk, dv.
               11 U, if a head's blocks find its tensors in the cache. Separate operations: 25 U
-    Norm and rotation are computed again for each block that needs them: 2 to 4 % of its products' arithmetic.
-Measured:  not run on a GPU. As compiled for Hopper in bfloat16 (Triton 3.9, K = 72, N = 256, no norm), the
-           forward takes 192 registers in 4 warps, so that two programs share a multiprocessor; the backward
-           takes all 255 in 8 warps and keeps 0.2 (queries) and 0.3 kB (keys) per thread in local memory. With
-           norm and rotation the forward takes 255, too, and keeps 0.4 kB (Triton 3.6).
+    Norm and rotation are recomputed for each block that needs them: 2 to 4 % of its products' arithmetic.
+Measured:  not run on a GPU. Compiled for Hopper in bfloat16 (Triton 3.9, K = 72, N = 256, no norm), the
+           forward uses 192 registers in 4 warps, so that two programs share a multiprocessor; the backward
+           uses all 255 in 8 warps and spills 0.2 (queries) and 0.3 kB (keys) per thread to local memory. With
+           norm and rotation the forward also uses 255, and spills 0.4 kB (Triton 3.6).
 """
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ if TYPE_CHECKING:                                          # else at the first l
 
 BLOCK = 64         # queries of a program; keys, for dk and dv
 MAX_N = 256        # tokens: a tile of BLOCK x 256 scores in float32 still fits into the registers
-# In float32, whose products are no tensor core's: 256 compiles for minutes, to 288 kB of shared memory of 227
-# (Triton 3.7.1, the gradients of keys).
+# In float32, without tensor cores: 256 compiles for minutes and then needs 288 kB of shared memory, where
+# there are 227 (Triton 3.7.1, the gradients of keys).
 MAX_N_FLOAT32 = 64
 MIN_K = 17         # channels: both parts are at least 16, the smallest product of the tensor cores
-MAX_K = 128        # q, k, v and dout of a head must find room on the chip
+MAX_K = 128        # q, k, v and dout of a head must fit on the chip
 
 
-# ---------------------------------------------------------------- PyTorch's attention, by any of its backends
+# ---------------------------------------------------------------- PyTorch's attention, any of its backends
 
 
 def by(backend):
-    """PyTorch's attention, by this backend alone.  raises: RuntimeError where it does not take the shapes"""
+    """PyTorch's attention with this backend only.  raises: RuntimeError if it does not support the shapes"""
 
     def attend(q, k, v):
         with sdpa_kernel(backend):
@@ -66,7 +66,7 @@ def by(backend):
     images=3, flash=by(SDPBackend.FLASH_ATTENTION), cudnn=by(SDPBackend.CUDNN_ATTENTION),
     efficient=by(SDPBackend.EFFICIENT_ATTENTION), math=by(SDPBackend.MATH))
 def sdpa(q, k, v):
-    """softmax(q k^T / sqrt(K)) v, three (B, A, N, K) -> (B, N, A, K), by the backend that PyTorch takes."""
+    """softmax(q k^T / sqrt(K)) v, three (B, A, N, K) -> (B, N, A, K), with the backend that PyTorch picks."""
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -81,19 +81,19 @@ def attention_ref(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
 
 
 def separately(qkv, q_weight=None, k_weight=None, cos=None, sin=None):
-    """What computes it where the kernel does not: norm and rotation, then PyTorch's attention."""
+    """Used where the kernel is not: norm and rotation, then PyTorch's attention."""
     return sdpa(*qknorm_rope(qkv, q_weight, k_weight, cos, sin))
 
 
 def takes(qkv, *_):
-    """Is this kernel made for so many tokens of this precision, and for heads of this width?"""
+    """Does the kernel support this many tokens at this precision, and heads of this width?"""
     most = MAX_N if INTERPRETED or qkv.element_size() == 2 else MAX_N_FLOAT32
     return qkv.shape[1] <= most and MIN_K <= qkv.shape[4] <= MAX_K
 
 
 # ---------------------------------------------------------------- Triton: rows of a head
-# Every tile of q, k, v and of their gradients is two: x1, the first K1 channels, and x2, the K2 of the rest.
-# `row` holds the numbers of the rows, (ROWS, 1). Rows from N on, channels from K on: zeros, never written.
+# Every tile of q, k, v and of their gradients is a pair: x1, the first K1 channels, and x2, K2 for the rest.
+# `row` holds the row indices, (ROWS, 1). Rows from N on and channels from K on are zero and never written.
 
 
 @jit
@@ -108,7 +108,7 @@ def _load(
     x_ptr, row, stride,
     N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, UP: tl.constexpr,
 ):
-    """Both parts of these rows, (ROWS, K1) and (ROWS, K2); in the dtype UP, if there is one."""
+    """Both parts of these rows, (ROWS, K1) and (ROWS, K2); in the dtype UP, if given."""
     c1 = tl.arange(0, K1)[None, :]
     c2 = K1 + tl.arange(0, K2)[None, :]
     x1 = tl.load(x_ptr + row * stride + c1, row < N, 0.0)
@@ -139,7 +139,7 @@ def _dot(a1, a2, b1, b2, ACC: tl.constexpr):
 
 @jit
 def _times(p, x1, x2, ACC: tl.constexpr):
-    """p x, both parts of the channels."""
+    """p x, for both parts of the channels."""
     y1 = tl.dot(p, x1, input_precision="ieee", out_dtype=ACC)
     y2 = tl.dot(p, x2, input_precision="ieee", out_dtype=ACC)
     return y1, y2
@@ -147,7 +147,7 @@ def _times(p, x1, x2, ACC: tl.constexpr):
 
 @jit
 def _sum(x1, x2):
-    """Over all channels: (ROWS, 1)."""
+    """Sum over all channels: (ROWS, 1)."""
     return tl.sum(x1, axis=1, keep_dims=True) + tl.sum(x2, axis=1, keep_dims=True)
 
 
@@ -180,7 +180,7 @@ def _store_qk(
     ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr,
 ):
-    """Gradients of such rows, back through rotation and norm; and this program's share in dweight.
+    """Gradients of such rows, back through rotation and norm; and this program's share of dweight.
 
     With u = weight * n and n = r x:
     dweight = sum over rows of du * n,  dn = weight * du,  dx = r (dn - n mean(dn * n))
@@ -212,8 +212,8 @@ def _store_qk(
 
 
 # ---------------------------------------------------------------- Triton: forward and backward
-# In each kernel m numbers the BLOCK rows of the program, n all N tokens (BLOCK_N, a power of two).
-# Strides are qkv's, (B, N, 3, A, K): of an image, a token, from q to k to v, and of a head.
+# In each kernel, m indexes the program's BLOCK rows, and n all N tokens (BLOCK_N, a power of two).
+# Strides are those of qkv, (B, N, 3, A, K): of an image, a token, from q to k to v, and of a head.
 
 
 @jit
@@ -338,7 +338,7 @@ def _backward_keys(
         stride_b, stride_n, stride_part, stride_a, A, BLOCK_N, BLOCK,
         N, K, K1, K2, EPS, NORM, ROPE, UP, ACC)
 
-    # p and ds from each query's three numbers; 0 past the last query, and key
+    # p and ds from each query's three numbers; 0 past the last query and the last key
     s = _dot(k1, k2, q1, q2, ACC)                          # (BLOCK, BLOCK_N)
     dp = _dot(v1, v2, dout1, dout2, ACC)
     s = tl.where(m < N, s * scale, -float("inf"))
@@ -368,7 +368,7 @@ def _grid(qkv):
 
 
 def _sizes(qkv, q_weight, cos):
-    """What all kernels are compiled for: strides too, see qknorm_rope.py."""
+    """The constants that all kernels are compiled for, strides included, see qknorm_rope.py."""
     _, N, _, A, K = qkv.shape
     _, stride_n, stride_part, stride_a, _ = qkv.stride()
     K1 = power_of_2(K) // 2                            # the largest power of two below K
@@ -414,7 +414,7 @@ def _op_backward(dqkv, dweights, dout, qkv, q_weight, k_weight, cos, sin):
 
     grid = _grid(qkv)
     programs = grid[0] * grid[1]
-    stats = dweights.new_empty(3, B, A, N)                 # top, part, delta: from the first to the second
+    stats = dweights.new_empty(3, B, A, N)                 # top, part, delta: from one kernel to the other
     partial = dweights.new_empty(2, programs, K if sizes["NORM"] else 0)
     _backward_queries[grid](
         qkv, *tables, dout, dqkv, partial[0], *stats, K**-0.5, qkv.stride(0), **sizes, num_warps=8)
@@ -429,7 +429,7 @@ def _save(ctx, inputs, output):
 
 
 def _grads(ctx, dout):
-    """Gradients of qkv, q_weight, k_weight, cos, sin; the tables have none."""
+    """Gradients of qkv, q_weight, k_weight, cos, sin; None for the tables."""
     qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
     dqkv, dweights = _op_backward(dout, qkv, q_weight, k_weight, cos, sin)
     dq_weight = None if q_weight is None else dweights[0].to(q_weight.dtype)
@@ -447,7 +447,7 @@ def _flops(qkv, *_, **__):
 
 
 def _flops_backward(dout, qkv, *_, **__):
-    """Four products; scores that are computed again are not counted, as PyTorch does not count its own."""
+    """Four products; recomputed scores are not counted, as PyTorch does not count its own."""
     B, N, _, A, K = qkv
     return 8 * B * N**2 * A * K
 

@@ -1,21 +1,21 @@
-"""Nine minutes on a GPU: are the kernels right, what do they and the models take, which goals are met.
+"""Nine minutes on a GPU: are the kernels correct, how fast are they and the models, which goals are met.
 
     python -m kernels.bench [--out=bench.json] [--only=sampling]
     python -m kernels.bench --device=cpu             something else: peers.py, ours against others on a CPU
     python -m kernels.bench --rehearse               on a CPU, at toy size: its times mean nothing
 
 In this order: the tests marked `gpu` (their last line is a row of the table); operations, each kernel against
-its specification and that compiled; 200 training steps of LightningDiT-XL/1 at batch 128, of each variant;
-sampling with SD3.5 Medium's sizes; a verdict on each goal of goals.py. Random weights and data.
+its specification, plain and compiled; 200 training steps of LightningDiT-XL/1 at batch 128 for each variant;
+sampling at SD3.5 Medium's sizes; a verdict on each goal of goals.py. Weights and data are random.
 
-The variants of a row alternate, in one process, after a warm-up; what is printed are medians with quartiles.
-The ceilings are measured first: a bfloat16 product of 8192 x 8192 matrices, a copy. Operations are timed as
-CUDA graphs of ten calls. A section that has used up its time skips the rest; what fails is a line of text in
-the table, not the end. Variants of models: plain is KERNELS=ref; auto what choose.py has chosen for this
-model; each also with blocks compiled.
+The variants of a row alternate, in one process, after a warm-up; medians and quartiles are printed.
+The ceilings are measured first: a bfloat16 product of 8192 x 8192 matrices, and a copy. Operations are timed
+as CUDA graphs of ten calls. A section that runs out of time skips the rest; a failure becomes a line of text
+in the table and does not end the run. Variants of models: plain is KERNELS=ref; auto is what choose.py chose
+for this model; each also with compiled blocks.
 
-Rehearsed, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are their
-specifications.
+In a rehearsal, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are
+replaced by their specifications.
 Not run on a GPU.
 """
 import argparse
@@ -42,15 +42,15 @@ from kernels.patch_embed import patch_embed, patch_embed_ref
 from kernels.qknorm_rope import qknorm_rope, qknorm_rope_ref
 from kernels.swiglu import swiglu, swiglu_ref
 
-# What a section imports of the project it imports inside: a benchmark sits beside what it measures.
+# Sections import project modules locally, because kernels/ itself does not depend on these.
 
-PEAK = 989e12              # bfloat16 FLOP/s that the maker of H100 and H200 states, for MFU
-MINUTES = 8.5              # for everything; what is under way is finished
-TESTS = 240                # seconds, for the tests: 108 of them to compile their kernels, on one core
-TRAINING_STEPS = 200       # of each variant
-GRAPH_CALLS = 10           # of an operation, in one CUDA graph
-REPEAT_MS = 5              # one measurement lasts at least that long
-STEPS = 30                 # of a sampler, of which MEASURED are timed
+PEAK = 989e12              # bfloat16 FLOP/s of H100 and H200 as stated by the vendor, for MFU
+MINUTES = 8.5              # for everything; a measurement in progress is finished
+TESTS = 240                # seconds for the tests, 108 of them to compile their kernels on one core
+TRAINING_STEPS = 200       # per variant
+GRAPH_CALLS = 10           # calls of an operation in one CUDA graph
+REPEAT_MS = 5              # one measurement lasts at least this long
+STEPS = 30                 # sampling steps per image, of which MEASURED are timed
 MEASURED = 2
 
 
@@ -69,14 +69,14 @@ def main():
     torch._dynamo.config.recompile_limit = 64
 
     rows = [run_tests()] if cuda and args.only in ("", "tests") else []
-    known = {}                                             # ceilings, and seconds of what was measured before
+    known = {}                                             # ceilings, and seconds of earlier rows
     for section, limit in ((operations, 90), (training, 230), (sampling, 999)):               # seconds
         if args.only not in ("", section.__name__):
             continue
         deadline = min(time.time() + limit, begin + 60 * MINUTES)
         torch.set_default_device(device)
         for what, variants, work in section(cuda):
-            torch.set_default_device(None)                 # it would cost time in each operation
+            torch.set_default_device(None)                 # it would slow down every operation
             steps = TRAINING_STEPS if cuda and section is training else 11
             measured = measure(variants, cuda, deadline, cuda and section is operations, steps)
             for name, row in measured.items():
@@ -98,7 +98,7 @@ def main():
 
 
 def run_tests():
-    """The row of the tests that need a GPU: pytest's last line."""
+    """The row for the tests that need a GPU: pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     row = {"section": "tests", "what": "tests marked gpu", "variant": ""}
     root = pathlib.Path(__file__).parent.parent
@@ -114,12 +114,12 @@ def run_tests():
 
 
 def rates(what, name, seconds, work, known):
-    """What a time comes to: {unit: number}; `known` remembers it for the rows after it.
+    """The rates {unit: number} that follow from a time; `known` remembers it for later rows.
 
     work: of a call, any of
         unit, work      "GB/s" or "GFLOP/s", and bytes or FLOPs; the first row with a unit is its ceiling
         images, flops   how many images, and the FLOPs of one
-        batch, decode   images that are sampled together, and the row that decodes one
+        batch, decode   images sampled together, and the name of the row that decodes one
     """
     known[what, name] = seconds
     found = {}
@@ -153,11 +153,11 @@ def print_table(head, rows):
 
 
 class Variant:
-    """A function that is timed, and what was found."""
+    """A function to time, and its measurements."""
 
     def __init__(self, function):
         self.function = function
-        self.calls = 1                                     # that running `function` once stands for
+        self.calls = 1                                     # calls in one run of `function`
         self.repeats = 1                                   # runs in one measurement
         self.times = []                                    # ms of a call; the first two are warm-up
         self.GiB = None
@@ -179,7 +179,7 @@ class Variant:
             self.GiB = torch.cuda.max_memory_allocated() / 2**30
 
     def record(self):
-        """From now on, run a CUDA graph of GRAPH_CALLS calls, which does not wait for Python."""
+        """From now on, replay a CUDA graph of GRAPH_CALLS calls, which does not wait for Python."""
         self.calls = GRAPH_CALLS
         self.repeats = 1
         graph = torch.cuda.CUDAGraph()
@@ -202,9 +202,9 @@ class Variant:
 
 
 def measure(variants, cuda, deadline, graphs=False, rounds=11):
-    """{name: function} -> {name: {"ms": [median, quartiles], "GiB", ...}}, or "error" in place of "ms".
+    """{name: function} -> {name: {"ms": [median, quartiles], "GiB", ...}}, or "error" instead of "ms".
 
-    graphs: time recordings of ten calls, not Python.
+    graphs: time CUDA graphs of ten calls, without Python.
     """
     variants = {name: Variant(function) for name, function in variants.items()}
     for n in range(rounds if cuda else 3):                 # the first compiles, the second finds `repeats`
@@ -224,11 +224,11 @@ def measure(variants, cuda, deadline, graphs=False, rounds=11):
 
 
 # ---------------------------------------------------------------- operations
-# Each section yields what is measured, its variants {name: function}, and the work of a call, see `rates`.
+# Each section yields a row's name, its variants {name: function}, and the work of a call, see `rates`.
 
 
 class Sizes(NamedTuple):
-    """LightningDiT's batch, tokens, width and heads; SD3.5's tokens, which are also the side of the image."""
+    """LightningDiT's batch, tokens, width and heads; SD3.5's tokens, also used as the side of an image."""
     B: int
     L: int
     E: int
@@ -237,7 +237,7 @@ class Sizes(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A kernel, what it is compared to, and the work of each pass: bytes, or FLOPs of large products."""
+    """A kernel, its reference, its inputs, and the work of each pass: bytes, or FLOPs of large products."""
     kernel: object
     ref: object
     inputs: list
@@ -247,7 +247,7 @@ class Case(NamedTuple):
 
 
 def operations(cuda):
-    """The ceilings; PyTorch's attention, by three backends; each kernel, its specification, that compiled."""
+    """The ceilings; three backends of PyTorch's attention; each kernel, its specification, that compiled."""
     kernels.KERNELS = "triton"
     sizes = Sizes(B=128, L=256, E=1152, A=16, S=1024) if cuda else Sizes(B=2, L=16, E=72, A=1, S=32)
     yield from ceilings(8192 if cuda else 256)
@@ -286,7 +286,7 @@ def ceilings(n):
 
 
 def pytorch_attention(s):
-    """At LightningDiT's size, SD3.5's, and SD3.5's on twice the side."""
+    """At LightningDiT's sizes, SD3.5's, and SD3.5's at twice the side."""
     for B, A, L, K in (
         (s.B, s.A, s.L, 72),
         (max(s.B // 6, 1), 24, s.S + 333, 64),
@@ -358,7 +358,7 @@ def cases(s):
 
 
 def both_ways(what, variants, inputs, unit, forward, backward):
-    """Two rows of an operation, without and with its backward. Inputs in float32 are tables, not trained."""
+    """Two rows of an operation, without and with its backward. Float32 inputs are tables, not trained."""
     leaves = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs]
     trained = [t for t in leaves if t.requires_grad]
 
@@ -385,7 +385,7 @@ KINDS = {                                                  # variant: (KERNELS, 
 def models(parts, f, cuda, kinds=tuple(KINDS), recorded=None):
     """Variants of f(): plain PyTorch and what choose.py chooses, each also with `parts` compiled.
 
-    recorded: a function that makes what f takes to do the same as one CUDA graph, in as many variants more
+    recorded: makes an argument for f with which it runs as one CUDA graph; this adds as many variants again
     """
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     compilers = {}
@@ -446,7 +446,7 @@ def training(cuda):
 def sampling(cuda):
     """DA-VAE on SD3's VAE; then SD3.5-M with guidance, on its latent (D = 16) and on the original's.
 
-    2 of 30 Euler steps; with one image, recorded as a CUDA graph too.
+    2 of 30 Euler steps; for a single image, also as a CUDA graph.
     """
     import davae
     sizes = davae.KLConfig() if cuda else davae.KLConfig(widths=(32, 32, 32, 32), blocks=1)
@@ -460,7 +460,7 @@ def sampling(cuda):
         yield from encoding(vae, side, cuda)
 
 
-# An eager variant that is chosen for would be one more minute of compilers for each row.
+# Choosing for an eager "auto" as well would compile for another minute per row.
 SAMPLED = ("plain", "plain, compiled", "auto, compiled")
 
 
@@ -477,7 +477,7 @@ def decoding(vae, side, cuda):
 
 
 def sampling_sd3(side, D, h, batch, cuda):
-    """MEASURED of STEPS steps, from which, and from the time to decode, an image is estimated."""
+    """Time MEASURED of STEPS steps; with the time to decode, they give an estimate per image."""
     import dit
     import sample
     small = {} if cuda else dict(E=64, A=1, depth=2, dual=1, context=32)

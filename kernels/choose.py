@@ -1,25 +1,26 @@
-"""Which variant of an operation is used: tried on this machine, at the sizes of the model at hand.
+"""Choose the variant of each operation: by trying them on this machine, at the model's sizes.
 
 On a GPU, before anything is trained or sampled (KERNELS=auto, the default):
 
-    1. the model runs once. What it asks of each operation is written down: shapes, strides, dtypes, and what
-       of it is trained. A choice goes by operation, dtype and shape, but not by the batch: the usual one
-       decides for others. Nothing is chosen for a shape that was not asked for
-    2. each variant is computed, forward, and backward where something is trained; what is right is timed, and
-       the fastest is chosen: trial.py, in a process of its own, on rank 0. The variants are
-           plain       PyTorch, as the specification says it
-           compiled    the same by torch.compile, as one operation
+    1. the model runs once, and its calls of each operation are recorded: shapes, strides, dtypes, and which
+       arguments are trained. A choice is made per operation, dtype and shape, but not per batch size: the
+       usual one decides for all. Nothing is chosen for shapes that did not occur
+    2. each variant runs forward, and backward where something is trained; correct variants are timed, and the
+       fastest is chosen: trial.py, in a separate process, on rank 0. The variants are
+           plain       PyTorch, as in the specification
+           compiled    the same through torch.compile, as one operation
            kernel      this project's Triton
-           flash, cudnn, efficient, math       of PyTorch's attention
-       With --compile the model around an operation is compiled, and so is each variant when it is timed:
+           flash, cudnn, efficient, math       the backends of PyTorch's attention
+       With --compile, the model around an operation is compiled, and so is each variant when it is timed:
        plain is then what the compiler makes of the specification, kernel an operator in compiled code
-    3. every process computes what was chosen once more, and compares. What fails in one is plain in all
+    3. every process runs each chosen variant once more, and checks it. One that fails anywhere becomes plain
+       everywhere
 
-The table is printed and kept as kernels.json in the run's folder. Times are kept in the user's cache folder
-too, da-vae/kernels.json: the same call on the same card, with the same driver, torch, triton and kernels, is
-not timed again. Step 3 is never left out.
+The table is printed, and saved as kernels.json in the run's folder. Times are also cached in the user's cache
+folder, da-vae/kernels.json: the same call on the same card, with the same driver, torch, triton and kernels,
+is not timed again. Step 3 is never skipped.
 
-Not run on a GPU. By estimate 20 s for LightningDiT-XL's six operations, most of it in compilers.
+Not run on a GPU. Estimate: 20 s for LightningDiT-XL's six operations, most of it in compilers.
 """
 import hashlib
 import json
@@ -34,17 +35,17 @@ import kernels
 from kernels.trial import SLOW, Trial, adopt, guarded, judge
 from kernels.trial import key_of, names_of, try_apart, untried, variants_of
 
-# ---------------------------------------------------------------- the two calls of the scripts
+# ---------------------------------------------------------------- called by the scripts
 
 
 def before_training(run, device, shape, forward):
     """Choose for a model that is about to be trained.
 
-    run:      a runs.Run; its cfg says where to, and whether the model is compiled
+    run:      a runs.Run; its cfg gives the output folder, and says whether the model is compiled
     shape:    of a micro-batch
     forward:  takes zeros of that shape and a zero (int64) for each row, and computes what a step does
     """
-    from support import ranks                              # here: nothing else in kernels/ stands on support/
+    from support import ranks                              # here: kernels/ otherwise needs no support/
     if not possible(device):
         return
     x = torch.zeros(shape, device=device)
@@ -58,7 +59,7 @@ def before_training(run, device, shape, forward):
 
 
 def before_sampling(out, device, compiled, forward):
-    """Choose for a model that is about to be sampled from: forward() makes a batch of images.
+    """Choose for a model that is about to be sampled from: forward() draws a batch of images.
 
     out: the folder of kernels.json, or None
     """
@@ -71,16 +72,16 @@ def possible(device):
 
 
 def choose(forward, out, device, compiled=False):
-    """Try what forward() asks for, and use what was chosen from now on; by all ranks.  Returns the table."""
+    """Try the operations that forward() calls, and adopt the choices; on all ranks.  Returns the table."""
     from support import ranks, runs
 
-    # the model's calls; rank 0 has the table
+    # the model's calls; rank 0 makes the table
     calls = recorded(forward, device)
     rows = look_up_or_try(calls, device, compiled) if ranks.this_rank() == 0 else None
     rows = ranks.from_all(rows)[0]
     adopt(rows)
 
-    # what fails in any process is used in none
+    # a variant that fails in any process is used in none
     for rank, failed in enumerate(ranks.from_all(confirm(rows, device))):
         for number, why in failed.items():
             row = rows[number]
@@ -99,11 +100,11 @@ def choose(forward, out, device, compiled=False):
     return rows
 
 
-# ---------------------------------------------------------------- 1. what a model asks for
+# ---------------------------------------------------------------- 1. record a model's calls
 
 
 def recorded(forward, device):
-    """The calls (see trial.py) that forward() makes of operations with a choice, inner ones first."""
+    """The calls (see trial.py) that forward() makes to operations with several variants, inner ones first."""
     calls = {}
 
     def watch(op, arguments):
@@ -111,11 +112,11 @@ def recorded(forward, device):
             return
         call = described(op, arguments)
         which = (op.name, key_of(call))
-        # of two calls with one key, the one in which more is trained
+        # of two calls with the same key, the one with more trained arguments
         if which not in calls or trained(call) > trained(calls[which]):
             calls[which] = call
 
-    # No backward pass follows, so nothing is kept for it: a batch that fits only with a kernel, which is not
+    # No backward pass follows, so nothing is kept for one: a batch that only fits with a kernel, which is not
     # chosen yet, must get through.
     keep_nothing = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
     kernels.WATCH = watch
@@ -126,7 +127,7 @@ def recorded(forward, device):
     finally:
         kernels.WATCH = None
     if device.type == "cuda":
-        torch.cuda.empty_cache()                           # another process needs the room
+        torch.cuda.empty_cache()                           # another process needs the memory
     return list(calls.values())
 
 
@@ -150,15 +151,15 @@ def name_of(dtype):
 
 
 def trained(call):
-    """How many arguments have a gradient."""
+    """How many arguments get a gradient."""
     return sum(x["trained"] for x in call["arguments"] if isinstance(x, dict))
 
 
-# ---------------------------------------------------------------- 2. what is known, and what must be tried
+# ---------------------------------------------------------------- 2. look up what is known, try the rest
 
 
 def look_up_or_try(calls, device, compiled):
-    """The rows of all calls: those of the cache, and the others tried and written to it."""
+    """The rows of all calls: from the cache if known, else tried and added to it."""
     path = cache_file()
     here = machine(device) + ("; inside compiled code" if compiled else "")
     cache = read_cache(path)
@@ -178,13 +179,13 @@ def look_up_or_try(calls, device, compiled):
 
 
 def may_pass(row):
-    """Is a variant left out for a reason that may be another next time, such as memory that others took?"""
+    """Is a variant left out for a reason that may be gone next time, such as memory used by others?"""
     passing = ("OutOfMemoryError", SLOW, "its process ended with -9")      # -9: Linux, out of memory
     return any(why.startswith(passing) for why in row["left_out"].values())
 
 
 def machine(device):
-    """What times hold for: card, driver, torch, triton, and the kernels' source."""
+    """What times are valid for: card, driver, torch, triton, and the kernels' source."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -208,7 +209,7 @@ def triton_version():
 
 
 def cache_file():
-    """In the user's cache folder; by the XDG rules a relative one does not count."""
+    """In the user's cache folder; by the XDG specification, a relative path is ignored."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(folder):
         folder = os.path.expanduser("~/.cache")
@@ -220,7 +221,7 @@ def text_of(call):
 
 
 def read_cache(path):
-    """{machine: {call: row}}; empty if there is none, or none that can be read."""
+    """{machine: {call: row}}; empty if there is no readable cache."""
     try:
         cache = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -231,7 +232,7 @@ def read_cache(path):
 
 
 def known_row(cache, here, call):
-    """The row of a call, or None if it is not in the cache or not as trial.py makes it."""
+    """The row of a call; None if it is not in the cache, or not in trial.py's format."""
     row = cache.get(here, {}).get(text_of(call))
     if not isinstance(row, dict) or row.get("call") != call:
         return None
@@ -245,7 +246,7 @@ def known_row(cache, here, call):
 
 
 def write_cache(path, cache):
-    """Beside the old one, and then in its place: whoever reads finds one or the other, whole."""
+    """Write to a temporary file, then rename: a reader finds either the old or the new cache, whole."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
@@ -255,11 +256,11 @@ def write_cache(path, cache):
         print(f"{path}: not written ({error.strerror}); the next run tries the operations again")
 
 
-# ---------------------------------------------------------------- 3. once more, in each process
+# ---------------------------------------------------------------- 3. check once more, in each process
 
 
 def confirm(rows, device):
-    """{number of a row: why} of chosen variants that are not right in this process."""
+    """{number of a row: why} for chosen variants that are not correct in this process."""
     failed = {}
     for number, row in enumerate(rows):
         name = row["chosen"]
@@ -270,7 +271,7 @@ def confirm(rows, device):
         try:
             verdict, why = guarded(device, lambda call=row["call"], f=function: judge(Trial(call, device), f))
         except RuntimeError as error:                      # the GPU is lost
-            raise SystemExit(f"{op.name}: {name} was right when it was tried, and has now failed: {error}; "
+            raise SystemExit(f"{op.name}: {name} was correct when tried, but has now failed: {error}; "
                              "run the same command with KERNELS=ref") from None
         if why or verdict:
             failed[number] = why or verdict
@@ -281,7 +282,7 @@ def confirm(rows, device):
 
 
 def table(about, rows, compiled):
-    """The rows as text, and a line for each kernel that is not used."""
+    """The rows as text, with a line for each kernel that is not used."""
     names = ["plain", "compiled", "kernel", "flash", "cudnn", "efficient", "math"]
     lines = [f"operations, ms of a call{' inside compiled code' if compiled else ''}: {about}",
              f"  {'':17} {'':30} " + " ".join(f"{name:>9}" for name in names) + "  used"]
@@ -296,7 +297,7 @@ def table(about, rows, compiled):
 
 
 def notes(row):
-    """A line for each variant that is left out; for a backend of attention's, if it is wrong."""
+    """A line for each variant that is left out; for attention's backends, only if the result is wrong."""
     op = row["call"]["op"]
     ms = row["ms"]
     lines = []

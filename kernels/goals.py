@@ -1,7 +1,7 @@
-"""What was aimed at on one H200 (in brackets below: an H100), and whether the rows of bench.py show it.
+"""Speed goals for one H200 (in brackets below: an H100), and whether the rows of bench.py meet them.
 
-A goal is met, missed, or not measured: it needs another program beside ours, or its row is missing. Ratios
-are of medians, from one process on one card; "ours" is the variant that KERNELS=auto with --compile gives.
+A goal is met, missed, or not measured, if it needs another program to compare with or its row is missing.
+Ratios are of medians, from one process on one card; "ours" is the variant with KERNELS=auto and --compile.
 """
 
 OURS = "auto, compiled"
@@ -15,12 +15,12 @@ STEP_FLOOR = 6.2           # ms: the arithmetic of one such step with guidance, 
 PYTORCHS_ATTENTION = ("ref", "ref, compiled", "flash, compiled", "cudnn, compiled")
 MEMORY_BOUND = ("norm_modulate", "add_norm_modulate", "qknorm_rope", "groupnorm_silu")
 
-# name: (what, what it needs that bench.py has not, or a function of (Rows, is it an H100?) -> (met?, text))
+# name: (what, what bench.py lacks to measure it, or a function of (Rows, is it an H100?) -> (met?, text))
 GOALS = {}
 
 
 def goal(name, what):
-    """Decorator: this function of (rows, h100) tells whether the goal is met, and the number; or None."""
+    """Decorator: this function of (rows, h100) returns (met?, number as text), or None if not measured."""
     def add(function):
         GOALS[name] = (what, function)
         return function
@@ -55,7 +55,7 @@ def table(found):
 
 
 class Rows:
-    """The rows by what was measured and its variant."""
+    """The rows, indexed by what was measured and its variant."""
 
     def __init__(self, rows):
         self.rows = {(row["what"], row["variant"]): row for row in rows}

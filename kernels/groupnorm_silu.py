@@ -1,20 +1,20 @@
-"""SiLU(GroupNorm(x)) on channels_last images: what stands before every convolution of the autoencoder.
+"""SiLU(GroupNorm(x)) on channels_last images: it precedes every convolution of the autoencoder.
 
     n   = (x - mean) / sqrt(var + eps)         mean, var: over C / groups channels and all pixels of an image
     u   = weight * n + bias
     out = u * sigmoid(u)
 
-Two passes over memory, forward and backward alike. The first finds statistics, per tile and channel, which a
-few small PyTorch operations combine to those of a group; the second applies them. A tile is all channels of a
-few pixels, so that memory is read in order.
+Forward and backward each make two passes over memory. The first computes statistics per tile and channel,
+which a few small PyTorch operations combine into those of a group; the second applies them. A tile is all
+channels of a few pixels, so that memory is read in order.
 
-Shapes:    x, out (B, C, H, W), C fastest in memory (other layouts are copied into that one first);
+Shapes:    x, out (B, C, H, W), C fastest in memory (other layouts are first copied into this one);
            weight, bias (C,)
 Used by:   davae.NormSiLU, before every 3x3 convolution of an AutoencoderKL but the first.
 Bytes, U = B*C*H*W elements:
     forward   reads x twice, writes out: 3 U.
               Separate PyTorch operations: 6 U, with a strided GroupNorm for channels_last
-    backward  reads x, dout twice, writes dx: 5 U; u is recomputed, only x and the statistics are kept
+    backward  reads x, dout twice, writes dx: 5 U; only x and the statistics are kept, u is recomputed
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
@@ -29,8 +29,8 @@ from kernels import at_least_float32, cdiv, jit, operation, operator, power_of_2
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
-TILES = 4          # per program of the statistics
-ELEMENTS = 8192    # of a tile, padding included
+TILES = 4          # per program that computes statistics
+ELEMENTS = 8192    # per tile, padding included
 
 
 def groupnorm_silu_ref(x, weight, bias, groups=32, eps=1e-6):
@@ -51,7 +51,7 @@ def _moments(
     """One program: mean and m2, the sum of squared deviations from it, of TILES * PIXELS pixels, per channel.
 
     Deviations are taken from each tile's own mean: sum(x^2) - N mean^2 would cancel where the mean is large.
-    Tiles are merged as Chan et al. do (1979).
+    Tiles are merged as in Chan et al. (1979).
     """
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
@@ -86,7 +86,7 @@ def _moments(
 
 @jit
 def _of_group(x_ptr, b, c, C: tl.constexpr, GROUPS: tl.constexpr):
-    """For each channel of image b, the number of its group in x (B, GROUPS)."""
+    """For each channel of image b, the value of its group in x (B, GROUPS)."""
     return tl.load(x_ptr + b * GROUPS + c // (C // GROUPS), c < C, 0.0)
 
 
@@ -137,7 +137,7 @@ def _backward_sums(
         n = (tl.load(x_ptr + at, inside, 0.0).to(ACC) - mean) * rstd
         u = n * weight + bias
 
-        # SiLU(u) = u s,  its derivative s (1 + u (1 - s));  dout, and so du, is 0 outside
+        # SiLU(u) = u s,  derivative s (1 + u (1 - s));  dout, and so du, is 0 outside
         s = 1 / (1 + tl.exp(-u))
         du = tl.load(dout_ptr + at, inside, 0.0).to(ACC) * s * (1 + u * (1 - s))
         sum_du += tl.sum(du, axis=0, keep_dims=True)
@@ -192,7 +192,7 @@ def _empty_channels_last(x):
 
 
 def _tiling(x):
-    """(tiles of an image, parts of TILES tiles, what all kernels are compiled for)"""
+    """(tiles per image, parts of TILES tiles, constants that all kernels are compiled for)"""
     _, C, H, W = x.shape
     block = power_of_2(C)
     pixels = min(max(ELEMENTS // block, 1), power_of_2(H * W))
@@ -203,7 +203,7 @@ def _tiling(x):
 def _merge(mean, m2, per_part, N, groups, eps):
     """Moments of each part and channel, (B, parts, C), to mean and 1 / std of each group, (B, groups).
 
-    per_part: pixels of a part, but of the last, which has what is left of N.
+    per_part: pixels per part; the last part has the rest of N.
     """
     parts = mean.shape[1]
     count = (N - per_part * torch.arange(parts, device=mean.device)).clamp(max=per_part)

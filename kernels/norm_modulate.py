@@ -1,24 +1,24 @@
-"""Norm and modulation, and the residual before them: what stands between the products of an adaLN-Zero block.
+"""Norm and modulation, and the residual before them: between the matrix products of an adaLN-Zero block.
 
     norm_modulate        h     = norm(x) * (1 + scale) + shift
 
     norm_modulate_twice  the same with two shifts and scales: h, h2
 
-    add_norm_modulate    x_new = x + gate * y                              y: what the branch before computed
+    add_norm_modulate    x_new = x + gate * y                              y: output of the preceding branch
                          h     = norm(x_new) * (1 + scale) + shift
 
 norm is RMSNorm with a learned weight, or LayerNorm without one (weight=None).
 
-Shapes:    x, y, x_new, h (B, L, E);  gate, shift, scale (B, E), also as views of one (B, 6E);  weight (E,)
+Shapes:    x, y, x_new, h (B, L, E);  gate, shift, scale (B, E), perhaps views of one (B, 6E);  weight (E,)
 Used by:   dit.Block, and dit.JointBlock for both streams: norm_modulate before the attention,
-           norm_modulate_twice where there are two of them, add_norm_modulate between attention and MLP;
+           norm_modulate_twice before two attentions, add_norm_modulate between attention and MLP;
            dit.DiT.velocity: norm_modulate before the heads.
-Rounding:  x_new is rounded to its dtype (under autocast bfloat16); all else stays in float32 until h is
-           rounded to that dtype, once.
+Rounding:  x_new is rounded to its dtype (bfloat16 under autocast); everything else stays float32 until h is
+           rounded once, to the same dtype.
 Bytes, U = B*L*E elements:
     forward   reads x, y, writes x_new, h: 4 U; without y 2 U. Separate PyTorch operations: about 20 U
     backward  reads dx_new, dh, x_new, y, writes dx, dy: 6 U; without y 3 U.
-              In the same pass all column sums, of a few rows each; a second, small kernel adds these
+              The same pass computes all column sums over a few rows; a second, small kernel adds these
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
@@ -52,7 +52,7 @@ def norm_modulate_ref(x, shift, scale, weight=None):
 
 
 def norm_modulate_twice_ref(x, shift, scale, shift2, scale2):
-    """The specification, of a LayerNorm with two modulations.  -> (h, h2)"""
+    """The specification, for a LayerNorm with two modulations.  -> (h, h2)"""
     n = F.layer_norm(x, x.shape[-1:], eps=EPS)
     h = n * (1 + scale[:, None]) + shift[:, None]
     h2 = n * (1 + scale2[:, None]) + shift2[:, None]
@@ -66,7 +66,7 @@ def add_norm_modulate_ref(x, y, gate, shift, scale, weight=None):
 
 
 # ---------------------------------------------------------------- Triton
-# RESIDUAL: there are y and gate.  RMS: there is a weight.  A pointer to what there is not is never read.
+# RESIDUAL: y and gate are given.  RMS: a weight is given.  Pointers to missing tensors are never read.
 
 
 @jit
@@ -134,13 +134,13 @@ def _backward(
     sum_dh = tl.zeros((BLOCK,), ACC)
     sum_dhn = tl.zeros((BLOCK,), ACC)
 
-    for i in tl.range(ROWS, num_stages=3):                 # the next two rows are on their way
+    for i in tl.range(ROWS, num_stages=3):                 # the next two rows are already being loaded
         row = part * ROWS + i
         real = e < tl.where(row < L, E, 0)                 # nothing, past the last token
         at = (b * L + row) * E + e
         x = tl.load(x_new_ptr + at, real, 0.0).to(ACC)
         dh = tl.load(dh_ptr + at, real, 0.0).to(ACC)
-        n, r = _normalise(x, real, E, EPS, RMS)            # computed again, which is cheaper than to be read
+        n, r = _normalise(x, real, E, EPS, RMS)            # recomputed, which is cheaper than loading it
         dx = _dx_of_norm(dh * factor, n, r, E, RMS)
         if RESIDUAL:
             dx = dx + tl.load(dx_new_ptr + at, real, 0.0).to(ACC)
@@ -160,7 +160,7 @@ def _backward(
 
 @jit
 def _normalise(x, real, E: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):
-    """(n, r): one token x, normalised but without the weight, and 1 / its deviation."""
+    """(n, r): one token x, normalised but without the weight, and 1 / its standard deviation."""
     if not RMS:
         x = tl.where(real, x - tl.sum(x) / E, 0.0)
     r = tl.rsqrt(tl.sum(x * x) / E + EPS)
@@ -184,10 +184,10 @@ def _finish(
     E: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
     RESIDUAL: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr,
 ):
-    """One program: COLUMNS channels of one image, its partial sums added, as gradients.
+    """One program: COLUMNS channels of one image; adds its partial sums into gradients.
 
     With S = sum over tokens of dh * n:
-    dscale = weight * S, and this image's share in dweight is (1 + scale) * S.
+    dscale = weight * S, and this image's share of dweight is (1 + scale) * S.
     """
     b = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -223,7 +223,7 @@ def _warps(E):
 
 
 def _shapes(x, shift, scale, weight, y, gate):
-    """x_new and h. Without y, x_new would be x, which an operator may not return: it is left empty."""
+    """x_new and h. Without y, x_new would be x, which an operator may not return; it is empty instead."""
     given = [t.dtype for t in (x, y, gate) if t is not None]
     h = x.new_empty(x.shape, dtype=reduce(torch.promote_types, given))
     x_new = h.new_empty(0 if y is None else x.shape)
@@ -239,7 +239,7 @@ def _op(x_new, h, x, shift, scale, weight, y, gate):
     x = x.contiguous()
     shift = contiguous_rows(shift)
     scale = contiguous_rows(scale)
-    gate = x[:, 0] if gate is None else contiguous_rows(gate)  # not read, if there is none
+    gate = x[:, 0] if gate is None else contiguous_rows(gate)  # not read if there is none
     _forward[(B * L,)](
         x, pointer(y, unused=x), gate, shift, scale, pointer(weight, unused=x), x_new, h,
         L, gate.stride(0), shift.stride(0), scale.stride(0),
@@ -248,7 +248,7 @@ def _op(x_new, h, x, shift, scale, weight, y, gate):
 
 
 def _backward_shapes(dx_new, dh, x_new, scale, weight, y, gate, dtype):
-    """dx, dy (B, L, E); dshift, dscale, dgate (B, E); dweight (E,). Empty for what there is not."""
+    """dx, dy (B, L, E); dshift, dscale, dgate (B, E); dweight (E,). Empty for missing arguments."""
     B, L, E = x_new.shape
     new = x_new.new_empty
     dx = new(B, L, E, dtype=dtype)
@@ -274,7 +274,7 @@ def _op_backward(dx, dy, dshift, dscale, dgate, dweight, dx_new, dh, x_new, scal
 
     x_new = x_new.contiguous()
     scale = contiguous_rows(scale)
-    gate = x_new[:, 0] if gate is None else contiguous_rows(gate)  # not read, if there is none
+    gate = x_new[:, 0] if gate is None else contiguous_rows(gate)  # not read if there is none
     dx_new = x_new if y is None else dx_new.contiguous()   # nor this
     y = pointer(y, unused=x_new)
     weight = pointer(weight, unused=x_new)
@@ -294,7 +294,7 @@ def _save(ctx, inputs, output):
     x, shift, scale, weight, y, gate = inputs
     x_new = x if y is None else output[0]
     ctx.save_for_backward(x_new, scale, weight, y, gate)
-    ctx.set_materialize_grads(False)                       # no zeros for an x_new that there is not
+    ctx.set_materialize_grads(False)                       # no zeros for a missing x_new
     ctx.x_dtype = x.dtype
     ctx.shift_dtype = shift.dtype
 
@@ -303,9 +303,9 @@ def _grads(ctx, dx_new, dh):
     """Gradients of x, shift, scale, weight, y, gate; None for what was None."""
     x_new, scale, weight, y, gate = ctx.saved_tensors
     if y is None:
-        dx_new = x_new                                     # stands for what is not read
+        dx_new = x_new                                     # a placeholder, not read
     elif dx_new is None:
-        dx_new = torch.zeros_like(x_new)                   # nothing took x_new any further
+        dx_new = torch.zeros_like(x_new)                   # x_new was not used any further
     dh = torch.zeros_like(x_new) if dh is None else dh
     dx, dy, dshift, dscale, dgate, dweight = _op_backward(
         dx_new, dh, x_new, scale, weight, y, gate, ctx.x_dtype)
@@ -331,7 +331,7 @@ def norm_modulate(x, shift, scale, weight=None):
 def norm_modulate_twice(x, shift, scale, shift2, scale2):
     """(h, h2) of one LayerNorm without weight, modulated twice: each (B, L, E).
 
-    The kernel computes the norm again: that reads x once more (4 U instead of 3), and keeps no n.
+    The kernel computes the norm twice: that reads x once more (4 U instead of 3), but stores no n.
     """
     _, h = _op(x, shift, scale, None, None, None)
     _, h2 = _op(x, shift2, scale2, None, None, None)

@@ -1,22 +1,22 @@
-"""The widened patch embedder: both latents and the position embedding to tokens, in one kernel.
+"""The widened patch embedder: tokens from both latents and the position embedding, in one kernel.
 
     tokens = P(z) + P_new(z_d) + pos
 
 P and P_new are p x p convolutions with stride p: together one matrix product over C p p + D p p numbers.
 
-Shapes:    z (B, C, h, w), z_d (B, D, h, w), any strides, so also the two slices of one z_all;
+Shapes:    z (B, C, h, w), z_d (B, D, h, w), any strides, so they may be slices of one z_all;
            weight (E, C, p, p), weight_new (E, D, p, p), bias (E,), pos (1, L, E)
            ->  tokens (B, L, E), row-major, L = h w / p^2
 Used by:   dit.Transformer.tokens, once widened.
 Rounding:  summed in float32, with bias and pos, and rounded once, to the convolutions' dtype: bfloat16 under
            autocast.
-Bytes:     the forward reads the latents and the weights, and writes B L E tokens, nothing in between. Two
+Bytes:     the forward reads the latents and the weights and writes B L E tokens, with no intermediates. Two
            convolutions, an addition and the position embedding move about ten times as much.
-           LightningDiT at batch 128: 0.09 GB, 0.03 % of a training step. This kernel is here because it is
-           the method's first layer, not because a model gets faster by it.
+           LightningDiT at batch 128: 0.09 GB, 0.03 % of a training step. This kernel exists because it is
+           the method's first layer, not because it makes a model faster.
 Backward:  plain PyTorch, matrix products on the latents cut into patches: the weights' gradients reduce over
-           all B L tokens, which is a matrix product as the library does it best. It reads dtokens once for
-           bias and pos and once for each weight; dz and dz_d are computed only if asked for.
+           all B L tokens, and the library does such a matrix product best. It reads dtokens once for bias and
+           pos and once for each weight; dz and dz_d are computed only if needed.
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kernels import FLOPS, INTERPRETED, cdiv, jit, operation, operator, power_of
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
-BLOCK = 64         # tokens, and outputs, of a tile
+BLOCK = 64         # tokens, and outputs, per tile
 
 
 def patch_embed_ref(z, z_d, weight, weight_new, bias, pos):
@@ -58,7 +58,7 @@ def _forward(
 ):
     """One program: BLOCK_L tokens of one image times BLOCK_E outputs.
 
-    Pixel by pixel of the patch, two products: (BLOCK_L, C) x (C, BLOCK_E) and (BLOCK_L, D) x (D, BLOCK_E).
+    For each pixel of a patch, two products: (BLOCK_L, C) x (C, BLOCK_E) and (BLOCK_L, D) x (D, BLOCK_E).
     """
     b = tl.program_id(2).to(tl.int64)
     token = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
@@ -69,7 +69,7 @@ def _forward(
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
 
-    # bias + pos, and then the products
+    # bias + pos, then the products
     acc = tl.load(bias_ptr + e, e < E, 0.0).to(ACC) + tl.load(pos_ptr + token * E + e, inside, 0.0).to(ACC)
     for i in tl.static_range(P):
         for j in tl.static_range(P):
@@ -127,7 +127,7 @@ def _op(out, z, z_d, weight, weight_new, bias, pos):
 
 
 def _patches(z, p):
-    """(B, C, h, w) -> (B L, C p p), the order of a convolution's weight."""
+    """(B, C, h, w) -> (B L, C p p), in the order of a convolution's weight."""
     if p == 1:
         return z.permute(0, 2, 3, 1).flatten(0, 2)
     return F.unfold(z, p, stride=p).transpose(1, 2).flatten(0, 1)
@@ -187,10 +187,10 @@ FLOPS[torch.ops.davae.patch_embed] = _flops
 
 
 def takes(z, z_d, weight, *_):
-    """Is this kernel made for products of this precision and size?
+    """Does the kernel support products of this precision and size?
 
-    In float32 these are no tensor core's: 128 channels of patches of 2x2 would keep 72 kB per thread in local
-    memory (Triton 3.6, as compiled).
+    Float32 products do not use tensor cores: 128 channels with 2x2 patches would spill 72 kB per thread to
+    local memory (Triton 3.6, as compiled).
     """
     casts = not z.is_meta and torch.is_autocast_enabled(z.device.type)
     small = (z.shape[1] + z_d.shape[1]) * weight.shape[-1]**2 <= 64
@@ -200,7 +200,7 @@ def takes(z, z_d, weight, *_):
 @operation(patch_embed_ref, images=2, takes=takes)
 def patch_embed(z, z_d, weight, weight_new, bias, pos):
     """P(z) + P_new(z_d) + pos: (B, C, h, w), (B, D, h, w) -> (B, L, E)."""
-    if not z.is_meta and torch.is_autocast_enabled(z.device.type):  # what it would do to a convolution
+    if not z.is_meta and torch.is_autocast_enabled(z.device.type):  # as it would for a convolution
         dtype = torch.get_autocast_dtype(z.device.type)
         z = z.to(dtype)
         z_d = z_d.to(dtype)

@@ -1,13 +1,13 @@
-"""Ours against what else computes the same, on this machine's CPU: same weights, same inputs, one thread.
+"""Our code against other implementations, on this machine's CPU: same weights, same inputs, one thread.
 
     python -m kernels.bench --device=cpu             three minutes
 
 A row is the ratio of CPU times, ours to the peer's: below 1 ours is faster. Both run in this process and take
-turns, A B B A, so that a machine that slows down slows both; CPU time, because waiting for other programs is
-nobody's fault. Printed are the median of these ratios and its quartiles; on a busy machine they stray by 3 %.
-"Apart" is the largest difference of the two results, relative to the largest value of the peer's.
+turns, A B B A, so that a machine that slows down slows both; CPU time does not count waiting for other
+programs. The median of the ratios and their quartiles are printed; on a busy machine they vary by 3 %.
+"Apart" is the largest difference of the two results, relative to the peer's largest value.
 
-Sizes are small. A peer that is not installed is a line; the original LightningDiT and DA-VAE are no packages.
+Sizes are small. A missing peer is reported in one line; the original LightningDiT and DA-VAE are no packages.
 """
 import contextlib
 import resource
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import nn
 
-# What a section imports of the project it imports inside: a benchmark sits beside what it measures.
+# Sections import project modules locally, because kernels/ itself does not depend on these.
 
-SECONDS = 6                # of a row, about
+SECONDS = 6                # per row, about
 ROUNDS = (3, 15)           # of A B B A, at least and at most
 
 
@@ -35,7 +35,7 @@ def main():
     torch.set_num_threads(1)
     begin = time.time()
     with contextlib.suppress(ImportError):
-        import_torchvision()                               # which the peers import, see there
+        import_torchvision()                               # which the peers import, see its docstring
     print(f"torch {torch.__version__}, one thread of a CPU; {time.strftime('%Y-%m-%d')}\n\n"
           "| what | peer | ours / peer (quartiles) | rounds | ours, ms | apart |\n|---|---|---|---|---|---|")
     slower = []
@@ -57,14 +57,14 @@ def main():
 
 
 def cpu_seconds():
-    """CPU time so far, of this process and of those that it started and that have ended."""
+    """CPU time so far, of this process and of its child processes that have ended."""
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(sum(resource.getrusage(which)[:2]) for which in both)                  # user and system
 
 
 def measure(ours, theirs):
     """(quartiles of ours / theirs, rounds, ms of ours, how far the results are apart)."""
-    apart = difference(ours(), theirs())                   # and warm
+    apart = difference(ours(), theirs())                   # this also warms up
     ratios = []
     seconds_of_ours = []
     begin = time.time()
@@ -81,7 +81,7 @@ def measure(ours, theirs):
 
 
 def difference(a, b):
-    """'2e-07': the largest difference of two tensors or numbers, relative to b's largest; '' of None."""
+    """'2e-07': the largest difference of two tensors or numbers, relative to b's largest; '' for None."""
     if a is None:
         return ""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
@@ -89,7 +89,7 @@ def difference(a, b):
 
 
 def both_types(what, ours, theirs, grad=False):
-    """Rows in float32 and under bfloat16 autocast.   grad: and back, from the mean square."""
+    """Rows in float32 and under bfloat16 autocast.   grad: with the backward, from the mean square."""
     def run(function, dtype):
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16"):
             result = function()
@@ -104,7 +104,7 @@ def both_types(what, ours, theirs, grad=False):
 
 
 # ---------------------------------------------------------------- models
-# Each section yields what is measured, our function, and the peer's.
+# Each section yields a row's name, our function, and the peer's.
 
 
 def mmdit():
@@ -117,7 +117,7 @@ def mmdit():
         sample_size=32, in_channels=16, out_channels=16, num_layers=2, dual_attention_layers=(0,),
         attention_head_dim=64, num_attention_heads=6, caption_projection_dim=384, joint_attention_dim=512,
         pooled_projection_dim=256, pos_embed_max_size=96, qk_norm="rms_norm")
-    for parameter in peer.parameters():                    # nothing is zero, so that all counts
+    for parameter in peer.parameters():                    # nothing is zero, so that everything counts
         nn.init.normal_(parameter, std=0.03)
     ours = load_dit(peer.state_dict()).train()
 
@@ -131,7 +131,7 @@ def mmdit():
 
 
 def autoencoder():
-    """An AutoencoderKL of half SD3's widths: as runs are loaded, and in the layout of training."""
+    """An AutoencoderKL of half SD3's widths: in the layout of a loaded run, and in that of training."""
     from diffusers import AutoencoderKL
 
     from support import ranks
@@ -165,7 +165,7 @@ def autoencoder():
 
 
 def tiny_autoencoder():
-    """TAEF2's decoder with the layers of TAESD: three plain blocks in place of the wide ones."""
+    """TAEF2's decoder with the layers of TAESD: three plain blocks instead of the wide ones."""
     from diffusers import AutoencoderTiny
 
     from support import bases
@@ -202,7 +202,7 @@ def frechet():
 
 
 def image_metrics():
-    """Theirs is in float32."""
+    """Theirs computes in float32."""
     from torchmetrics.functional import image as peer
 
     from support import metrics
@@ -240,7 +240,7 @@ def update():
         optimizer.step()
         with torch.no_grad():
             average(ema, model, 0.999)
-        return model.O.weight + ema.O.weight               # both zero at first
+        return model.O.weight + ema.O.weight               # both start at zero
 
     def one_by_one(ema, model, decay):
         newest = dict(model.named_parameters())
@@ -257,13 +257,13 @@ def start():
     def python_imports(name):
         subprocess.run([sys.executable, "-c", f"import {name}"], cwd=root, check=True)
 
-    version("diffusers")                                   # ImportError where it is not installed
+    version("diffusers")                                   # ImportError if it is not installed
     yield ("start: import of finetune, of diffusers",
            partial(python_imports, "finetune"), partial(python_imports, "diffusers"))
 
 
 def images():
-    """JPEG files to batches of 32, by our threads, and by a DataLoader in this process."""
+    """JPEG files to batches of 32, with our threads, and with a DataLoader in this process."""
     from PIL import Image
     from torchvision import datasets, transforms
 

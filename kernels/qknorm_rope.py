@@ -1,16 +1,16 @@
-"""QK-norm and rotary embedding, read straight from the qkv Linear's output and written as attention wants it.
+"""QK-norm and rotary embedding, read straight from the qkv Linear's output, written in attention's layout.
 
-    u = weight * x / sqrt(mean(x^2) + eps)        over the K channels of a head; left out if weight is None
-    (a, b) -> (a cos - b sin, b cos + a sin)      each pair of neighbours in u; left out if cos is None
+    u = weight * x / sqrt(mean(x^2) + eps)        over the K channels of a head; skipped if weight is None
+    (a, b) -> (a cos - b sin, b cos + a sin)      each adjacent pair in u; skipped if cos is None
 
 Shapes:    qkv (B, L, 3, A, K), any strides with the last one 1;  weights (K,);  cos, sin (L, K) float32
-           -> q, k, v (B, A, L, K);  q and k are written anew, v is a view of qkv
+           -> q, k, v (B, A, L, K);  q and k are new tensors, v is a view of qkv
 Used by:   dit.Attention.heads: LightningDiT rotates and may normalise, SD3.5 normalises and does not rotate.
 Rounding:  once, at the end; the norm's result stays in float32 between norm and rotation.
 Bytes, U = B*L*A*K elements:
     forward   reads q, k from qkv, writes q, k: 4 U. Separate PyTorch operations: about 30 U
-    backward  reads q, k, dq, dk, writes dq, dk: 6 U; the gradients of the norms' weights are summed in the
-              same pass. Autograd then stacks dq, dk, dv into dqkv: 6 U more, a copy at full bandwidth
+    backward  reads q, k, dq, dk, writes dq, dk: 6 U; the same pass sums the gradients of the norms'
+              weights. Autograd then stacks dq, dk, dv into dqkv: 6 U more, a copy at full bandwidth
 Measured:  not run on a GPU.
 """
 from __future__ import annotations
@@ -58,28 +58,28 @@ def qknorm_rope_ref(qkv, q_weight, k_weight, cos=None, sin=None):
 
 @jit
 def rotate(u, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Each pair of columns of a tile (ROWS, COLUMNS), by its angle."""
+    """Rotate each pair of columns of a tile (ROWS, COLUMNS) by its angle."""
     even, odd = tl.split(tl.reshape(u, (ROWS, COLUMNS // 2, 2)))
     return u * cos + tl.reshape(tl.join(-odd, even), (ROWS, COLUMNS)) * sin
 
 
 @jit
 def rotate_back(du, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The transposed rotation, which is what gradients take."""
+    """The transposed rotation, for gradients."""
     even, odd = tl.split(tl.reshape(du * sin, (ROWS, COLUMNS // 2, 2)))
     return du * cos + tl.reshape(tl.join(odd, -even), (ROWS, COLUMNS))
 
 
 @jit
 def _forward(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr,                   # read: q or k as it stands in qkv, (B, L, A, K)
+    x_ptr, weight_ptr, cos_ptr, sin_ptr,                   # read: q or k as laid out in qkv, (B, L, A, K)
     out_ptr,                                               # written: (B, A, L, K)
     L, stride_b, stride_l: tl.constexpr, stride_a: tl.constexpr,
     A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
     EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr,
 ):
     """One program: all heads of one token, in a tile of BLOCK_A x BLOCK_K."""
-    row = tl.program_id(0)                                 # first: there may be more than 65,535
+    row = tl.program_id(0)                                 # the first axis: there may be more than 65,535
     b = tl.program_id(1).to(tl.int64)
     a = tl.arange(0, BLOCK_A)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
@@ -106,7 +106,7 @@ def _backward(
     A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr,
     EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr,
 ):
-    """One program: dx of all heads of TOKENS tokens, one after the other, and the sum over them of du * n."""
+    """One program: dx of all heads of TOKENS tokens, one after another, and the sum over them of du * n."""
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     a = tl.arange(0, BLOCK_A)[:, None]
@@ -142,13 +142,14 @@ def _backward(
 
 
 # ---------------------------------------------------------------- PyTorch operators
-# One operator, for q and then for k.
+# One operator, called for q and then for k.
 
 
 def _sizes(x, weight, cos):
-    """What both kernels are compiled for.
+    """The constants that both kernels are compiled for.
 
-    Strides too: 72 is not a multiple of 16, and the compiler would load 2 bytes at a time instead of 16.
+    Strides are constants too: 72 is not a multiple of 16, and the compiler would otherwise load 2 bytes at a
+    time instead of 16.
     """
     _, _, A, K = x.shape
     return dict(
@@ -196,7 +197,7 @@ def _save(ctx, inputs, output):
 
 
 def _grads(ctx, dout):
-    """Gradients of x, weight, cos, sin; the tables have none."""
+    """Gradients of x, weight, cos, sin; None for the tables."""
     x, weight, cos, sin = ctx.saved_tensors
     dx, dweight = _op_backward(dout, x, weight, cos, sin)
     dweight = None if weight is None else dweight.to(weight.dtype)
@@ -210,7 +211,7 @@ _op.register_autograd(_grads, setup_context=_save)
 def qknorm_rope(qkv, q_weight, k_weight, cos=None, sin=None):
     """(B, L, 3, A, K) -> q, k, v, each (B, A, L, K).
 
-    q and k are normalised if they have a weight, and rotated if there is cos.
+    q and k are normalised if they have a weight, and rotated if cos is given.
     """
     q, k, v = qkv.unbind(2)
     return _op(q, q_weight, cos, sin), _op(k, k_weight, cos, sin), v.transpose(1, 2)

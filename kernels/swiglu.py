@@ -1,14 +1,14 @@
-"""SwiGLU, with the bias of the layer before it: what stands between the two products of LightningDiT's MLP.
+"""SwiGLU, with the bias of the layer before it: between the two matrix products of LightningDiT's MLP.
 
     [a, b] = x weight^T + bias
     out    = SiLU(a) * b                                      SiLU(a) = a * sigmoid(a)
 
-The product is the library's. Its bias moves into the kernel, because the gradient of a bias is a sum over all
-tokens of what the backward has just computed: it is summed there, instead of being read again.
+The library computes the product. Its bias moves into the kernel, because a bias's gradient is a sum over all
+tokens of what the backward has just computed: the kernel sums it there, instead of reading it again.
 
 Shapes:    x (..., E);  weight (2 H, E), bias (2 H,), the upper half for b  ->  out (..., H)
 Used by:   dit.SwiGLU (Shazeer, 2020).
-Rounding:  the product is rounded to its dtype (under autocast bfloat16); all else stays in float32 until
+Rounding:  the product is rounded to its dtype (bfloat16 under autocast); everything else stays float32 until
            out is rounded.
 Bytes, U = tokens * E elements, H = 8/3 E:
     forward   reads the product, writes out: 8 U. Separate PyTorch operations: 13 U
@@ -53,7 +53,7 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < N) & (h < H)
-    at = row * (2 * H) + h                                 # of a; b stands H further
+    at = row * (2 * H) + h                                 # of a; b is H further on
 
     # [a, b] = x weight^T + bias
     a = tl.load(ab_ptr + at, inside, 0.0).to(ACC) + tl.load(bias_ptr + h, h < H, 0.0).to(ACC)
@@ -87,7 +87,7 @@ def _backward(
         b = tl.load(ab_ptr + at + H, inside, 0.0).to(ACC) + bias_b
         dout = tl.load(dout_ptr + row * H + h, inside, 0.0).to(ACC)  # 0 outside, and so are da and db
 
-        # SiLU(a) = a s,  its derivative s (1 + a (1 - s))
+        # SiLU(a) = a s,  derivative s (1 + a (1 - s))
         s = 1 / (1 + tl.exp(-a))
         da = dout * b * s * (1 + a * (1 - s))
         db = dout * a * s
@@ -104,7 +104,7 @@ def _backward(
 
 
 def _sizes(ab):
-    """(number of tokens N, blocks of channels, what both kernels are compiled for)"""
+    """(number of tokens N, blocks of channels, constants that both kernels are compiled for)"""
     H = ab.shape[-1] // 2
     N = ab.numel() // ab.shape[-1]
     columns = min(COLUMNS, power_of_2(H))

@@ -1,20 +1,20 @@
-"""One call of an operation, tried: which of its variants are right, and how long they take.
+"""Try one call of an operation: which of its variants are correct, and how long they take.
 
-A call is plain data, as choose.py writes it down, so that another process can try it:
+A call is plain data, as recorded by choose.py, so that another process can try it:
 
-    {"op", "device", "autocast": a dtype or "", "arguments": [numbers, None, and of tensors
-        {"shape", "stride", "dtype", "trained": has it a gradient, "weight": is it a parameter}]}
+    {"op", "device", "autocast": a dtype or "", "arguments": [numbers, None, and for tensors
+        {"shape", "stride", "dtype", "trained": does it get a gradient, "weight": is it a parameter}]}
 
-and so is what comes out of it, its row in the table:
+So is the result, its row in the table:
 
     {"call", "ms": {variant: ms of a call}, "left_out": {variant: why}, "chosen": variant}
 
-Right is what is at most twice as far from the specification in float32 as plain PyTorch in the call's own
-dtypes, plus one rounding: the rule of tests/test_kernels.py. (Of a call in float32, the specification in
-float64.) Each of the outputs and, where anything is trained, each of the gradients must be.
+A variant is correct if it is at most twice as far from the specification in float32 as plain PyTorch in the
+call's own dtypes, plus one rounding: the rule of tests/test_kernels.py. (For a call in float32, the
+specification is in float64.) This must hold for each output and, if anything is trained, each gradient.
 
-Why in another process: a kernel that reads where it may not takes all that its process has on the GPU with
-it, and one that never ends cannot be stopped from within. There it costs a line in the table.
+Why another process: a kernel with an illegal memory access takes down everything that its process has on the
+GPU, and one that never ends cannot be stopped from within. In another process, it costs a line in the table.
 """
 import json
 import os
@@ -30,14 +30,14 @@ import torch
 import kernels
 from kernels import attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swiglu
 
-FILES = (attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swiglu)   # their operations
+FILES = (attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swiglu)   # with the operations
 
-LARGEST = 2**28        # elements of a first argument: a larger batch is tried in part, float32 takes room
-ROUNDS = 5             # of the timing; in the interpreter, which is slow, 1
-ROUND_MS = 3           # a variant's launches in one round take about that long
-PATIENCE = 180         # seconds for each variant, in the process that tries; more counts as failed
+LARGEST = 2**28        # elements of a first argument: of a larger batch, only a part is tried, to save memory
+ROUNDS = 5             # of timing; 1 in the interpreter, which is slow
+ROUND_MS = 3           # a variant's launches in one round take about this long
+PATIENCE = 180         # seconds per variant, in the process that tries; more counts as failed
 SLOW = "did not end within"
-PROCESSES = 4          # that are started at most, one after the other
+PROCESSES = 4          # the most that are started, one after another
 COMMAND = [sys.executable, "-m", "kernels.trial"]
 
 
@@ -45,32 +45,32 @@ COMMAND = [sys.executable, "-m", "kernels.trial"]
 
 
 def key_of(call):
-    """What kernels.key says of the call's first argument."""
+    """`kernels.key` of the call's first argument."""
     first = call["arguments"][0]
     return call["device"], getattr(torch, first["dtype"]), *first["shape"][1:]
 
 
 def variants_of(op):
-    """{name: function}; what has a kernel has a compiled specification too."""
+    """{name: function}; an operation with a kernel also has a compiled specification."""
     if "kernel" in op.variants and "compiled" not in op.variants:
         op.variants["compiled"] = by_compiler(op.variants["plain"])
     return op.variants
 
 
 def names_of(op, arguments):
-    """The variants that there are for these arguments; where a kernel is not made for them, only plain."""
+    """The variants for these arguments; only plain, if the kernel does not support them."""
     return list(variants_of(op)) if op.takes(*arguments) else ["plain"]
 
 
 def by_compiler(function):
-    """The function, compiled at its first call for every size that it meets."""
+    """The function, compiled when it first meets a size."""
     torch._dynamo.config.recompile_limit = 64
-    torch._functorch.config.donated_buffer = False         # train_vae.py goes back through a graph twice
+    torch._functorch.config.donated_buffer = False         # train_vae.py runs backward through a graph twice
     return torch.compile(function, backend="aot_eager" if kernels.INTERPRETED else "inductor", dynamic=False)
 
 
 def adopt(rows):
-    """Use what was chosen from now on."""
+    """From now on, use the chosen variants."""
     for row in rows:
         op = kernels.OPERATIONS[row["call"]["op"]]
         if row["chosen"] == "plain":
@@ -79,11 +79,11 @@ def adopt(rows):
             op.chosen[key_of(row["call"])] = variants_of(op)[row["chosen"]]
 
 
-# ---------------------------------------------------------------- right or wrong
+# ---------------------------------------------------------------- correct or wrong
 
 
 class Trial:
-    """Random inputs of a call, and what its variants make of them."""
+    """Random inputs for a call, and the results of its variants on them."""
 
     def __init__(self, call, device):
         self.op = kernels.OPERATIONS[call["op"]]
@@ -94,7 +94,7 @@ class Trial:
             self.names = names_of(self.op, self.inputs)
         self.douts = []
 
-        # one unit in the last place of the coarsest dtype; the kernels round in other places
+        # one unit in the last place of the coarsest dtype; the kernels round at other points
         dtypes = [x.dtype for x in self.inputs if isinstance(x, torch.Tensor)]
         if self.autocast:
             dtypes.append(self.autocast)
@@ -107,7 +107,7 @@ class Trial:
         self.plain_errors = errors(plain, self.truth)
 
     def run(self, function, inputs, autocast):
-        """[outputs, gradients of what is trained]; the outputs' gradients are random, and always the same."""
+        """[outputs, gradients of trained inputs]; the outputs' gradients are random, but always the same."""
         leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
         context = torch.autocast(self.device.type, autocast, enabled=autocast is not None)
         with context, torch.set_grad_enabled(bool(leaves)):
@@ -131,7 +131,7 @@ class Trial:
         return self.run(function, self.inputs, self.autocast)
 
     def exactly(self, dtype):
-        """`run` of the specification with everything in this dtype, and with no product shortened to TF32."""
+        """`run` of the specification with everything in this dtype, and no products in TF32."""
         inputs = []
         for x in self.inputs:
             if isinstance(x, torch.Tensor):
@@ -145,10 +145,10 @@ class Trial:
             allow_tf32(*flags)
 
     def verdict(self, function):
-        """What is wrong with a variant's results, in a few words; "" if nothing is."""
+        """What is wrong with a variant's results, in a few words; "" if nothing."""
         results = self.call(function)
         for x, dtype in zip(results, self.dtypes, strict=True):
-            if x.dtype not in (dtype, self.autocast):      # under autocast a norm's may be either
+            if x.dtype not in (dtype, self.autocast):      # under autocast, a norm's may be either
                 return f"gives {x.dtype}, wanted {dtype}"
         for ours, theirs in zip(errors(results, self.truth), self.plain_errors, strict=True):
             if ours == float("inf"):
@@ -159,10 +159,10 @@ class Trial:
 
 
 def made(call, images, device):
-    """Random numbers as the call's tensors were: shapes, strides, dtypes. Other arguments as they were.
+    """Random tensors with the shapes, strides and dtypes of the call's. Other arguments as they were.
 
-    Weights of products are scaled so that a product keeps its size. Of a batch that is too large, the first
-    rows, of the first `images` arguments.
+    Weights of products are scaled so that products keep their magnitude. If the batch is too large, the first
+    `images` arguments get fewer rows.
     """
     first = call["arguments"][0]["shape"]
     rows = min(first[0], max(1, LARGEST // torch.Size(first[1:]).numel()))
@@ -185,9 +185,9 @@ def random(shape, dtype, device, seed):
 
 
 def errors(results, truth):
-    """Of each result the largest error, as a part of the largest value; infinite for what is not a number.
+    """For each result the largest error, relative to the largest value; infinite if it is not finite.
 
-    raises: ValueError if there are more, or fewer, or others have another shape
+    raises: ValueError if the number of results or a shape differs
     """
     found = []
     for a, b in zip(results, truth, strict=True):
@@ -199,7 +199,7 @@ def errors(results, truth):
 
 
 def tf32():
-    """Whether products in float32 may be shortened: of matrices, of convolutions."""
+    """Whether float32 products may use TF32: in matrix products, in convolutions."""
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
@@ -212,13 +212,13 @@ def allow_tf32(matrices, convolutions):
 
 
 def attempt(call, device, compiled, known, say):
-    """The row of a call: each variant judged, and what is right timed.
+    """The row of a call: each variant is judged, and correct ones are timed.
 
     known:   {variant: why it is left out}
     say:     called with the name of each variant before it runs for the first time
     """
     row = {"call": call, "ms": {}, "left_out": dict(known), "chosen": "plain"}
-    torch._dynamo.reset()                                  # what was compiled for one shape stays out of this
+    torch._dynamo.reset()                                  # drop what was compiled for other shapes
     trial, why = guarded(device, lambda: Trial(call, device))
     if why:
         row["left_out"]["all"] = why
@@ -246,13 +246,13 @@ def attempt(call, device, compiled, known, say):
 
 
 def judge(trial, function):
-    """What is wrong with a variant, or what it raised; "" if nothing."""
+    """What is wrong with a variant, or what it raised; "" if it is correct."""
     verdict, why = guarded(trial.device, lambda: trial.verdict(function))
     return why or verdict
 
 
 def guarded(device, function):
-    """(its result, "") or (None, what it raised).  raises: the error, if the GPU is lost with it"""
+    """(its result, "") or (None, what it raised).  raises: an error, if the GPU is no longer usable"""
     try:
         return function(), ""
     except failures() as error:
@@ -262,7 +262,7 @@ def guarded(device, function):
 
 
 def failures():
-    """All that a kernel, its compiler and its launch are known to raise."""
+    """Everything that a kernel, its compiler and its launch are known to raise."""
     found = [ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError,
              RuntimeError, SyntaxError, TypeError, ValueError, subprocess.SubprocessError]
     try:
@@ -293,7 +293,7 @@ def times(trial, functions):
 
 
 def launches(trial, function, repeats):
-    """ms of one call, of `repeats` in a row."""
+    """ms per call, over `repeats` in a row."""
     if trial.device.type != "cuda":
         since = time.perf_counter()
         for _ in range(repeats):
@@ -309,11 +309,11 @@ def launches(trial, function, repeats):
     return begin.elapsed_time(end) / repeats
 
 
-# ---------------------------------------------------------------- in a process of its own
+# ---------------------------------------------------------------- in a separate process
 
 
 def try_apart(calls, rows, device, compiled):
-    """Fill in the rows that are None.  Returns why there are still some, or ""."""
+    """Fill in the rows that are None.  Returns why some still are, or ""."""
     known = [{} for _ in calls]
     for _ in range(PROCESSES):
         job = {"calls": calls, "rows": rows, "known": known, "device": str(device), "compiled": compiled,
@@ -335,7 +335,7 @@ def untried(call, why):
 
 
 def in_a_process(job, folder, rows):
-    """Start a process that tries, and take its rows.  Returns the call and variant it ended at, and why."""
+    """Try in a new process, and collect its rows.  Returns the call and variant it ended at, and why."""
     file = folder / "job.json"
     file.write_text(json.dumps(job))
     with open(folder / "said", "w+", errors="replace") as said:
@@ -354,7 +354,7 @@ def in_a_process(job, folder, rows):
 
 
 def end_of(process, lines):
-    """Wait for a process that tries, while it begins or ends a variant at least every PATIENCE seconds.
+    """Wait for the process that tries, as long as it starts or ends a variant every PATIENCE seconds.
 
     Returns how it ended.
     """
@@ -369,12 +369,12 @@ def end_of(process, lines):
                     return f"{SLOW} {PATIENCE} s"
                 written = size
     finally:
-        process.kill()                                     # also if the waiting ends by Ctrl-C
+        process.kill()                                     # even if Ctrl-C ends the wait
         process.wait()
 
 
 def read_lines(path):
-    """What the process wrote, up to where it ended."""
+    """The complete lines that the process wrote."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text().rpartition("\n")
@@ -395,14 +395,14 @@ def main(file):
 
         for number, call in enumerate(job["calls"]):
             row = job["rows"][number]
-            if os.getppid() != job["parent"]:              # whoever asked for this is gone
+            if os.getppid() != job["parent"]:              # the parent is gone
                 return
             if row is None:
                 write(number, starts="plain")
                 row = attempt(call, device, job["compiled"], job["known"][number],
                               lambda name, number=number: write(number, starts=name))
                 write(number, row=row)
-            adopt([row])                                   # what stands inside others comes first
+            adopt([row])                                   # inner operations come first
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def match(source, rows, root, names, of_stem):
             replaced.append(name)
         captions[found[0]] = caption
     say(source, rows, lost, "found no image, or several")
-    say(source, rows, replaced, "give an image another caption, and the last counts")
+    say(source, rows, replaced, "give an image another caption; the last one counts")
     return captions
 
 

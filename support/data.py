@@ -289,7 +289,7 @@ class ImageFolder(ImageFiles):
             groups = {"": loose}
             files = {"": list(itertools.chain.from_iterable(files.values()))}
         elif loose:
-            print(f"{shown(self.root)}: {len(loose)} images beside its class folders are left out",
+            print(f"{shown(self.root)}: {len(loose)} images next to its class folders are left out",
                   file=sys.stderr)
         empty = []
         for name in groups:

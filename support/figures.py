@@ -177,7 +177,7 @@ def report(cfg):
     print(f"\npictures in {out}: {', '.join(pictures)}\n"
           f"next: python sample.py {out}{folder_of_samples(out)}\n      python evaluate.py {out}{others}")
     if cfg.data_dir == "procedural" or cfg.lpips_trunk:             # else nothing would measure samples
-        print("      (which draws 1,000 samples, the longer part; --n= says how many)")
+        print("      (draws 1,000 samples, which takes most of the time; --n= sets how many)")
     if Path(out, "report.html").exists():
         print(f"the run on one page: {out}/report.html")
 

@@ -62,7 +62,7 @@ def weight_file(path):
     if chosen is None:
         raise SystemExit(f"{path}: {without_weights(path)}")
     if len(names) > 1:
-        print(f"{path}: of {', '.join(names)} takes {chosen.name}; name another to have that")
+        print(f"{path}: takes {chosen.name} of {', '.join(names)}; to use another, name it")
     return weight_file(chosen)                                     # it may be a link to nothing
 
 

@@ -1,11 +1,11 @@
-"""What a thing is, whatever its place: digests by which what was kept is known to belong to what is there.
+"""Digests that identify files by their contents, not their location.
 
     of_files(paths, root)      images, tokenizers, weights: their names and contents
     of_source(source, part)    pretrained weights: a run of ours, a file, a folder
-    of_run(checkpoint)         all weights by which a run of finetune.py draws
+    of_run(checkpoint)         all weights that a run of finetune.py samples with
 
-Caches, samples and runs keep the digests of what they were made from. They are used again where it has the
-same digest today, wherever it lies.
+Caches, samples and runs store the digests of what they were made from. They are reused only where those
+digests still match, even if the files have moved.
 """
 import hashlib
 import json
@@ -17,17 +17,17 @@ import numpy as np
 
 from support import files, hub, runs
 
-ALL_BYTES = 512 << 20      # so many bytes are read whole; of more, as many are read in pieces
+ALL_BYTES = 512 << 20      # up to this many bytes, everything is read; beyond, pieces of this total size
 PIECE = 64 << 10
-AT_MOST = 1000             # and no more than so many files
+AT_MOST = 1000             # the most files that pieces are read from
 
 
 def of_files(paths, root):
-    """Sixteen digits of files: their names below the folder `root`, sizes and contents.
+    """Sixteen-digit digest of files: their names relative to the folder `root`, sizes and contents.
 
-    Up to ALL_BYTES are read whole. Of more, AT_MOST files, evenly spread, are read in pieces, evenly spread;
-    of the other files, the time of the last change counts in place of the contents.
-    A file that cannot be read counts as that.
+    Up to ALL_BYTES in total, files are read whole. Beyond that, evenly spaced pieces of AT_MOST evenly spaced
+    files are read; for the other files, the modification time stands in for the contents.
+    A file that cannot be read counts as "unreadable".
     """
     paths = [os.fspath(path) for path in paths]
     sizes = [os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths]
@@ -51,7 +51,7 @@ def of_files(paths, root):
 
 
 def digest_of(path, size, allowance):
-    """SHA-256 of a file, or of pieces of it, from its first byte to its last, of `allowance` bytes in all."""
+    """SHA-256 of a file; of a file above `allowance` bytes, of evenly spaced pieces of that total size."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         if size <= allowance:
@@ -65,20 +65,20 @@ def digest_of(path, size, allowance):
 
 
 def of_text(text):
-    """Sixteen digits of a text."""
+    """Sixteen-digit digest of a string."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def of_source(source, part=""):
-    """Sixteen digits of the weights that a path leads to; None if there is nothing.
+    """Sixteen-digit digest of the weights that a path leads to; None if there are none.
 
-    source: a run or checkpoint folder of ours, a weight file, a folder of weight files; or the name of one of
-            them on Hugging Face, which is fetched: it has the digest of what it is the name of
-    part:   the folder in a diffusers pipeline that matters: vae or transformer
+    source: a run or checkpoint folder of ours, a weight file, a folder of weight files; or a name on Hugging
+            Face, which is downloaded: the digest is that of the downloaded files
+    part:   the subfolder of a diffusers pipeline to look at: vae or transformer
     """
     try:
         path = Path(hub.local(source, part))
-    except SystemExit:                                             # the load will say why
+    except SystemExit:                                             # loading it will say why
         return None
     if not source or not path.exists():
         return None
@@ -97,7 +97,7 @@ def of_source(source, part=""):
 
 
 def of_parts(cfg, vae, train_set):
-    """What a run of finetune.py is made of, but for its texts: {part: digest}, for runs.py:Run.made_of."""
+    """What a run of finetune.py is made of, except its text encoders: {part: digest}, for must_be_made_of."""
     return {
         "images": train_set.fingerprint,
         "captions": of_text(json.dumps(train_set.captions)) if cfg.text else None,
@@ -108,6 +108,6 @@ def of_parts(cfg, vae, train_set):
 
 
 def of_run(checkpoint):
-    """Sixteen digits of the transformer's weights, of those that adapters leave alone, and of the VAE's."""
+    """Sixteen-digit digest of the transformer's weights, those frozen under LoRA included, and the VAE's."""
     folders = (checkpoint, Path(checkpoint).parent / "frozen", Path(checkpoint).parent / "vae")
     return of_text(" ".join(str(of_source(folder)) for folder in folders))

@@ -1,12 +1,12 @@
-"""Where stage 2 gets its latents from: encoded as it goes, or once and for all into a cache on disk.
+"""Where stage 2 gets its latents: encoded on the fly, or encoded once into a cache on disk.
 
     source = latent_source(vae, train_set, cfg, device, rank, world)
     for z_all, y in source(start): ...             # endless; the batches of step start, start + 1, ...
 
-`encoded_steps` encodes each batch; `cached_steps` reads them from `Latents`, a folder of shards that
-`write_cache` has written before. Either way a step has the same images, mirrored or not, by its number and
-the seed alone. Their latents differ by the cache's half precision; and with --detail_sample=True a cache has
-one sample of z_d for each image, where `encoded_steps` draws a new one each time.
+`encoded_steps` encodes each batch; `cached_steps` reads batches from `Latents`, a folder of shards that
+`write_cache` wrote beforehand. Either way the step number and the seed alone determine a step's images and
+which of them are mirrored. Cached latents are rounded to half precision; and with --detail_sample=True a
+cache holds one sample of z_d per image, where `encoded_steps` draws a new one each time.
 """
 import functools
 import hashlib
@@ -34,8 +34,8 @@ AT_ONCE = 64                                       # images encoded at once, few
 def latent_source(vae, train_set, cfg, device, rank, world):
     """A function: source(start) -> endless (z_all (b, C+D, h, w), y (b,)) of this rank, from step `start` on.
 
-    train_set: images, also in buckets, or `Latents`; cfg: stage 2's Config. With cfg.cache, images are
-    encoded here and now.
+    train_set: images (in buckets or not), or `Latents`; cfg: stage 2's Config. With cfg.cache, this call
+    encodes the images.
     """
     if isinstance(train_set, Latents):
         return functools.partial(cached_steps, train_set, cfg, device, rank, world)
@@ -49,20 +49,20 @@ def latent_source(vae, train_set, cfg, device, rank, world):
 
 
 def open_training_set(cfg, vae):
-    """Images, or the latents that LightningDiT's own code extracted from them."""
+    """Images, or latents that LightningDiT's own code extracted from images."""
     if Latents.are_in(cfg.data_dir):
         return Latents(cfg.data_dir, vae, cfg.D)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
-    if cfg.text:                                                   # the label is where to find the caption
+    if cfg.text:                                                   # the label is the index of the caption
         train_set.labels = np.arange(len(train_set))
         train_set.classes = []
     return train_set
 
 
 def check_sizes(vae, train_set, cfg):
-    """Before anything is encoded.
+    """Check, before anything is encoded, that everything fits together.
 
-    raises: SystemExit if the VAE's channels, the images' size or the latents on disk do not fit cfg
+    raises: SystemExit if the VAE's channels, the image size or the latents on disk do not fit cfg
     """
     if cfg.D not in (0, vae.D):
         raise SystemExit(f"--D={cfg.D}, but {cfg.vae or 'the VAE'} has {vae.D} detail channels; "
@@ -74,14 +74,14 @@ def check_sizes(vae, train_set, cfg):
                          f"give --image_size={fits}")
     levels.check(cfg.keep_levels, vae.C, cfg.D)
     if cfg.buckets > 1 and not cfg.text:
-        raise SystemExit(f"--buckets={cfg.buckets:g}: a model of classes is square, its tokens have the "
-                         "places of one square grid; leave it out, or train a model of texts (--text=)")
+        raise SystemExit(f"--buckets={cfg.buckets:g}: a class-conditional model has positions for one "
+                         "square grid only; leave it out, or train a text-to-image model (--text=)")
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
 
 
 def check_statistics(z_all, C, out):
-    """Print mean and standard deviation of latents, base and detail apart; warn where not near 0 and 1."""
+    """Print mean and standard deviation of base and detail latents; warn where they are not near 0 and 1."""
     groups = {"base": z_all[:, :C]}
     if z_all.shape[1] > C:
         groups["detail"] = z_all[:, C:]
@@ -94,16 +94,16 @@ def check_statistics(z_all, C, out):
 
 
 def encoded_steps(vae, train_set, cfg, device, rank, world, start):
-    """Encode the images of one step after the other."""
+    """Encode the images, one step after another."""
     batches = data.batches(train_set, cfg.batch_size, cfg.seed, start, rank, world, flip=cfg.flip)
     for step, (images, y) in enumerate(batches, start):
-        ranks.seed_step(cfg.seed, rank, step, 1)   # z_d's samples have random numbers of their own
+        ranks.seed_step(cfg.seed, rank, step, 1)   # a separate random stream for samples of z_d
         z_all = encode(vae, images, cfg, device)
         yield z_all[:, :vae.C + cfg.D], y.to(device)
 
 
 def cached_steps(latents, cfg, device, rank, world, start):
-    """Read the latents of one step after the other: of the same images, mirrored or not, as above."""
+    """Read the latents, one step after another: the same images and flips as in `encoded_steps`."""
     for step in itertools.count(start):
         plan = latents.plan(cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
         z_all, y = latents.batch(*plan)
@@ -111,7 +111,7 @@ def cached_steps(latents, cfg, device, rank, world, start):
 
 
 def encode(vae, images, cfg, device):
-    """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3), as many at once as memory allows."""
+    """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3), in parts that fit into memory."""
     latents = []
     for part in images.split(ranks.at_once(AT_ONCE, *images.shape[1:3])):
         x = data.to_tensor(part).to(device)
@@ -127,9 +127,9 @@ class Latents(data.Dataset):
     """Latents on disk as a data set: the shards of `write_cache`, or those that LightningDiT's code extracts.
 
     <folder>/*.safetensors, each with latents, latents_flip (n, C+D, h, w) and labels (n,). LightningDiT's are
-    raw, and are normalised here by the VAE's statistics; ours are normalised already, and say so.
+    raw, and are normalised here with the VAE's statistics; ours are already normalised, as their headers say.
     D: how many detail channels to read; 0 for a base model
-    raises: SystemExit, naming the file, if a shard is not whole, unlike the first, or has fewer channels
+    raises: SystemExit, naming the file, if a shard is incomplete, differs from the first, or lacks channels
     """
 
     def __init__(self, folder, vae, D):
@@ -144,8 +144,8 @@ class Latents(data.Dataset):
             if kind != kinds[0]:
                 raise SystemExit(f"{path}: latents of (C+D, h, w), VAE = {kind}; wanted {kinds[0]}, as in "
                                  f"{self.files[0].name}; move one of them away")
-        self.shards = [load_file(path) for path in self.files]     # mapped: read as they are used
-        self.place = []                                            # of image i: its shard, its row there
+        self.shards = [load_file(path) for path in self.files]     # memory-mapped: read on use
+        self.place = []                                            # image i -> (its shard, its row there)
         for n, shard in enumerate(self.shards):
             self.place += [(n, row) for row in range(len(shard["labels"]))]
         self.labels = torch.cat([shard["labels"].long() for shard in self.shards]).numpy()
@@ -155,7 +155,7 @@ class Latents(data.Dataset):
         self.size, made_by = kinds[0]                              # (C+D, h, w)
         if self.size[0] < self.channels:
             raise SystemExit(f"{self.files[0]}: latents of {self.size[0]} channels; wanted {self.channels}, "
-                             f"{vae.C} of the base first and {D} of details; give another --data_dir")
+                             f"{vae.C} base channels, then {D} detail channels; give another --data_dir")
         self.mean = torch.zeros(self.channels)
         self.std = torch.ones(self.channels)
         if made_by == "raw":
@@ -163,12 +163,12 @@ class Latents(data.Dataset):
 
     @functools.cached_property
     def fingerprint(self):
-        """Of the shards."""
+        """Digest of the shards."""
         return identity.of_files(self.files, self.folder)
 
     @staticmethod
     def are_in(folder):
-        """Does a *.safetensors in it hold `latents`?  Or is one broken, and no image there instead?"""
+        """Does a *.safetensors in it hold `latents`?  Or is one broken, in a folder without images?"""
         if folder in ("", "procedural") or not Path(folder).is_dir():
             return False
         found = [names_in(path) for path in Path(folder).glob("*.safetensors")]
@@ -178,10 +178,10 @@ class Latents(data.Dataset):
         return None in found and not any(map(data.is_image, below))
 
     def check(self, side, flip):
-        """raises: SystemExit if the latents are not `side` wide and high, or lack mirrored ones"""
+        """raises: SystemExit if the latents are not side x side, or mirrored ones are missing"""
         h, w = self.size[1:]
         if (h, w) != (side, side):
-            raise SystemExit(f"{self.files[0]}: latents of {h}x{w}; wanted {side}x{side}, by --image_size "
+            raise SystemExit(f"{self.files[0]}: latents of {h}x{w}; wanted {side}x{side}, from --image_size "
                              "and the VAE")
         for path, shard in zip(self.files, self.shards):
             if flip and "latents_flip" not in shard:
@@ -190,7 +190,7 @@ class Latents(data.Dataset):
     def batch(self, indices, flipped):
         """(z_all (n, C+D, h, w) float32, labels (n,)) of images `indices`, mirrored where `flipped`.
 
-        raises: SystemExit naming the file if a latent is not finite
+        raises: SystemExit, naming the file, if a latent is not finite
         """
         rows = []
         for i, flip in zip(indices, flipped):
@@ -205,7 +205,7 @@ class Latents(data.Dataset):
 
 
 class LatentsInBuckets:
-    """The latents of images in buckets, which have a folder each: what `cached_steps` asks of `Latents`."""
+    """The latents of images in buckets, one folder per bucket, with the methods that `cached_steps` uses."""
 
     def __init__(self, images, folder, vae, D):
         self.images = images
@@ -215,7 +215,7 @@ class LatentsInBuckets:
         return self.images.plan(*args)
 
     def batch(self, indices, flipped):
-        """As `Latents.batch`, of images of one bucket."""
+        """Like `Latents.batch`; the images are all of one bucket."""
         part = self.parts[self.images.bucket[indices[0]]]
         return part.batch(self.images.place[indices], flipped)
 
@@ -230,14 +230,14 @@ def names_in(path):
 
 
 def check_shard(path):
-    """((C+D, h, w), hash of the VAE or "raw") of a shard, of which only header and labels are read.
+    """((C+D, h, w), hash of the VAE or "raw") of a shard; reads only its header and labels.
 
-    raises: SystemExit saying how it differs from what `Latents` wants
+    raises: SystemExit saying how it differs from what `Latents` expects
     """
     wanted = "wanted latents (n, C+D, h, w) of floating point and labels (n,), n > 0"
     names = names_in(path)
     if names is None:
-        raise SystemExit(f"{path}: is cut off, or no safetensors file; remove it and make it again")
+        raise SystemExit(f"{path}: is truncated, or not a safetensors file; remove it and make it again")
     if not {"latents", "labels"} <= names:
         raise SystemExit(f"{path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}; {wanted}")
     with safe_open(path, "pt") as f:
@@ -251,19 +251,19 @@ def check_shard(path):
         raise SystemExit(f"{path}: latents {size} of {dtype}, latents_flip {mirrored}, labels "
                          f"{shapes['labels']}; {wanted}")
     if labels.min() < 0 or not torch.equal(labels, labels.long().to(labels.dtype)):
-        raise SystemExit(f"{path}: labels from {labels.min()} to {labels.max()}; wanted whole numbers, 0 and "
-                         "above")
+        raise SystemExit(f"{path}: labels from {labels.min()} to {labels.max()}; wanted whole numbers, 0 or "
+                         "more")
     return size[1:], header_of(path).get("vae", "raw")
 
 
 def header_of(path):
-    """The metadata of a safetensors file: {} where there is none."""
+    """The metadata of a safetensors file; {} if it has none."""
     with safe_open(path, "pt") as f:
         return f.metadata() or {}
 
 
 def statistics(vae, channels):
-    """mean and std of the first channels of z_all, base first, on the CPU: (channels,) each."""
+    """Mean and std of the first `channels` channels of z_all, base first, on the CPU: (channels,) each."""
     parts = [vae.base, vae] if vae.D else [vae.base]
     mean = torch.cat([part.mean.cpu() for part in parts])
     std = torch.cat([part.std.cpu() for part in parts])
@@ -274,26 +274,26 @@ def statistics(vae, channels):
 
 
 def write_cache(vae, train_set, cfg, device, rank, world):
-    """Encode what is missing of <vae or out>/latents-<hash>, as `Latents` reads it; returns the folder.
+    """Encode the shards missing from <vae or out>/latents-<hash>, for `Latents` to read; returns the folder.
 
-    Each rank writes its own: shard n is rank (n mod world)'s; each bucket's are in a folder of their own.
-    Latents are kept in half precision, those of mirrored images beside them where cfg.flip. The hash covers
-    the VAE's weights, the images and labels and all else that the latents depend on, and each file's header
-    names it; so a cache of another VAE or of other images is never read, wherever these lie.
-    raises: SystemExit if the disk is too small, or ranks have other images
+    Rank n mod world writes shard n; each bucket has its own subfolder.
+    Latents are stored in half precision, with cfg.flip also those of the mirrored images. The hash covers
+    the VAE's weights, the images, the labels and everything else that the latents depend on, and each file's
+    header holds all of that; so a cache made with another VAE or other images is never read by mistake.
+    raises: SystemExit if the disk is too small, or the ranks see different images
     """
     header = describe(vae, train_set, cfg, device)
     others = [r for r, other in enumerate(ranks.from_all(header)) if other != header]
     if others:
         raise SystemExit(f"{cfg.data_dir}: process {rank} has other images, or another VAE, than process "
                          f"{others[0]}; copies on several machines must have the same files, with the same "
-                         "times (cp -p, rsync -a)")
+                         "modification times (cp -p, rsync -a)")
     folder = cache_folder(cfg, header)
     runs.make_folder(folder, "--cache=False")
     shards = planned_shards(train_set, folder)
     missing = [n for n, (file, _, _) in enumerate(shards) if not is_whole(file, header)]
     check_space(vae, sum(len(shards[n][2]) for n in missing), cfg, folder, rank)
-    ranks.wait_for_all()                                           # all have seen what is missing
+    ranks.wait_for_all()                                           # until all have seen what is missing
 
     mine = [n for n in missing if n % world == rank]
     for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
@@ -301,13 +301,13 @@ def write_cache(vae, train_set, cfg, device, rank, world):
         file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(f".tmp{rank}")
         save_file(encode_shard(vae, images, numbers, n, cfg, device), temporary, header)
-        files.flush(temporary)                                     # after a power cut it is whole, or absent
+        files.flush(temporary)                                     # after a power cut it is whole or absent
         temporary.replace(file)
     return folder
 
 
 def planned_shards(train_set, folder):
-    """[(file, images, which of them it holds)] of a cache in `folder`."""
+    """[(file, image set, indices of the images in it)] of a cache in `folder`."""
     places = {folder: train_set}
     if isinstance(train_set, Buckets):
         places = {folder / part.name: part for part in train_set.parts}
@@ -320,7 +320,7 @@ def planned_shards(train_set, folder):
 
 
 def is_whole(file, header):
-    """Is a file there that holds a whole shard of this very cache?"""
+    """Does the file exist, complete, as a shard of this very cache?"""
     try:
         with safe_open(file, "pt") as f:
             return f.metadata() == header
@@ -331,10 +331,10 @@ def is_whole(file, header):
 def encode_shard(vae, train_set, numbers, n, cfg, device):
     """Shard n, the images `numbers`: labels (b,), latents and, with cfg.flip, latents_flip (b, C+D, h, w).
 
-    In float16.
+    The latents are float16.
     """
     labels, latents, mirrored = [], [], []
-    ranks.seed_step(cfg.seed, n, 0)                # of z_d's samples, where they are wanted
+    ranks.seed_step(cfg.seed, n, 0)                # for samples of z_d, with cfg.detail_sample
     for k in range(0, len(numbers), AT_ONCE):
         images, y = data.stack(train_set, numbers[k:k + AT_ONCE])              # uint8 (b, H, W, 3)
         labels.append(y)
@@ -349,9 +349,9 @@ def encode_shard(vae, train_set, numbers, n, cfg, device):
 
 
 def describe(vae, train_set, cfg, device):
-    """The header of the cache's files: all that the latents in them depend on.
+    """The header of the cache's files: everything that the latents in them depend on.
 
-    Its text, to the letter, names the folder: a name or an order that is changed here orphans every cache.
+    The folder is named by a hash of this exact text: renaming or reordering a key orphans every cache.
     """
     about = {
         "images": train_set.fingerprint,
@@ -369,14 +369,14 @@ def describe(vae, train_set, cfg, device):
 
 
 def cache_folder(cfg, header):
-    """latents-<hash of the header>, in the folder of the VAE's run; of a VAE that is no run, in cfg.out."""
+    """latents-<hash of the header>, in the VAE's run folder; in cfg.out if the VAE is not a run."""
     key = hashlib.sha256((header["vae"] + header["about"]).encode()).hexdigest()[:12]
     ours = Path(cfg.vae).is_dir() and runs.checkpoints(cfg.vae)
     return Path(cfg.vae if ours else cfg.out) / f"latents-{key}"
 
 
 def check_space(vae, images, cfg, folder, rank):
-    """Say how large the latents of so many images are.   raises: SystemExit if the disk is too small"""
+    """Print the size of the latents of `images` images.   raises: SystemExit if the disk is too small"""
     side = cfg.image_size // vae.f
     orientations = 2 if cfg.flip else 1
     size = images * orientations * (vae.C + vae.D) * side**2 * 2               # bytes, of float16

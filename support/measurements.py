@@ -1,7 +1,7 @@
-"""metrics.json: the list of a run's measurements, each added whole; and two runs side by side.
+"""metrics.json, the list of a run's measurements; and the comparison of two runs side by side.
 
-An entry is {"settings": all that the numbers depend on, "reconstruction": {row: {metric: number}},
-"generation": the same, where samples were drawn}.
+An entry is {"settings": everything that the numbers depend on, "reconstruction": {row: {metric: number}},
+"generation": likewise, if samples were drawn}.
 """
 import json
 import math
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from support import config, runs
 
-# ---------------------------------------------------------------- where they are, and of which checkpoint
+# ---------------------------------------------------------------- of which run and checkpoint
 
 
 def run_folder(path):
-    """The run that one of its step folders is in; a run itself."""
+    """The run that a step folder belongs to; a run folder itself."""
     path = Path(path)
     return path.parent if re.fullmatch(r"step_\d+", path.name) else path
 
 
 def state_of(checkpoint):
-    """SHA-256 of a checkpoint's SHA256SUMS, which changes when that step is trained again; None without."""
+    """SHA-256 of a checkpoint's SHA256SUMS, which changes if that step is retrained; None if missing."""
     sums = checkpoint / "SHA256SUMS"
     return runs.sha256(sums) if sums.exists() else None
 
@@ -30,9 +30,9 @@ def state_of(checkpoint):
 
 
 def davae_settings(own):
-    """The settings that the VAE of a run of finetune.py was trained with; `own`, where that is not known.
+    """The settings that the VAE of a run of finetune.py was trained with; `own` if they are not known.
 
-    own: the "config" in config.json of a run; of train_vae.py's, they are its own
+    own: the "config" in the run's config.json; for a run of train_vae.py, these are the VAE's own settings
     """
     vae = own.get("vae")
     if vae and runs.checkpoints(vae):
@@ -41,10 +41,10 @@ def davae_settings(own):
 
 
 def seen_in_training(data_dir, own):
-    """Are the images of a folder among those that a run, or the VAE below it, was trained on?
+    """Was a run, or its VAE, trained on the images of this folder?
 
-    They are where it is the same folder, by its real path, or one in it; a copy is not recognised. Built-in
-    drawings ("" or procedural) are measured on those of another seed.
+    Yes if data_dir is the training folder, by its real path, or lies inside it; a copy is not recognised. The
+    built-in drawings ("" or procedural) are measured with another seed, so they count as unseen.
     """
     drawings = ("", "procedural")
     if data_dir in drawings:
@@ -59,13 +59,13 @@ def seen_in_training(data_dir, own):
 
 # ---------------------------------------------------------------- the file
 
-# What does not tell one measurement from another: where things lie. Hashes say what they were.
+# Settings that do not tell one measurement from another: locations. Hashes identify the contents.
 PLACES = ("run", "out", "checkpoint", "weights_sha256", "data_dir", "keep_reference", "lpips_trunk",
           "inception_weights")
 
 
 def read_entries(path):
-    """The measurements in a JSON file, [] if there is none.   raises: SystemExit if it holds anything else"""
+    """The measurements in a JSON file, [] if it is missing.   raises: SystemExit if it holds anything else"""
     try:
         entries = json.loads(path.read_text()) if path.exists() else []
         good = isinstance(entries, list) and all(isinstance(entry["settings"], dict) for entry in entries)
@@ -80,16 +80,16 @@ def read_entries(path):
 
 
 def identity(entry):
-    """The settings by which a measurement is the same as another."""
+    """The settings that identify a measurement: two with the same ones replace each other."""
     return {name: value for name, value in entry["settings"].items() if name not in PLACES}
 
 
 def add_entry(path, entry):
-    """Add a measurement to the list in `path`, in place of the same one from before.
+    """Add a measurement to the list in `path`, replacing an earlier one with the same settings.
 
-    Of that, what the new one has not (yet) measured is kept. Where the disk refuses, the entry is printed.
+    Sections that the new entry lacks are kept from the old one. If the disk refuses, the entry is printed.
     """
-    entry = json.loads(json.dumps(entry))                      # tuples as lists, as they are read back
+    entry = json.loads(json.dumps(entry))                      # tuples become lists, as when read back
     others = []
     for old in read_entries(path):
         if identity(old) == identity(entry):
@@ -107,11 +107,11 @@ def add_entry(path, entry):
 
 
 def check_writable(path):
-    """raises: SystemExit if no file can be written there; its folder is made"""
+    """Create the folder of a file.   raises: SystemExit if the file cannot be written"""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise OSError("this is no file, wanted the name of one")
+            raise OSError("not a regular file; wanted a file name")
         runs.replace(Path(f"{path}.try"), "")
         Path(f"{path}.try").unlink()
     except OSError as error:
@@ -123,9 +123,9 @@ def check_writable(path):
 HIGHER_IS_BETTER = ("psnr", "ssim", "IS", "precision", "recall", "judged sharp", "class recognised", "CLIP")
 LOWER_IS_BETTER = ("lpips", "FD", "FID", "KID")                # img/s, images and positions are not ranked
 
-# The settings that a number depends on: two numbers are ranked where these are known and equal.
+# The settings that a number depends on: two numbers are ranked only if these are known and equal.
 OF_SECTION = {"reconstruction": ("image_size", "held_out"), "generation": ("image_size", "n", "reference")}
-OF_DRAWING = ("height", "width", "prompts", "classes")         # and these, where either knows them
+OF_DRAWING = ("height", "width", "prompts", "classes")         # and these, where either entry has them
 OF_METRIC = {"psnr": (), "ssim": (), "lpips": ("perceptual", "lpips_hash"), "CLIP": ("clip", "prompts")}
 OF_FEATURES = ("features",)                                    # of all other metrics
 
@@ -133,10 +133,10 @@ OF_FEATURES = ("features",)                                    # of all other me
 def compare(a, b):
     """Print the latest entries of two runs side by side.  Returns the lines.
 
-    a, b: runs, or step folders, of which the latest entry of that step counts.
-    * marks the better value, where all that it depends on is known and equal. The last line has every setting
-    in which the two differ; lines before it say which run was trained on since it was measured.
-    raises: SystemExit if they are the same, or one was not measured
+    a, b: runs, or step folders; for a step folder, the latest entry of that step.
+    * marks the better value, if everything that it depends on is known and equal. The last line lists every
+    setting in which the two differ; lines before it say which run was trained after it was measured.
+    raises: SystemExit if the two are the same, or one was not measured
     """
     for run in (a, b):
         config.check_name("compare ", run)
@@ -171,13 +171,13 @@ def better(metric, x, y):
 
 
 def latest_entry(run):
-    """The last measurement in a run's metrics.json; of a step folder, the last one of that step."""
+    """The last measurement in a run's metrics.json; for a step folder, the last one of that step."""
     path = run_folder(run) / "metrics.json"
     entries = read_entries(path)
     if run_folder(run) != Path(run):
         entries = [entry for entry in entries if step_measured(entry) == Path(run).name]
     if not entries:
-        raise SystemExit(f"{path}: no measurement of {run}; make it with: python evaluate.py {run}")
+        raise SystemExit(f"{path}: no measurement of {run}; measure it with: python evaluate.py {run}")
     return entries[-1]
 
 
@@ -187,7 +187,7 @@ def step_measured(entry):
 
 
 def out_of_date(run, entry):
-    """A line if the newest checkpoint of a run (or the step folder given) is not what was measured, or ""."""
+    """A line saying that a run's newest checkpoint (or the given step folder) was not measured; else ""."""
     steps = runs.checkpoints(run_folder(run))
     if run_folder(run) != Path(run):
         steps = [Path(run)]
@@ -213,14 +213,14 @@ def metrics_of(entry, section):
     values = {}
     for row, found in entry.get(section, {}).items():
         for metric, value in found.items():
-            if value is None:                      # as others write NaN
+            if value is None:                      # how others write NaN
                 value = math.nan
             values[row, re.sub(r"FID(@\d+|-50k)", "FID", metric)] = value
     return values
 
 
 def differing(one, two, names):
-    """["name x / y"] of the settings in which two entries differ, or that one of them lacks."""
+    """["name x / y"] for the settings in which two entries differ, or that one of them lacks."""
     found = []
     for name in names:
         x = one["settings"].get(name, "unknown")

@@ -1,12 +1,12 @@
-"""Rulers for images: PSNR, SSIM, LPIPS; Frechet and kernel distances of features; the CLIP score.
+"""Image metrics: PSNR, SSIM, LPIPS; Frechet and kernel distances of features; the CLIP score.
 
     images         psnr, ssim, make_lpips, and `upsampled`, the baselines without details
     sets of them   feature_network (Inception, SqueezeNet, a probe for the built-in drawings), distances
-    texts          clip_scorer
+    prompts        clip_scorer
 
-Images are (B, 3, H, W), RGB, in [-1, 1]. What is hand-written is what is worth reading: SSIM, the Frechet
+Images are (B, 3, H, W), RGB, in [-1, 1]. Only the instructive parts are hand-written: SSIM, the Frechet
 distance, the probe. Inception, KID, IS, precision and recall are torch-fidelity's, LPIPS is the lpips
-package's, CLIP is transformers'. With the published weights of Inception and of CLIP: not run.
+package's, CLIP is transformers'. Not run with the published weights of Inception and CLIP.
 """
 import math
 import os
@@ -31,7 +31,7 @@ from support.runs import hash_of
 
 
 def import_torchvision():
-    """Import torchvision even where its wheel was built for CUDA and torch was not.
+    """Import torchvision even if its wheel was built for CUDA and torch's was not.
 
     Its import then asks for the schemas of two compiled operators that were never registered, and fails.
     Declaring the schemas is enough, because nothing here calls them. Call this before any import of lpips,
@@ -51,7 +51,7 @@ def import_torchvision():
     return torchvision
 
 
-_kept = []                                   # a library unregisters what it declared when it is collected
+_kept = []                                   # when garbage-collected, a library unregisters its declarations
 
 
 # ---------------------------------------------------------------- two images
@@ -74,8 +74,8 @@ def ssim(x, y):
 
 
 def ssim_of_a_pair(x, y):
-    """() of two images (3, H, W); one pair at a time, because its maps then stay in a CPU's cache."""
-    x = x.clamp(-1, 1).double()              # in float32, E[x^2] - E[x]^2 of an even surface is its rounding
+    """() for two images (3, H, W); one pair at a time, so that the maps stay in a CPU's cache."""
+    x = x.clamp(-1, 1).double()              # in float32, E[x^2] - E[x]^2 of a flat area is rounding error
     y = y.clamp(-1, 1).double()
     mx, my, xx, yy, xy = local_means(torch.stack([x, y, x * x, y * y, x * y]))      # each (3, H-10, W-10)
 
@@ -89,7 +89,7 @@ def ssim_of_a_pair(x, y):
 def local_means(maps):
     """Means of maps (..., H, W) under the Gaussian window -> (..., H-10, W-10).
 
-    One dimension after the other, as a sum of eleven shifted maps: a CPU has no fast convolution in float64.
+    One dimension at a time, as a sum of eleven shifted maps: CPUs have no fast float64 convolution.
     """
     window = [math.exp(-offset**2 / (2 * 1.5**2)) for offset in range(-5, 6)]
     for dim in (-2, -1):
@@ -102,38 +102,38 @@ def local_means(maps):
 
 
 def make_lpips(net, trunk=""):
-    """LPIPS (Zhang et al., 2018) by the lpips package, frozen, in eval mode.
+    """LPIPS (Zhang et al., 2018) from the lpips package, frozen, in eval mode.
 
     It takes two batches (B, 3, H, W) in [-1, 1] and returns (B, 1, 1, 1).
     net: vgg or squeeze.   trunk: a local weight file of that network; empty: torchvision's cache or download.
     Differs from the authors' code: theirs trains with the Dropout of LPIPS active, by accident.
-    raises: SystemExit if there is no such network, or its weights cannot be had.
+    raises: SystemExit if there is no such network, or its weights cannot be obtained.
     """
     if net not in ("vgg", "squeeze"):
         raise SystemExit(f"--perceptual={net!r}: wanted vgg, squeeze or none")
     import_torchvision()
     import lpips
     try:
-        with warnings.catch_warnings():                  # lpips asks torchvision for weights in its old words
+        with warnings.catch_warnings():                  # lpips uses torchvision's deprecated arguments
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             model = lpips.LPIPS(net=net, pnet_rand=bool(trunk), verbose=False)
     except (urllib.error.URLError, OSError) as error:
         raise SystemExit(f"LPIPS({net}) needs torchvision's weights of that network and cannot fetch them "
                          f"({error}): give their file by --lpips_trunk= (docs/recipes.md, your own photos); "
-                         "train_vae.py and evaluate.py also do without, by --perceptual=none") from None
+                         "train_vae.py and evaluate.py also run without, by --perceptual=none") from None
     if trunk:
         load_trunk(model.net, trunk)
     return model.eval().requires_grad_(False)
 
 
 def load_trunk(net, path):
-    """The weights of an LPIPS network from torchvision's file, whose classifier is left out.
+    """Fill an LPIPS network from torchvision's weight file, ignoring its classifier.
 
-    raises: SystemExit naming the file and what it lacks, what it has too much, or what is not finite
+    raises: SystemExit naming the file and what is missing, superfluous or not finite
     """
     state = runs.read_state_dict(path)
     features = nn.ModuleDict()
-    for part in net.children():                          # slice1, slice2, ...: layers by their old numbers
+    for part in net.children():                          # slice1, slice2, ...: layers keep their numbers
         features.update(part.named_children())
     try:
         sd = files.unwrapped(files.pick_weights(state))
@@ -146,7 +146,7 @@ def load_trunk(net, path):
 def upsampled(base, r):
     """The baselines without details: {row: (B, 3, r*H, r*W)} of base images (B, 3, H, W), clamped to [-1, 1].
 
-    Bilinear is Tab. S2's upsampling; bicubic is a little sharper.   r: the ratio of full to base image.
+    Bilinear is Tab. S2's upsampling; bicubic is a little sharper.   r: full side / base side.
     """
     rows = {}
     for mode in ("bilinear", "bicubic"):
@@ -174,8 +174,8 @@ def frechet_distance(a, b):
     """Squared Frechet distance of two Gaussians given by their `moments`, in float64.
 
     |mu_a - mu_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2), the last trace from the eigenvalues of a
-    symmetric matrix, so that rank-deficient covariances (n < d) stay finite. Of moments that are not finite
-    (images of NaN, by a model that diverged) it is NaN.
+    symmetric matrix, so that rank-deficient covariances (n < d) stay finite. NaN if moments are not finite
+    (images of NaN, from a model that diverged).
     """
     mu_a, A = a
     mu_b, B = b
@@ -190,11 +190,11 @@ def frechet_distance(a, b):
 def distances(name, f, reference, logits=None, real=None):
     """{metric: value} of features f (n, d) against a reference set.
 
-    name: the network's, which the metrics carry. Only Inception's distance is called FID: FID-50k from 50,000
+    name: the network's, a prefix of the metrics. Only Inception's distance is called FID: FID-50k from 50,000
           images on, FID@n below.
     reference: the set's `moments`.   logits (n, classes): for the Inception score.
-    real: the set's features (N, d) where they are known; KID, precision and recall need them.
-    Precision and recall look for an image's three nearest neighbours: below 4 images there are none.
+    real: the set's features (N, d) if known; KID, precision and recall need them.
+    Precision and recall use each image's three nearest neighbours, so they need at least 4 images.
     raises: ValueError if n or N is below 2.
     """
     values = {f"{name}-{_frechet_name(name, len(f))}": frechet_distance(moments(f), reference)}
@@ -227,8 +227,8 @@ def _frechet_name(name, n):
 class FeatureNetwork:
     """network(x) -> features (B, d), logits (B, classes) of images (B, 3, H, W) in [-1, 1].
 
-    name: Inception, SqueezeNet or Probe; distances carry it. "": there is none, and both are (B, 0).
-    described: the name and the hash of the weights; distances can be compared where these are the same.
+    name: Inception, SqueezeNet or Probe, a prefix of the distances. "": no network; both outputs are (B, 0).
+    described: the name and the hash of the weights; distances are comparable only if these are the same.
     """
     name: str
     described: str
@@ -239,11 +239,11 @@ class FeatureNetwork:
 
 
 def feature_network(kind, data_dir, image_size, device, inception_weights="", lpips_trunk=""):
-    """The FeatureNetwork that is asked for.
+    """The requested FeatureNetwork.
 
-    kind: inception, squeeze, probe, none; or auto, what the weights at hand and the training data allow.
-    data_dir, image_size: what the run was trained on; the probe knows the built-in drawings ("procedural").
-    raises: SystemExit if that network cannot be had.
+    kind: inception, squeeze, probe, none; or auto, the best that the given weights and training data allow.
+    data_dir, image_size: what the run was trained on; the probe needs the built-in drawings ("procedural").
+    raises: SystemExit if that network is not available.
     """
     if kind == "auto":
         kind = _what_can_be_had(data_dir, inception_weights, lpips_trunk)
@@ -268,7 +268,7 @@ def _what_can_be_had(data_dir, inception_weights, lpips_trunk):
 
 
 def no_features(x):
-    """Stands where a feature network would: features and logits (B, 0)."""
+    """Stand-in for a feature network: features and logits (B, 0)."""
     empty = x.new_empty(len(x), 0)
     return empty, empty
 
@@ -284,7 +284,7 @@ def probe_features(image_size, device):
 
 
 def squeezenet_features(trunk, device):
-    """SqueezeNet's last map, each position scaled to one length as in LPIPS (mean square 1), then averaged.
+    """SqueezeNet's last feature map, normalised at each position as in LPIPS (mean square 1), then averaged.
 
     It has no logits.   trunk: see `make_lpips`.
     """
@@ -300,7 +300,7 @@ def squeezenet_features(trunk, device):
 def inception_features(weights, device):
     """torch-fidelity's Inception: pool3 (B, 2048) and the logits without bias (B, 1008).
 
-    It sees the images rounded to uint8.   weights: its file pt_inception-2015-12-05-6726825d.pth.
+    Images are rounded to uint8 first.   weights: its file pt_inception-2015-12-05-6726825d.pth.
     """
     weights = hub.local(weights)
     state = runs.read_state_dict(weights)      # refuses a file that holds code; torch-fidelity would run it
@@ -318,11 +318,11 @@ def inception_features(weights, device):
 
 @torch.no_grad()
 def make_probe(image_size):
-    """A ruler for the built-in drawings, and for no other images: (B, 3, H, W) -> (B, 11).
+    """A feature network for the built-in drawings, and no other images: (B, 3, H, W) -> (B, 11).
 
-    128 pooled activations of random convolutions (of a fixed seed), then a layer found by least squares:
-    eleven logits, the ten classes and whether fine detail is there (> 0). It is shown 1,000 drawings with
-    their detail, and the same without: halved as DA-VAE halves an image for its base, and enlarged again.
+    128 pooled activations of random convolutions (of a fixed seed), then a layer fitted by least squares:
+    eleven logits, for the ten classes and for whether fine detail is present (> 0). It is fitted on 1,000
+    drawings with their detail and the same without: halved as DA-VAE does for its base, and enlarged again.
     """
     torch.manual_seed(0)
     layers = []
@@ -351,19 +351,19 @@ def make_probe(image_size):
     return probe
 
 
-# ---------------------------------------------------------------- references and texts
+# ---------------------------------------------------------------- reference sets and prompts
 
 
 @torch.no_grad()
 def read_reference(path, network, device="cpu", size=None):
-    """(moments, features or None, what it is) of an npz as guided-diffusion publishes them.
+    """(moments, features or None, description) of an npz in guided-diffusion's format.
 
     It holds images `arr_0`, which go through the FeatureNetwork; or `mu` and `sigma`; or all three: mu and
-    sigma are then the moments, as in guided-diffusion's evaluator, and the images for what needs features.
-    Statistics must be of the same network; they are taken for Inception's if they do not say, as ours do in
-    `features`. Beside images, those of another network are passed over.
-    size: (H, W) of what will be measured. Where the reference's images have another, a line says so: it is a
-    part of the distances, even of Inception's, which resizes.
+    sigma then give the moments, as in guided-diffusion's evaluator, and the images give the features.
+    Statistics must be of the same network; without an entry `features`, which ours have, they are assumed to
+    be Inception's. If there are images too, statistics of another network are ignored.
+    size: (H, W) of what will be measured. If the reference's images have another size, a warning says so: it
+    affects the distances, even Inception's, which resizes.
     raises: SystemExit saying what was found.
     """
     arrays = read_npz(path)
@@ -392,14 +392,14 @@ def read_reference(path, network, device="cpu", size=None):
     return reference, real, named
 
 
-# What NumPy, zipfile and zlib raise for files that are cut off, damaged, locked, or hold Python objects.
+# What NumPy, zipfile and zlib raise for files that are truncated, damaged, locked, or hold Python objects.
 NOT_ARRAYS = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(path, flag="reference"):
-    """The arrays of a reference that are known here, {name: array}.
+    """The arrays of a reference that are used here, {name: array}.
 
-    flag: which gave the path.   raises: SystemExit if it is no npz file
+    flag: the one that gave the path.   raises: SystemExit if it is not an npz file
     """
     known = {"arr_0", "mu", "sigma", "features", "count", "images", "image_size"}
     if not Path(path).is_file():
@@ -413,14 +413,14 @@ def read_npz(path, flag="reference"):
             arrays = {name: file[name] for name in file.files if name in known}
     except NOT_ARRAYS as error:
         reason = error
-        if "allow_pickle" in str(error):                       # NumPy advises to run what is in there
-            reason = "Python objects, which are not loaded, or something else"
+        if "allow_pickle" in str(error):                       # NumPy advises running the file's code
+            reason = "pickled Python objects, which are not loaded, or not a NumPy file at all"
         raise SystemExit(f"--{flag}={path}: not an npz file of arrays ({reason})") from None
     return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 
 def check_images(images, path):
-    """raises: SystemExit unless a reference's images are uint8 (N, H, W, 3), with what makes them so."""
+    """raises: SystemExit unless a reference's images are uint8 (N, H, W, 3), saying how to convert them."""
     shape = images.shape
     if images.dtype == np.uint8 and images.ndim == 4 and shape[3] == 3 and len(images) > 1 and images.size:
         return
@@ -456,11 +456,11 @@ def check_statistics(mu, sigma, network, path, device):
     elif abs(sigma - sigma.T).max() > 1e-3 * abs(sigma).max() or sigma.diagonal().min() < 0:
         wrong = "sigma is not symmetric, or has negative variances"
     if wrong:
-        raise SystemExit(f"{found}; {wrong}: this is no mean and covariance, make the file again")
+        raise SystemExit(f"{found}; {wrong}: not a mean and covariance, make the file again")
 
 
 def say_other_size(path, images, stored, size):
-    """Say in a line, by rank 0, that a reference's images have not the size (H, W) of what is measured."""
+    """Warn, on rank 0, if a reference's images differ in size (H, W) from those that are measured."""
     found = None
     if images is not None:
         found = images.shape[1:3]
@@ -474,7 +474,7 @@ def say_other_size(path, images, stored, size):
 def keep_reference(path, real, network, images, image_size):
     """Write the moments of features (N, d) for `read_reference`; the file is whole or absent.
 
-    images: which these are, as read_reference will say;  image_size: their side, in pixels
+    images: which these are, as read_reference will report;  image_size: their side, in pixels
     """
     mu, sigma = moments(real)
     with open(f"{path}.tmp", "wb") as f:
@@ -484,25 +484,25 @@ def keep_reference(path, real, network, images, image_size):
 
 
 def check_kept(path, network, count, image_size):
-    """raises: SystemExit if `keep_reference` would overwrite anything that its `count` images do not replace.
+    """raises: SystemExit if `keep_reference` must not overwrite the file.
 
-    They replace statistics of at most as many images, by the same network and of the same size.
+    It may only replace statistics of at most `count` images, of the same network and image size.
     """
     if not Path(path).exists():
         return
     old = read_npz(path, "keep_reference")
     same = str(old.get("features")) == network.described and str(old.get("image_size")) == str(image_size)
     if not same or "arr_0" in old or int(old["count"]) > count:
-        raise SystemExit(f"--keep_reference={path}: is there, with {old.get('count', 'other')} images of "
+        raise SystemExit(f"--keep_reference={path}: exists, with {old.get('count', 'other')} images of "
                          f"{old.get('features', 'unknown')} features; give another name, or remove it")
 
 
 def clip_scorer(folder, device):
-    """(score, hash of the model): score(x (B, 3, H, W) in [-1, 1], B texts) -> (B,).
+    """(score, hash of the model): score(x (B, 3, H, W) in [-1, 1], B prompts) -> (B,).
 
     100 max(cos, 0) of CLIP's embeddings (Hessel et al., 2021).
     folder: a CLIPModel and its processor, as transformers saves them, or their name on Hugging Face.
-    raises: SystemExit if it is no such folder.
+    raises: SystemExit if it is not such a folder.
     """
     folder = hub.local(folder, "clip")
     if not (Path(folder) / "config.json").exists():
@@ -518,8 +518,8 @@ def clip_scorer(folder, device):
         raise SystemExit(f"--clip={folder}: not a whole CLIP model and processor ({reason})") from None
     if loaded["missing_keys"]:                       # transformers would fill them with random numbers
         some = ", ".join(sorted(loaded["missing_keys"])[:3])
-        raise SystemExit(f"--clip={folder}: lacks weights ({some}, ...); wanted a CLIPModel, of both sides")
-    if len(processor.tokenizer) < model.config.text_config.vocab_size:       # or make a tokenizer of nothing
+        raise SystemExit(f"--clip={folder}: lacks weights ({some}, ...); wanted a whole CLIPModel")
+    if len(processor.tokenizer) < model.config.text_config.vocab_size:       # or build an empty tokenizer
         raise SystemExit(f"--clip={folder}: its tokenizer knows {len(processor.tokenizer)} words, the model "
                          f"{model.config.text_config.vocab_size}; wanted tokenizer.json, or vocab.json")
     model = model.to(device).eval()

@@ -1,6 +1,6 @@
-"""Pieces of a web page that is one file: text, pictures, curves, tables. They know nothing of runs.
+"""Building blocks of a single-file web page: text, pictures, curves, tables. They know nothing about runs.
 
-What comes from outside goes through `text` or `attribute`, and is then safe in HTML, also between quotes.
+Outside input goes through `text` or `attribute`, which make it safe in HTML, including inside quotes.
 """
 import base64
 import html
@@ -17,8 +17,8 @@ from support.measurements import HIGHER_IS_BETTER, LOWER_IS_BETTER
 def fill(template, sections, places):
     """A page: the template with only these sections, and its {{places}} filled with HTML.
 
-    sections: {id of a <section>: the places in it, {name: HTML}}, None: the page goes without that section
-    places: those outside of sections; {{contents}} is made here, links to the sections that are left
+    sections: {id of a <section>: {place in it: HTML}, or None to leave the section out}
+    places: those outside sections; {{contents}}, links to the sections that remain, is made here
     """
     left = {name: found for name, found in sections.items() if found is not None}
     places = dict(places)
@@ -38,12 +38,12 @@ def fill(template, sections, places):
 
 
 def text(words):
-    """Words as they stand in HTML; what is no UTF-8, in the name of a folder, is ?."""
+    """Words escaped for HTML; bytes of a folder's name that are not UTF-8 become ?."""
     return html.escape(str(words).encode("utf-8", "replace").decode())
 
 
 def attribute(thing):
-    """A thing as JSON in an attribute."""
+    """A value as JSON, for an HTML attribute."""
     return text(json.dumps(thing))
 
 
@@ -62,7 +62,7 @@ def duration(seconds):
 
 
 def definitions(values, style):
-    """{name: value} as a list of definitions."""
+    """{name: value} as a definition list."""
     rows = [f'<div><dt>{text(name)}</dt><dd class="number">{text(value)}</dd></div>'
             for name, value in values.items()]
     return f'<dl class="{style}">{"".join(rows)}</dl>'
@@ -74,7 +74,7 @@ def definitions(values, style):
 def picture(pixels, quality):
     """uint8 (H, W, 3) as a data URI.   quality: WebP's, 100: lossless"""
     file = io.BytesIO()
-    if quality == 100:                             # then the other number is effort; 100 takes 3 times
+    if quality == 100:                             # for lossless, quality is effort; 100 takes 3x the time
         Image.fromarray(pixels).save(file, "WEBP", lossless=True, quality=50)
     else:
         Image.fromarray(pixels).save(file, "WEBP", quality=quality)
@@ -82,7 +82,7 @@ def picture(pixels, quality):
 
 
 def img(pixels, quality, alt):
-    """The same as an <img>.   alt: what it shows, in words"""
+    """uint8 (H, W, 3) as an <img>.   alt: what it shows, in words"""
     H, W = pixels.shape[:2]
     return f'<img src="{picture(pixels, quality)}" width="{W}" height="{H}" alt="{text(alt)}">'
 
@@ -91,11 +91,11 @@ def img(pixels, quality, alt):
 
 
 def chart(title, curves, wide=False, note=""):
-    """A <figure> of curves {name: (steps, values)} over one axis that begins at 0; "" without any.
+    """A <figure> of curves {name: (steps, values)} on one axis that starts at 0; "" if there are none.
 
     note: what the curves are, in words, below them
-    The drawing fills its box, whatever the box's shape; its labels are text beside it. The page's script lets
-    it be read off.
+    The drawing stretches to fill its box; its labels are HTML text, outside the drawing. The page's script
+    reads off values.
     """
     drawn = []
     for hue, (name, (steps, values)) in enumerate(curves.items()):
@@ -147,7 +147,7 @@ def ticks(top):
 
 
 def apart(heights, least):
-    """Heights in per cent, moved up where two are nearer than `least`."""
+    """Heights in per cent, moved up where two are closer than `least`."""
     moved = list(heights)
     order = sorted(range(len(moved)), key=lambda k: moved[k])
     for low, high in zip(order, order[1:]):
@@ -159,9 +159,9 @@ def apart(heights, least):
 
 
 def table(title, heads, rows):
-    """A <table>: {column: its head}, {row: {column: (as it is written, is it the best?)}}.
+    """A <table> of heads {column: its head} and rows {row: {column: (text, is it the best?)}}.
 
-    On a narrow page each number stands under its column's head again, which is therefore with it, too.
+    On a narrow page each number repeats its column's head, so every cell carries that too.
     """
     columns = "".join(f'<th scope="col">{text(head)}</th>' for head in heads.values())
     lines = []
@@ -180,7 +180,7 @@ HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "positions": "lat
 
 
 def scores(title, rows):
-    """A <table> of {row: {metric: number}}; the best of each metric stands out."""
+    """A <table> of {row: {metric: number}}; the best of each metric is highlighted."""
     metrics = dict.fromkeys(metric for row in rows.values() for metric in row)
     heads, best = {}, {}
     for metric in metrics:
@@ -206,6 +206,6 @@ def scores(title, rows):
 
 
 def as_text(metric, value):
-    """A measured number as a table has it."""
+    """A measured number, formatted for a table."""
     forms = {"positions": ",.0f", "psnr": ".2f"}
     return format(value, forms.get(metric, ".3g"))

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to upright RGB pixels, or to one sentence that says why not."""
+"""From the bytes of an image file to upright RGB pixels, or to one sentence saying why not."""
 import io
 import math
 import os
@@ -10,13 +10,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from support.captions import shown
 
 ORIENTATION = ExifTags.Base.Orientation
-TURNS = {                                   # its value, if it is not 1 -> what makes the image upright
+TURNS = {                                   # EXIF value (other than 1) -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow's decoders were seen to raise on damaged files.
+# What Pillow's decoders have been seen to raise on damaged files.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, struct.error,
     Image.DecompressionBombError,
@@ -24,12 +24,12 @@ DECODING_ERRORS = (
 
 
 def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB: 16 bits scaled (Pillow would clip), transparency laid on white.
+    """A PIL image of any mode as 8-bit RGB: 16 bits scaled (Pillow would clip), transparency over white.
 
     raises: ValueError if its pixels are 32-bit numbers
     """
     if image.mode in ("I", "F"):
-        raise ValueError("its 32-bit pixels have no known range, save it with 8 or 16 bits")
+        raise ValueError("its 32-bit pixels have no known range; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
     if image.has_transparency_data:
@@ -39,20 +39,20 @@ def to_rgb(image):
 
 
 def upright(image):
-    """A PIL image turned as its EXIF data says.
+    """A PIL image, rotated or flipped as its EXIF data says.
 
-    Nothing but the orientation is read: Pillow's own exif_transpose writes all tags anew, and fails on photos
-    of which any is of a wrong type.
+    Only the orientation tag is read: Pillow's own exif_transpose rewrites all tags, and fails on photos where
+    any tag has a wrong type.
     """
-    image.load()                            # a PNG may have its EXIF data behind its pixels
+    image.load()                            # a PNG may have its EXIF data after its pixels
     turn = TURNS.get(image.getexif().get(ORIENTATION))
     return image if turn is None else image.transpose(turn)
 
 
 def load_image(path, raw=None):
-    """An image file (of an animation, the first frame) as RGB PIL image, turned upright by its EXIF data.
+    """An image file (of an animation, the first frame) as an RGB PIL image, upright by its EXIF data.
 
-    raw: its bytes, where it is no file of its own
+    raw: its bytes, if it is not a file of its own
     raises: ValueError naming the file and the reason
     """
     try:
@@ -63,7 +63,7 @@ def load_image(path, raw=None):
             return to_rgb(upright(file))
     except UnidentifiedImageError:
         size = os.path.getsize(path) if raw is None else len(raw)
-        reason = "its bytes are no image" if size else "the file is empty"
+        reason = "its bytes are not an image" if size else "the file is empty"
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
     raise ValueError(f"cannot read the image {shown(path)}: {reason}")

@@ -1,4 +1,4 @@
-"""What a training run would take: sizes, FLOPs, memory, disk, hours, from shapes alone."""
+"""What a training run would take: sizes, FLOPs, memory, disk, hours; computed from shapes alone."""
 import dataclasses
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from support import runs
 from support.config import flags
 from support.weights import load_davae, load_dit
 
-# A preset's base VAE, or a transformer: channels and f of the latents that the pretrained one knows
+# A preset's base VAE, or a transformer: channels and f of the latents that the pretrained one takes
 LATENTS = {
     "taef2": (32, 8),
     "LightningDiT": (32, 16),      # VA-VAE
@@ -18,25 +18,25 @@ LATENTS = {
     "Sana": (32, 32),              # DC-AE
 }
 
-# Of an H100 SXM, dense bfloat16, as its data sheet says; and which part of that a transformer may reach:
+# FLOP/s of an H100 SXM, dense bfloat16, from its data sheet; and the fraction that a transformer may reach:
 # assumed, lowest, highest, because this code has not run on a GPU. LightningDiT's authors report 285 img/s
-# a GPU, which is 0.20; the best that is published of a DiT, one of 7 B parameters, is 0.52.
+# per GPU, which is 0.20; the best published for a DiT, one of 7 B parameters, is 0.52.
 PEAK = 989e12
 REACHED = (0.35, 0.20, 0.50)
 
 
 def gpu_hours(flops, reached=REACHED[0], peak=PEAK):
-    """Hours of one GPU for so many FLOPs, at `reached` of its peak FLOP/s."""
+    """Hours on one GPU for this many FLOPs, at a fraction `reached` of its peak FLOP/s."""
     return flops / (peak * reached) / 3600
 
 
 def expected(cfg, stages, MODELS, new_dit, classes):
     """(model, inputs, r) of what `cfg` would train, on the device "meta", where nothing takes memory.
 
-    As the runs are that it needs, where they are there; else as their presets say; else of cfg.model's
-    published sizes, or with texts SD3.5's.
+    Sizes come from the runs that cfg needs, if they exist; else from those runs' presets; else they are the
+    published ones of cfg.model, or of SD3.5 for text to image.
     stages: {folder: Config} of the runs that presets make; MODELS: dit.py's; new_dit: finetune.py's, for
-    models of classes; classes: how many
+    class-conditional models; classes: how many
     raises: SystemExit if the images do not divide into tokens
     """
     kind = cfg.model
@@ -64,7 +64,7 @@ def expected(cfg, stages, MODELS, new_dit, classes):
 
 
 def latent_of(vae, stages, kind):
-    """(C, f, r) of the latents of a DA-VAE in the folder `vae`: base channels, pixels a position, and r.
+    """(C, f, r) of the latents of a DA-VAE in the folder `vae`: base channels, pixels per position, and r.
 
     stages: {folder: Config} of the runs that presets make; kind: of the transformer
     """
@@ -84,24 +84,24 @@ def latent_of(vae, stages, kind):
 
 
 def takes_text(ModelConfig):
-    """Does the transformer of this config draw from texts?"""
+    """Is the transformer of this config conditioned on text?"""
     return "context" in {f.name for f in dataclasses.fields(ModelConfig)}
 
 
 def text_inputs(kind, cfg, tokens):
-    """A text of so many tokens, as a transformer takes it: beside its tokens a vector, or which count."""
-    clip = 77 if kind == "MMDiT" else 0                            # CLIP's tokens are before T5's
+    """A prompt of so many tokens as a transformer takes it: tokens, and a pooled vector or the token mask."""
+    clip = 77 if kind == "MMDiT" else 0                            # CLIP's tokens come before T5's
     return [torch.empty(1, clip + tokens, cfg.context), torch.empty(1, getattr(cfg, "pooled", tokens))]
 
 
 def show(cfg, model, inputs, r, forward, step, kept):
-    """Print what `finetune.py` with these settings would be.
+    """Print what `finetune.py` would take with these settings.
 
     model, inputs, r: see `expected`
-    forward, step: FLOPs of an image; kept: numbers that the backward pass keeps of an image
+    forward, step: FLOPs per image; kept: numbers stored per image for the backward pass
     returns {parameters, trained, tokens, forward, step}
-    Memory is per GPU: exact for weights, gradients, AdamW and EMA;
-    for what the backward pass keeps an upper bound. Hours are arithmetic, not a measurement.
+    Memory is per GPU: exact for weights, gradients, AdamW and EMA; an upper bound for activations kept for
+    the backward pass. Hours are arithmetic, not a measurement.
     """
     channels, side = inputs[0].shape[1:3]
     texts = inputs[2].shape[1] if cfg.text else 0
@@ -115,9 +115,9 @@ def show(cfg, model, inputs, r, forward, step, kept):
 
     # bytes: float32 weights, gradients, two moments, EMA for what is trained, bfloat16 for what is frozen
     states = (trained * 20 + frozen * 2) / 2**30
-    start = total * 4 * (3 if cfg.base else 2) / 2**30         # model, average and base, before they share
+    start = total * 4 * (3 if cfg.base else 2) / 2**30         # model, EMA and base, before they share
     activations = 2 * kept * cfg.micro_batch / 2**30           # bfloat16
-    latents = channels * side**2 * 2 * (1 + cfg.flip) / 2**20  # float16, both orientations
+    latents = channels * side**2 * 2 * (1 + cfg.flip) / 2**20  # float16, with mirrored ones
     saved = 8 * (trained + (trained if cfg.lora else total)) / 2**30
 
     reads = [path for path in (cfg.data_dir, cfg.vae, cfg.base, cfg.text) if path]
@@ -141,13 +141,13 @@ def show(cfg, model, inputs, r, forward, step, kept):
 
 
 def work(cfg, forward, step):
-    """FLOPs of all steps; with checkpointing, blocks are computed twice."""
+    """FLOPs of all steps; with checkpointing, blocks compute their forward twice."""
     again = forward if cfg.checkpointing else 0
     return (step + again) * cfg.batch_size * cfg.steps
 
 
 def hours_line(cfg, forward, step):
-    """What `show` says of time."""
+    """What `show` says about time."""
     expected, longest, shortest = (gpu_hours(work(cfg, forward, step), part) for part in REACHED)
     return (f"{expected:,.1f} of an H100, {expected / 8:,.1f} of eight, if {REACHED[0]:.0%} of its "
             f"{PEAK / 1e12:.0f} TFLOP/s is reached (assumed; {REACHED[1]:.0%}: {longest:,.1f}, "

@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers: imported when asked for, and refused if they are not whole."""
+"""Models and tokenizers of transformers: imported on demand, and rejected if incomplete."""
 import json
 
 from safetensors import SafetensorError
@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from support.captions import read_text
 from support.metrics import import_torchvision
 
-# What transformers and safetensors were seen to raise on broken installations and folders.
+# What transformers and safetensors have been seen to raise on broken installations and folders.
 LOADING_ERRORS = (
     ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
 )
@@ -15,12 +15,12 @@ LOADING_ERRORS = (
 def import_transformers(*names):
     """Classes of transformers.   raises: SystemExit with the cause"""
     try:
-        import_torchvision()                       # because transformers will
+        import_torchvision()                       # because transformers will import it
         import transformers
-        return [getattr(transformers, name) for name in names]     # imported when asked for
+        return [getattr(transformers, name) for name in names]     # transformers imports these lazily
     except LOADING_ERRORS as error:
         cause = error
-    while cause.__cause__:                         # transformers wraps what went wrong in errors of its own
+    while cause.__cause__:                         # transformers wraps the cause in errors of its own
         cause = cause.__cause__
     if isinstance(cause, ModuleNotFoundError) and cause.name in ("torchvision", "transformers"):
         raise SystemExit(f"this needs {cause.name}: pip install {cause.name}")
@@ -29,22 +29,22 @@ def import_transformers(*names):
 
 
 def load_pretrained(path, kind, what, **options):
-    """A model of a folder, by a class of transformers.   raises: SystemExit if it is not whole
+    """A model from a folder, by a class of transformers.   raises: SystemExit if it is incomplete
 
-    what: what it is called in the sentence;  options: as `from_pretrained` takes them
+    what: what the error message calls it;  options: passed to `from_pretrained`
     """
     try:
         model, found = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
     except LOADING_ERRORS as error:
         raise SystemExit(f"{path}: this {what} cannot be loaded ({first_line(error)})") from None
     missing = sorted(found["missing_keys"])
-    if missing:                                    # transformers would only warn, and take random numbers
+    if missing:                                    # transformers would only warn, and use random numbers
         raise SystemExit(f"{path}: this {what} lacks {len(missing)} tensors, the first {missing[0]}")
     return model
 
 
 def load_tokenizer(path, AutoTokenizer):
-    """The tokenizer of a folder.   raises: SystemExit if it is not whole"""
+    """The tokenizer in a folder.   raises: SystemExit if it is incomplete"""
     found = [name for name in ("tokenizer.json", "vocab.json", "spiece.model") if (path / name).is_file()]
     if not found or not (path / "tokenizer_config.json").is_file():        # transformers would do without
         raise SystemExit(f"{path}: has no tokenizer; wanted tokenizer_config.json there, and tokenizer.json, "
@@ -53,7 +53,7 @@ def load_tokenizer(path, AutoTokenizer):
         try:
             json.loads(read_text(file))            # transformers would not say which file is broken
         except ValueError as error:
-            raise SystemExit(f"{file}: is no JSON ({error}); wanted the whole file") from None
+            raise SystemExit(f"{file}: is not JSON ({error}); wanted the whole file") from None
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except LOADING_ERRORS as error:

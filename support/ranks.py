@@ -1,6 +1,6 @@
 """Several processes as one: torchrun's set-up, signals, seeds, micro-batches, sums over ranks, FSDP2.
 
-Everything here works without torchrun as well: then there is one rank, number 0 of a world of 1.
+Everything here also works without torchrun: there is then a single rank, 0 in a world of 1.
 """
 import math
 import os
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 def launch(main, cfg):
     """Run a script's `main(cfg)` as a program, under torchrun or not.
 
-    Too little memory, of a GPU or the machine, Ctrl-C, and every ValueError of this project, end it with a
+    Running out of GPU or machine memory, Ctrl-C, and any ValueError raised by this project end it with one
     sentence instead of a traceback.
     """
 
@@ -41,28 +41,28 @@ def launch(main, cfg):
             raise
         except KeyboardInterrupt:
             print("\nstopped; what was saved is whole", file=sys.stderr)
-            raise SystemExit(130) from None            # as shells say of Ctrl-C
+            raise SystemExit(130) from None            # what shells report for Ctrl-C
 
     record(program)(cfg)                   # torchrun then reports the rank that failed first
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# How torch, NumPy and Linux say that something does not fit into memory, or into the numbers that count it.
+# How torch, NumPy and Linux say that something does not fit into memory, or that its size overflows.
 TOO_LARGE = ("can't allocate memory|cannot allocate memory|not enough memory|can't start new thread|"
              "size calculation overflowed|multiplication overflow|array is too big|"
              "maximum allowed|too large to convert|too large to fit")
 
 
 def out_of_memory(error):
-    """Does an error say that memory has run out, or that a size is beyond all memory?"""
+    """Does an error say that memory has run out, or that a size exceeds any memory?"""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):            # the machine's, a GPU's
         return True
     return re.search(TOO_LARGE, str(error), re.IGNORECASE) is not None
 
 
 def smaller(cfg):
-    """The flags that make a run need less memory, as far as its Config has them."""
+    """The flags, out of those that its Config has, that reduce a run's memory."""
     advice = []
     for name in ("micro_batch", "batch_size"):
         size = getattr(cfg, name, 1)
@@ -76,7 +76,7 @@ def smaller(cfg):
 
 
 def raised_here(error):
-    """Was an error raised by a line of this project, whose messages are sentences, and not by a library's?"""
+    """Was an error raised by this project's own code (its messages are sentences), and not by a library?"""
     project = Path(__file__).resolve().parent.parent
     last = traceback.extract_tb(error.__traceback__)[-1]
     return project in Path(last.filename).resolve().parents and "site-packages" not in last.filename
@@ -107,10 +107,10 @@ def setup(device="auto"):
 
 
 def in_bfloat16(dtype, device):
-    """Are products to be computed in bfloat16?
+    """Should matrix products be computed in bfloat16?
 
-    dtype: of a Config; auto says yes on CUDA, and on a CPU that has instructions for it (others emulate it,
-    and take longer than in float32)
+    dtype: a Config's; auto means yes on CUDA, and on CPUs with bfloat16 instructions (others emulate them,
+    which is slower than float32)
     """
     if dtype == "auto" and device.type == "cpu":
         has = torch.cpu.get_capabilities()
@@ -121,24 +121,24 @@ def in_bfloat16(dtype, device):
 
 
 def autocast(dtype, device, **options):
-    """The context in which models compute, see `in_bfloat16`. Weights, norms and losses stay in float32."""
+    """The autocast context for models, see `in_bfloat16`. Weights, norms and losses stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(dtype, device), **options)
 
 
 def layout(width, device):
-    """The memory layout in which an autoencoder of so many channels trains fastest, and its images.
+    """The memory layout, also for its images, in which an autoencoder of so many channels trains fastest.
 
-    On a CPU 16 channels (tiny) take 1.25 times as long in channels_last, 64 (TAEF2) 0.82 (2026-11-25). On a
-    GPU not measured.
+    On a CPU, 16 channels (tiny) take 1.25 times as long in channels_last, 64 (TAEF2) 0.82 times (2026-11-25).
+    Not measured on a GPU.
     """
     narrow = device.type == "cpu" and width < 64
     return torch.contiguous_format if narrow else torch.channels_last
 
 
 def at_once(most, height, width):
-    """How many images of these sides may go through an autoencoder at once: at most so many, one at least.
+    """How many images of this size may go through an autoencoder at once: at most `most`, at least one.
 
-    SD3's decoder keeps 20 GiB for eight of 1,024 pixels (bfloat16, without gradient), counted from shapes.
+    SD3's decoder needs 20 GiB for eight of 1,024 pixels (bfloat16, without gradients), counted from shapes.
     """
     return max(1, min(most, 2**23 // (height * width)))
 
@@ -153,16 +153,16 @@ def world_size():
 
 # ---------------------------------------------------------------- signals
 
-ASKED = []                                 # the signals that came while `heed_signals` was on
+ASKED = []                                 # the signals received while `heed_signals` was on
 
 
 def heed_signals(on=True):
-    """Let SIGTERM and Ctrl-C only ask for an end after the step at hand; a second one ends it at once."""
+    """Let SIGTERM and Ctrl-C request a stop after the current step; a second one stops at once."""
 
     def ask(number, frame):
         ASKED.append(number)
         heed_signals(False)
-        if this_rank() == 0:                   # not print: it may have been interrupted in a print
+        if this_rank() == 0:                   # not print: the signal may have interrupted one
             os.write(2, b"\nstopping after the step at hand, which is saved; once more: at once\n")
 
     signal.signal(signal.SIGTERM, ask if on else signal.SIG_DFL)
@@ -172,7 +172,7 @@ def heed_signals(on=True):
 def asked_to_stop():
     """Was any rank asked to stop?  All ranks must call this after the same step.
 
-    The sum is on the CPU, so that nothing waits for a GPU.
+    The sum is computed on the CPU, so that nothing waits for a GPU.
     """
     return sum_over_ranks(torch.tensor(len(ASKED))).item() > 0
 
@@ -181,14 +181,14 @@ def asked_to_stop():
 
 
 def sum_over_ranks(x):
-    """x, turned in place into its sum over all ranks, which must all call this."""
+    """x, replaced in place by its sum over all ranks, which must all call this."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def sum_patiently(x):
-    """`sum_over_ranks` of what may have taken them unequally long."""
+    """`sum_over_ranks` after work that may have taken some ranks much longer than others."""
     wait_for_all()
     return sum_over_ranks(x)
 
@@ -201,21 +201,21 @@ def average_gradients(parameters):
                 p.grad = sum_over_ranks(p.grad) / dist.get_world_size()
 
 
-# One group of all ranks, in which they wait for each other as long as it takes. The default one gives up
-# after minutes, which is right for a step, and wrong while one rank still draws, encodes or writes.
+# One group of all ranks, in which they wait for each other as long as it takes. The default group times out
+# after minutes, which is right for a step, but wrong while one rank still draws, encodes or writes.
 PATIENT = []
 
 
 def wait_for_all():
-    """Hold every rank here until all have come: after what took them unequally long, or what rank 0 did."""
+    """Hold every rank here until all arrive: after work of unequal length, or work of rank 0 alone."""
     for group in PATIENT:
         dist.barrier(group)
 
 
 def my_share(count):
-    """This rank's numbers of 0 to count - 1, and above, so that every rank has equally many.
+    """This rank's share of 0 to count - 1, padded with higher numbers so that all ranks have equally many.
 
-    For what all ranks must do equally often, as passes through a sharded model are.
+    For work that all ranks must do equally often, such as passes through a sharded model.
     """
     world = world_size()
     return list(range(this_rank(), world * math.ceil(count / world), world))
@@ -224,7 +224,7 @@ def my_share(count):
 def from_all(x):
     """[x of rank 0, of rank 1, ...], on all ranks, which must all call this.
 
-    x: anything that can be pickled, its tensors on the CPU
+    x: anything that can be pickled, with its tensors on the CPU
     """
     if not dist.is_initialized():
         return [x]
@@ -236,9 +236,9 @@ def from_all(x):
 def gather(parts, numbers):
     """All ranks' rows as one CPU tensor (n, ...), on all ranks, which must all call this.
 
-    The rows are in the order of their numbers, whichever rank had them, and however many it had.
+    The rows are sorted by their numbers, however they were distributed over the ranks.
     parts: batches of this rank's rows, [] if it has none.   numbers: one number for each of its rows.
-    Where no rank has any row, the result is a tensor (0,).
+    If no rank has any rows, the result is a tensor (0,).
     """
     mine = torch.cat(parts).cpu() if parts else torch.empty(0)
     if len(mine) != len(numbers):
@@ -246,7 +246,7 @@ def gather(parts, numbers):
     rows, order = [], []
     for theirs, their_numbers in from_all((mine, list(numbers))):
         order += their_numbers
-        if len(theirs):                                        # else it has another shape than the others'
+        if len(theirs):                                        # an empty tensor has another shape
             rows.append(theirs)
     if not rows:
         return torch.empty(0)
@@ -259,10 +259,10 @@ def gather(parts, numbers):
 def accumulation(batch_size, micro_batch, world):
     """How many passes, of at most `micro_batch` images, each rank makes for a step of `batch_size` images.
 
-    raises: SystemExit if they do not divide, with the nearest batch size that does
+    raises: SystemExit if it does not divide evenly, with the nearest batch size that does
     """
     def count(n):
-        """Of a rank with n images; 0 if they make no equal parts."""
+        """Passes of a rank with n images; 0 if these do not make equal parts."""
         parts = math.ceil(n / micro_batch)
         return 0 if n == 0 or n % parts else parts
 
@@ -275,10 +275,10 @@ def accumulation(batch_size, micro_batch, world):
 
 
 def micro_batches(model, count, *batch, seed, step):
-    """The parts of this rank's batch, one after the other: tuples with a chunk of each tensor in `batch`.
+    """The micro-batches of this rank's batch, in order: tuples with a chunk of each tensor in `batch`.
 
-    Each part has random numbers of its own: what is drawn depends on neither resuming nor the number of
-    ranks. The model's gradients are averaged over the ranks in the last part's backward pass only.
+    Each has its own random numbers, so that these depend on neither resuming nor the number of ranks. The
+    model's gradients are averaged over the ranks only in the last one's backward pass.
     """
     chunks = [x.chunk(count) for x in batch]
     for i, part in enumerate(zip(*chunks)):
@@ -288,13 +288,13 @@ def micro_batches(model, count, *batch, seed, step):
 
 
 def seed_step(seed, part, step, *purpose):
-    """Reseed torch for micro-batch `part`, counted over all ranks, of a step.   purpose: of another stream"""
+    """Reseed torch for micro-batch `part` (over all ranks) of a step.   purpose: selects another stream"""
     state = np.random.SeedSequence((seed, part, step, *purpose)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
 
 def synchronise(model, on):
-    """Let the next backward pass average gradients over the ranks, or not; does nothing for one process."""
+    """Let the next backward pass average gradients over the ranks, or not; no effect on a single process."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
     elif hasattr(model, "set_requires_gradient_sync"):         # sharded
@@ -302,11 +302,11 @@ def synchronise(model, on):
 
 
 def stop_if_not_finite(norm, loss, model, step):
-    """Stop before the update when loss or gradient norm is not finite.
+    """Stop before the update if the loss or the gradient norm is not finite.
 
-    Ranks share gradients, so they stop together; one that lost only its loss
-    takes the others along by ending.
-    Nowhere else does a step wait for the device.
+    Ranks share gradients, so they stop together; if only one rank's loss is bad, its exit takes the others
+    down.
+    This is the only place where a step waits for the device.
     raises: SystemExit naming the first bad parameter
     """
     if torch.isfinite(norm + loss):
@@ -317,17 +317,17 @@ def stop_if_not_finite(norm, loss, model, step):
             bad = name
             break
     raise SystemExit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, first bad parameter "
-                     f"{bad}; its model was not touched. Lower --lr or --clip and run again")
+                     f"{bad}; the model was not updated. Lower --lr or --clip and run again")
 
 
-# ---------------------------------------------------------- for models that do not fit on one GPU
+# ---------------------------------------------------------- models that do not fit on one GPU
 
 
 def shard(model, device):
     """Split a transformer's parameters over torchrun's ranks, and so its gradients and optimizer state.
 
-    Blocks are gathered one at a time, for their forward and for their backward pass; so are the layers of
-    adaLN by themselves, because all of them compute before the first block does.
+    Blocks are gathered one at a time, for their forward and their backward pass; adaLN's layers are units of
+    their own, because all of them run before the first block does.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -337,14 +337,14 @@ def shard(model, device):
             if name.rpartition(".")[2] == "adaLN":
                 fully_shard(part, mesh=mesh)
         fully_shard(block, mesh=mesh)
-    # Also of the model itself, which would stay whole after a forward pass that has no backward: an EMA that
-    # draws could not be updated any more.
+    # The model itself too: it would stay gathered after a forward pass without a backward, and an EMA that
+    # has drawn samples could no longer be updated.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 
 def share_frozen(model, ema, rounded):
-    """Let the EMA use the model's own frozen weights; if `rounded`, in bfloat16 what autocast would round."""
+    """Let the EMA share the model's frozen weights; if `rounded`, in bfloat16 where autocast would cast."""
     for layer in model.modules():
         if rounded and isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.bfloat16()
@@ -358,9 +358,9 @@ def is_sharded(model):
 
 
 def whole(state, keep=True):
-    """A nested state with its sharded tensors whole, on the CPU of the ranks that `keep` it, else None.
+    """A nested state with its sharded tensors gathered: on the CPU of ranks that `keep` them, else None.
 
-    All ranks must call this. What is not sharded stays as it is.
+    All ranks must call this. Everything that is not sharded stays as it is.
     """
 
     def gathered(x):
@@ -373,9 +373,9 @@ def whole(state, keep=True):
 
 
 def load_optimizer(opt, state):
-    """Load a state dict as `whole` made it, each tensor sharded and laid out in memory like its parameter.
+    """Load a state dict made by `whole`, each tensor sharded and laid out in memory like its parameter.
 
-    A fused step pairs numbers by where they stand, and a CPU and a GPU may train in other layouts.
+    A fused step pairs numbers by their memory offset, and CPU and GPU runs may use different layouts.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
     parameters = [p for group in opt.param_groups for p in group["params"]]

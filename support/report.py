@@ -1,10 +1,10 @@
-"""report.html: a run on one page, in one file that fetches nothing.
+"""report.html: a run on a single page, in one file that fetches nothing.
 
     report.write(Report(...), "out/tiny/report.html")
 
-support/report.html is the page: prose, style, script, and {{places}}. Here is what goes into the places, one
-function a section in the page's order; a section for which a run has nothing is left out, and what can be
-made later is replaced by the command that makes it. The pieces (pictures, curves, tables) are of
+support/report.html is the template: prose, style, script, and {{places}}. This file fills the places, with
+one function per section, in the page's order. A section for which a run has nothing is left out; where it can
+still be made, the page shows the command that makes it. The building blocks (pictures, curves, tables) are in
 support/page.py.
 """
 import shlex
@@ -23,35 +23,35 @@ from support.measurements import out_of_date, read_entries, run_folder, seen_in_
 from support.metrics import psnr, upsampled
 from support.page import attribute, chart, definitions, duration, fill, img, picture, plural, scores, text
 
-# Bytes. A page that comes out larger is made again with less quality: WebP's, of which 100 is lossless.
+# Bytes. A larger page is rendered again at a lower WebP quality; 100 is lossless.
 LARGEST = 6_000_000
 QUALITIES = (100, 90, 75, 50, 25)
 
-# Pixels a side. Of larger images the dial shows the middle, pixel by pixel, and the samples are reduced.
+# Pixels a side. The dial shows the middle of larger images, pixel by pixel; larger samples are downsized.
 SIDE = 384
 
-# Images up to this side are shown enlarged, with their pixels as squares.
+# Images up to this side are shown enlarged, with square pixels.
 SMALL = 128
 
-# At most so many numbers of details, from none to all, and so many samples, on the dial.
+# The dial has at most this many detail counts, from none to all, and this many samples.
 STOPS = 8
 DIALLED = 10
 
 
 @dataclass
 class Stage:
-    """One training run of those that led to the one on the page."""
+    """One of the training runs that led to the run on the page."""
     folder: str
     summary: dict                  # summary.json; {}: not finished, or not trained here
     command: str                   # a preset's name and what differs from it; "": not trained here
-    settings: dict                 # {field of its Config: value as text}
+    settings: dict                 # {field of its Config: value as a string}
 
 
 @dataclass
 class Samples:
-    """Latents that a run has drawn."""
+    """Latents that a run has sampled."""
     z_all: torch.Tensor            # (n, C+D, h, w); sample i is of names[i % len(names)]
-    names: list                    # of classes, or texts
+    names: list                    # class names, or prompts
     settings: dict                 # see sample.settings_of
     parameters: int                # of the transformer
     tokens: int
@@ -59,8 +59,8 @@ class Samples:
 
 @dataclass
 class Report:
-    """What a page is made of."""
-    folder: str                    # the run, as it was given
+    """Everything that a page shows."""
+    folder: str                    # the run, as given
     about: dict                    # config.json of the checkpoint
     vae: nn.Module                 # a DAVAE, in eval mode
     x: torch.Tensor                # (N, 3, H, W) in [-1, 1], to reconstruct
@@ -78,7 +78,7 @@ def write(report, path):
         if len(page.encode()) <= LARGEST:
             runs.replace(path, page)
             return
-    raise ValueError(f"{path}: {len(page) / 1e6:.1f} MB even at the least quality, wanted at most "
+    raise ValueError(f"{path}: {len(page) / 1e6:.1f} MB even at the lowest quality, wanted at most "
                      f"{LARGEST / 1e6:.0f} MB: show fewer images, with --images= and --n=")
 
 
@@ -151,7 +151,7 @@ def sentences_of_autoencoder(report):
 
 
 def quality_of(report):
-    """What the DA-VAE was validated to give, as the end of a sentence."""
+    """The DA-VAE's validation scores, as the end of a sentence."""
     davae, _ = summaries(report)
     if "psnr" not in davae:
         return ""
@@ -160,7 +160,7 @@ def quality_of(report):
 
 
 def validated_on(report):
-    """The images that support/held_out.py:validation_images took for the DA-VAE, in words."""
+    """The images that support/held_out.py:validation_images chose for the DA-VAE, in words."""
     settings = davae_of(report).settings
     images = "validation images"
     if not settings.get("val_dir") and settings.get("data_dir", "procedural") != "procedural":
@@ -172,7 +172,7 @@ def validated_on(report):
 
 
 def length_of(report):
-    """How long, and on what, the run was trained."""
+    """How long the run was trained, and on what."""
     own = report.about["config"]
     _, run = summaries(report)
     images = own["data_dir"]
@@ -184,7 +184,7 @@ def length_of(report):
 
 
 def small_side(r):
-    """How large the base image is, in words."""
+    """The size of the base image, in words."""
     return "half the side" if r == 2 else f"1/{r} of the side"
 
 
@@ -194,7 +194,7 @@ def summaries(report):
 
 
 def davae_of(report):
-    """The Stage that trained the DA-VAE; an empty one where that is not known."""
+    """The Stage that trained the DA-VAE; an empty one if it is not known."""
     if report.samples is None:
         return report.stages[-1]
     trained = [stage for stage in report.stages if stage.summary.get("stage") == "DA-VAE"]
@@ -202,7 +202,7 @@ def davae_of(report):
 
 
 def facts(report):
-    """The run's figures: {what it is: number}."""
+    """The run's key figures: {what it is: number}."""
     vae = report.vae
     davae, run = summaries(report)
     what, count = "latent positions", (report.x.shape[-1] // vae.f)**2
@@ -225,11 +225,11 @@ def facts(report):
 
 
 class Dial:
-    """Images at every stop: the base alone, enlarged; then the first k details, for each k of `levels`.
+    """Images at every stop: the base alone, enlarged; then with the first k details, for each k in `levels`.
 
-    x: (N, 3, H, W) the images; decoded: what is made of them, one (N, 3, H, W) in [-1, 1] each stop
+    x: (N, 3, H, W) the images; decoded: their reconstructions, one (N, 3, H, W) in [-1, 1] per stop
     psnr: (stops, N) of these, in dB
-    samples: the same of the samples' latents; [] where none were drawn
+    samples: the samples' latents, decoded likewise; [] if none were drawn
     """
 
     def __init__(self, report):
@@ -246,14 +246,14 @@ class Dial:
             self.samples = decode_at_stops(vae, report.samples.z_all, self.levels)
 
     def stops(self):
-        """[{"name", "what", "db"}] of the stops, as the page says them."""
+        """[{"name", "what", "db"}] of the stops, in the page's words."""
         names = ["base only", *map(str, self.levels)]
         said = ["base channels only", *(f"{k} of {self.levels[-1]} details" for k in self.levels)]
         decibels = [f"{mean:.2f} dB" for mean in self.psnr.mean(1).tolist()]
         return [{"name": name, "what": what, "db": db} for name, what, db in zip(names, said, decibels)]
 
     def sheets(self, quality):
-        """<img>s for the script: of both sets one a stop, the images side by side; and the input."""
+        """<img>s for the script: for both sets, one per stop with the images side by side; and the input."""
         named = {("held-out", "input"): self.x}
         for k, images in enumerate(self.decoded):
             named["held-out", k] = images
@@ -265,7 +265,7 @@ class Dial:
 
 
 def levels_of(C, D):
-    """0, C, 2C, ... D details; where these are many, evenly spread ones of them."""
+    """0, C, 2C, ... D details; at most STOPS of these, evenly spaced."""
     levels = range(0, D + 1, C)
     chosen = np.linspace(0, len(levels) - 1, min(STOPS, len(levels))).round()
     return [levels[int(k)] for k in chosen]
@@ -273,12 +273,12 @@ def levels_of(C, D):
 
 @torch.no_grad()
 def decode_at_stops(vae, z_all, levels):
-    """[(N, 3, H, W) in [-1, 1]]: the base alone, enlarged, and the first k details, for each k of `levels`.
+    """[(N, 3, H, W) in [-1, 1]]: the base alone, enlarged; then the first k details, for each k in `levels`.
 
-    In float32, and a few images at a time: the decoder's activations are the largest there are.
+    In float32, and a few images at a time, because the decoder's activations dominate memory.
     """
     side = vae.f * z_all.shape[-1]
-    parts = z_all.split(ranks.at_once(4, side, 2 * side))          # float32 takes twice the room
+    parts = z_all.split(ranks.at_once(4, side, 2 * side))          # float32 takes twice the memory
     bases = [upsampled(vae.decode_base(z[:, :vae.C]), vae.r)["base only, bicubic"] for z in parts]
     stops = [torch.cat(bases).cpu()]
     for k in levels:
@@ -288,7 +288,7 @@ def decode_at_stops(vae, z_all, levels):
 
 
 def middle(x):
-    """The middle of images that are larger than the page shows: (B, 3, H, W), at most SIDE pixels a side."""
+    """The middle of images that are too large for the page: (B, 3, H, W), at most SIDE pixels a side."""
     top = max(0, x.shape[2] - SIDE) // 2
     left = max(0, x.shape[3] - SIDE) // 2
     return x[:, :, top:top + SIDE, left:left + SIDE]
@@ -300,7 +300,7 @@ def dial_section(report, dial):
     mean = dial.psnr.mean(1).tolist()
     low, high = min(mean), max(mean)
 
-    # the dot of a stop stands in the middle of its column, from 8 to 70 % of the way up
+    # a stop's dot is in the middle of its column, 8 to 70 % of the way up
     left = [100 * (k + 0.5) / n for k in range(n)]
     up = [8 + 62 * (y - low) / max(high - low, 0.1) for y in mean]
     path = " L".join(f"{x:.2f} {100 - y:.2f}" for x, y in zip(left, up))
@@ -330,7 +330,7 @@ def dial_section(report, dial):
 
 
 def trained_without(report):
-    """Was the DA-VAE trained to do without some of its details?  A sentence; "" where that is not known."""
+    """Was the DA-VAE trained to work without some of its details?  A sentence; "" if it is not known."""
     settings = davae_of(report).settings
     if "detail_dropout" not in settings:
         return ""
@@ -346,7 +346,7 @@ def trained_without(report):
 
 
 def dial_images(dial):
-    """A <figure> each reconstructed image, with its own PSNR."""
+    """A <figure> for each reconstructed image, with its PSNR."""
     for i, values in enumerate(dial.psnr.T.tolist()):
         decibels = [f"{value:.2f} dB" for value in values]
         yield (f'<figure>{canvas(dial.x, "held-out", i, f"image {i + 1}, reconstructed")}<figcaption '
@@ -354,7 +354,7 @@ def dial_images(dial):
 
 
 def dial_samples(report):
-    """A <figure> each sample, with its name."""
+    """A <figure> for each sample, with its name."""
     if report.samples:
         names = report.samples.names
         for i in range(min(DIALLED, len(report.samples.z_all))):
@@ -397,7 +397,7 @@ def wipe_section(report, dial):
 
 
 def start_section(report, quality):
-    """The number of the proof, and its picture; None for a run without one."""
+    """The difference measured at the warm start, and its picture; None for a run without one."""
     _, run = summaries(report)
     if "warm_start" not in run:
         return None
@@ -415,7 +415,7 @@ def start_section(report, quality):
 
 
 def samples_section(report, dial, quality):
-    """The samples of each class, under each the preview of the same latent; None where none were drawn."""
+    """The samples of each class, each above the preview of its latent; None if none were drawn."""
     if not report.samples:
         return None
     names, settings = report.samples.names, report.samples.settings
@@ -435,7 +435,7 @@ def samples_section(report, dial, quality):
 
 
 def reduced(x, side):
-    """(B, 3, H, W) with sides of at most `side` pixels."""
+    """(B, 3, H, W), downsized to at most `side` pixels a side."""
     if x.shape[-1] <= side:
         return x
     return F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -444,7 +444,7 @@ def reduced(x, side):
 # ---------------------------------------------------------------- losses
 
 
-# of each chart: its title, {number in log.jsonl: its name on the page}, and what these are
+# for each chart: its title, {key in log.jsonl: its name on the page}, and an explanation
 FLOW = ("Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details",
         {"base": "base", "detail": "detail", "w": "w(n)"},
         "v* = data − noise is the velocity that the transformer learns to predict. w(n) is how much the loss "
@@ -465,7 +465,7 @@ AUTOENCODER = [
 
 
 def losses_section(report):
-    """Curves of the run and, of a run of finetune.py, of its DA-VAE; None where nothing was logged."""
+    """Curves of the run and, for a run of finetune.py, of its DA-VAE; None if nothing was logged."""
     charts = []
     davae = run_folder(report.folder)
     if report.samples:
@@ -480,7 +480,7 @@ def losses_section(report):
 
 
 def logged(run, names):
-    """{name on the page: (steps, values)} of the numbers of these names that a run has logged."""
+    """{name on the page: (steps, values)} of those of these numbers that a run has logged."""
     if not (run / "log.jsonl").exists():
         return {}
     log = figures.read_log(run)
@@ -491,7 +491,7 @@ def logged(run, names):
 
 
 def measurements_section(report):
-    """The latest entry of metrics.json, with its settings; nothing but the command where there is none."""
+    """The latest entry of metrics.json, with its settings; only the command if there is none."""
     entries = read_entries(run_folder(report.folder) / "metrics.json")
     if run_folder(report.folder) != Path(report.folder):           # one step of the run
         entries = [entry for entry in entries if step_measured(entry) == Path(report.folder).name]
@@ -510,7 +510,7 @@ def measurements_section(report):
     said = (f"Measured by {command} on {machine}. An arrow says which way is better; the best number of a "
             "column is bold.")
     if seen:
-        said += " The run was trained on these images: the numbers say nothing of others."
+        said += " The run was trained on these images: the numbers say nothing about others."
     stale = out_of_date(report.folder, entry)
     if stale:
         said += f" Careful, {text(stale)}."
@@ -527,7 +527,7 @@ def measuring(report, data_dir):
 
 
 def not_measured(report):
-    """How to measure the run; of one that was trained on a folder, also on what and with what."""
+    """How to measure the run; if it was trained on a folder, also with which images and networks."""
     if report.about["config"]["data_dir"] == "procedural":
         return f"Not measured yet: {measuring(report, '')} does it."
     lacking = "no samples are drawn" if report.samples else "there are no distances"
@@ -541,13 +541,13 @@ def not_measured(report):
 
 
 def stage_in(folder, saved):
-    """The Stage in a folder.   saved: config.json of its newest checkpoint; {}: it was not trained here"""
+    """The Stage in a folder.   saved: config.json of its newest checkpoint; {} if it was not trained here"""
     settings = {name: config.show(value) for name, value in saved.get("config", {}).items()}
     return Stage(str(folder), runs.read_summary(folder), saved.get("command", ""), settings)
 
 
 def commands_section(report):
-    """Of every stage: its folder, what it came to, the command, and all its settings."""
+    """For every stage: its folder, its result, the command, and all its settings."""
     items = []
     for stage in report.stages:
         result = "not finished yet"

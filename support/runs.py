@@ -1,11 +1,11 @@
-"""Run folders: checkpoints that are whole or absent, resuming, one job at a time, the log, disks that fail.
+"""Run folders: atomic checkpoints, resuming, one job at a time, the log, disks that fail.
 
     out/tiny/   step_000300/ step_000600/ (the two newest checkpoints), log.jsonl, pictures, summary.json once
-                it is finished, .lock while a job trains in it; of finetune.py also vae/, and frozen/ (LoRA)
+                it is finished, .lock while a job trains in it; with finetune.py also vae/, and frozen/ (LoRA)
     step_*/     model.safetensors, ema.safetensors, train_state.pt, config.json, SHA256SUMS
 
-`Run` is what the two training scripts hold of their folder. It owns no loop: it says which steps are left,
-when a checkpoint is due, and writes what it is given.
+`Run` is how the two training scripts handle their folder. It does not own the training loop: it says which
+steps are left and when a checkpoint is due, and writes what it is given.
 """
 import contextlib
 import dataclasses
@@ -28,16 +28,16 @@ from tqdm import tqdm
 
 from support import files, hub, ranks, trackers
 
-# ---------------------------------------------------------------- a run, as a training script holds it
+# ---------------------------------------------------------------- a run, as a training script sees it
 
-# Fields of a Config that change no trained model, but for rounding: never compared.
+# Fields of a Config that do not change the trained model, except by rounding: never compared.
 NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile",
              "log_every", "save_every", "track", "dry_run"}
 
-# Fields that name what a run is made of: it is compared by `made_of`, whatever its place.
+# Fields that name what a run is made of: compared by content (`made_of`), not by location.
 SOURCES = {"data_dir", "val_dir", "vae", "base", "base_vae", "text", "lpips_trunk", "teacher"}
 
-# What a run is made of, and the field that says where it is.
+# What a run is made of, and the field with its location.
 PARTS = {
     "images": "data_dir",
     "captions": "data_dir",
@@ -50,30 +50,30 @@ PARTS = {
 
 
 class Differs(SystemExit):
-    """A run in a folder is not the one that is asked for."""
+    """The run in a folder is not the one that was asked for."""
 
 
 class Run:
-    """A run's folder in the hands of this job: what it goes on from, which steps are left, when it saves.
+    """A run's folder, held by this job: where it resumes, which steps are left, when it saves.
 
     cfg:  the script's Config; out, steps, save_every, log_every and batch_size are read here
-    free: names of fields that may change when a run goes on; of a finished run, none may
-    raises: SystemExit if another job trains here; Differs if another field was changed
+    free: names of fields that may change when a run resumes; none may once it is finished
+    raises: SystemExit if another job trains here; Differs if any other field was changed
     """
 
     def __init__(self, cfg, free, rank):
-        trackers.asked_for(cfg)                        # what is missing for them is told before all else
+        trackers.asked_for(cfg)                        # a missing package is reported before all else
         self.cfg = cfg
         self.rank = rank
-        self.done = is_finished(cfg)                   # all steps are made, and nothing is written any more
-        self.lock = None if self.done else hold(cfg.out, rank)     # until this object goes
-        self.checkpoint = resume(cfg, () if self.done else free)   # the step folder to go on from, or None
-        self.start = 0                                 # the first step that this job makes
-        self.results = {}                              # numbers for the summary; saved with each checkpoint
-        self.parts = parts_of(self.checkpoint)         # see `made_of`
+        self.done = is_finished(cfg)                   # all steps are done, and nothing more is written
+        self.lock = None if self.done else hold(cfg.out, rank)     # while this object lives
+        self.checkpoint = resume(cfg, () if self.done else free)   # the step folder to resume from, or None
+        self.start = 0                                 # the first step of this job
+        self.results = {}                              # numbers for the summary; saved in each checkpoint
+        self.parts = parts_of(self.checkpoint)         # see `must_be_made_of`
         self.seconds = 0.0                             # of training, before this job
         self.since = time.time()
-        self.needed_by = getattr(cfg, "needed_by", "")     # the run of which this is a stage, or ""
+        self.needed_by = getattr(cfg, "needed_by", "")     # the run that this is a stage of, or ""
         self.ends_early = False                        # see `save_due`
         self.must_save = False
         if self.done:
@@ -88,18 +88,18 @@ class Run:
         self.log.sinks += self.trackers
 
     def train_state(self):
-        """What the checkpoint holds beside the weights: optimizers, step, seconds."""
+        """What the checkpoint holds besides the weights: optimizers, step, seconds."""
         path = self.checkpoint / "train_state.pt"
         state = read_state_dict(path)
         files.refuse_not_finite(state, path)
         return state
 
     def must_be_made_of(self, **parts):
-        """Keep with each checkpoint what the run is made of: {images, vae, base ...: digest}.
+        """Store with each checkpoint what the run is made of: {images, vae, base ...: digest}.
 
-        A part that is not there any more is None, and goes uncompared. Other images are only printed.
+        A part that no longer exists is None, and is not compared. Other images or captions are only reported.
         classes: the list of their names
-        raises: Differs for a part that is not the one that the run was started with
+        raises: Differs if any other part is not the one that the run was started with
         """
         for name, new in parts.items():
             old = self.parts.get(name)
@@ -113,11 +113,11 @@ class Run:
                 if self.rank == 0:
                     tqdm.write(f"{sentence}; training goes on with these")
                 continue
-            raise Differs(f"{sentence}: give the former{self.or_another(name)}")
+            raise Differs(f"{sentence}: give the original{self.or_another(name)}")
         self.parts |= {name: new for name, new in parts.items() if new is not None}
 
     def or_another(self, name):
-        """What else to do, for the end of that sentence; "" for a stage: `make_missing` says it there."""
+        """The alternative, for the end of that sentence; "" for a stage, where `make_missing` gives it."""
         if self.needed_by:
             return ""
         kept = [f"--{flag}={getattr(self.cfg, flag)}" for flag in ("vae", "base") if
@@ -126,7 +126,7 @@ class Run:
         return f", or another --out to start afresh{on_these}"
 
     def describe(self, train_set, parameters, sizes, accumulate, world, device):
-        """Print what is trained on what; by rank 0."""
+        """Print what is trained on what, on rank 0."""
         if self.rank > 0:
             return
         cfg = self.cfg
@@ -141,9 +141,9 @@ class Run:
               f"{'bfloat16' if ranks.in_bfloat16(cfg.dtype, device) else 'float32'}")
 
     def steps(self, stream):
-        """Yield (step, batch) of every step that is left.
+        """Yield (step, batch) for every step that is left.
 
-        Meanwhile a signal to stop only asks for an end after the step at hand: then this ends the program.
+        Meanwhile, a signal only requests a stop: the program then ends here, after the current step.
         """
         cfg = self.cfg
         self.since = time.time()
@@ -165,10 +165,10 @@ class Run:
         ranks.heed_signals(False)
 
     def save_due(self, done):
-        """Is a checkpoint due after `done` steps: by save_every (0: never), the last, or a signal to stop?
+        """Is a checkpoint due after `done` steps: by save_every (0: never), as the last, or by a stop signal?
 
-        All ranks must ask after each step, because any of them may be told to stop. Then ends_early is set:
-        there may be seconds left, so no pictures are drawn.
+        All ranks must ask after each step, because any of them may get the signal. It sets ends_early: there
+        may be only seconds left, so no pictures are drawn.
         """
         last = done == self.cfg.steps
         stopping = ranks.asked_to_stop()
@@ -177,9 +177,9 @@ class Run:
         return self.must_save or is_due(done, self.cfg.save_every)
 
     def save(self, done, weights, state, config):
-        """Write step_<done>/, by rank 0.
+        """Write step_<done>/, on rank 0.
 
-        Where the disk refuses, training goes on, unless this is the first or last save.
+        If the disk refuses, training continues, unless this is the first or the last save.
         weights: {file name: state dict};  state: optimizers and the like;  config: see save_folder
         """
         state = {"step": done, "seconds": self.elapsed(), "results": self.results} | state
@@ -208,9 +208,9 @@ class Run:
             tracker.close()
 
     def summary(self, report=None):
-        """The summary of a run that is finished; it is printed.
+        """The summary of a finished run; prints that it is finished.
 
-        report(cfg): prints more, of a run that is no stage of another
+        report(cfg): prints more, for a run that is not a stage of another
         """
         if self.rank == 0:
             more = "" if self.needed_by else "; give more --steps or another --out to go on"
@@ -221,25 +221,25 @@ class Run:
 
 
 def is_due(done, every):
-    """Is it time, after `done` steps, for what comes every so many steps?  0: never."""
+    """Is something that happens every `every` steps (0: never) due after `done` steps?"""
     return every > 0 and done % every == 0
 
 
 def parts_of(checkpoint):
-    """What a checkpoint says of `Run.must_be_made_of`; {} for None."""
+    """What a checkpoint's run is made of, see `Run.must_be_made_of`; {} for None."""
     if checkpoint is None:
         return {}
     return read_config(checkpoint).get("made_of", {})
 
 
 def is_finished(cfg):
-    """Has the run in cfg.out made its last step, cfg.steps at least, and written its summary?"""
+    """Has the run in cfg.out done its last step, cfg.steps or more, and written its summary?"""
     step = step_of(cfg.out)
     return step >= cfg.steps and read_summary(cfg.out).get("steps") == step
 
 
 def read_summary(run):
-    """The summary.json of a run; {} where there is none, or one that a power cut has spoilt."""
+    """The summary.json of a run; {} if there is none, or if a power cut damaged it."""
     try:
         return dict(json.loads((Path(run) / "summary.json").read_text()))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
@@ -247,7 +247,7 @@ def read_summary(run):
 
 
 def hold(run, rank):
-    """Take a run's folder for this job, while the returned lock lives.
+    """Reserve a run's folder for this job, while the returned lock lives.
 
     raises: SystemExit if it is taken, or cannot be written to
     """
@@ -262,12 +262,12 @@ def hold(run, rank):
                 mend(run)
     except Timeout:
         raise SystemExit(f"{run}: another process is training here; wait, or give another --out") from None
-    ranks.wait_for_all()                               # all go on from what rank 0 has mended
+    ranks.wait_for_all()                               # all resume from what rank 0 has mended
     return lock
 
 
 def mend(run):
-    """Repair step folders that a job left half replaced because it was killed there; see `save_folder`."""
+    """Repair step folders that a killed job left half replaced; see `save_folder`."""
     for aside in Path(run).glob("step_*.old"):
         if aside.with_suffix("").exists():
             shutil.rmtree(aside)
@@ -276,18 +276,18 @@ def mend(run):
 
 
 def resume(cfg, free):
-    """The checkpoint that cfg.out goes on from; None before step 1.
+    """The checkpoint that cfg.out resumes from; None before step 1.
 
-    raises: Differs for a setting that is not the run's own; one in `free` is only printed
+    raises: Differs if a setting differs from the run's; a changed one in `free` is only printed
     """
     if step_of(cfg.out) < 1:
         return None
     if step_of(cfg.out) > cfg.steps:
-        raise Differs(f"{cfg.out} is at step {step_of(cfg.out)} already, now steps={cfg.steps} is asked for: "
+        raise Differs(f"{cfg.out} is already at step {step_of(cfg.out)}, now steps={cfg.steps} is asked for: "
                       f"give --steps={step_of(cfg.out)} or more, or another --out to start afresh")
     latest = checkpoints(cfg.out)[-1]
     saved = read_config(latest)["config"]
-    before = {f.name: f.default for f in dataclasses.fields(cfg)}      # of fields younger than the run
+    before = {f.name: f.default for f in dataclasses.fields(cfg)}      # for fields newer than the run
     for name, new in dataclasses.asdict(cfg).items():
         old = saved.get(name, before[name])
         if name in NO_EFFECT | SOURCES or json.dumps(old) == json.dumps(new):
@@ -301,7 +301,7 @@ def resume(cfg, free):
 
 
 def listed(names):
-    """Names of classes, for a sentence."""
+    """Class names, for a sentence."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
@@ -310,15 +310,15 @@ def listed(names):
 
 
 class Log:
-    """One aligned line to the terminal and to <run>/log.jsonl every few steps (0: never), and at the last.
+    """One aligned line to the terminal and <run>/log.jsonl every few steps (0: never), and at the last.
 
-        log.add({"loss": loss, "base": base})      # once or more in a step: () tensors of this rank
+        log.add({"loss": loss, "base": base})      # once or more per step: () tensors of this rank
         log.row(step, lr=lr)                       # after each step; writes a line if one is due
         log.sinks.append(tracker)                  # tracker(step, {name: number}) is called with each line
 
-    A line has, of each name, the mean over the latest step in which it was added, averaged over the ranks
-    (which must all add the same names), and the numbers that `row` was given. What a metric adds every k
-    steps stands in the next line. Lines after `start`, left by a run that was cut off, are dropped.
+    A line has, for each name, the mean over the latest step in which it was added, averaged over the ranks
+    (which must all add the same names), and the numbers given to `row`. A metric that is added every k steps
+    appears in the next line. Lines after `start`, left by an interrupted run, are dropped.
     """
 
     def __init__(self, run, rank, start, total, every, batch_size):
@@ -330,7 +330,7 @@ class Log:
         self.batch_size = batch_size
         self.since = time.time()
         self.added = {}             # name -> the values of this step
-        self.means = {}             # name -> the mean over its latest step; nothing here waits for the device
+        self.means = {}             # name -> the mean over its latest step; none of this waits for the device
         self.latest = {}            # the numbers of the last line
         self.sinks = [self.to_terminal, self.to_file]
         if rank == 0 and self.path.exists():
@@ -340,12 +340,12 @@ class Log:
                     replace(self.path, "".join(kept))
 
     def add(self, numbers):
-        """Add this rank's values of a micro-batch: {name: () tensor}; a line has their mean."""
+        """Add this rank's values of a micro-batch, {name: () tensor}; a line shows their mean."""
         for name, value in numbers.items():
             self.added.setdefault(name, []).append(value.detach())
 
     def row(self, step, **numbers):
-        """Close a step; write a line if one is due.  numbers: the same on all ranks; None is left out."""
+        """End a step; write a line if one is due.  numbers: the same on all ranks; None is left out."""
         for name, values in self.added.items():
             self.means[name] = sum(values) / len(values)
         self.added = {}
@@ -384,7 +384,7 @@ class Log:
 
 
 def read_rows(path):
-    """The rows of a log.jsonl, as far as they can be read: a power cut leaves half a line, or NULs."""
+    """The readable rows of a log.jsonl: a power cut leaves half a line, or NULs."""
     rows = []
     lines = Path(path).read_text(errors="replace").splitlines()
     for line in lines:
@@ -399,7 +399,7 @@ def read_rows(path):
     return rows
 
 
-# ---------------------------------------------------------------- what may fail without ending a run
+# ---------------------------------------------------------------- failures that do not end a run
 
 
 DISK = ("No space left|Read-only|quota|File too large|Input/output error|I/O error|IoError|"
@@ -408,7 +408,7 @@ DISK = ("No space left|Read-only|quota|File too large|Input/output error|I/O err
 
 @contextlib.contextmanager
 def disk_may_fail(must=False):
-    """Say in one sentence that the disk refused what is written in here; go on, or end if it `must` be."""
+    """If the disk refuses what this block writes, say so in one sentence; exit if it `must` be written."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
@@ -422,7 +422,7 @@ def disk_may_fail(must=False):
 
 @contextlib.contextmanager
 def picture_may_fail(what):
-    """Say in one sentence that a picture failed (memory, disk, matplotlib); no weights are lost, so go on."""
+    """If a picture fails (memory, disk, matplotlib), say so in one sentence; no weights are lost."""
     try:
         yield
     # torch.OutOfMemoryError, of a GPU, is a RuntimeError
@@ -435,14 +435,14 @@ def picture_may_fail(what):
 
 
 def save_checkpoint(run, step, weights, train_state, config, keep=2):
-    """Write <run>/step_<step>/; then remove all but the `keep` newest, and what killed saves have left."""
+    """Write <run>/step_<step>/; then remove all but the `keep` newest, and leftovers of killed saves."""
     save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
     for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
         shutil.rmtree(old)
 
 
 def save_folder(final, weights, config, train_state=None):
-    """Write a folder of weights so that it is whole or absent: aside, with SHA256SUMS, flushed, renamed.
+    """Write a folder of weights atomically: to a temporary folder, with SHA256SUMS, flushed, then renamed.
 
     weights: {name: state dict} -> <name>.safetensors;  config -> config.json;  train_state -> train_state.pt
     """
@@ -462,13 +462,13 @@ def save_folder(final, weights, config, train_state=None):
         for path in temporary.iterdir():
             files.flush(path)
         aside = Path(f"{final}.old")
-        if final.exists():                                     # whatever happens, one of the two is there
+        if final.exists():                                     # whatever happens, one of the two exists
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(final, aside)
         os.replace(temporary, final)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)           # on a full disk, its bytes are wanted
+        shutil.rmtree(temporary, ignore_errors=True)           # a full disk needs its bytes
 
 
 def checkpoints(run):
@@ -478,7 +478,7 @@ def checkpoints(run):
 
 
 def latest_checkpoint(run):
-    """The newest whole checkpoint of a run, or `run` itself if it is one.   raises: SystemExit if none"""
+    """The newest checkpoint of a run, or `run` itself if it is one.   raises: SystemExit if there is none"""
     if (Path(run) / "config.json").exists():
         return Path(run)
     found = checkpoints(run)
@@ -486,12 +486,12 @@ def latest_checkpoint(run):
         what = "an empty run" if Path(run).is_dir() else "no such folder"
         others = dict.fromkeys(str(path.parent) for path in sorted(Path(run).parent.glob("*/step_*")))
         instead = f"there are {listed(others)}" if others else "make one: python finetune.py"
-        raise SystemExit(f"{run}: no checkpoint here ({what}); wanted a run, or a step_* of it: {instead}")
+        raise SystemExit(f"{run}: no checkpoint here ({what}); wanted a run or one of its step_*: {instead}")
     return found[-1]
 
 
 def newest_run(parent="out"):
-    """The run of finetune.py whose checkpoint is the newest of all in `parent`; it is printed.
+    """The run of finetune.py with the newest checkpoint in `parent`; prints its name.
 
     raises: SystemExit if there is none
     """
@@ -500,7 +500,7 @@ def newest_run(parent="out"):
         if read_config(path.parent).get("script") == "finetune.py":
             print(f"the newest run in {parent}: {path.parent.parent}")
             return str(path.parent.parent)
-    raise SystemExit(f"{parent}: no run of finetune.py is there; make one (python finetune.py), or name one")
+    raise SystemExit(f"{parent}: no run of finetune.py here; make one (python finetune.py), or name one")
 
 
 def step_of(run):
@@ -517,8 +517,8 @@ def read_config(checkpoint):
 
 
 def check_whole(path):
-    """raises: SystemExit, naming the checkpoint before, if a file is not as SHA256SUMS beside it says"""
-    sums = path.parent / "SHA256SUMS"                          # which `sha256sum --check` reads, too
+    """raises: SystemExit, naming the previous checkpoint, if a file does not match its folder's SHA256SUMS"""
+    sums = path.parent / "SHA256SUMS"                          # `sha256sum --check` reads it too
     if not sums.exists():
         return
     text = sums.read_text(errors="replace")
@@ -532,18 +532,18 @@ def check_whole(path):
         return
     steps = checkpoints(path.parent.parent)
     before = steps[:steps.index(path.parent)] if path.parent in steps else []
-    instead = f"remove {path.parent} to go on from {before[-1]}" if before else "start the run afresh"
-    raise SystemExit(f"{path}: damaged, not what SHA256SUMS beside it says; copy it again, or {instead}")
+    instead = f"remove {path.parent} to resume from {before[-1]}" if before else "start the run afresh"
+    raise SystemExit(f"{path}: damaged, it does not match SHA256SUMS; copy it again, or {instead}")
 
 
 # ---------------------------------------------------------------- files
 
 
 def read_state_dict(source):
-    """What a weight file holds: a .safetensors or torch file, a folder with one, shards and their index; a
-    name on Hugging Face; a dict as it is.
+    """The contents of a weight file: a .safetensors or torch file, a folder with one, shards and their index;
+    or a name on Hugging Face. A dict is returned as it is.
 
-    Pickles are memory-mapped, and nothing in them runs.
+    Pickles are memory-mapped, and no code in them runs.
     raises: SystemExit saying what is wrong with the file
     """
     if isinstance(source, dict):
@@ -554,9 +554,9 @@ def read_state_dict(source):
 
 
 def make_folder(folder, instead="another --out"):
-    """Make the folder that is to be written to, where it is not there.
+    """Create a folder to write to, unless it exists.
 
-    instead: what else to give
+    instead: what the error message suggests to give
     raises: SystemExit if it cannot be made or written to
     """
     try:
@@ -573,7 +573,7 @@ def write_json(path, obj):
 
 
 def replace(path, text):
-    """Write a text beside `path` and rename it into place: it is whole or absent, also after a power cut."""
+    """Write a text file next to `path` and rename it: it is whole or absent, even after a power cut."""
     with open(f"{path}.tmp", "w") as f:
         f.write(text)
         f.flush()
@@ -587,7 +587,7 @@ def sha256(path):
 
 
 def hash_of(thing):
-    """Sixteen digits of the SHA-256 of bytes, an array, or a module: every name and weight."""
+    """Sixteen digits of the SHA-256 of bytes, an array, or a module (every name and weight)."""
     digest = hashlib.sha256()
     named = thing.state_dict().items() if isinstance(thing, nn.Module) else [("", thing)]
     for name, x in named:

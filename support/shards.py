@@ -1,19 +1,19 @@
 """Tar shards in webdataset's layout: a million images in a thousand files, each still one seek away.
 
-    photos/00000.tar, 00001.tar, ...      in them, what shares a name up to its first dot is one sample:
+    photos/00000.tar, 00001.tar, ...      files with the same name up to its first dot are one sample:
         a/0001.jpg                        the image
         a/0001.cls                        its class: a number, or a name
         a/0001.txt                        its caption
         a/0001.json                       or both: {"cls" or "label": ..., "text" or "caption": ...}
-    photos/classes.txt                    the names of the classes, one a line, if there are any
+    photos/classes.txt                    the class names, one per line, if there are any
 
-A tar file is a row of headers and contents. Its headers are read once, into an index of places and sizes, and
-of the labels and captions, which are small. After that, image i is a seek and a read: any order of the
-images costs the same, a run that resumes reads on where it was, and ranks share the images, as in a folder.
-The index is kept beside the shards, in .shards.npz, or in ~/.cache/da-vae where that folder cannot be written
-to, and is made again when the size or time of a shard has changed.
+A tar file is a sequence of headers and contents. Its headers are read once, into an index of offsets and
+sizes, and of the labels and captions, which are small. After that, image i is one seek and one read: any
+order costs the same, a resumed run continues where it was, and ranks share the images, all as with a folder.
+The index is stored next to the shards as .shards.npz, or in ~/.cache/da-vae if their folder is read-only, and
+is rebuilt when the size or time of a shard has changed.
 
-Nothing is fetched: shards elsewhere are yours to copy or to mount before (`aws s3 sync`, `rclone mount`).
+Nothing is downloaded: copy or mount remote shards yourself first (`aws s3 sync`, `rclone mount`).
 """
 import json
 import math
@@ -32,23 +32,23 @@ from tqdm import tqdm
 from support.captions import read_text, shown
 from support.identity import of_text
 
-VERSION = 2                                # of the index; one of another version is made again
-SMALL = 1 << 20                            # bytes: no label, caption or json is larger
+VERSION = 2                                # of the index; another version is rebuilt
+SMALL = 1 << 20                            # bytes: larger labels, captions or jsons are ignored
 
-# Per tar file, the directory and name up to the first dot, and what is behind it.
+# Within a tar file, the directory and name up to the first dot, and what follows it.
 NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)")
 
-LABELS = ("cls", "label")                  # keys of a json, the preferred first
+LABELS = ("cls", "label")                  # keys of a json, preferred ones first
 CAPTIONS = ("text", "caption")
 
-# What a classes.txt, or labels that are numbers, may ask for.
+# The most classes that numeric labels may ask for.
 MOST_CLASSES = 1_000_000
 
 
 class Strings:
-    """A list of strings in two arrays: a million of them take a tenth of Python's memory.
+    """A list of strings in two arrays: a million take a tenth of the memory of a Python list.
 
-    text: their UTF-8 in a row, uint8;  ends: where each ends, int64
+    text: their UTF-8 bytes, concatenated, uint8;  ends: where each ends, int64
     """
 
     def __init__(self, text, ends):
@@ -72,19 +72,19 @@ class Strings:
             start = end
 
     def __getitem__(self, i):
-        i = range(len(self))[i]                                    # IndexError behind the last
+        i = range(len(self))[i]                                    # IndexError past the end
         start = self.ends[i - 1] if i else 0
         return self.text[start:self.ends[i]].tobytes().decode("utf-8", "surrogateescape")
 
 
 class Index:
-    """Where each image of a folder of shards is, and what belongs to it; in the order of names and places.
+    """Where each image of a folder of shards is, with label and caption; ordered by shard, then position.
 
     names      Strings: "00000.tar/a/0001.jpg"
-    labels     Strings: what its .cls or json says, "" where there is none
-    captions   Strings, "" where there is none
+    labels     Strings: from the .cls or json; "" if there is none
+    captions   Strings; "" if there is none
     tars       names of the shards
-    faults     {name: reason} of what is no whole sample, and is not among the above
+    faults     {name: reason} for broken samples, which are not among the above
     left_out   {ending: count} of other files in the shards
     """
 
@@ -103,7 +103,7 @@ class Index:
         return len(self.tar)
 
     def read(self, i, most=math.inf):
-        """The bytes of image i, at most so many.   raises: OSError or ValueError if they are there no more"""
+        """The first `most` bytes of image i.   raises: OSError or ValueError if they are no longer there"""
         size = min(most, self.size[i])
         path = os.path.join(self.folder, self.tars[self.tar[i]])
         with open(path, "rb", buffering=0) as file:
@@ -115,9 +115,9 @@ class Index:
 
 
 def read_index(folder, endings):
-    """The Index of a folder of shards, made now if there is none, or none of these shards.
+    """The Index of a folder of shards, built now if it is missing or does not match the shards.
 
-    endings: of images, such as ".jpg".   Only one process makes it; others wait.
+    endings: of images, such as ".jpg".   Only one process builds it; others wait.
     raises: ValueError saying what cannot be read
     """
     paths = sorted(path for path in Path(folder).glob("*.tar") if not path.name.startswith("."))
@@ -139,14 +139,14 @@ def read_index(folder, endings):
 
 
 def scan(folder, tars, endings):
-    """(about, arrays) of an Index: all headers of the shards read, one shard after the other."""
+    """(about, arrays) of an Index, from all headers of the shards, one shard after another."""
     columns = {name: [] for name in ("tar", "offset", "size", "names", "labels", "captions")}
     faults, left_out = {}, Counter()
     title = f"{shown(folder)}: index of {len(tars)} shards, made once"
     for n, (tar, _, _) in enumerate(tqdm(tars, desc=title, mininterval=1)):
         samples = read_tar(os.path.join(folder, tar), tar, endings, faults, left_out)
         for sample in samples.values():
-            if "image" not in sample:                              # a caption of nothing
+            if "image" not in sample:                              # a caption without an image
                 left_out.update(sample["endings"])
                 continue
             name, offset, size = sample["image"]
@@ -172,11 +172,11 @@ def scan(folder, tars, endings):
 
 
 def read_tar(path, tar, endings, faults, left_out):
-    """{key: sample} of one shard, in the order of its images; faults and left_out are added to.
+    """{key: sample} of one shard, in the order of its images; adds to faults and left_out.
 
-    A sample has "image", (name, offset, size), and the contents of "cls", "txt" and "json", where they are;
-    of a name that comes twice, the first.
-    A shard that is cut off is read as far as it goes.
+    A sample has "image", (name, offset, size), and the contents of "cls", "txt" and "json", if present; of
+    duplicate names, the first counts.
+    A truncated shard is read as far as it goes.
     """
     samples = {}
     try:
@@ -208,16 +208,16 @@ def read_tar(path, tar, endings, faults, left_out):
 
 
 def members(file):
-    """The headers in a tar file, one by one.   raises: TarError where it ends without its end mark"""
+    """The headers in a tar file, one by one.   raises: TarError if it ends without an end mark"""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while True:
             member = tar.next()
             if member is None:
                 break
             yield member
-            tar.members.clear()                                    # it would keep them all
+            tar.members.clear()                                    # else it keeps them all
     file.seek(tar.offset)
-    if file.read(512) != bytes(512):                               # tarfile would pass over that
+    if file.read(512) != bytes(512):                               # tarfile would ignore that
         raise tarfile.ReadError("no end mark")
 
 
@@ -228,7 +228,7 @@ def check_whole(file, member):
 
 
 def label_and_caption(sample):
-    """Both as strings, "" for none.   raises: ValueError saying which file of the sample is no such thing"""
+    """Both as strings, "" for none.   raises: ValueError saying which file of the sample is broken"""
     both = {}
     for name, ending in (("label", "cls"), ("caption", "txt")):
         try:
@@ -249,7 +249,7 @@ def label_and_caption(sample):
 def first_of(found, keys):
     """The string or whole number under the first of these keys, as a string; "" if there is none.
 
-    raises: ValueError if it is no text
+    raises: ValueError if it is not valid Unicode
     """
     for key in keys:
         value = found.get(key)
@@ -264,25 +264,25 @@ def first_of(found, keys):
 
 
 def drop_unlabelled(columns, without, faults, folder):
-    """Take images without a class out of the columns, where others have one.
+    """Remove images without a class from the columns, if others have one.
 
-    raises: ValueError if they are 10, and 1 % of all
+    raises: ValueError if there are 10 or more of them, and they make up at least 1 % of all images
     """
     total = len(columns["names"])
     if len(without) >= max(10, total / 100):
-        raise ValueError(f"{shown(folder)}: {len(without)} of {total} images have no class (so {without[0]}) "
-                         "and others have: add their .cls, or take them out")
+        raise ValueError(f"{shown(folder)}: {len(without)} of {total} images have no class (such as "
+                         f"{without[0]}) but others do: add their .cls, or remove them")
     keep = [i for i, label in enumerate(columns["labels"]) if label]
     for name, column in columns.items():
         columns[name] = [column[i] for i in keep]
-    faults |= dict.fromkeys(without, "it has no class, and others have one (.cls)")
+    faults |= dict.fromkeys(without, "it has no class, but others do (.cls)")
 
 
-# ---------------------------------------------------------------- keeping the index
+# ---------------------------------------------------------------- storing the index
 
 
 def place_of_index(folder):
-    """The index's file: beside the shards, or in the user's cache.   raises: ValueError if neither can be"""
+    """The index file: next to the shards, or in the user's cache.   raises: ValueError if neither works"""
     if os.access(folder, os.W_OK):
         return Path(folder) / ".shards.npz"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "da-vae"
@@ -295,7 +295,7 @@ def place_of_index(folder):
 
 
 def save(place, about, arrays):
-    """Write the index beside its place, and rename it: it is whole or absent."""
+    """Write the index to a temporary file and rename it: it is whole or absent."""
     aside = f"{place}.{os.getpid()}.tmp"
     try:
         with open(aside, "wb") as file:
@@ -306,7 +306,7 @@ def save(place, about, arrays):
 
 
 def load(place, tars, endings):
-    """(about, arrays) of an index; None if it is of other shards, endings or another version, or damaged."""
+    """(about, arrays) of an index; None if it is damaged, or of other shards, endings or another version."""
     try:
         with np.load(place) as file:
             about = json.loads(str(file["about"]))
@@ -321,11 +321,11 @@ def load(place, tars, endings):
 
 
 def classes_of(index):
-    """(labels (N,) int64, names of the classes) of the images; names are [] if no image has a class.
+    """(labels (N,) int64, class names) of the images; names are [] if no image has a class.
 
-    Numbers are the classes' own, and their names stand in classes.txt, in order, or are the numbers. Names
-    are numbered in the order of classes.txt, or else of the alphabet.
-    raises: ValueError naming a label that is not in classes.txt, or no number where others are
+    Numeric labels are used as they are; their names come from classes.txt, in order, or are the numbers
+    themselves. Labels that are names are numbered in the order of classes.txt, or else alphabetically.
+    raises: ValueError naming a label that is not in classes.txt, or not a number where others are
     """
     texts = list(index.labels)
     if not any(texts):
@@ -333,7 +333,7 @@ def classes_of(index):
     beside = os.path.join(index.folder, "classes.txt")
     names = [line.strip() for line in read_text(beside).strip().split("\n")] if os.path.exists(beside) else []
     number = {text: int(text) for text in set(texts) if text.isascii() and text.isdecimal()}
-    if not number or set(texts) <= set(names):                     # names, be they words or years
+    if not number or set(texts) <= set(names):                     # names: words, or numbers such as years
         names = names or sorted(set(texts))
         number = {name: k for k, name in enumerate(names)}
     elif not names:

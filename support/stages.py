@@ -99,7 +99,7 @@ def make_missing(cfg, makers):
         stage.needed_by = cfg.out
         if not runs.is_finished(stage):
             step = runs.step_of(stage.out)
-            state = "is not there yet" if step < 0 else f"is at step {step} of {stage.steps}"
+            state = "does not exist yet" if step < 0 else f"is at step {step} of {stage.steps}"
             print(f"\n{cfg.out} needs {stage.out}, which {state}: running\n"
                   f"    {config.command(maker.script, stage, maker.presets)}")
         try:
@@ -252,17 +252,18 @@ def seconds_of(step, device):
 def show(stages, times, size):
     """Print the plan as a table.   times: {folder: seconds}, {} if unknown; size: bytes of checkpoints"""
     width = max(len(stage.out) for _, stage in stages) + 2
-    print(f"{'to be made':<12}{'folder':<{width}}{'steps':>8}   about")
+    print(f"{'to train':<12}{'folder':<{width}}{'steps':>8}   about")
     for maker, stage in stages:
         told = minutes(times[stage.out]) if times else "not timed"
         print(f"{maker.makes[stage.D > 0]:<12}{stage.out:<{width}}{stage.steps:>8}   {told}")
     if times:
+        total = minutes(sum(times.values()))
         folder = Path(stages[-1][1].out).absolute()
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        print(f"in all about {minutes(sum(times.values()))} of training, by a few steps of each on noise; "
-              f"at most {size / 1e9:.1f} GB of checkpoints, {free / 1e9:.0f} GB are free", flush=True)
+        print(f"about {total} of training in all, estimated from a few steps on noise; "
+              f"at most {size / 1e9:.1f} GB of checkpoints, {free / 1e9:.0f} GB free", flush=True)
 
 
 def minutes(seconds):

@@ -1,10 +1,10 @@
-"""Texts as conditions: SD3.5's three encoders, the cache of what they give, what a step takes of it.
+"""Text conditioning: SD3.5's three encoders, the cache of their embeddings, and what a step takes from it.
 
     python sample.py text ENCODERS --out=out/text --data_dir=photos    # captions of a folder, or --prompts=
 
-Texts are encoded once (`cache_text`), into a folder of safetensors shards; training and sampling read the
+Prompts are encoded once (`cache_text`), into a folder of safetensors shards; training and sampling read the
 shards (`TextCache`), so that T5 and the transformer never share a GPU. `Conditioner` gives a training step
-what its model takes beside the latent and the time: labels, or texts where the run's config has `text`.
+what its model takes besides latent and time: labels, or text embeddings if the run's config has `text`.
 Other models' encoders are in support/diffusers_text.py.
 """
 import json
@@ -29,12 +29,12 @@ from support.pretrained import import_transformers, load_pretrained, load_tokeni
 
 
 def drop_labels(y, null, p):
-    """Each label becomes `null` with probability p, so that the model also learns to do without."""
+    """Replace each label by `null` with probability p, so that the model also learns to do without one."""
     return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
 
 
 def say_if_other_classes(base, classes):
-    """Warn if a base is a run that learned other classes, or in another order: labels are numbers."""
+    """Warn if the base run learned other classes, or in another order: labels are only numbers."""
     if not base or not runs.checkpoints(base):
         return
     known = runs.read_config(runs.latest_checkpoint(base)).get("classes") or []
@@ -46,10 +46,10 @@ def say_if_other_classes(base, classes):
 class Conditioner:
     """What a model takes after z_all and t, for images y: (labels,), or (tokens, pooled) of their captions.
 
-    condition(y, p): with probability p a label becomes the null class, and a caption "".
-    cfg.text: a folder of shards, or of the encoders that make them; empty: the model is one of classes
-    y are then the numbers of the images, by which captions are found.
-    raises: SystemExit if the images have no captions
+    condition(y, p): with probability p, a label becomes the null class, or a caption "".
+    cfg.text: a folder of shards, or of the encoders that make them; y are then image numbers, which find the
+              captions. Empty: the model is class-conditional
+    raises: SystemExit if text is wanted and the images have no captions
     """
 
     def __init__(self, dit, train_set, cfg, device, rank):
@@ -67,7 +67,7 @@ class Conditioner:
 
     @property
     def made_by(self):
-        """Which encoders made the texts; None for a model of classes."""
+        """Which encoders made the embeddings; None for a class-conditional model."""
         return self.text.made_by if self.text else None
 
     def __call__(self, y, drop):
@@ -82,9 +82,9 @@ class Conditioner:
 
 
 def text_for(folder, prompts, out, rank, device, t5_tokens=256):
-    """The TextCache that holds the prompts; a `folder` of encoders writes them into <out>/text first.
+    """The TextCache that holds the prompts; if `folder` holds encoders, they fill <out>/text first.
 
-    folder: may be the encoders' name on Hugging Face
+    folder: may also be the encoders' name on Hugging Face
     """
     folder = hub.local(folder, "text")
     if not (Path(folder) / "text_encoder").is_dir():
@@ -99,9 +99,9 @@ def text_for(folder, prompts, out, rank, device, t5_tokens=256):
 class TextCache:
     """The shards of a folder: cache(prompts) -> (tokens (B, T, W), pooled (B, P)), float32, on `device`.
 
-    t5_tokens: how many the texts must have been made with; None: any
-    raises: SystemExit, with the command that helps, if the folder has no shards or not these prompts; also if
-    a shard is not whole, or not of the same encoders and size as the first, or of other t5_tokens
+    t5_tokens: how many the prompts must have been encoded with; None: any
+    raises: SystemExit, with the command that helps, if the folder has no shards or lacks a prompt; also if a
+    shard is incomplete, differs from the first in encoders or sizes, or has other t5_tokens
     """
 
     def __init__(self, folder, device="cpu", t5_tokens=None):
@@ -115,15 +115,15 @@ class TextCache:
             made_by = f"encoders {header.get('encoders')}, {header.get('t5_tokens')} T5 tokens"
             if self.made_by not in (None, made_by):
                 raise SystemExit(f"{path}: made by {made_by}; the shards before it by {self.made_by}: give a "
-                                 "folder with those of one kind")
+                                 "folder with shards of one kind")
             if t5_tokens is not None and header.get("t5_tokens") != str(t5_tokens):
                 raise SystemExit(f"{path}: made with {header.get('t5_tokens')} T5 tokens, now --t5_tokens="
-                                 f"{t5_tokens}: give the former, or encode the texts again")
+                                 f"{t5_tokens}: give the former number, or encode again")
             self.made_by = made_by
             sizes[path.name] = [shard.get_slice(name).get_shape()[1:] for name in ("context", "pooled")]
             first = next(iter(sizes))
             if sizes[path.name] != sizes[first]:
-                raise SystemExit(f"{path}: context and pooled of {sizes[path.name]}, those of {first} of "
+                raise SystemExit(f"{path}: context and pooled are {sizes[path.name]}, those of {first} "
                                  f"{sizes[first]}; wanted shards of the same encoders, make them again")
             for row, prompt in enumerate(prompts):
                 self.rows[prompt] = (shard, row)
@@ -151,8 +151,8 @@ class TextCache:
             rows.append(shard.get_slice(name)[row:row + 1])
         embeddings = torch.cat(rows).float()
         if not torch.isfinite(embeddings).all():
-            raise SystemExit(f"{self.folder}: the embeddings of {prompts[0]!r} or of a text after it are not "
-                             "finite; remove the shards, and encode the texts again")
+            raise SystemExit(f"{self.folder}: the embedding of {prompts[0]!r} or of a prompt after it is not "
+                             "finite; remove the shards, and encode the prompts again")
         return embeddings.to(self.device)
 
 
@@ -161,14 +161,14 @@ def shards_of(folder):
 
 
 def open_shard(path):
-    """(the open file, its metadata, its prompts) of a shard.   raises: SystemExit naming what is none"""
+    """(the open file, its metadata, its prompts) of a shard.   raises: SystemExit if it is not a shard"""
     try:
         shard = safe_open(path, "pt")
         header = shard.metadata() or {}
         prompts = json.loads(header.get("prompts", "null"))
         rows = [shard.get_slice(name).get_shape()[:1] for name in ("context", "pooled")]
     except (OSError, ValueError, SafetensorError) as error:
-        raise SystemExit(f"{path}: cannot be read as a shard of texts ({error}); remove it and run "
+        raise SystemExit(f"{path}: cannot be read as a shard of text embeddings ({error}); remove it and run "
                          "sample.py text again") from None
     if prompts is None or rows != [[len(prompts)]] * 2:
         raise SystemExit(f"{path}: has {rows[0]} and {rows[1]} embeddings of {len(prompts or [])} prompts; "
@@ -182,17 +182,17 @@ def open_shard(path):
 def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, shard=1024):
     """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...
 
-    Each shard holds `context`, `pooled` and, as metadata, its prompts and what made it; a run that is cut off
-    goes on after its last whole shard.
+    Each shard holds `context`, `pooled` and, as metadata, its prompts and encoders; if interrupted, this
+    resumes after the last whole shard.
     encoders: a diffusers folder with text encoders, SD3.5's or one of PIPELINES, or its name on Hugging Face
-    shard:    texts per file
-    raises:   SystemExit if `out` was made by other encoders or with another t5_tokens, or the disk is small
+    shard:    prompts per file
+    raises:   SystemExit if `out` was made by other encoders or with other t5_tokens, or the disk is too small
     """
     encoders = hub.local(encoders, "text")
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
     runs.make_folder(out)
     known = cached_prompts(out, made_by)
-    wanted = dict.fromkeys(["", *prompts])                         # each text once, in order
+    wanted = dict.fromkeys(["", *prompts])                         # each prompt once, in order
     todo = [prompt for prompt in wanted if prompt not in known]
     if not todo:
         print(f"{out}: holds all {len(known)} texts already")
@@ -220,7 +220,7 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
 
 
 def next_number(out):
-    """The number of the next shard: no file that is there is written again."""
+    """The number of the next shard: existing files are never overwritten."""
     names = [path.stem.removeprefix("text_") for path in shards_of(out)]
     return max([int(name) + 1 for name in names if name.isdecimal()], default=0)
 
@@ -239,12 +239,12 @@ def cached_prompts(out, made_by):
 
 
 def check_space(out, texts, bytes_of_first):
-    """Say how large the cache will be, by its first batch.   raises: SystemExit if the disk is too small"""
+    """Print the cache's size, judging by its first batch.   raises: SystemExit if the disk is too small"""
     size = bytes_of_first * texts
     free = shutil.disk_usage(out).free
     tqdm.write(f"{out}: {texts} texts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
     if size > free:
-        raise SystemExit(f"{out}: too little space; give another --out, or fewer texts")
+        raise SystemExit(f"{out}: too little space; give another --out, or fewer prompts")
 
 
 def fingerprint(folder):
@@ -259,7 +259,7 @@ def fingerprint(folder):
 
 
 def open_encoders(folder, device, tokens):
-    """encode(prompts) -> (context (B, T, W), pooled (B, P)), by the encoders of a folder; on `device`."""
+    """encode(prompts) -> (context (B, T, W), pooled (B, P)), on `device`, with the encoders of a folder."""
     kind = kind_of_pipeline(folder)
     if kind in PIPELINES:
         return PIPELINES[kind](folder, device, tokens)
@@ -281,7 +281,7 @@ class SD3Text:
 
 
 def load_text_encoders(folder, device):
-    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None in place of a missing T5.
+    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] from a diffusers folder; None for a missing T5.
 
     raises: SystemExit saying what is missing or broken: transformers, or a part of the folder
     """
@@ -308,8 +308,8 @@ def load_text_encoders(folder, device):
 def encode_text(encoders, prompts, t5_tokens=256, width=4096):
     """SD3's text conditioning: (context (B, 77 + t5_tokens, width), pooled (B, CLIP-L + CLIP-G)).
 
-    context: 77 tokens [CLIP-L | CLIP-G | zeros], of the last layer but one, then T5's tokens. Their width is
-    T5's; without T5 it is `width`, and T5's tokens are zeros.
+    context: 77 tokens [CLIP-L | CLIP-G | zeros] from the penultimate layer, then T5's tokens. The width is
+    T5's; without T5 it is `width`, and zeros take the place of T5's tokens.
     """
     clip_l, clip_g, t5 = encoders
 
@@ -333,13 +333,13 @@ def encode_text(encoders, prompts, t5_tokens=256, width=4096):
 
 
 def token_ids(tokenizer, prompts, length, device):
-    """The numbers of the prompts' tokens, cut off or padded to `length`: (B, length)."""
+    """Token ids of the prompts, truncated or padded to `length`: (B, length)."""
     batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return batch.input_ids.to(device)
 
 
 def say_what_is_cut(parts, prompts, t5_tokens):
-    """Count and name the prompts that are longer than CLIP or T5 reads."""
+    """Count and name the prompts that are too long for CLIP or T5."""
     clip, _, t5 = parts
     limits = {"CLIP": (clip, clip[0].model_max_length), "T5": (t5, t5_tokens)}
     for name, (part, most) in limits.items():
@@ -359,29 +359,29 @@ def say_what_is_cut(parts, prompts, t5_tokens):
 
 @dataclass
 class TextConfig:
-    encoders: str = field("", "a diffusers folder of SD3.5 (text_encoder, _2, and _3 or not), klein, Sana")
-    out: str = field("", "folder for the shards; one that is there is added to")
+    encoders: str = field("", "a diffusers folder of SD3.5 (text_encoder, _2, perhaps _3), klein or Sana")
+    out: str = field("", "folder for the shards; an existing one is added to")
     data_dir: str = field("", "a folder of images with captions (name.txt, or metadata.jsonl)")
-    prompts: str = field("", "texts separated by |, or a file with one a line", text=True)
-    t5_tokens: int = field(256, "tokens given to T5 (or Qwen3, Gemma); the authors train with 512",
+    prompts: str = field("", "prompts separated by |, or a file with one per line", text=True)
+    t5_tokens: int = field(256, "tokens for T5 (or Qwen3, Gemma); the authors train with 512",
                            within=(1, 4096))
-    batch_size: int = field(32, "texts per forward pass", at_least=1)
-    shard: int = field(1024, "texts per file", at_least=1)
+    batch_size: int = field(32, "prompts per forward pass", at_least=1)
+    shard: int = field(1024, "prompts per file", at_least=1)
     device: str = field("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
 
 
-# A word that ends so, or a path, is the name of a file and not a text to draw.
+# A word with such an ending, or a path, is taken for a file name and not for a prompt.
 ENDINGS = (".txt", ".text", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml")
 
 
 def read_prompts(prompts):
-    """The texts of `a|b|c`, or the lines of a UTF-8 file of that name; [] of "".
+    """The prompts in `a|b|c`, or the lines of a UTF-8 file of that name; [] for "".
 
-    raises: SystemExit if there are none in it, or if a file is meant that is not there or cannot be read
+    raises: SystemExit if there are none, or if this looks like a file that is missing or cannot be read
     """
-    wanted = "wanted texts separated by |, or a file with one a line"
+    wanted = "wanted prompts separated by |, or a file with one per line"
     is_path = prompts.strip().startswith(("/", "./", "../", "~/"))
-    if os.path.isfile(prompts):                                    # False, too, of what can be no file's name
+    if os.path.isfile(prompts):                                    # False, too, for an impossible file name
         try:
             texts = read_text(prompts).split("\n")
         except ValueError as error:
@@ -396,10 +396,10 @@ def read_prompts(prompts):
             if text.strip().lower().endswith(ENDINGS) and (is_path or len(text.split()) == 1):
                 raise SystemExit(f"--prompts={shown(prompts)}: there is no file {text.strip()!r}; {wanted}")
             if text.encode(errors="ignore").decode() != text:
-                raise SystemExit(f"--prompts={shown(prompts)}: is not UTF-8, the encoding that is wanted")
+                raise SystemExit(f"--prompts={shown(prompts)}: is not UTF-8, which is required")
     texts = [text.strip() for text in texts if text.strip()]
     if prompts and not texts:
-        raise SystemExit(f"--prompts={shown(prompts)}: holds no text; {wanted}")
+        raise SystemExit(f"--prompts={shown(prompts)}: holds no prompt; {wanted}")
     return texts
 
 

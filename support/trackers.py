@@ -1,12 +1,12 @@
-"""Where numbers and pictures of a run go beside its own folder: `--track=tensorboard`, `wandb`, or both.
+"""Experiment trackers for a run's numbers and pictures: `--track=tensorboard`, `wandb`, or both.
 
 A tracker is a sink of the log (support/runs.py:Log): it is called with each line, (step, {name: number}).
-With the line it also takes the pictures that the run has drawn since, recon_000400.png as "recon" of step
-400. Its package is imported when it is asked for, and not before. Rank 0 alone tracks.
+It then also takes the pictures that the run has drawn since the last line: recon_000400.png is "recon" at
+step 400. Its package is imported only if the tracker is asked for. Only rank 0 tracks.
 
-log.jsonl has the same numbers, so a tracker that fails, for want of a disk or a network, is dropped with a
-sentence, and training goes on. The same command goes on in the same tracker's run: TensorBoard forgets what a
-run that was cut off wrote behind its checkpoint, Weights & Biases goes by the id in <out>/wandb_id.txt.
+log.jsonl has the same numbers, so a tracker that fails, because of the disk or the network, is dropped with
+one sentence, and training continues. A resumed run continues the same tracker run: TensorBoard drops what an
+interrupted run wrote after its checkpoint, Weights & Biases goes by the id in <out>/wandb_id.txt.
 """
 import dataclasses
 import importlib.util
@@ -23,12 +23,12 @@ from support.config import flags
 
 
 def asked_for(cfg):
-    """The names in `--track=a,b`.   raises: SystemExit for one that is not known, or not installed"""
+    """The names in `--track=a,b`.   raises: SystemExit for one that is unknown or not installed"""
     names = getattr(cfg, "track", "")
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
         if name not in TRACKERS:
-            raise SystemExit(f"--track={names}: wanted {' or '.join(TRACKERS)}, or several with commas")
+            raise SystemExit(f"--track={names}: wanted {' or '.join(TRACKERS)}, or several, comma-separated")
         package = TRACKERS[name].package
         if package and importlib.util.find_spec(package) is None:
             raise SystemExit(f"--track={names}: {package} is not installed: pip install {package}")
@@ -36,13 +36,13 @@ def asked_for(cfg):
 
 
 class Tracker:
-    """What all trackers do: take lines and new pictures, until something fails or `close`.
+    """The base of all trackers: takes lines and new pictures until it fails or is closed.
 
-    One of your own has `name`, open, numbers, picture and finish; put it into TRACKERS.
+    One of your own needs `name`, open, numbers, picture and finish; add it to TRACKERS.
     """
 
     name = ""
-    package = ""                                                   # what must be installed for it
+    package = ""                                                   # what must be installed
     errors = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError)
 
     def __init__(self, cfg, start):
@@ -50,7 +50,7 @@ class Tracker:
         self.start = start
         self.step = start
         self.failed = False
-        self.seen = times_of(cfg.out) if start else {}             # a job before has sent these
+        self.seen = times_of(cfg.out) if start else {}             # an earlier job has sent these
         self.attempt(self.open, Path(cfg.out))
 
     def __call__(self, step, line):
@@ -59,10 +59,10 @@ class Tracker:
         self.attempt(self.new_pictures)
 
     def close(self):
-        """Send what was drawn after the last line, and end."""
+        """Send the pictures drawn after the last line, and finish."""
         self.attempt(self.new_pictures)
         self.attempt(self.finish)
-        self.failed = True                                         # nothing is taken any more
+        self.failed = True                                         # nothing more is accepted
 
     def new_pictures(self):
         for path, time in times_of(self.cfg.out).items():
@@ -72,7 +72,7 @@ class Tracker:
                 self.picture(step, name, path)
 
     def attempt(self, do, *args):
-        """do(*args), unless the tracker has failed; where it fails now, say so, once."""
+        """do(*args), unless the tracker has already failed; if it fails now, say so, once."""
         if self.failed:
             return
         try:
@@ -88,9 +88,9 @@ NUMBERED = re.compile(r"(.+)_(\d{6,})")
 
 
 def times_of(folder):
-    """{picture in a run's folder: time of its last change}.
+    """{picture in a run's folder: modification time}.
 
-    Of recon.png and recon_000400.png, which are the same, the latter; loss.png is the tracker's own business.
+    Of recon.png and recon_000400.png, which are identical, the latter; not loss.png: trackers draw losses.
     """
     paths = [path for path in Path(folder).glob("*.png") if path.name != "loss.png"]
     twins = {NUMBERED.fullmatch(path.stem)[1] for path in paths if NUMBERED.fullmatch(path.stem)}
@@ -104,7 +104,7 @@ def step_and_name(path, step):
 
 
 class TensorBoard(Tracker):
-    """Events in <out>/tensorboard, which `tensorboard --logdir=out` shows, of all runs in out/."""
+    """Events in <out>/tensorboard; `tensorboard --logdir=out` shows those of all runs in out/."""
 
     name = "tensorboard"
     package = "tensorboard"
@@ -128,10 +128,10 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """A run of wandb in the project davae, or WANDB_PROJECT; WANDB_MODE=offline keeps it in <out>/wandb.
+    """A wandb run in the project davae, or WANDB_PROJECT; WANDB_MODE=offline keeps it in <out>/wandb.
 
-    It takes no step twice: of what a run that was cut off makes again, it keeps the first, which is the same.
-    Online it needs `wandb login` before; offline, `wandb sync` sends the parts of a run that went on.
+    wandb takes no step twice: when a resumed run repeats steps, it keeps the first numbers, which are equal.
+    Online, it needs `wandb login` beforehand; offline, `wandb sync` uploads the parts of a resumed run.
     """
 
     name = "wandb"
@@ -154,7 +154,7 @@ class WeightsAndBiases(Tracker):
 
     def picture(self, step, name, path):
         picture = self.wandb.Image(str(path), caption=f"step {step}")
-        self.run.log({name: picture}, step=self.step)              # that of the line; wandb's may not go back
+        self.run.log({name: picture}, step=self.step)              # the line's step; wandb's may not go back
 
     def finish(self):
         self.run.finish()
@@ -164,6 +164,6 @@ TRACKERS = {tracker.name: tracker for tracker in (TensorBoard, WeightsAndBiases)
 
 
 def open_trackers(cfg, start, rank):
-    """The trackers that cfg.track names, of a run that goes on at step `start`; [] on other ranks than 0."""
+    """The trackers that cfg.track names, for a run that resumes at step `start`; only on rank 0, else []."""
     names = asked_for(cfg)
     return [TRACKERS[name](cfg, start) for name in names] if rank == 0 else []

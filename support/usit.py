@@ -1,22 +1,22 @@
-"""USiT (dit.py), the transformer of DC-AE 1.5: what it is, its sizes, and the names in a U-ViT's files.
+"""USiT (dit.py), the transformer of DC-AE 1.5: how it works, its sizes, and the names in a U-ViT's files.
 
 It is a U-ViT (Bao et al., 2023) that predicts velocities.
 
-A plain ViT. Time and class are no modulations, as adaLN's in dit.py, but two more tokens in front of the
-image's, and every token has a learned position:
+A plain ViT: time and class do not modulate, as with adaLN in dit.py, but are two more tokens in front of the
+image's, and every token has a learned position embedding:
 
     x = [label, time, P(z) + P_new(z_d)] + pos
 
-What is its own are the long skip connections, as in a U-Net, but that here no block changes the number of
+What sets it apart are long skip connections, as in a U-Net, except that no block changes the number of
 tokens. The outputs of the first half of the blocks are kept; each block of the second half first merges one
-of them into its input, the newest first, by a Linear layer 2E -> E:
+of them into its input, the newest first, with a Linear layer 2E -> E:
 
     in 0 ---> in 1 ---> middle ---> out 0 ---> out 1
       |         |                     |          |
       |         +---------------------+          |
       +------------------------------------------+
 
-So the last block reads what the first one made, where position and noise of each token are still plain.
+So the last block reads the output of the first, where each token's position and noise are still explicit.
 
     # DC-AE 1.5's recipe; not run. usit-vae: python train_vae.py imagenet512 --base=<DC-AE> --out=out/usit-vae
     torchrun --nproc_per_node=8 finetune.py usit-base
@@ -25,7 +25,7 @@ So the last block reads what the first one made, where position and noise of eac
 Dimension key:  B batch   h w latent grid   p patch side   L image tokens   E width   A heads
                 C base channels   D detail channels; time and velocity are dit.py's
 U-ViT is the same network, with the same names in its files, trained to predict the noise of another path.
-From noise one can compute a velocity, but then the details' would not be 0 at step 0: that is left out.
+A velocity can be computed from noise, but then the details' velocity would not be 0 at step 0: not supported.
 """
 import math
 from dataclasses import dataclass
@@ -49,14 +49,14 @@ class USiTConfig:
     p: int = 1                  # patch side, latent pixels
     grid: int = 8               # tokens per side: the latent is (grid * p) x (grid * p)
     E: int = 1152               # width
-    depth: int = 28             # blocks of both halves; one more is in the middle
+    depth: int = 28             # blocks in both halves; one more is in the middle
     A: int = 16                 # attention heads
     num_classes: int = 1000     # labels 0 .. num_classes-1; num_classes itself is "no class"
 
     def __post_init__(self):
         if self.depth % 2 or self.depth < 2:
-            raise ValueError(f"depth={self.depth} of a USiT: wanted an even number, for two halves of "
-                             "equally many blocks")
+            raise ValueError(f"depth={self.depth} of a USiT: wanted an even number, for two equal "
+                             "halves of blocks")
         if self.E % self.A or self.E % 2:
             raise ValueError(f"E={self.E} with A={self.A} heads: E must be even, and a multiple of A")
 
@@ -68,21 +68,21 @@ class USiTConfig:
 LAYERS = {"P": "patch_embed.proj", "y_embedder": "label_emb.embedding_table", "norm_final": "norm",
           "O": "decoder_pred"}
 
-# of each block, ours and theirs
+# within each block, the same for both
 BLOCK_LAYERS = ("skip_linear", "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
-MARK = "out_blocks.0.skip_linear.weight"           # which no other format has
+MARK = "out_blocks.0.skip_linear.weight"           # no other format has it
 
-HEADS = {E: A for _, E, A in SIZES.values()}       # that nothing in a file tells, but of these widths
+HEADS = {E: A for _, E, A in SIZES.values()}       # not stored in a file; known only for these widths
 
 
 def is_usit(sd):
-    """Has the state dict a U-ViT's skip connections?"""
+    """Does the state dict have a U-ViT's skip connections?"""
     return any(f".{key}".endswith(f".{MARK}") for key in sd)
 
 
 def table(half):
-    """Our blocks stand in one row, theirs in two halves of so many, and one in the middle."""
+    """Our blocks are one list; theirs are two halves of this length, with one block in the middle."""
     blocks = [f"in_blocks.{i}" for i in range(half)]
     blocks += ["mid_block"]
     blocks += [f"out_blocks.{i}" for i in range(half)]
@@ -95,8 +95,8 @@ def table(half):
 def import_usit(sd):
     """A U-ViT's file -> (state dict in our names, fields of USiTConfig).
 
-    Whether it was trained to predict velocities cannot be seen.
-    raises: ValueError with one sentence if it is a variant that is left out here
+    Nothing shows whether it was trained to predict velocities.
+    raises: ValueError with one sentence if it is a variant that is not supported here
     """
     sd = dict(bare(sd, (MARK,)))
     need(sd, "pos_embed")
@@ -117,10 +117,10 @@ def sizes(ours, half):
     """The fields of USiTConfig from the names and shapes of a state dict in our names."""
     E, C, p, _ = shape(ours, "P.weight", 4)
     if shape(ours, "O.weight", 2)[0] != p * p * C:
-        raise ValueError("its head does not predict as many channels as come in; wanted a velocity only")
+        raise ValueError("its head does not predict as many channels as it takes in; wanted a velocity only")
     if E not in HEADS:
-        raise ValueError(f"nothing in a U-ViT's file tells its number of heads, and E={E} is not a width of "
-                         f"DC-AE's, {some(HEADS)}")
+        raise ValueError(f"a U-ViT's file does not give its number of heads, and E={E} is not one of DC-AE's "
+                         f"widths, {some(HEADS)}")
     return {
         "C": C,
         "p": p,

@@ -1,10 +1,10 @@
-"""VA-VAE's vision-foundation (VF) loss: a latent is drawn towards features by cosines, with margins.
+"""VA-VAE's vision-foundation (VF) loss: aligns a latent with features by cosines, with margins.
 
-    L_mcos = mean over i     of relu(1 - m1 - cos(s_i, f_i))                 the same position of both
+    L_mcos = mean over i     of relu(1 - m1 - cos(s_i, f_i))                 the same position in both
     L_mdms = mean over i, j  of relu(|cos(s_i, s_j) - cos(f_i, f_j)| - m2)   all pairs within an image
 
 s: the student, a latent (perhaps projected); f: the teacher, without gradient. Where a margin is met, the
-gradient is exactly zero. Cosines see directions only: lengths are free, other than under the squared distance
+gradient is exactly zero. Cosines only see directions, so lengths are free, unlike with the squared distance
 of DA-VAE's Eq. (4). The formulas and margins are those of VA-VAE's code (Yao et al., 2025).
 
 The teacher is the base latent (ours), or a vision transformer (`Teacher`), as in VA-VAE.
@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from support import hub
 from support.pretrained import import_transformers, load_pretrained
 
-# Of more positions than MOST, a new DRAWN of them in each step: the matrix of 4,096 has 64 MiB an image.
+# Above MOST positions, each step draws DRAWN of them at random: the matrix of 4,096 takes 64 MiB an image.
 MOST = 1024
 DRAWN = 512
-APART = 0x5F3759                  # a generator of their own, so that a step's other random numbers stay
+APART = 0x5F3759                  # seeds a separate generator, so that a step's other random numbers stay
 
 
 def vf_loss(s, f, m1, m2):
     """{"mcos": L_mcos, "mdms": L_mdms}, each () float32, whatever autocast says.
 
-    s: (B, K, h, w), f: (B, K', h, w). L_mdms needs no common K; where they differ, there is no L_mcos.
+    s: (B, K, h, w), f: (B, K', h, w). L_mdms works for K' != K; there is then no L_mcos.
     m1, m2: the margins, in [0, 2]
     """
     with torch.autocast(s.device.type, enabled=False):
@@ -46,15 +46,15 @@ def vf_loss(s, f, m1, m2):
 
 
 class Teacher(nn.Module):
-    """A frozen vision transformer of a local folder, DINOv2 or MAE, as VA-VAE shows images to it.
+    """A frozen vision transformer, DINOv2 or MAE, from a local folder; images are fed to it as in VA-VAE.
 
-    An image comes in [-1, 1] as the VAE sees it (ImageNet's mean and std are not applied), bilinearly resized
-    so that the transformer's patches are the VAE's latent positions: 256 pixels at f16 to 224, 16 x 16
-    patches of 14. Features are the last ones, after the final norm, without the class token. The table of
-    positions is resized as timm does it for VA-VAE: bicubic, antialiased.
+    An image is in [-1, 1], as the VAE sees it (ImageNet's mean and std are not applied), bilinearly resized
+    so that the transformer's patches match the VAE's latent positions: 256 pixels at f16 to 224, 16 x 16
+    patches of 14. The features are those after the final norm, without the class token. The position table is
+    resized as timm does it for VA-VAE: bicubic, antialiased.
 
     folder: as transformers' `save_pretrained` writes it, or its name on Hugging Face
-    raises: SystemExit with one sentence if it is no such folder, or transformers is missing
+    raises: SystemExit with one sentence if it is not such a folder, or transformers is missing
     """
 
     def __init__(self, folder):
@@ -69,7 +69,7 @@ class Teacher(nn.Module):
         self.table = embeddings.position_embeddings.detach().clone()          # (1, 1 + n*n, width)
 
     def train(self, mode=True):
-        return super().train(False)                   # frozen: no dropout, whatever the VAE does
+        return super().train(False)                   # frozen: no dropout, even while the VAE trains
 
     @torch.no_grad()
     def forward(self, x, side):
@@ -86,7 +86,7 @@ class Teacher(nn.Module):
         return features[:, 1:].mT.unflatten(2, (side, side))
 
     def resize_positions(self, side):
-        """Make the table one of side x side patches, which the transformer then takes as it is."""
+        """Resize the position table to side x side patches, so that the transformer takes it as it is."""
         embeddings = self.net.embeddings
         if embeddings.position_embeddings.shape[1] == 1 + side**2:
             return
@@ -99,7 +99,7 @@ class Teacher(nn.Module):
 
 
 def load_transformer(folder):
-    """The DINOv2 or MAE of a folder, by transformers.   raises: SystemExit with one sentence"""
+    """The DINOv2 or MAE in a folder, loaded by transformers.   raises: SystemExit with one sentence"""
     folder = hub.local(folder, "clip")
     config = Path(folder) / "config.json"
     if not config.exists():

@@ -1,17 +1,17 @@
-"""Models from files, and files from models.  The three doors, and a fourth for runs:
+"""Load models from files, and export them.  Three entry points, and a fourth for runs:
 
     load_base_vae(source)       a base VAE: public files, diffusers' folders, or a run of train_vae.py
-    load_davae(source)          a DAVAE: a run of train_vae.py; any other base VAE comes as a PlainVAE
+    load_davae(source)          a DAVAE: a run of train_vae.py; any other base VAE becomes a PlainVAE
     load_dit(source)            a transformer: our checkpoints, LightningDiT's or USiT's file, SD3.5's file or
                                 folder, FLUX.2's or Sana's folder
     load_run(run)               a run of finetune.py: its transformer, its VAE, its config.json
 
     main_export(cfg)            `python sample.py export`: a run of finetune.py in the public formats
 
-A source is a file, a folder, a name on Hugging Face (support/hub.py) or a state dict. A load finds the files,
-reads them, brings their names to ours (support/formats.py), builds the module on the "meta" device, where it
-costs neither memory nor random numbers, and fills it, strictly. What is wrong with a source is one sentence
-that begins with its name (SystemExit).
+A source is a file, a folder, a name on Hugging Face (support/hub.py) or a state dict. Loading finds and reads
+the files, converts their names to ours (support/formats.py), builds the module on the "meta" device, where it
+costs neither memory nor random numbers, and fills it strictly. If a source is wrong, a SystemExit says why in
+one sentence that begins with its name.
 """
 import contextlib
 import math
@@ -47,10 +47,10 @@ MODELS |= diffusers_dit.MODELS
 
 
 def load_base_vae(source):
-    """A pretrained base VAE in eval mode, float32, its sizes read off the keys and shapes.
+    """A pretrained base VAE in eval mode, float32, its sizes inferred from the keys and shapes.
 
     source: a file (VA-VAE's .pt, SD3's single file, a VAE or DC-AE alone), a folder (diffusers' VAE or whole
-    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), the name of one on Hugging Face, or a
+    pipeline; DC-AE's own; TAEF2's two files; a run of train_vae.py), the name of either on Hugging Face, or a
     state dict.
     raises: SystemExit saying what the source looks like and what was wanted
     """
@@ -77,7 +77,7 @@ def load_base_vae(source):
             kind, sd, settings = formats.import_vae(sd)
         if kind.startswith("AutoencoderKL"):
             check_diffusers_config(config, {
-                "act_fn": "silu",                                  # which no key or shape would show
+                "act_fn": "silu",                                  # not visible in keys or shapes
                 "latent_channels": settings["C"],
                 "block_out_channels": settings["widths"],
                 "layers_per_block": settings["blocks"],
@@ -94,9 +94,9 @@ def load_base_vae(source):
 
 
 def find_vae(source):
-    """The VAE's own folder in a diffusers pipeline or an export of ours; any other source is itself.
+    """The VAE's folder in a diffusers pipeline or an export of ours; any other source as it is.
 
-    A name on the hub is fetched (support/hub.py).
+    A name on the hub is downloaded (support/hub.py).
     """
     source = hub.local(source, "vae")
     if isinstance(source, dict) or runs.checkpoints(source):
@@ -106,7 +106,7 @@ def find_vae(source):
 
 
 def read_vae(source):
-    """(state dict of a public VAE, the folder that describes it; None for a dict)."""
+    """(state dict of a public VAE, the folder with its config.json; None for a dict)."""
     if isinstance(source, dict):
         return pick_weights(source), None
     if not (source / "taef2_encoder.pth").exists():
@@ -119,7 +119,7 @@ def read_vae(source):
 
 
 def read_diffusers_config(folder, wanted):
-    """The config.json of diffusers in this folder; {} if there is none, or that of another program.
+    """Diffusers' config.json in this folder; {} if there is none, or if another program wrote it.
 
     raises: ValueError if it describes another class than `wanted`
     """
@@ -132,14 +132,14 @@ def read_diffusers_config(folder, wanted):
 
 
 def check_diffusers_config(config, found):
-    """raises: ValueError if a config.json contradicts what the weights show: {name in it: value}"""
+    """raises: ValueError if a config.json contradicts `found`, what the weights show: {name in it: value}"""
     for name, value in found.items():
         if config.get(name, value) != value:
             raise ValueError(f"its config.json has {name}={config[name]!r}; wanted {value}, by its weights")
 
 
 def groups_of(widths, config):
-    """Groups of every GroupNorm, which no key or shape shows: config.json's; else 32, as public VAEs have."""
+    """Groups of every GroupNorm, not visible in keys or shapes: config.json's; else 32, as in public VAEs."""
     groups = config.get("norm_num_groups", 32)
     if type(groups) is not int or groups < 1:
         raise ValueError(f"its config.json has norm_num_groups={groups!r}; wanted a whole number above 0")
@@ -150,10 +150,10 @@ def groups_of(widths, config):
 
 
 def latent_statistics(settings, config, folder, name):
-    """mean and std by which the pretrained pipeline normalises latents: z -> (z - mean) / std, per channel.
+    """Mean and std with which the pretrained pipeline normalises latents: z -> (z - mean) / std, per channel.
 
-    In this order: VA-VAE's latents_stats.pt beside the weights; what diffusers' config.json states; for a
-    bare file of 16 channels without quant convolutions, SD3's numbers. Else 0 and 1, and a line that says
+    In this order: VA-VAE's latents_stats.pt next to the weights; the numbers in diffusers' config.json; for a
+    bare file of 16 channels without quant convolutions, SD3's numbers. Else 0 and 1, and a printed line says
     so, because a DiT that was trained on the latents expects the real ones.
     """
     C = settings["C"]
@@ -173,10 +173,10 @@ def latent_statistics(settings, config, folder, name):
 
 
 def dcae_statistics(settings, config, folder, name):
-    """mean 0 and std 1 / scale of a DC-AE's latents: z = scale * raw, as its diffusion models take them.
+    """Mean 0 and std 1 / scale of a DC-AE's latents: z = scale * raw, as its diffusion models take them.
 
-    In this order: what diffusers' config.json states; what is published for the model_name in the original's
-    config.json; what is published for all files of these sizes. Else 1, and a line that says so.
+    In this order: the scale in diffusers' config.json; the published one of the model_name in the original's
+    config.json; the published one, if all files of these sizes share it. Else 1, and a printed line says so.
     """
     C = settings["C"]
     if "scaling_factor" in config:
@@ -198,7 +198,7 @@ def dcae_statistics(settings, config, folder, name):
 
 
 def saved_statistics(path, C):
-    """Those of VA-VAE's latents_stats.pt: {"mean", "std"}, (1, C, 1, 1) each."""
+    """The statistics in VA-VAE's latents_stats.pt: {"mean", "std"}, (1, C, 1, 1) each."""
     saved = read_state_dict(path)
     if not isinstance(saved, dict) or "mean" not in saved or "std" not in saved:
         raise ValueError(f"{path.name} beside it has no mean and std")
@@ -206,11 +206,11 @@ def saved_statistics(path, C):
 
 
 def stated_statistics(config, C):
-    """The statistics of diffusers' config.json, where null is 0 for a mean and 1 for a scale.
+    """The statistics in diffusers' config.json, where null means 0 for a mean and 1 for a scale.
 
     SD3's pipelines compute (z - shift_factor) * scaling_factor. latents_mean and latents_std have one number
-    per channel; of the pipelines with an AutoencoderKL only SDXL's read them, where both are there, and
-    compute (z - latents_mean) * scaling_factor / latents_std, without a shift (diffusers 0.42.1).
+    per channel; of the pipelines with an AutoencoderKL, only SDXL's read them, if both are given, and compute
+    (z - latents_mean) * scaling_factor / latents_std, without a shift (diffusers 0.42.1).
     """
     shift = stated(config, "shift_factor", 0.0)
     scale = stated(config, "scaling_factor", 1.0)
@@ -220,14 +220,14 @@ def stated_statistics(config, C):
     if mean is None and std is None:
         return statistics(shift, 1 / scale, C)
     if mean is None or std is None or shift:
-        raise ValueError("its config.json has latents_mean or latents_std without the other, or beside a "
+        raise ValueError("its config.json has latents_mean or latents_std without the other, or with a "
                          "shift_factor; wanted both, and no shift")
     mean = numbers(config, "latents_mean", "config.json")
     return statistics(mean, numbers(config, "latents_std", "config.json") / scale, C)
 
 
 def stated(config, name, null):
-    """A finite number of config.json; `null` where it has none."""
+    """A finite number in config.json; `null` if it has none."""
     value = config.get(name)
     if value is None:
         return null
@@ -237,18 +237,18 @@ def stated(config, name, null):
 
 
 def numbers(values, name, file):
-    """values[name], a list or a tensor of whatever shape, in a row."""
+    """values[name], a list or a tensor of any shape, flattened."""
     try:
         return torch.as_tensor(values[name], dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{file} beside it has a {name} that is no list of numbers") from None
+        raise ValueError(f"{file} beside it has a {name} that is not a list of numbers") from None
 
 
 def statistics(mean, std, channels):
     """{"mean", "std"}: (channels,) float32 each.
 
     mean, std: one number for all channels, or a tensor of one per channel
-    raises:    ValueError if there are more or fewer, one is not finite, or a std is not above 0
+    raises:    ValueError if their count is wrong, one is not finite, or a std is not above 0
     """
     found = {}
     for name, values in (("mean", mean), ("std", std)):
@@ -269,9 +269,9 @@ def statistics(mean, std, channels):
 
 
 def load_davae(source):
-    """A DAVAE, or a PlainVAE (D = 0), in eval mode: that of a run or step folder of train_vae.py.
+    """The DAVAE, or PlainVAE (D = 0), of a run or step folder of train_vae.py, in eval mode.
 
-    Any other source that `load_base_vae` takes comes as a PlainVAE.
+    Any other source that `load_base_vae` takes becomes a PlainVAE.
     raises: SystemExit saying what the source holds
     """
     source = find_vae(source)
@@ -289,9 +289,9 @@ def load_davae(source):
 
 
 def load_measured(source):
-    """`load_davae` of an autoencoder whose latents a transformer, or a DAVAE, will be trained on.
+    """`load_davae` for an autoencoder whose latents a transformer, or a DAVAE, will be trained on.
 
-    raises: SystemExit for a run that is not finished: its statistics are measured at the end
+    raises: SystemExit if its run is not finished: the latents' statistics are measured at the end
     """
     vae = load_davae(source)
     source = find_vae(source)
@@ -306,13 +306,13 @@ def load_measured(source):
 
 
 def save_base_vae(base, folder):
-    """Write a base VAE, of a class in BASES, as a folder that `load_base_vae` and `load_davae` take."""
+    """Save a base VAE, of a class in BASES, as a folder that `load_base_vae` and `load_davae` take."""
     vae = PlainVAE(base)
     runs.save_folder(folder, {"model": vae.state_dict()}, {"model": vae.config()})
 
 
 def is_ours(source):
-    """Is it a run of ours, or a folder of weights with a config.json as we write it?"""
+    """Is the source a run of ours, or a folder of weights with a config.json in our format?"""
     if isinstance(source, dict) or not Path(source).is_dir():
         return False
     if runs.checkpoints(source):
@@ -322,7 +322,7 @@ def is_ours(source):
 
 
 def build_vae(config):
-    """The module that the "model" of a config.json describes, with new weights.   raises: ValueError"""
+    """The module described by the "model" of a config.json, with new weights.   raises: ValueError"""
     base = dict(config["base"])
     kind = base.pop("kind", None)
     if kind not in BASES:
@@ -341,12 +341,12 @@ def build_vae(config):
 
 
 def load_dit(source, weights=None):
-    """The transformer that a checkpoint holds, on the CPU, float32, in eval mode; its sizes are read off.
+    """The transformer in a checkpoint, on the CPU, float32, in eval mode; its sizes are inferred.
 
-    source:  a checkpoint folder of ours (config.json beside ema and model.safetensors), or released weights
-             of LightningDiT, USiT or SD3.5 (single file, diffusers): a file, a folder (a pipeline's too), a
-             dict; of FLUX.2 and Sana a folder, for their settings are in config.json alone
-    weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
+    source:  a checkpoint folder of ours (config.json with ema and model.safetensors), or released weights of
+             LightningDiT, USiT or SD3.5 (single file, diffusers): a file, a folder (a pipeline's too) or a
+             dict; for FLUX.2 and Sana a folder, because only config.json has their settings
+    weights: "ema" or "model" to insist on that one; None takes the EMA if there is one
     raises:  SystemExit saying what the source looks like
     """
     if weights not in (None, "ema", "model"):
@@ -368,9 +368,9 @@ def load_dit(source, weights=None):
 
 
 def find_dit(source):
-    """The transformer's own folder in a diffusers pipeline, a run's newest checkpoint; else the source.
+    """The transformer's folder in a diffusers pipeline, a run's newest checkpoint; else the source as it is.
 
-    A name on the hub is fetched (support/hub.py).
+    A name on the hub is downloaded (support/hub.py).
     """
     source = hub.local(source, "transformer")
     if isinstance(source, dict):
@@ -384,17 +384,17 @@ def find_dit(source):
 def read_our_dit(folder, weights):
     """(kind, fields of its config, state dict) of a checkpoint folder of ours."""
     settings = dict(read_config(folder)["model"])
-    guess = "MMDiT" if "context" in settings else "LightningDiT"   # older ones do not say
+    guess = "MMDiT" if "context" in settings else "LightningDiT"   # older checkpoints do not say
     kind = settings.pop("kind", guess)
     if kind not in MODELS:
         raise ValueError(f"its transformer is a {kind!r}; MODELS has {', '.join(MODELS)} (see dit.py)")
-    settings_from(settings, MODELS[kind][0], kind)     # another model is told before missing files
+    settings_from(settings, MODELS[kind][0], kind)     # a wrong model is reported before missing files
 
     files = [folder / f"{name}.safetensors" for name in ([weights] if weights else ["ema", "model"])]
     found = [file for file in files if file.exists()]
     if not found:
-        raise ValueError(f"config.json is there, but not {' or '.join(file.name for file in files)}")
-    frozen = folder.parent / "frozen"     # what LoRA never changes, saved once for all steps of a run
+        raise ValueError(f"it has config.json, but not {' or '.join(file.name for file in files)}")
+    frozen = folder.parent / "frozen"     # what LoRA never changes, saved once per run
     shared = read_state_dict(frozen) if frozen.is_dir() else {}
     return kind, settings, shared | read_state_dict(found[0])
 
@@ -421,9 +421,9 @@ def read_public_dit(where, weights):
 
 
 def check_tables(tables, cfg):
-    """raises: ValueError if a position table that the file holds is not the one that LightningDiT computes.
+    """raises: ValueError if a position table in the file is not the one that LightningDiT computes.
 
-    Upstream computes the angles of RoPE in float32, up to 1e-6 off; another formula would be off by 0.1.
+    Upstream computes RoPE's angles in float32, up to 1e-6 off; another formula would be off by 0.1.
     """
     ours = {"pos_embed": sincos_table(cfg.grid, cfg.E)}
     if cfg.rope:
@@ -434,10 +434,10 @@ def check_tables(tables, cfg):
         theirs = tables[name]
         tolerance = max(1e-5, torch.finfo(theirs.dtype).eps)
         close = theirs.shape == table.shape and (theirs.float().cpu() - table).abs().max() <= tolerance
-        if not close:                                              # NaN is not
+        if not close:                                              # or NaN
             raise ValueError(f"the table {name} {tuple(theirs.shape)} is not the one LightningDiT computes "
                              f"for a {cfg.grid}x{cfg.grid} grid; only tokens at whole positions 0, 1, 2 ... "
-                             "can be loaded")
+                             "are supported")
 
 
 def load_run(run, weights="ema", device="cpu"):
@@ -450,17 +450,17 @@ def load_run(run, weights="ema", device="cpu"):
     return load_dit(checkpoint, weights).to(device), vae, config
 
 
-# ---------------------------------------------------------------- steps that the loads share
+# ---------------------------------------------------------------- shared by all loads
 
 
 def name_of(source):
-    """What a sentence calls a source."""
+    """What an error message calls a source."""
     return "the given state dict" if isinstance(source, dict) else source
 
 
 @contextlib.contextmanager
 def one_sentence(name):
-    """A ValueError inside becomes a SystemExit that begins with the name of what was read."""
+    """Turn a ValueError inside into a SystemExit that begins with the name of what was read."""
     try:
         yield
     except ValueError as error:
@@ -468,7 +468,7 @@ def one_sentence(name):
 
 
 def settings_from(values, Config, kind):
-    """Config(**values).   raises: ValueError naming what is no field of it, or no number where one belongs"""
+    """Config(**values).   raises: ValueError naming an unknown field, or one whose value is not a number"""
     unknown = sorted(set(values) - {f.name for f in fields(Config)})
     if unknown:
         raise ValueError(f"config.json describes another model (it has {some(unknown)}), "
@@ -494,14 +494,14 @@ class ExportConfig:
 def main_export(cfg):
     """`sample.py export`: the DA-VAE, and the transformer in its public format, as one stock model.
 
-    P_new, O_new and adapters are merged into its layers. The new folder cfg.out has:
+    P_new, O_new and adapters are merged into the transformer's layers. The new folder cfg.out has:
 
-    vae/         model.safetensors and config.json, as `load_davae` takes them
+    vae/         model.safetensors and config.json, for `load_davae`
     LightningDiT lightningdit.pt: {"ema": weights} as its own code reads it, with in_channels C + D
     USiT         usit.pt: {"ema": weights} under U-ViT's names, for C + D channels
     SD3.5        transformer/: a stock SD3Transformer2DModel folder of diffusers with in_channels C + D; with
-                 adapters also lora/, them alone in peft's format, for the unmerged transformer
-    FLUX.2, Sana the same, of their own classes (support/diffusers_dit.py)
+                 adapters also lora/, the adapters alone in peft's format, for the unmerged transformer
+    FLUX.2, Sana the same, with their own classes (support/diffusers_dit.py)
     """
     dit, vae, _ = load_run(cfg.run, cfg.weights)
     if not cfg.out or os.path.lexists(cfg.out):
@@ -531,7 +531,7 @@ def main_export(cfg):
 
 
 def write_lora(dit, folder, source):
-    """The adapters of a transformer as peft reads them."""
+    """Write a transformer's adapters in peft's format."""
     if isinstance(dit, MMDiT):
         lora = formats.export_lora(dit)
         targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear"]
@@ -550,7 +550,7 @@ def write_lora(dit, folder, source):
 
 
 def diffusers_config(cfg):
-    """The config.json of the SD3Transformer2DModel that an MMDiT is."""
+    """The config.json of the SD3Transformer2DModel equivalent to an MMDiT."""
     return {
         "_class_name": "SD3Transformer2DModel",
         "sample_size": 128,

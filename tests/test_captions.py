@@ -95,7 +95,7 @@ def test_of_two_captions_the_last_counts_and_that_is_said_only_where_they_differ
     metadata(tmp_path, ("a.png", "same"), ("./a.png", "same"), ("b.png", "first"), ("b.png", "last"))
     assert of(tmp_path) == {"a.png": "same", "b.png": "last"}
     (line,) = capsys.readouterr().err.splitlines()
-    assert "1 of 4 rows give an image another caption, and the last counts; the first: 'b.png'" in line
+    assert "1 of 4 rows give an image another caption; the last one counts; the first: 'b.png'" in line
 
 
 # ---- lists ----

@@ -133,7 +133,7 @@ def test_an_empty_class_an_empty_folder_and_no_folder_are_refused(tmp_path):
 def test_images_beside_class_folders_are_left_out_aloud(tmp_path, capsys):
     save(tmp_path / "preview.png"), save(tmp_path / "cat" / "a.png")
     assert len(data.ImageFolder(tmp_path, 8)) == 1
-    assert "1 images beside its class folders are left out" in capsys.readouterr().err
+    assert "1 images next to its class folders are left out" in capsys.readouterr().err
 
 
 def test_captions_come_from_text_files(tmp_path):

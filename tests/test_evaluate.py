@@ -310,7 +310,7 @@ def photo_run(tiny_run, photos, tmp_path):
     return str(run), folder
 
 
-NOT_DRAWN = ("no samples are drawn, since nothing here measures them: give --lpips_trunk= (SqueezeNet-FD) or "
+NOT_DRAWN = ("no samples are drawn, because no network measures them: give --lpips_trunk= (SqueezeNet-FD) or "
              "--inception_weights= (FID), or --features=none to draw for img/s alone")
 
 
@@ -345,7 +345,7 @@ def test_the_table_says_whether_the_run_was_trained_on_its_images(photo_run, tmp
         evaluate.main(evaluate.Config(run=run, data_dir=data_dir, images=2))
         said = capsys.readouterr().out
         assert f"\n{kind} images ({data_dir})" in said
-        warned = f"{run}: was trained on these images; the numbers say nothing of others" in said
+        warned = f"{run}: was trained on these images; the numbers say nothing about others" in said
         assert warned == (kind == "training")
 
 

@@ -254,7 +254,7 @@ def test_of_a_whole_folder_nothing_is_drawn_and_no_model_is_loaded(
         (out / name).unlink()
     monkeypatch.setattr(sample, "load_run", never)
     sample.main(settings(tiny_run, out, n=9, classes=(1,)))
-    assert f"{out}: all 9 images are there, none is drawn" in capsys.readouterr().out
+    assert f"{out}: all 9 images exist, nothing to draw" in capsys.readouterr().out
     for name in ("grid.png", "base_preview.png"):
         assert (out / name).read_bytes() == (drawn / name).read_bytes()
     assert len(np.load(out / "samples.npz")["arr_0"]) == 9
@@ -267,7 +267,7 @@ def test_previews_that_an_older_folder_lacks_are_drawn_and_its_images_stay(
     before = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
     sample.main(settings(tiny_run, out, n=9, classes=(1,)))
     said = capsys.readouterr().out
-    assert "base_preview.png lacks 8 of its images, which are drawn again for it" in said
+    assert "base_preview.png lacks 8 of its images, which are drawn again" in said
     assert "0 new images, 9 in all" in said
     assert {path: path.stat().st_mtime_ns for path in out.glob("0*.png")} == before
     assert_same_images(images(out / ".base"), images(drawn / ".base"))

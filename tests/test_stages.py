@@ -132,10 +132,10 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     done = whole_job("--data_dir=mine")
     said, bar = capfd.readouterr()
 
-    plan = [line.split("  ")[0] for line in said[said.index("to be made"):].splitlines()[1:4]]
+    plan = [line.split("  ")[0] for line in said[said.index("to train"):].splitlines()[1:4]]
     assert plan == ["DA-VAE", "base DiT", "DA-VAE DiT"]
     assert "out/mine-base/photos: 12 images in 2 classes (cats 6, dogs 6)" in said
-    assert "in all about" in said and "GB are free" in said
+    assert "of training in all" in said and "GB free" in said
     assert "all stages 00:0" in bar                                # the first stage's, and what follows it
     assert "max |v - v_base| = 0.0" in said + bar
     for run in ("photos-vae", "photos-base", "photos"):
@@ -143,13 +143,13 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     assert Path("out/mine-base/photos/samples.png").exists()
     assert "python sample.py out/mine-base/photos\n" in said
     assert "python evaluate.py out/mine-base/photos --data_dir=HELD_OUT_IMAGES" in said
-    assert "out/mine-base/photos needs out/mine-base/photos-vae, which is not there yet: running\n" in said
+    assert "out/mine-base/photos needs out/mine-base/photos-vae, which does not exist yet: running\n" in said
     assert "    python train_vae.py photos --out=out/mine-base/photos-vae --data_dir=mine --base=" in said
     assert "give more --steps" not in said                         # of a stage that is done, amid the plan
 
     whole_job("--data_dir=mine")                                   # there is nothing left to do, and no plan
     said, _ = capfd.readouterr()
-    assert "finished at step 2; give more --steps" in said and "to be made" not in said
+    assert "finished at step 2; give more --steps" in said and "to train " not in said
     assert "next: python sample.py out/mine-base/photos\n" in said
     assert folders(dataclasses.replace(done, out="out/mine-base/other")) == ["out/mine-base/other"]
 
