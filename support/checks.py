@@ -133,4 +133,4 @@ def before_measuring(cfg, run, rulers, images, draws, out):
         for path in filter(None, (out, cfg.keep_reference)):
             check_writable(Path(path))
         if draws and rulers.features.name and not cfg.reference and images < 500:
-            print(f"{images} images are few: a distance to them only compares runs, on the same images")
+            print(f"only {images} images: a distance to so few only compares runs, on the same images")

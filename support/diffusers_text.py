@@ -61,7 +61,7 @@ class PipelineText:
         cut = [f"{prompt[:40]!r}..." for prompt in prompts if self.length(prompt) > self.tokens]
         if cut:
             more = ", ..." if len(cut) > 3 else ""
-            tqdm.write(f"{len(cut)} of {len(prompts)} texts are cut, for the encoder reads {self.tokens} "
+            tqdm.write(f"{len(cut)} of {len(prompts)} prompts are cut: the encoder reads {self.tokens} "
                        f"tokens: {', '.join(cut[:3])}{more}")
 
     def length(self, prompt):

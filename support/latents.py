@@ -389,4 +389,4 @@ def check_space(vae, images, cfg, folder, rank):
               f"{free / 1e9:.0f} GB free")
         others = [path.name for path in folder.parent.glob("latents-*") if path != folder]
         if others:
-            print(f"beside it, of other images, VAEs or settings, and yours to remove: {', '.join(others)}")
+            print(f"next to it, of other images, VAEs or settings, yours to delete: {', '.join(others)}")

@@ -467,8 +467,8 @@ def say_other_size(path, images, stored, size):
     elif stored is not None:
         found = (int(stored), int(stored))
     if size is not None and found not in (None, tuple(size)) and ranks.this_rank() == 0:
-        print(f"--reference={path}: of {found[0]}x{found[1]} pixels, the samples have {size[0]}x{size[1]}; "
-              "distances measure that, too", file=sys.stderr)
+        print(f"--reference={path}: images of {found[0]}x{found[1]} pixels, samples of {size[0]}x{size[1]}; "
+              "distances include that difference", file=sys.stderr)
 
 
 def keep_reference(path, real, network, images, image_size):

@@ -40,7 +40,7 @@ def launch(main, cfg):
                 raise SystemExit(str(error)) from None
             raise
         except KeyboardInterrupt:
-            print("\nstopped; what was saved is whole", file=sys.stderr)
+            print("\nstopped; what was saved is intact", file=sys.stderr)
             raise SystemExit(130) from None            # what shells report for Ctrl-C
 
     record(program)(cfg)                   # torchrun then reports the rank that failed first

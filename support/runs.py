@@ -111,7 +111,7 @@ class Run:
                 sentence += f" ({listed(old)}; now {listed(new)})"
             if name in ("images", "captions") and not self.done:
                 if self.rank == 0:
-                    tqdm.write(f"{sentence}; training goes on with these")
+                    tqdm.write(f"{sentence}; training continues with these")
                 continue
             raise Differs(f"{sentence}: give the original{self.or_another(name)}")
         self.parts |= {name: new for name, new in parts.items() if new is not None}
@@ -159,7 +159,7 @@ class Run:
                 bar.set_postfix_str(f"all stages {tqdm.format_interval(left)}", refresh=False)
             if self.ends_early:
                 if self.rank == 0:
-                    tqdm.write(f"{cfg.out}: stopped after step {step + 1}; the same command goes on")
+                    tqdm.write(f"{cfg.out}: stopped after step {step + 1}; run the same command to resume")
                 self.close_trackers()
                 raise SystemExit(0)
         ranks.heed_signals(False)
@@ -213,7 +213,7 @@ class Run:
         report(cfg): prints more, for a run that is not a stage of another
         """
         if self.rank == 0:
-            more = "" if self.needed_by else "; give more --steps or another --out to go on"
+            more = "" if self.needed_by else "; to continue, give more --steps or another --out"
             print(f"{self.cfg.out}: finished at step {self.cfg.steps}{more}")
             if report and not self.needed_by:
                 report(self.cfg)
@@ -295,7 +295,7 @@ def resume(cfg, free):
         if name not in free:
             afresh = "" if getattr(cfg, "needed_by", "") else ", or another --out to start afresh"
             raise Differs(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
-                          f"give --{name}={old} to go on{afresh}")
+                          f"give --{name}={old} to resume{afresh}")
         tqdm.write(f"resuming with {name}={new} (was {old})")
     return latest
 
@@ -416,8 +416,8 @@ def disk_may_fail(must=False):
             raise
         sentence = f"not written: {str(error).splitlines()[0]}. Make room or give another --out"
         if must:
-            raise SystemExit(f"{sentence}, and run the same command again; what was saved is whole") from None
-        tqdm.write(f"{sentence}; training goes on, and the next save tries again", file=sys.stderr)
+            raise SystemExit(f"{sentence}, and run the command again; what was saved is intact") from None
+        tqdm.write(f"{sentence}; training continues, and the next save tries again", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -428,7 +428,7 @@ def picture_may_fail(what):
     # torch.OutOfMemoryError, of a GPU, is a RuntimeError
     except (OSError, RuntimeError, MemoryError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        tqdm.write(f"{what} not drawn: {reason}; training goes on", file=sys.stderr)
+        tqdm.write(f"{what} not drawn: {reason}; training continues", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- checkpoints

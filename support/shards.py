@@ -130,7 +130,7 @@ def read_index(folder, endings):
             try:
                 save(place, *found)
             except OSError as error:
-                print(f"{place}: the index is not kept ({error.strerror}), and is made anew next time",
+                print(f"{place}: the index was not saved ({error.strerror}), and is made again next time",
                       file=sys.stderr)
     return Index(folder, *found)
 

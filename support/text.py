@@ -40,7 +40,7 @@ def say_if_other_classes(base, classes):
     known = runs.read_config(runs.latest_checkpoint(base)).get("classes") or []
     if classes and known and known[:len(classes)] != list(classes):
         tqdm.write(f"WARNING: {base} learned {runs.listed(known)}; these images are {runs.listed(classes)}: "
-                   "each class goes on from the one in its place")
+                   "each class continues from the one in its place")
 
 
 class Conditioner:
@@ -58,7 +58,7 @@ class Conditioner:
         self.text = None
         if cfg.text:
             if not self.captions:
-                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
+                raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt next to each image, or "
                                  "metadata.jsonl")
             self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
             self.text.need(["", *self.captions])
@@ -195,7 +195,7 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
     wanted = dict.fromkeys(["", *prompts])                         # each prompt once, in order
     todo = [prompt for prompt in wanted if prompt not in known]
     if not todo:
-        print(f"{out}: holds all {len(known)} texts already")
+        print(f"{out}: holds all {len(known)} prompts already")
         return
 
     encode = open_encoders(encoders, device, t5_tokens)
@@ -242,7 +242,7 @@ def check_space(out, texts, bytes_of_first):
     """Print the cache's size, judging by its first batch.   raises: SystemExit if the disk is too small"""
     size = bytes_of_first * texts
     free = shutil.disk_usage(out).free
-    tqdm.write(f"{out}: {texts} texts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
+    tqdm.write(f"{out}: {texts} prompts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB free")
     if size > free:
         raise SystemExit(f"{out}: too little space; give another --out, or fewer prompts")
 
@@ -350,7 +350,7 @@ def say_what_is_cut(parts, prompts, t5_tokens):
                 cut.append(f"{prompt[:40]!r}... ({length})")
         if cut:
             more = ", ..." if len(cut) > 3 else ""
-            tqdm.write(f"{len(cut)} of {len(prompts)} texts are cut, for {name} reads {most} tokens: "
+            tqdm.write(f"{len(cut)} of {len(prompts)} prompts are cut: {name} reads {most} tokens: "
                        f"{', '.join(cut[:3])}{more}")
 
 
@@ -390,7 +390,7 @@ def read_prompts(prompts):
         raise SystemExit(f"--prompts={shown(prompts)}: is a folder; {wanted}")
     else:
         if os.path.isdir(prompts):
-            print(f"--prompts={prompts}: is drawn as a text, the folder of that name is not read")
+            print(f"--prompts={prompts}: is taken as a prompt; the folder of that name is not read")
         texts = prompts.split("|")
         for text in texts:
             if text.strip().lower().endswith(ENDINGS) and (is_path or len(text.split()) == 1):
@@ -411,7 +411,7 @@ def main_text(cfg):
         print(f"{cfg.data_dir}: {images.summary()}")
         captions = images.captions or []
         if not captions:
-            raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt beside each image, or "
+            raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt next to each image, or "
                              "metadata.jsonl or metadata.csv with them")
     if not cfg.out or not (captions or cfg.prompts):
         raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or "

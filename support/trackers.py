@@ -80,8 +80,8 @@ class Tracker:
         except self.errors as error:
             self.failed = True
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            tqdm.write(f"{self.cfg.out}: {self.name} is dropped ({reason}); training goes on, and log.jsonl "
-                       "has the numbers", file=sys.stderr)
+            tqdm.write(f"{self.cfg.out}: {self.name} is dropped ({reason}); training continues, and "
+                       "log.jsonl has the numbers", file=sys.stderr)
 
 
 NUMBERED = re.compile(r"(.+)_(\d{6,})")

@@ -145,7 +145,7 @@ def groups_of(widths, config):
         raise ValueError(f"its config.json has norm_num_groups={groups!r}; wanted a whole number above 0")
     if any(width % groups for width in widths):
         raise ValueError(f"its levels of {widths} channels do not divide into {groups} groups; "
-                         "wanted diffusers' config.json beside it, with the right norm_num_groups")
+                         "wanted diffusers' config.json next to it, with the right norm_num_groups")
     return groups
 
 
@@ -164,10 +164,10 @@ def latent_statistics(settings, config, folder, name):
     if C == 16 and not settings["quant"] and not config:
         if folder is not None:
             print(f"{name}: taken for SD3's VAE, whose latents are normalised by 0.0609 and 1 / 1.5305; "
-                  "another of these sizes, such as FLUX.1's, needs its config.json beside it")
+                  "another of these sizes, such as FLUX.1's, needs its config.json next to it")
         return statistics(0.0609, 1 / 1.5305, C)
     if folder is not None:
-        print(f"{name}: no latents_stats.pt beside it; its latents stay as they are. Put that file of the "
+        print(f"{name}: no latents_stats.pt next to it; its latents are not normalised. Put that file of the "
               "pretrained LightningDiT there to warm-start from it")
     return statistics(0.0, 1.0, C)
 
@@ -191,8 +191,8 @@ def dcae_statistics(settings, config, folder, name):
         return statistics(0.0, 1 / next(iter(published.values())), C)
     if folder is not None:
         known = " or ".join(f"{scale} ({model})" for model, scale in published.items()) or "not published"
-        print(f"{name}: no config.json beside it states its scaling_factor ({known}); its latents stay as "
-              'they are. To warm-start a transformer on it, put {"_class_name": "AutoencoderDC", '
+        print(f"{name}: no config.json next to it states its scaling_factor ({known}); its latents are not "
+              'normalised. To warm-start a transformer on it, put {"_class_name": "AutoencoderDC", '
               '"scaling_factor": ...} there')
     return statistics(0.0, 1.0, C)
 
@@ -201,7 +201,7 @@ def saved_statistics(path, C):
     """The statistics in VA-VAE's latents_stats.pt: {"mean", "std"}, (1, C, 1, 1) each."""
     saved = read_state_dict(path)
     if not isinstance(saved, dict) or "mean" not in saved or "std" not in saved:
-        raise ValueError(f"{path.name} beside it has no mean and std")
+        raise ValueError(f"{path.name} next to it has no mean and std")
     return statistics(numbers(saved, "mean", path.name), numbers(saved, "std", path.name), C)
 
 
@@ -241,7 +241,7 @@ def numbers(values, name, file):
     try:
         return torch.as_tensor(values[name], dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{file} beside it has a {name} that is not a list of numbers") from None
+        raise ValueError(f"{file} next to it has a {name} that is not a list of numbers") from None
 
 
 def statistics(mean, std, channels):

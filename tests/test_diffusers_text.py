@@ -106,9 +106,9 @@ def test_klein_texts_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
     assert torch.equal(context, ref) and context.shape == (3, 25, 24) and len(beside) == 3
     assert (ref[0] - ref[1]).abs().max() > 1e-3
     assert not text.open_encoders(klein, CPU, 25)(["a fox"])[0].requires_grad
-    assert "1 of 3 texts are cut" not in capsys.readouterr().out
+    assert "1 of 3 prompts are cut" not in capsys.readouterr().out
     text.cache_text(klein, ["an owl"], tmp_path / "short", CPU, t5_tokens=22)
-    assert "1 of 2 texts are cut, for the encoder reads 22 tokens: 'an owl'" in capsys.readouterr().out
+    assert "1 of 2 prompts are cut: the encoder reads 22 tokens: 'an owl'" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="made with .* 25 T5 tokens"):
         text.cache_text(klein, ["owl"], tmp_path, CPU, t5_tokens=22)
 

@@ -521,7 +521,7 @@ def test_a_picture_that_fails_costs_no_checkpoint(finetune_config, tmp_path, mon
     assert finetune.main(cfg)["warm_start"] == 0.0
     assert runs.step_of(cfg.out) == 3
     err = capsys.readouterr().err
-    assert "warm_start.png not drawn: no memory for a picture; training goes on" in err
+    assert "warm_start.png not drawn: no memory for a picture; training continues" in err
     assert "samples not drawn" in err
 
 

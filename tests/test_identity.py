@@ -273,7 +273,7 @@ def test_a_finished_stage_is_used_again_only_if_it_is_what_the_preset_makes(
     other.given = {"base"}
     train_vae.main(other)
     monkeypatch.setitem(values, "lr", 0.5)
-    with pytest.raises(SystemExit, match="lr=0.001, now lr=0.5 .* to go on; or give --base=out/base"):
+    with pytest.raises(SystemExit, match="lr=0.001, now lr=0.5 .* to resume; or give --base=out/base"):
         train_vae.main(replace(cfg, out="out/y"))
     assert runs.latest_checkpoint("out/base").stat().st_mtime_ns == stamp                  # nothing is lost
 

@@ -386,7 +386,7 @@ def test_another_size_than_the_samples_is_said_in_one_line(tmp_path, capsys):
         metrics.read_reference(tmp_path / f"{name}.npz", POOL, size=(8, 8))
         assert not capsys.readouterr().err
         metrics.read_reference(tmp_path / f"{name}.npz", POOL, size=(8, 16))
-        assert f"{name}.npz: of 8x8 pixels, the samples have 8x16" in capsys.readouterr().err
+        assert f"{name}.npz: images of 8x8 pixels, samples of 8x16" in capsys.readouterr().err
 
 
 def test_a_reference_that_cannot_be_written_whole_leaves_the_one_before(tmp_path, monkeypatch):

@@ -298,7 +298,7 @@ def test_ctrl_c_before_or_after_the_training_is_one_sentence_and_no_traceback(ca
     with pytest.raises(SystemExit) as end:
         ranks.launch(main, None)
     assert end.value.code == 130 and end.value.__suppress_context__
-    assert "what was saved is whole" in capsys.readouterr().err
+    assert "what was saved is intact" in capsys.readouterr().err
 
 
 def test_gradients_of_a_losss_own_parameters_are_averaged_over_two_processes(davae_config, tmp_path, launch):

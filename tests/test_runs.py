@@ -143,7 +143,7 @@ def test_other_captions_are_said_aloud_and_a_finished_run_is_not_of_them(capsys)
     run.parts = {"captions": "1"}
     run.must_be_made_of(captions="2")
     said = capsys.readouterr().out
-    assert "a was started with other captions than --data_dir=b has now; training goes on" in said
+    assert "a was started with other captions than --data_dir=b has now; training continues" in said
     assert run.parts == {"captions": "2"}
     run.done = True
     with pytest.raises(runs.Differs, match="started with other captions"):
@@ -443,7 +443,7 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
 
     monkeypatch.setattr(train_vae, "save", filling)
     train_vae.main(davae_config(disk / "run", save_every=1, image_size=16, steps=3, gan=0.0))
-    assert "training goes on, and the next save tries again" in capsys.readouterr().err
+    assert "training continues, and the next save tries again" in capsys.readouterr().err
     assert [p.name for p in runs.checkpoints(disk / "run")] == ["step_000001", "step_000003"]
 
 

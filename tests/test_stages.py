@@ -149,7 +149,7 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
 
     whole_job("--data_dir=mine")                                   # there is nothing left to do, and no plan
     said, _ = capfd.readouterr()
-    assert "finished at step 2; give more --steps" in said and "to train " not in said
+    assert "finished at step 2; to continue, give more --steps" in said and "to train " not in said
     assert "next: python sample.py out/mine-base/photos\n" in said
     assert folders(dataclasses.replace(done, out="out/mine-base/other")) == ["out/mine-base/other"]
 

@@ -48,7 +48,7 @@ def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_
     for ours, ref in zip(cache(["owl", "", "fox"]), text.encode_text(encoders, ["owl", "", "fox"], 24)):
         assert (ours - ref).abs().max() < 1e-6
     text.cache_text(sd3_folder, ["owl"], folder, cpu, t5_tokens=24)
-    assert "holds all 4 texts already" in capsys.readouterr().out
+    assert "holds all 4 prompts already" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no embedding of 'bear'"):
         cache(["fox", "bear"])
     with pytest.raises(SystemExit, match="24 T5 tokens; now .*, 16: give another --out"):
@@ -223,11 +223,11 @@ def test_texts_longer_than_the_encoders_read_are_counted_and_named(sd3_folder, t
     capsys.readouterr()
     text.say_what_is_cut(encoders, ["snow", "owl " * 30, "b" * 75], t5_tokens=500)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("1 of 3 texts are cut, for CLIP reads 77 tokens: 'owl owl owl ") and "(92)" in line
+    assert line.startswith("1 of 3 prompts are cut: CLIP reads 77 tokens: 'owl owl owl ") and "(92)" in line
     text.say_what_is_cut([*encoders[:2], None], ["b" * 75], t5_tokens=5)         # and the marks at both ends
     assert not capsys.readouterr().out
     text.say_what_is_cut(encoders, ["snow"] * 5, t5_tokens=4)
-    assert "5 of 5 texts are cut, for T5 reads 4 tokens" in capsys.readouterr().out
+    assert "5 of 5 prompts are cut: T5 reads 4 tokens" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what is broken

@@ -108,7 +108,7 @@ def test_a_tracker_that_fails_is_dropped_with_a_sentence_and_training_goes_on(
     assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4]
     assert len(of(recorder.events, "numbers")) == lines
     said = [line for line in capsys.readouterr().err.splitlines() if "recorder is dropped" in line]
-    assert len(said) == 1 and "No space left on device" in said[0] and "training goes on" in said[0]
+    assert len(said) == 1 and "No space left on device" in said[0] and "training continues" in said[0]
 
 
 def test_a_tracker_changes_no_weight(vae_config, tmp_path, recorder, same_weights):

@@ -384,7 +384,7 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
     cfg = davae_config(tmp_path / "run", steps=3)
     assert train_vae.main(cfg)["psnr"] > 0
     assert runs.step_of(cfg.out) == 3
-    assert "reconstructions not drawn: no memory for a picture; training goes on" in capsys.readouterr().err
+    assert "reconstructions not drawn: no memory for a picture; training continues" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes,sentence", [

@@ -111,7 +111,7 @@ def test_va_vaes_latent_statistics_are_read_from_the_file_beside_it_and_missed_a
     weights, t, _ = golden("vavae_style")
     torch.save({"state_dict": weights}, tmp_path / "vavae.pt")
     plain = load_base_vae(tmp_path / "vavae.pt")
-    assert "no latents_stats.pt beside it" in capsys.readouterr().out
+    assert "no latents_stats.pt next to it" in capsys.readouterr().out
     mean, std = torch.randn(1, 8, 1, 1), torch.rand(1, 8, 1, 1) + 0.5
     torch.save({"mean": mean, "std": std}, tmp_path / "latents_stats.pt")
     vae = load_base_vae(tmp_path / "vavae.pt")
@@ -395,7 +395,7 @@ def test_sd3s_numbers_are_assumed_for_a_bare_file_of_16_channels_only(their_vae,
         )
         vae = load_base_vae(tmp_path / "other.safetensors")
         assert vae.mean.abs().max() == 0 and (vae.std == 1).all()
-        assert "its latents stay as they are" in capsys.readouterr().out
+        assert "its latents are not normalised" in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "scaling_factor": 1}))
     assert (load_base_vae(tmp_path / "sd3.safetensors").std == 1).all()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "another program's"}))
@@ -459,12 +459,12 @@ def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path
     "saved, said",
     [
         ({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 8, 1, 1)}, "has 3 numbers"),
-        ({"mu": torch.zeros(8)}, "latents_stats.pt beside it has no mean and std"),
-        ([torch.zeros(8)], "latents_stats.pt beside it has no mean and std"),
+        ({"mu": torch.zeros(8)}, "latents_stats.pt next to it has no mean and std"),
+        ([torch.zeros(8)], "latents_stats.pt next to it has no mean and std"),
         ({"mean": torch.zeros(8), "std": torch.tensor([1.0] * 7 + [NAN])}, "the std .* is not finite"),
         ({"mean": torch.tensor([0.0] * 7 + [NAN]), "std": torch.ones(8)}, "the mean .* is not finite"),
         ({"mean": torch.zeros(8), "std": -torch.ones(8)}, "the std of its latents is not above 0"),
-        ({"mean": "0", "std": 1}, "latents_stats.pt beside it has a mean that is not a list of numbers"),
+        ({"mean": "0", "std": 1}, "latents_stats.pt next to it has a mean that is not a list of numbers"),
     ],
 )
 def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, said):
