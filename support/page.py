@@ -172,7 +172,7 @@ def table(title, heads, rows):
             style = ' class="best"' if best else ""
             cells.append(f'<td{style} data-name="{text(head)}">{text(written)}</td>')
         lines.append(f'<tr><th scope="row">{text(name)}</th>{"".join(cells)}</tr>')
-    return (f'<table><caption>{text(title)}</caption>\n<thead><tr><th scope="col">which</th>{columns}</tr>'
+    return (f'<table><caption>{text(title)}</caption>\n<thead><tr><th scope="col">variant</th>{columns}</tr>'
             f"</thead>\n<tbody>{''.join(lines)}</tbody></table>")
 
 

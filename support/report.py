@@ -96,7 +96,7 @@ def render(report, dial, quality):
     size = report.x.shape[-1]
     everywhere = {
         "title": text(report.folder),
-        "kind": "DA-VAE, a transformer on it" if report.samples else "DA-VAE, the autoencoder alone",
+        "kind": "DA-VAE and transformer" if report.samples else "DA-VAE, the autoencoder alone",
         "sentences": "\n".join(f'<p class="lead">{text(sentence)}</p>' for sentence in sentences(report)),
         "facts": definitions(facts(report), "facts"),
         "run": text(report.folder),
@@ -120,20 +120,21 @@ def sentences(report):
     kind = plural(model.get("num_classes", 0), "class")
     drawn = "images" if kind == "1 class" else f"images of {kind}"
     if own.get("text"):
-        drawn = "images of texts"
+        drawn = "images from text prompts"
     before = "from random weights"
     if own["base"]:
-        before = f"from {own['base']}, which drew {side} with as many tokens"
+        before = f"from {own['base']}, which drew images at {side} with as many tokens"
     _, run = summaries(report)
     trained = "It was trained for"
     if "warm_start" in run:
-        trained = f"Before its first step it differed from that model by {run['warm_start']}; then came"
+        trained = ("Before its first step, its output differed from the base model's by at most "
+                   f"{run['warm_start']}; it was then trained for")
     return [
-        f"A {model['kind']} of {samples.parameters / 1e6:.1f} million parameters that draws {drawn} at "
-        f"{own['image_size']} × {own['image_size']} pixels, as {plural(samples.tokens, 'token')}; it started "
-        f"{before}.",
-        f"To the {vae.C} base channels, computed on the image at {side}, it adds {vae.D} detail channels of "
-        f"a DA-VAE, computed on the image at full size{quality_of(report)}.",
+        f"A {model['kind']} with {samples.parameters / 1e6:.1f} million parameters that draws {drawn} at "
+        f"{own['image_size']} × {own['image_size']} pixels, as {plural(samples.tokens, 'token')} each; it "
+        f"started {before}.",
+        f"To the {vae.C} base channels, computed on the image at {side}, it adds {vae.D} detail channels "
+        f"from a DA-VAE, computed on the image at full size{quality_of(report)}.",
         f"{trained} {length_of(report)}."]
 
 
@@ -141,9 +142,9 @@ def sentences_of_autoencoder(report):
     vae, own = report.vae, report.about["config"]
     positions = (own["image_size"] // vae.f)**2
     return [
-        f"A DA-VAE: beside the {vae.C} channels of a frozen base VAE, {own['base']}, which sees the image at "
-        f"{small_side(vae.r)}, stand {vae.D} detail channels, computed on the full-size image and aligned to "
-        "them.",
+        f"A DA-VAE: to the {vae.C} channels of a frozen base VAE, {own['base']}, which sees the image at "
+        f"{small_side(vae.r)}, it adds {vae.D} detail channels, computed on the full-size image and aligned "
+        "to the base channels.",
         f"An image of {own['image_size']} × {own['image_size']} pixels becomes {positions} latent positions "
         f"of {vae.C + vae.D} numbers, where the base VAE would need {positions * vae.r**2} positions of "
         f"{vae.C}{quality_of(report)}.",
@@ -155,7 +156,7 @@ def quality_of(report):
     davae, _ = summaries(report)
     if "psnr" not in davae:
         return ""
-    return (f"; {validated_on(report)} come back at {davae['psnr']:.2f} dB with them, and at "
+    return (f"; {validated_on(report)} are reconstructed at {davae['psnr']:.2f} dB with details, and at "
             f"{davae['psnr_base']:.2f} dB from the base channels alone")
 
 
@@ -179,13 +180,13 @@ def length_of(report):
     if images == "procedural":
         images = f"{own['images']:,} built-in drawings"
     if "seconds" not in run:
-        return f"{own['steps']:,} steps, which are not all made yet, on {images}"
+        return f"{own['steps']:,} steps, not all of which are done yet, on {images}"
     return f"{run['steps']:,} steps ({duration(run['seconds'])}) on {images}"
 
 
 def small_side(r):
     """The size of the base image, in words."""
-    return "half the side" if r == 2 else f"1/{r} of the side"
+    return "half size" if r == 2 else f"1/{r} of the side length"
 
 
 def summaries(report):
@@ -208,7 +209,7 @@ def facts(report):
     what, count = "latent positions", (report.x.shape[-1] // vae.f)**2
     if report.samples:
         what, count = "tokens", report.samples.tokens
-    found = {f"{what} an image, not {count * vae.r**2}": count,
+    found = {f"{what} per image, not {count * vae.r**2}": count,
              "channels, base + detail": f"{vae.C} + {vae.D}"}
     if "psnr" in davae:
         name = f"base only → with details, {validated_on(report)}"
@@ -217,7 +218,7 @@ def facts(report):
         found["difference at the warm start"] = run["warm_start"]
     seconds = [stage.summary["seconds"] for stage in report.stages if "seconds" in stage.summary]
     if seconds:
-        found[f"of training, {plural(len(seconds), 'stage')}"] = duration(sum(seconds))
+        found[f"training time, {plural(len(seconds), 'stage')}"] = duration(sum(seconds))
     return found
 
 
@@ -309,7 +310,7 @@ def dial_section(report, dial):
 
     cut = ""
     if report.x.shape[-1] > SIDE:
-        cut = f" Shown are the middle {SIDE} × {SIDE} pixels, measured are whole images."
+        cut = f" The middle {SIDE} × {SIDE} pixels are shown; PSNR is measured on whole images."
     return {
         "stops": attribute(stops),
         "stop_count": str(n),
@@ -337,12 +338,12 @@ def trained_without(report):
     levels = settings.get("keep_levels", "").replace(",", ", ")
     dropout = float(settings["detail_dropout"])
     if levels:
-        return f"This one was trained with {text(levels)} of them at a time."
+        return f"In training, this one saw a random number of them, drawn per image from {text(levels)}."
     if dropout:
-        return (f"This one was trained with all of them, and in {dropout:.0%} of the images with none: the "
-                "stops between are new to it.")
-    return ("This one was not, it always had all of them: stops with few may look worse than "
-            "<i>base only</i>, which says nothing of the last stop.")
+        return (f"In training, this one saw all of them, except in {dropout:.0%} of the images, where it saw "
+                "none; the stops in between are new to it.")
+    return ("This one was not; it always saw all of them. Stops with few details may look worse than "
+            "<i>base only</i>, which says nothing about the last stop.")
 
 
 def dial_images(dial):
@@ -406,7 +407,7 @@ def start_section(report, quality):
     if path.exists():
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        shown = img(pixels, quality, "two rows of samples, which are the same in both")
+        shown = img(pixels, quality, "two rows that show the same samples")
     return {"warm_start": text(run["warm_start"]), "start_picture": shown,
             "start_without": "" if shown else "hidden"}
 
@@ -447,20 +448,20 @@ def reduced(x, side):
 # for each chart: its title, {key in log.jsonl: its name on the page}, and an explanation
 FLOW = ("Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details",
         {"base": "base", "detail": "detail", "w": "w(n)"},
-        "v* = data − noise is the velocity that the transformer learns to predict. w(n) is how much the loss "
-        "of the details counts at step n (Eq. 12): it rises from 0, and is 1 from step N = {N:,} on.")
+        "v* = data − noise is the velocity that the transformer learns to predict. w(n) is the weight of "
+        "the details' squared error at step n (Eq. 12): it rises from 0 and is 1 from step N = {N:,} on.")
 AUTOENCODER = [
-    ("DA-VAE: mean |x − x̂|, and the alignment of group means to the base",
+    ("DA-VAE: mean |x − x̂| and the alignment of group means to the base",
      {"align": "align", "l1": "L1"},
-     "L1: by how much pixels are off, on a scale from −1 to 1. align: mean squared difference between the "
-     "mean of each group of details and its base channel (Eq. 4); with a teacher, from its features."),
+     "L1: mean absolute pixel error, on a scale from −1 to 1. align: mean squared difference between the "
+     "mean of each detail group and its base channel (Eq. 4) or, with a teacher, the teacher's features."),
     ("DA-VAE: LPIPS",
      {"lpips": "LPIPS"},
-     "How different image and reconstruction look to a network that was trained on photos; 0: equal."),
+     "How different the image and its reconstruction look to a network trained on photos; 0: no difference."),
     ("DA-VAE: KL divergence of the details",
      {"kl": "KL"},
      "How far the distribution of a detail, N(μ, σ²), is from N(0, 1): the mean of μ² + σ² − 1 − log σ². Its "
-     "weight is small: it only keeps the details from growing without limit."),
+     "weight is small; it only keeps the details from growing without bound."),
 ]
 
 
@@ -507,13 +508,13 @@ def measurements_section(report):
     known = {name: value for name, value in settings.items() if value not in ("", None)}
     machine = text(settings.get("ran_on", "an unknown machine"))
     command = measuring(report, settings.get("data_dir", ""))
-    said = (f"Measured by {command} on {machine}. An arrow says which way is better; the best number of a "
-            "column is bold.")
+    said = (f"Measured with {command} on {machine}. Arrows show which direction is better; the best number "
+            "in each column is bold.")
     if seen:
-        said += " The run was trained on these images: the numbers say nothing about others."
+        said += " The run was trained on these images, so the numbers say nothing about others."
     stale = out_of_date(report.folder, entry)
     if stale:
-        said += f" Careful, {text(stale)}."
+        said += f" These numbers are out of date ({text(stale)})."
     return {"measured": said, "tables": "\n".join(tables), "settings": definitions(known, "settings"),
             "settings_without": ""}
 
@@ -529,10 +530,10 @@ def measuring(report, data_dir):
 def not_measured(report):
     """How to measure the run; if it was trained on a folder, also with which images and networks."""
     if report.about["config"]["data_dir"] == "procedural":
-        return f"Not measured yet: {measuring(report, '')} does it."
-    lacking = "no samples are drawn" if report.samples else "there are no distances"
-    return (f"Not measured yet: {measuring(report, 'OTHER_IMAGES')} does it, on a folder of images that were "
-            f"not trained on. Without a network {lacking}: add "
+        return f"Not measured yet: run {measuring(report, '')}."
+    lacking = "no samples are drawn" if report.samples else "no distances are computed"
+    return (f"Not measured yet: run {measuring(report, 'OTHER_IMAGES')} on a folder of images that were not "
+            f"trained on. Without a feature network, {lacking}: add "
             "<code>--lpips_trunk=squeezenet1_1_features.pth</code> (SqueezeNet-FD) or "
             "<code>--inception_weights=</code> (FID).")
 
@@ -557,7 +558,7 @@ def commands_section(report):
         below = (f"<pre>{text(stage.command)}</pre>\n<details><summary>All settings</summary>"
                  f"{definitions(stage.settings, 'settings')}</details>")
         if not stage.command:
-            result = "weights that were given; or a run that is not here any more"
+            result = "weights that were provided, or a run that is no longer here"
             below = ""
         items.append(f'<li><h3><code>{text(stage.folder)}</code></h3>\n<p class="note">{text(result)}</p>'
                      f"{below}</li>")

@@ -183,7 +183,7 @@ def test_an_unreadable_file_is_named_once_and_the_next_takes_its_place(tmp_path,
         image, label = dataset.image(1)
         assert label == 3 and image[0, 0].tolist() == [180, 0, 0]   # both are the next readable one's
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2 and "class1" in warnings[0] and "no image" in warnings[0]
+    assert len(warnings) == 2 and "class1" in warnings[0] and "not an image" in warnings[0]
     assert list(dataset.bad) == [str(tmp_path / f"class{k}" / "a.png") for k in (1, 2)]
     assert dataset.summary().endswith(", 2 unreadable")
 

@@ -348,8 +348,8 @@ def test_published_scales_are_found_by_sizes_and_name():
 @pytest.mark.parametrize("config, std, said", [
     ({"_class_name": "AutoencoderDC", "scaling_factor": 0.5}, 2.0, ""),
     ({"model_name": "b"}, 4.0, ""),
-    ({"model_name": "c"}, 1.0, r"states its scaling_factor \(0.5 \(a\) or 0.25 \(b\)\); its latents stay"),
-    (None, 1.0, r"states its scaling_factor \(0.5 \(a\) or 0.25 \(b\)\); its latents stay"),
+    ({"model_name": "c"}, 1.0, r"states its scaling_factor \(0.5 \(a\) or 0.25 \(b\)\); its latents are not"),
+    (None, 1.0, r"states its scaling_factor \(0.5 \(a\) or 0.25 \(b\)\); its latents are not"),
 ])
 def test_the_scale_is_stated_or_published_or_missed_aloud(
         small_original, tmp_path, monkeypatch, capsys, config, std, said):

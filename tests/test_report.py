@@ -118,9 +118,9 @@ def parsed(made):
 def test_the_numbers_on_the_page_are_those_of_the_run(parsed):
     said = parsed.text
     assert "1.2 million parameters that draws images of 3 classes at 32 × 32 pixels, as 16 tokens" in said
-    assert "come back at 23.46 dB with them, and at 21.00 dB from the base channels alone" in said
-    assert "differed from that model by 0.0; then came 420 steps (31 s)" in said
-    assert "tokens an image, not 64 16" in said and "2 stages 81 s" in said
+    assert "are reconstructed at 23.46 dB with details, and at 21.00 dB from the base channels alone" in said
+    assert "the base model's by at most 0.0; it was then trained for 420 steps (31 s)" in said
+    assert "tokens per image, not 64 16" in said and "2 stages 81 s" in said
     assert "Base only is the frozen base decoder on its own. Every other stop goes through the DA-VAE" in said
     assert "7 Euler steps, guidance 2, time shift 1, seed 0, ema weights" in said
     assert "DA-VAE DiT, 420 steps in 31 s: loss base 0.200, detail 0.400; warm start off by 0.0" in said
@@ -130,22 +130,22 @@ PHOTOS = {"data_dir": "photos", "val_dir": "", "image_size": "32"}
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({}, "training images come"), ({"val_dir": "others"}, "validation images come"),
-    ({"image_size": "512"}, "training images at 512 pixels come"),
-    ({"val_dir": "others", "image_size": "64"}, "validation images at 64 pixels come"),
-    ({"data_dir": "procedural"}, "validation images come")])
+    ({}, "training images are"), ({"val_dir": "others"}, "validation images are"),
+    ({"image_size": "512"}, "training images at 512 pixels are"),
+    ({"val_dir": "others", "image_size": "64"}, "validation images at 64 pixels are"),
+    ({"data_dir": "procedural"}, "validation images are")])
 def test_it_says_which_images_the_davae_was_validated_on_and_at_which_size(made, changes, said):
     about = made()
     about.stages[0].settings.update(PHOTOS | changes)
     assert said in report.quality_of(about)
-    images = said.removesuffix(" come")
+    images = said.removesuffix(" are")
     assert report.facts(about)[f"base only → with details, {images}"] == "21.0 → 23.5 dB"
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({}, ""), ({"detail_dropout": "0.0", "keep_levels": ""}, "it always had all of them: "),
-    ({"detail_dropout": "0.1", "keep_levels": ""}, "in 10% of the images with none: "),
-    ({"detail_dropout": "0.1", "keep_levels": "0,4,8"}, "trained with 0, 4, 8 of them at a time.")])
+    ({}, ""), ({"detail_dropout": "0.0", "keep_levels": ""}, "it always saw all of them. "),
+    ({"detail_dropout": "0.1", "keep_levels": ""}, "except in 10% of the images, where it saw none; "),
+    ({"detail_dropout": "0.1", "keep_levels": "0,4,8"}, "number of them, drawn per image from 0, 4, 8.")])
 def test_the_dial_says_what_decodes_and_whether_it_was_trained_with_fewer_details(made, settings, said):
     about = made()
     about.stages[0].settings.update(settings)
@@ -184,7 +184,7 @@ def test_below_each_chart_stands_what_its_curves_are(made, tmp_path):
     source = report.losses_section(about)["charts"]
     notes = re.findall(r'<p class="note">(.*?)</p>\n</figure>', source)
     assert [note.split(" ")[0] for note in notes] == ["v*", "L1:", "How", "How"]
-    assert "it rises from 0, and is 1 from step N = 1,234 on." in notes[0] and "(Eq. 4)" in notes[1]
+    assert "it rises from 0 and is 1 from step N = 1,234 on." in notes[0] and "(Eq. 4)" in notes[1]
 
 
 def test_a_curve_leaves_out_what_is_no_number_and_a_chart_without_any_is_none():
@@ -208,9 +208,9 @@ def test_measurements_are_those_of_metrics_json_and_the_best_stand_out(parsed):
     assert ("PSNR, dB ↑", "best") in cells and ("Probe-FD ↓", "best") in cells
     assert ("SSIM ↑", "best") not in cells                            # equal in all rows
     assert "20.11 0.5 64 DA-VAE 24.44 0.5 64" in parsed.text and "on an abacus" in parsed.text
-    assert "500 samples which Probe-FD ↓ samples 0.25 base only, bilinear 1.75" in parsed.text
+    assert "500 samples variant Probe-FD ↓ samples 0.25 base only, bilinear 1.75" in parsed.text
     assert "features Probe, sha256 1" in parsed.text                  # a setting
-    assert "300 held-out images which PSNR" in parsed.text
+    assert "300 held-out images variant PSNR" in parsed.text
 
 
 def test_measurements_on_training_images_are_called_so(made, tmp_path):
@@ -223,7 +223,7 @@ def test_measurements_on_training_images_are_called_so(made, tmp_path):
         assert f"<caption>300 {called} images</caption>" in section["tables"]
         said = section["measured"]
         assert f"python evaluate.py {about.folder} --data_dir={data_dir}</code> on an abacus" in said
-        assert ("trained on these images: the numbers say nothing" in said) == (called == "training")
+        assert ("trained on these images, so the numbers say nothing" in said) == (called == "training")
 
 
 # ---- pictures ----
@@ -286,7 +286,7 @@ def test_of_large_images_the_middle_is_shown_and_the_whole_is_measured(made, mon
     parsed = Parsed(report.render(about, dial, 100))
     sheet, = parsed.all("img", **{"data-set": "held-out", "data-stop": "input"})
     assert np.array_equal(pixels_of(sheet["src"])[:, :16], data.to_uint8(about.x[:1, :, 8:24, 8:24])[0])
-    assert "the middle 16 × 16 pixels, measured are whole images" in parsed.text
+    assert "The middle 16 × 16 pixels are shown; PSNR is measured on whole images" in parsed.text
     assert torch.equal(dial.psnr[-1], psnr(about.x, dial.decoded[-1])) and dial.decoded[-1].shape[-1] == 32
     assert {found["width"] for found in parsed.all("canvas")} == {"16"}
 
@@ -365,18 +365,18 @@ def test_what_a_run_lacks_is_left_out_or_replaced_by_the_command_that_makes_it(m
     (folder / "log.jsonl").unlink()
     (folder / "warm_start.png").unlink()
     parsed = Parsed(rendered(about))
-    assert f"Not measured yet: python evaluate.py {folder} does it." in parsed.text
+    assert f"Not measured yet: run python evaluate.py {folder}." in parsed.text
     about.about["config"]["data_dir"] = "photos"
     said = report.measurements_section(about)["measured"]
-    assert f"python evaluate.py {folder} --data_dir=OTHER_IMAGES</code> does it, on a folder of imag" in said
-    assert "Without a network no samples are drawn: add <code>--lpips_trunk=squeezenet1_1_features" in said
+    assert f"python evaluate.py {folder} --data_dir=OTHER_IMAGES</code> on a folder of images that" in said
+    assert "Without a feature network, no samples are drawn: add <code>--lpips_trunk=squeezenet1_1_" in said
     assert "losses" not in [found["id"] for found in parsed.all("section")] and "Losses" not in parsed.text
     assert [found for found in parsed.all("figure") if "hidden" in found]      # the number stands alone
 
     about.stages[-1] = report.Stage("r", {}, "python finetune.py tiny", {})    # no summary.json
     parsed = Parsed(rendered(about))
     assert "start" not in [found["id"] for found in parsed.all("section")]
-    assert "steps, which are not all made yet" in parsed.text and "not finished yet" in parsed.text
+    assert "steps, not all of which are done yet" in parsed.text and "not finished yet" in parsed.text
 
 
 def test_a_davae_alone_has_a_smaller_page(made):
@@ -395,9 +395,9 @@ def test_the_facts_count_tokens_or_latent_positions_and_those_that_the_base_mode
     about = made()
     alone = dataclasses.replace(about, samples=None, stages=about.stages[:1])
     found, found_alone = report.facts(about), report.facts(alone)
-    assert found["tokens an image, not 64"] == 16 and found["channels, base + detail"] == "4 + 12"
-    assert found_alone["latent positions an image, not 256"] == 64 and "warm start" not in str(found_alone)
-    assert found["of training, 2 stages"] == "81 s" and found_alone["of training, 1 stage"] == "50 s"
+    assert found["tokens per image, not 64"] == 16 and found["channels, base + detail"] == "4 + 12"
+    assert found_alone["latent positions per image, not 256"] == 64 and "warm start" not in str(found_alone)
+    assert found["training time, 2 stages"] == "81 s" and found_alone["training time, 1 stage"] == "50 s"
 
 
 def test_a_step_of_a_run_has_its_own_measurements_only(made):
@@ -422,7 +422,7 @@ def test_the_latest_measurement_is_shown_and_after_more_training_is_said_to_be_a
         runs.save_folder(folder / f"step_00000{newest}", {}, {})
         section = report.measurements_section(about)
         assert "77 samples" in section["tables"] and "99 samples" not in section["tables"]
-        assert ("Careful, " in section["measured"] and "step 8" in section["measured"]) == old
+        assert ("are out of date (" in section["measured"] and "step 8" in section["measured"]) == old
 
 
 # ---- commands ----
