@@ -365,7 +365,7 @@ def test_what_a_run_lacks_is_left_out_or_replaced_by_the_command_that_makes_it(m
     (folder / "log.jsonl").unlink()
     (folder / "warm_start.png").unlink()
     parsed = Parsed(rendered(about))
-    assert f"Not measured yet: run python evaluate.py {folder}." in parsed.text
+    assert f"Not measured yet: run python evaluate.py {folder} ." in parsed.text
     about.about["config"]["data_dir"] = "photos"
     said = report.measurements_section(about)["measured"]
     assert f"python evaluate.py {folder} --data_dir=OTHER_IMAGES</code> on a folder of images that" in said
