@@ -499,7 +499,7 @@ def images_to_show(cfg, run):
     if not folder and own["data_dir"] != "procedural":
         folder = davae_settings(own).get("val_dir") or own["data_dir"]
     if seen_in_training(folder, own):
-        shown = f"Training images, {own['image_size']} pixels (evaluate.py report --data_dir= takes others)"
+        shown = f"Training images, {own['image_size']} pixels (for others: evaluate.py report --data_dir=)"
     dataset, index = held_out(run, folder, cfg.images)
     batches = [x for x, _, _ in data.read(dataset, index)]
     if not batches:

@@ -141,10 +141,10 @@ def sentences(report):
 def sentences_of_autoencoder(report):
     vae, own = report.vae, report.about["config"]
     positions = (own["image_size"] // vae.f)**2
+    aligned = " and aligned to the base channels" if own["align"] else ""
     return [
         f"A DA-VAE: to the {vae.C} channels of a frozen base VAE, {own['base']}, which sees the image at "
-        f"{small_side(vae.r)}, it adds {vae.D} detail channels, computed on the full-size image and aligned "
-        "to the base channels.",
+        f"{small_side(vae.r)}, it adds {vae.D} detail channels, computed on the full-size image{aligned}.",
         f"An image of {own['image_size']} × {own['image_size']} pixels becomes {positions} latent positions "
         f"of {vae.C + vae.D} numbers, where the base VAE would need {positions * vae.r**2} positions of "
         f"{vae.C}{quality_of(report)}.",
@@ -449,7 +449,7 @@ def reduced(x, side):
 FLOW = ("Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details",
         {"base": "base", "detail": "detail", "w": "w(n)"},
         "v* = data − noise is the velocity that the transformer learns to predict. w(n) is the weight of "
-        "the details' squared error at step n (Eq. 12): it rises from 0 and is 1 from step N = {N:,} on.")
+        "the details' squared error at step n (Eq. 12): it rises from 0 to 1 over N = {N:,} steps.")
 AUTOENCODER = [
     ("DA-VAE: mean |x − x̂| and the alignment of group means to the base",
      {"align": "align", "l1": "L1"},

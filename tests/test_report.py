@@ -495,8 +495,8 @@ def test_the_main_job_ends_with_the_report_of_its_own_run(
 
 @pytest.mark.parametrize("given, val_dir, shown, colour", [
     ("mine", "val", "Held-out images, 16 pixels", 30), ("", "val", "Held-out images, 16 pixels", 20),
-    ("train", "val", "Training images, 16 pixels (evaluate.py report --data_dir= takes others)", 10),
-    ("", "", "Training images, 16 pixels (evaluate.py report --data_dir= takes others)", 10)])
+    ("train", "val", "Training images, 16 pixels (for others: evaluate.py report --data_dir=)", 10),
+    ("", "", "Training images, 16 pixels (for others: evaluate.py report --data_dir=)", 10)])
 def test_images_are_those_asked_for_else_those_of_validation(given, val_dir, shown, colour, tmp_path):
     folders = {}
     for name, value in (("train", 10), ("val", 20), ("mine", 30)):
