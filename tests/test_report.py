@@ -184,7 +184,7 @@ def test_below_each_chart_stands_what_its_curves_are(made, tmp_path):
     source = report.losses_section(about)["charts"]
     notes = re.findall(r'<p class="note">(.*?)</p>\n</figure>', source)
     assert [note.split(" ")[0] for note in notes] == ["v*", "L1:", "How", "How"]
-    assert "it rises from 0 and is 1 from step N = 1,234 on." in notes[0] and "(Eq. 4)" in notes[1]
+    assert "it rises from 0 to 1 over N = 1,234 steps." in notes[0] and "(Eq. 4)" in notes[1]
 
 
 def test_a_curve_leaves_out_what_is_no_number_and_a_chart_without_any_is_none():
@@ -389,6 +389,14 @@ def test_a_davae_alone_has_a_smaller_page(made):
     assert "64 latent positions of 16 numbers, where the base VAE would need 256" in parsed.text
     assert "trained for 900 steps (50 s) on 77 built-in drawings" in parsed.text
     assert not [found for found in parsed.all("canvas") if found.get("data-dial") == "samples"]
+
+
+def test_details_are_called_aligned_only_if_they_were_trained_to_be(made):
+    about = made()
+    for align, said in ((0.5, "image and aligned to the base channels."), (0.0, "on the full-size image.")):
+        own = dataclasses.asdict(train_vae.Config(image_size=32, base="out/b", align=align))
+        alone = dataclasses.replace(about, about={"script": "train_vae.py", "config": own})
+        assert report.sentences_of_autoencoder(alone)[0].endswith(said)
 
 
 def test_the_facts_count_tokens_or_latent_positions_and_those_that_the_base_model_would_need(made):
