@@ -428,7 +428,7 @@ def picture_may_fail(what):
     # torch.OutOfMemoryError, of a GPU, is a RuntimeError
     except (OSError, RuntimeError, MemoryError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        tqdm.write(f"{what} not drawn: {reason}; training continues", file=sys.stderr)
+        tqdm.write(f"{what} not drawn: {reason}; nothing else is lost", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -1,4 +1,4 @@
-"""A headless Chromium that is clicked and looked at, by its own protocol: JSON over two pipes, no package.
+"""A headless Chromium to click and look at, over its own protocol: JSON over two pipes, no package.
 
     with Browser(width=390) as browser:
         browser.open(path)
@@ -29,7 +29,7 @@ def find():
 class Browser:
     """One page of a Chromium.
 
-    complaints: what its console, scripts and network said that no good page would cause
+    complaints: messages of its console, scripts and network that a good page would not cause
     """
 
     def __init__(self, width, height=844, scheme="light"):
@@ -65,7 +65,7 @@ class Browser:
         self.folder.cleanup()
 
     def ask(self, method, **params):
-        """The answer to a command of the protocol; complaints that come meanwhile are kept."""
+        """The answer to a protocol command; complaints that arrive meanwhile are kept."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         if self.session:
@@ -96,13 +96,13 @@ class Browser:
             self.complaints.append(json.dumps(params))
 
     def look(self, expression):
-        """The value of an expression of JavaScript in the page, awaited."""
+        """The value of a JavaScript expression in the page, awaited."""
         found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def open(self, path):
-        """Load a page, and wait until its script says that it is ready."""
+        """Load a page and wait until its script says it is ready."""
         self.ask("Page.navigate", url=path.resolve().as_uri())
         self.look("""new Promise(done => {
             const wait = () => document.documentElement?.dataset.ready ? done() : setTimeout(wait, 20);

@@ -1,4 +1,4 @@
-"""Shared fixtures: golden files, small models and runs, faults; which tests are skipped, with the reason."""
+"""Shared fixtures: golden files, small models and runs, faults; which tests are skipped, and why."""
 import dataclasses
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = ROOT.parent / "shared"            # photos and weights that cannot be redistributed with the code
 
-os.environ["HF_HUB_OFFLINE"] = "1"         # no test asks the real hub; tests/test_hub.py has one of its own
+os.environ["HF_HUB_OFFLINE"] = "1"         # no test contacts the real hub; tests/test_hub.py has its own
 
 torch.set_num_threads(1)                   # for tensors this small, threads would only wait for each other
 
@@ -64,7 +64,7 @@ def full_size():
 
 @pytest.fixture
 def shared():
-    """shared("weights/taef2") -> its path; skips where the folder of unredistributable files is absent."""
+    """shared("weights/taef2") -> its path; skips if the folder of unredistributable files is absent."""
     def path(relative):
         if not (SHARED / relative).exists():
             pytest.skip(f"needs ../shared/{relative}, which is not part of this repository")
@@ -104,7 +104,7 @@ def read_log():
     return rows
 
 
-# ---------------------------------------------------------------- small models of random weights
+# ---------------------------------------------------------------- small models with random weights
 
 
 def random_weights(model, seed=0, names=""):
@@ -209,7 +209,7 @@ def sd3_inputs():
 
 @pytest.fixture
 def widened(stock):
-    """widened(spoil=None) -> `stock` as our MMDiT, 6 channels wider; random where a name has `spoil`."""
+    """widened(spoil=None) -> `stock` as our MMDiT, 6 channels wider, random where names have `spoil`."""
     from support.weights import load_dit
 
     def make(spoil=None):
@@ -224,7 +224,7 @@ def widened(stock):
 
 @pytest.fixture(scope="session", autouse=True)
 def report_at_the_end():
-    """Runs end without their report, which would take longer than they do; the function itself, to call."""
+    """Runs end without their report, which would take longer than they do; yields the real function."""
     import evaluate
     real = evaluate.report_at_the_end
     with pytest.MonkeyPatch.context() as patch:
@@ -371,7 +371,7 @@ def launch(tmp_path):
 
 @pytest.fixture
 def interrupt(launch):
-    """interrupt(main, cfg, number) -> the step at which a run stopped that was sent that signal."""
+    """interrupt(main, cfg, number) -> the step at which a run stopped after that signal."""
     def run(main, cfg, number):
         process = launch(main, cfg)
         log = Path(cfg.out) / "log.jsonl"

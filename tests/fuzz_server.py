@@ -21,17 +21,17 @@ import time
 import traceback
 from pathlib import Path
 
-MEMORY = 2 << 30               # bytes that a child may have beside what the server has: too much is an error
-HANGS = 90                     # seconds of the clock, after which a child is taken to hang
+MEMORY = 2 << 30               # bytes that a child may allocate beyond the server's; more is an error
+HANGS = 90                     # seconds of wall time, after which a child counts as hanging
 
-# What the scripts import while they run, too. None of it computes anything with torch: a fork would lose the
-# threads that torch starts then.
+# Includes what the scripts import while they run. None of it computes anything with torch, which would start
+# threads that a fork loses.
 IMPORTS = ("train_vae", "finetune", "sample", "evaluate", "lpips", "matplotlib.pyplot", "torch._dynamo",
            "torch_fidelity.metric_kid", "torch.distributed.tensor")
 
 
 class Cut(BaseException):
-    """Raised in a child whose time is over."""
+    """Raised in a child whose time is up."""
 
 
 def cut(number, frame):
@@ -45,15 +45,15 @@ def no_network(*args):
 def run_child(request, files):
     """Run a script as __main__ in this process.  Returns (end, code).
 
-    end: "exit": the script ended by itself or by SystemExit; "traceback": by another exception; "cut": by its
-    time. files: where stdout and stderr go to.
+    end: "exit": the script ended by itself or by SystemExit; "traceback": by another exception; "cut": by the
+    time limit. files: where stdout and stderr go.
     """
     for stream, number in zip(files, (1, 2)):
         os.dup2(stream.fileno(), number)
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     socket.socket.connect = no_network
-    sys.modules["evaluate"].report_at_the_end = lambda job, text: None         # seconds of the few there are
+    sys.modules["evaluate"].report_at_the_end = lambda job, text: None         # it would use up the time
     signal.signal(signal.SIGPROF, cut)
     signal.setitimer(signal.ITIMER_PROF, request["cpu"])
     os.chdir(request["folder"])

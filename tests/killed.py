@@ -1,10 +1,10 @@
-"""Kill the main job at random moments, and compare what it comes to with an unbroken run, bit for bit.
+"""Kill the main job at random moments, and compare its results with an uninterrupted run, bit for bit.
 
     python tests/killed.py FOLDER [kills]           # 50 kills: about half an hour on 2 cores
 
-All four stages of `python finetune.py` are run twice below FOLDER, which is made: in `whole/` undisturbed, in
-`killed/` ended by SIGKILL at random moments and started again, until they are through. Checkpoints are
-written every 25 steps, which changes no weight. At the end the main job must find every stage finished.
+All four stages of `python finetune.py` run twice below FOLDER, which is created: undisturbed in `whole/`; in
+`killed/`, ended by SIGKILL at random moments and restarted until they finish. Checkpoints are written
+every 25 steps, which changes no weight. At the end the main job must find every stage finished.
 """
 import random
 import subprocess
@@ -27,14 +27,14 @@ def start(folder, script, *flags):
 
 
 def finish(process):
-    """Wait for the end of a process, which must be a good one."""
+    """Wait for a process, which must succeed."""
     _, err = process.communicate()
     if process.returncode:
         raise SystemExit(f"ended with status {process.returncode}:\n{err[-2000:]}")
 
 
 def run_to_the_end_with_kills(folder, kills, longest, *command):
-    """Start the command again and again, and kill it `kills` times, each after up to `longest` seconds."""
+    """Start the command and kill it within `longest` seconds, `kills` times; then let it finish."""
     for n in range(kills):
         process = start(folder, *command)
         moment = random.uniform(0, longest)
@@ -65,7 +65,7 @@ def main(folder, kills=50):
         finish(start(whole, *command))
         seconds.append(time.time() - since)
         print(f"{' '.join(command)}: {seconds[-1]:.0f} s undisturbed", flush=True)
-        wanted = (kills - done) // (len(STAGES) - k)               # of the kills that are left
+        wanted = (kills - done) // (len(STAGES) - k)               # of the remaining kills
         done += run_to_the_end_with_kills(killed, wanted, 20, *command)
 
     for run in STAGES:
@@ -75,7 +75,7 @@ def main(folder, kills=50):
             print(f"{run}/{a.name}/{file.name}: {'equal' if same else 'DIFFERENT'}")
             if not same or a.name != b.name:
                 raise SystemExit(f"{run}: {done} kills changed it")
-    finish(start(killed, "finetune.py"))                           # every stage is there, and is the preset's
+    finish(start(killed, "finetune.py"))                           # every stage exists and is the preset's
     print(f"{done} kills, all stages equal bit for bit")
 
 

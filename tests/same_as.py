@@ -3,12 +3,12 @@
     python tests/same_as.py main                  # exits 0 if all is equal, else 1 and says what is not
     python tests/same_as.py main --keep=folder    # keeps main's results there: next time only this tree runs
 
-Both trees run COMMANDS, the tiny preset in short, each in a temporary folder, and are compared by what they
-leave there: weights, latents, optimizers, losses, metrics and pixels; no times, no settings. Stages go on
-from those before, so the first that differs is the one to look at. Modules may move from commit to commit, so
-only the command line is used. A renamed tensor or number counts as a difference.
+Both trees run COMMANDS, the tiny preset cut short, each in a temporary folder, and are compared by what they
+leave there: weights, latents, optimizers, losses, metrics and pixels, but not times or settings. Each stage
+builds on those before it, so look at the first that differs. Modules may move from commit to commit, so only
+the command line is used. A renamed tensor or number counts as a difference.
 
-Needs torch-fidelity, for the metrics of samples. 50 s a tree on one thread (2026-11-25).
+Needs torch-fidelity, for the metrics of samples. Takes 50 s a tree on one thread (2026-11-25).
 """
 import argparse
 import hashlib
@@ -50,10 +50,10 @@ FILES = {                                          # in a run's folder: kind of 
     "**/*.png": "pixels",
     "**/*.npz": "pixels",
 }
-# "seconds" and "img/s" differ from run to run; "settings" are no results; "results" in a train
-# state are copies of numbers in the log and in summary.json, made at another moment of the save than before.
+# "seconds" and "img/s" differ from run to run; "settings" are not results; "results" in a train
+# state are copies of numbers in the log and in summary.json, now made at another moment of the save.
 IGNORED = ("seconds", "img/s", "settings", "results")
-THREADS = os.environ.get("OMP_NUM_THREADS", "1")   # with more, sums are cut up and rounded otherwise
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")   # with more, sums are split and rounded differently
 SHOWN = 5                                          # how many differences of each stage and kind are printed
 
 
@@ -65,7 +65,7 @@ def run_commands(tree, folder):
     raises: SystemExit with the end of the output of the command that failed
     """
     settings = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": THREADS, "KERNELS": "ref"}
-    older = "dtype:" not in (Path(tree) / "sample.py").read_text()         # a commit that knows float32 only
+    older = "dtype:" not in (Path(tree) / "sample.py").read_text()         # this commit knows only float32
     for command in COMMANDS:
         script, *arguments = f"{command}{'' if older else ' --dtype=float32'}".split()
         since = time.time()
@@ -134,7 +134,7 @@ def read(path):
 
 
 def leaves(value, name):
-    """(name, tensor or number) of everything in nested dicts and lists, but what is IGNORED."""
+    """(name, tensor or number) of everything in nested dicts and lists, except what is IGNORED."""
     if isinstance(value, dict):
         for key, part in value.items():
             if key not in IGNORED:
@@ -169,10 +169,10 @@ def difference(old, new, old_value, new_value):
 
 
 def compare(old, new, old_values, new_values):
-    """Print a line for each stage and kind, its first differences below.  Returns how many there are in all.
+    """Print a line for each stage and kind, with its first differences.  Returns the total number of them.
 
     old, new: {"stage: kind": {name: fingerprint}}
-    old_values, new_values: the same with what `collect` found itself; the old may be {}
+    old_values, new_values: the same with the values that `collect` found; old_values may be {}
     """
     total = 0
     print(f"\n{'stage: kind of result':<32}{'compared':>9}{'differ':>8}")
@@ -218,7 +218,7 @@ def other_results(commit, keep):
     prints = fingerprints(values)
     if keep:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}")        # others may write the same file now
+        temporary = kept.with_suffix(f".{os.getpid()}")        # others may be writing the same file
         temporary.write_text(json.dumps(prints, indent=1))
         temporary.replace(kept)
     return prints, values
@@ -231,7 +231,7 @@ def main():
     parser.add_argument("commit", help="what git calls a commit: a hash, branch or tag")
     parser.add_argument("--keep", default="", help="folder for the other commit's results, of one machine")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that the worktree is removed then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # so that the worktree is removed then too
     commit = git("rev-parse", "--verify", f"{arguments.commit}^{{commit}}")
     old, old_values = other_results(commit, arguments.keep)
     print("this tree:")

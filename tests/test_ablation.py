@@ -15,7 +15,7 @@ from support import config
 
 
 def line(arm, seed, fd, psnr=19.0, row="samples", losses=None):
-    """A cell's line with these numbers in it."""
+    """A cell's line with these numbers."""
     samples = {row: {"Probe-FD": fd, "Probe-KID": 0.01}, "base only, bicubic": {"Probe-FD": 1.5}}
     return {"arm": arm, "seed": seed, "seconds": 60, "commands": [],
             "reconstruction": {"DA-VAE": {"psnr": psnr, "Probe-FD": 0.5}},
@@ -26,7 +26,7 @@ def line(arm, seed, fd, psnr=19.0, row="samples", losses=None):
 
 
 def cells_of(**arms):
-    """{arm: {seed: line}} of the distances of each arm, seed by seed."""
+    """{arm: {seed: line}} from each arm's distances, one per seed."""
     return {name.replace("_", " "): {seed: line(name, seed, fd) for seed, fd in enumerate(values)}
             for name, values in arms.items()}
 
@@ -35,39 +35,39 @@ def cells_of(**arms):
     ((0.5, 0.6, 0.7), "better than paper"),                           # each 0.3 below; the range is 0.2
     ((1.1, 1.2, 1.3), "worse than paper"),
     ((0.7, 0.8, 0.9), "no difference"),                               # the same sign, but less than the range
-    ((0.1, 0.2, 1.1), "no difference"),                               # much on the mean, not with every seed
+    ((0.1, 0.2, 1.1), "no difference"),                               # large mean, but not for every seed
 ])
-def test_a_difference_counts_with_the_same_sign_for_every_seed_and_beyond_the_papers_own_range(values, said):
+def test_a_difference_counts_if_all_seeds_agree_in_sign_and_it_exceeds_the_papers_range(values, said):
     cells = cells_of(paper=(0.8, 0.9, 1.0), no_alignment=values)
     assert verdict(cells, "no alignment").endswith(said)
     assert verdict(cells, "paper") == ""
 
 
-def test_arms_are_compared_seed_by_seed_where_both_have_the_seed():
+def test_arms_are_compared_on_the_seeds_they_share():
     cells = cells_of(paper=(0.8, 0.9), no_alignment=(0.3, 0.4, 5.0))
     assert verdict(cells, "no alignment") == "-0.500, 2 of 2 below: better than paper"
-    assert verdict(cells_of(paper=(0.8,), no_alignment=(0.3,)), "no alignment") == ""     # one seed is none
+    assert verdict(cells_of(paper=(0.8,), no_alignment=(0.3,)), "no alignment") == ""     # too few seeds
 
 
 @pytest.mark.parametrize("values,said", [
-    ((0.70, 0.82, 0.90), "better than paper"),                        # -0.093 on the mean; chance makes 0.05
+    ((0.70, 0.82, 0.90), "better than paper"),                        # -0.093 on average; chance makes 0.05
     ((0.78, 0.88, 0.98), "no difference"),                            # the same sign, but less than chance
     ((0.60, 0.70, 1.01), "no difference"),
 ])
-def test_beside_chance_a_difference_counts_where_it_is_more_than_other_seeds_on_the_same_base(values, said):
+def test_the_chance_verdict_needs_a_larger_difference_than_other_seeds_on_the_same_base(values, said):
     cells = cells_of(paper=(0.8, 0.9, 1.0), no_alignment=values)
     cells["paper, again"] = cells_of(again=(0.85, 0.9, 0.96))["again"]
     assert verdict(cells, "no alignment").endswith(f"no difference; beside chance: {said}")
     assert verdict(cells, "paper, again").endswith("of 3 below: no difference")
 
 
-def test_the_papers_own_range_is_that_of_the_seeds_that_are_compared():
+def test_the_papers_own_range_covers_only_the_seeds_compared():
     cells = cells_of(paper=(0.8, 0.9, 3.0), no_alignment=(0.3, 0.4))
     assert verdict(cells, "no alignment").endswith("2 of 2 below: better than paper")
 
 
-def test_every_number_of_the_table_is_the_one_that_its_head_says():
-    """Of a line in which no two numbers are equal."""
+def test_every_number_in_the_table_matches_its_heading():
+    """On a line whose numbers all differ."""
     def rows(first):
         names = ("samples", "base only, bilinear", "base only, bicubic")
         metrics = ("Probe-FD", "Probe-KID", "judged sharp")
@@ -88,13 +88,13 @@ def test_every_number_of_the_table_is_the_one_that_its_head_says():
         "FD, cfg 2, less reconstructions'": 15, "judged sharp, cfg 2": 22, "KID, cfg 2": 21,
         "FD, base only, cfg 2": 26, "base loss, held out": 41, "detail loss, held out": 52,
         "PSNR, details 0": 62, "PSNR, random details": 64, "detail power, highest ring": 73}
-    for group in ("samples, cfg 1", "samples, cfg 2"):                # the base model: its images, enlarged
+    for group in ("samples, cfg 1", "samples, cfg 2"):                # the base model only has enlarged ones
         del full[group]["samples"]
     assert [number(full, metric) for metric in ("FD, samples", JUDGED)] == [13, 23]
     assert number(full, "judged sharp, cfg 2") is None
 
 
-def test_curves_of_the_report_are_means_over_the_seeds_as_far_as_all_have_them():
+def test_the_reports_curves_average_the_seeds_over_the_steps_they_all_have():
     cells = {"paper": {seed: line("paper", seed, 0.8, losses=losses)
                        for seed, losses in enumerate(([1.0] * 8, [2.0] * 7))}}
     assert ablation.mean_curves(cells, "base") == {"paper": [list(range(10, 80, 10)), [1.5] * 7]}
@@ -102,7 +102,7 @@ def test_curves_of_the_report_are_means_over_the_seeds_as_far_as_all_have_them()
 
 @pytest.fixture
 def cell(tmp_path, monkeypatch):
-    """cell(arm, **changes) -> (its line, the commands), where each script only writes what it would."""
+    """cell(arm, **changes) -> (its line, the commands); no script runs, only its files are written."""
     def make(arm, **changes):
         cfg = Config(out=str(tmp_path / "out"), n=123, **changes)
         executed = []
@@ -133,7 +133,7 @@ def cell(tmp_path, monkeypatch):
     return make
 
 
-def test_a_cells_line_is_what_evaluate_and_the_experiments_say_of_its_run(cell, tmp_path):
+def test_a_cells_line_holds_what_evaluate_and_the_experiments_measured(cell, tmp_path):
     found, executed = cell("paper")
     run = str(tmp_path / "out/tiny/seed0/paper")
     assert all(words[1] == run for words in executed if words[0].startswith(("evaluate", "experiments")))
@@ -146,7 +146,7 @@ def test_a_cells_line_is_what_evaluate_and_the_experiments_say_of_its_run(cell, 
     assert [words[2:4] for words in executed if words[0] == "evaluate.py"] == 2 * [["--n=123", "--steps=25"]]
 
 
-def test_photos_are_measured_on_the_held_out_ones_and_the_base_model_has_no_details(cell, tmp_path):
+def test_photo_runs_are_measured_on_held_out_photos_and_the_base_has_no_details(cell, tmp_path):
     photos = dict(preset="photos", data_dir="my photos", eval_dir="others", lpips_trunk="net.pth")
     found, executed = cell("half size", **photos)
     measured = [words for words in executed if words[0].startswith(("evaluate", "experiments"))]
@@ -159,7 +159,7 @@ def test_photos_are_measured_on_the_held_out_ones_and_the_base_model_has_no_deta
 
 
 @pytest.mark.parametrize("preset", ["tiny", "photos"])
-def test_a_transformer_from_scratch_has_the_sizes_of_the_base_model_and_its_steps_where_that_is_said(preset):
+def test_a_transformer_from_scratch_is_the_size_of_the_base_and_adds_its_steps_at_equal_compute(preset):
     def parsed(arm):
         made = [shlex.split(command) for command in commands(Config(preset=preset), arm, 0)[0]]
         return [config.cli(finetune.Config, finetune.PRESETS, argv=words)
@@ -174,7 +174,7 @@ def test_a_transformer_from_scratch_has_the_sizes_of_the_base_model_and_its_step
 
 
 @pytest.mark.parametrize("preset", ["tiny", "photos"])
-def test_every_arm_is_a_command_line_that_the_scripts_take(preset, monkeypatch):
+def test_every_arm_is_a_command_line_the_scripts_accept(preset, monkeypatch):
     cfg = Config(preset=preset, base="taef2", data_dir="my photos", eval_dir="eval", lpips_trunk="net.pth")
     scripts = {"train_vae.py": train_vae, "finetune.py": finetune}
     made = set()
@@ -190,7 +190,7 @@ def test_every_arm_is_a_command_line_that_the_scripts_take(preset, monkeypatch):
     assert len(made) == len(ARMS)                                     # no two arms are the same run
 
 
-def test_an_arm_changes_what_it_says_and_shares_the_rest_of_its_seed():
+def test_an_arm_changes_what_its_name_says_and_shares_the_rest():
     cfg = Config()
     paper, _ = commands(cfg, "paper", 0)
     no_schedule, _ = commands(cfg, "no schedule", 0)
@@ -206,7 +206,7 @@ def test_an_arm_changes_what_it_says_and_shares_the_rest_of_its_seed():
 
 @pytest.mark.parametrize("preset", ["tiny", "photos"])
 @pytest.mark.parametrize("name", ["space to depth", "closed, aligned"])
-def test_details_in_a_fixed_basis_are_decoded_with_all_losses_of_the_method_but_alignment(preset, name):
+def test_the_decoder_of_fixed_basis_details_trains_with_every_loss_but_alignment(preset, name):
     stage1 = []
     for arm in ("paper", name):
         trained, _ = commands(Config(preset=preset, base="taef2"), arm, 0)
@@ -219,7 +219,7 @@ def test_details_in_a_fixed_basis_are_decoded_with_all_losses_of_the_method_but_
 
 def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     cells = [line("paper", 0, 0.8), line("paper", 1, 0.9), line("no schedule", 0, 0.4),
-             line("no schedule", 1, 0.5), line("paper", 1, 1.0)]      # a cell that was run once more
+             line("no schedule", 1, 0.5), line("paper", 1, 1.0)]      # a cell that was run again
     cells[0]["details"] = {"zero details": {"psnr": 17.0}}
     half = line("half size", 0, 1.2, row="base only, bilinear")
     del half["curves"]["detail"]
@@ -231,13 +231,13 @@ def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     assert "| paper | the method | 2 |" in text and "0.9 (0.8 to 1)" in text
     assert "17 (17 to 17; 1 of 2 seeds)" in text                      # not all cells have all numbers
     assert "-0.450, 2 of 2 below: better than paper" in text
-    assert number(found["no schedule"][1], ablation.ADDED) == 0.0     # 0.5 of the samples, and of the decoder
+    assert number(found["no schedule"][1], ablation.ADDED) == 0.0     # the samples' 0.5 less the decoder's
     assert "| half size |" in text and "1.2 (1.2 to 1.2)" in text
     assert Image.open(tmp_path / "tiny.png").width == 1600
 
 
-def test_an_arm_has_reached_the_papers_loss_where_the_mean_of_five_rows_has():
-    fast = [0.9, 0.4, 0.4, 0.4, 0.4, 0.4, 0.3, 0.3]                   # paper's last five: a mean of 0.4
+def test_an_arm_reaches_the_papers_loss_when_its_mean_over_five_rows_does():
+    fast = [0.9, 0.4, 0.4, 0.4, 0.4, 0.4, 0.3, 0.3]                   # the mean of paper's last five is 0.4
     cells = {"paper": {0: line("paper", 0, 0.8), 1: line("paper", 1, 0.8)},
              "scratch": {0: line("scratch", 0, 0.8, losses=fast),
                          1: line("scratch", 1, 0.8, losses=[0.5] * 7 + [0.1])}}
@@ -245,7 +245,7 @@ def test_an_arm_has_reached_the_papers_loss_where_the_mean_of_five_rows_has():
     assert ablation.steps_to_paper(cells, "scratch") == "60, never"
 
 
-def test_another_setting_has_folders_and_results_of_its_own(tmp_path):
+def test_another_setting_gets_its_own_folders_and_results(tmp_path):
     cfg = Config(name="short", vae_flags="--D=56", dit_flags="--D=56 --steps=140")
     made, run = commands(cfg, "no schedule", 1)
     assert run == "out/ablation/short/seed1/no-schedule"
@@ -255,14 +255,14 @@ def test_another_setting_has_folders_and_results_of_its_own(tmp_path):
         ablation.main(Config(name="short", report=True, results=str(tmp_path)))
 
 
-def test_what_cannot_be_run_is_one_sentence(tmp_path):
+def test_bad_requests_get_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match=r"--arms: 'papers' is none of paper \| paper, again"):
         ablation.main(Config(arms="papers", results=str(tmp_path)))
     with pytest.raises(SystemExit, match="has no cells yet; run without --report=True"):
         ablation.main(Config(report=True, results=str(tmp_path)))
 
 
-def test_a_line_that_is_cut_off_is_named_and_no_cell_is_lost_in_silence(tmp_path):
+def test_a_truncated_line_is_named_and_no_cell_is_lost_silently(tmp_path):
     path = tmp_path / "tiny.jsonl"
     whole = json.dumps(line("paper", 0, 0.8)) + "\n"
     path.write_text(whole + whole[:40])
@@ -270,13 +270,13 @@ def test_a_line_that_is_cut_off_is_named_and_no_cell_is_lost_in_silence(tmp_path
         ablation.main(Config(results=str(tmp_path), report=True))
 
 
-def test_levels_of_the_arms_are_those_of_the_presets():
+def test_the_arms_levels_match_the_presets():
     for preset, given in ablation.LEVELS.items():
         known = {f.name: f.default for f in fields(train_vae.Config)} | train_vae.PRESETS[preset]
         assert given.endswith(f",{known['D']}") and len(given.split(",")) == 4
 
 
-def test_a_cell_runs_once_seed_by_seed_and_is_kept_when_a_later_one_fails(tmp_path, monkeypatch):
+def test_cells_run_once_seed_by_seed_and_survive_a_later_failure(tmp_path, monkeypatch):
     ran = []
 
     def run_cell(cfg, name, seed):
@@ -300,7 +300,7 @@ def test_a_cell_runs_once_seed_by_seed_and_is_kept_when_a_later_one_fails(tmp_pa
 
 
 @pytest.mark.slow
-def test_two_arms_run_from_nothing_and_only_what_is_missing_runs_again(tmp_path, monkeypatch):
+def test_two_arms_run_from_nothing_and_finished_cells_do_not_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ("--steps=2 --images=16 --batch_size=4 --micro_batch=4 --log_every=1 --save_every=0 --device=cpu "
              "--dtype=float32")

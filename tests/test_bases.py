@@ -1,4 +1,4 @@
-"""support/bases.py: base VAEs beside AutoencoderKL."""
+"""support/bases.py: base VAEs other than AutoencoderKL."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ def test_taef2_reproduces_its_published_round_trip(shared):
 
 
 def layer(sd, name, x):
-    """A convolution of TAEF2 by its name, or the three of a block, in float64."""
+    """The convolution of TAEF2 with this name, or a block's three, in float64."""
     if name.endswith(".conv"):
         for i in (0, 2, 4):
             x = layer(sd, f"{name}.{i}", x.relu() if i else x)
@@ -51,16 +51,16 @@ def block(sd, name, x):
 
 
 @torch.no_grad()
-def test_taef2_is_the_network_of_its_author_written_out_in_float64(error, randomise):
+def test_taef2_equals_its_authors_network_written_out_in_float64(error, randomise):
     torch.manual_seed(0)
     vae = randomise(TAEF2(C=4, width=8), names="pool.1").eval()
-    vae.decoder[17].weight *= 8                                        # so that some pixels are cut off
+    vae.decoder[17].weight *= 8                                        # so that some pixels are clipped
     vae.decoder[17].bias.fill_(0.5)
     sd = vae.state_dict()
     x = torch.rand(2, 3, 32, 48) * 2 - 1
     h = layer(sd, "encoder.1", x.double() / 2 + 0.5)
     for i in range(2, 15):
-        if i in (3, 7, 11):                                            # a stride of 2 keeps every other one
+        if i in (3, 7, 11):                                            # a stride of 2 keeps every other value
             h = layer(sd, f"encoder.{i}", h)[:, :, ::2, ::2]
         else:
             h = block(sd, f"encoder.{i}", h)
@@ -79,14 +79,14 @@ def test_taef2_is_the_network_of_its_author_written_out_in_float64(error, random
 
 
 @pytest.mark.parametrize("kind, eps", [(AutoencoderKL, 1e-6), (AutoencoderKLFlux2, 1e-6), (TAEF2, 1e-5)])
-def test_every_group_norm_has_the_epsilon_that_the_public_weights_were_trained_with(kind, eps, kl_config):
+def test_every_group_norm_has_the_epsilon_the_public_weights_were_trained_with(kind, eps, kl_config):
     vae = kind() if kind is TAEF2 else kind(replace(kl_config, attn=(1,)))
     for part in (vae.encoder, vae.decoder):
         norms = [layer for layer in part.modules() if isinstance(layer, torch.nn.GroupNorm)]
         assert len(norms) >= 3 and {norm.eps for norm in norms} == {eps}
 
 
-def test_taef2_keeps_the_names_that_its_checkpoints_have():
+def test_taef2_keeps_the_names_in_its_checkpoints():
     names = list(TAEF2().state_dict())
     some = [
         "encoder.1.weight",
@@ -103,11 +103,11 @@ def test_taef2_keeps_the_names_that_its_checkpoints_have():
         "decoder.17.bias",
     ]
     assert set(some) < set(names) and len(names) == 160
-    # the hash of a cache of latents goes by the order
+    # the hash of a latent cache depends on the order
     assert names.index("encoder.12.pool.3.weight") < names.index("encoder.12.conv.0.weight")
 
 
-def test_taef2_is_read_from_its_two_files_and_from_the_one_on_hugging_face():
+def test_taef2_loads_from_its_two_files_and_from_the_one_on_hugging_face():
     two, one = {}, {}
     for key, weight in TAEF2().state_dict().items():
         if key in ("mean", "std"):
@@ -125,7 +125,7 @@ def test_taef2_is_read_from_its_two_files_and_from_the_one_on_hugging_face():
 
 
 @torch.no_grad()
-def test_taef2_is_a_base_but_not_a_plain_vae_to_train():
+def test_taef2_can_be_a_base_but_not_train_as_a_plain_vae():
     x = torch.rand(1, 3, 32, 32) * 2 - 1
     base = TAEF2().eval()
     vae = DAVAE(base, DAVAEConfig(D=32)).eval()
@@ -139,18 +139,18 @@ def test_taef2_is_a_base_but_not_a_plain_vae_to_train():
         plain(x)
 
 
-def test_a_taef2_of_an_older_config_without_sizes_is_built():
+def test_an_older_taef2_config_without_sizes_still_builds():
     vae = build_vae({"base": {"kind": "TAEF2"}, "D": 32, "detail_dropout": 0.1, "rescale": False})
     assert (vae.C, vae.D, vae.f, vae.base.width) == (32, 32, 16, 64)
     assert build_vae(vae.config()).config() == vae.config()
 
 
-def test_taef2_is_cut_before_the_decoders_first_non_linearity():
+def test_taef2_is_split_before_its_decoders_first_nonlinearity():
     base = TAEF2()
     assert isinstance(base.from_latent[-1], torch.nn.Conv2d) and isinstance(base.decoder[0], torch.nn.ReLU)
 
 
-# ---------------------------------------------------------------- a base of one's own
+# ---------------------------------------------------------------- a custom base
 
 
 class Toy(BaseVAE):
@@ -168,7 +168,7 @@ class Toy(BaseVAE):
 
 
 @torch.no_grad()
-def test_a_base_of_ones_own_goes_through_every_door(tmp_path, monkeypatch):
+def test_a_custom_base_saves_loads_and_carries_a_davae(tmp_path, monkeypatch):
     monkeypatch.setitem(BASES, "Toy", Toy)
     toy, x = Toy(C=5).eval(), torch.rand(1, 3, 16, 16)
     toy.mean.uniform_(-1, 1)
@@ -181,7 +181,7 @@ def test_a_base_of_ones_own_goes_through_every_door(tmp_path, monkeypatch):
     assert type(again.base) is Toy and again.base.C == 5 and again.config() == vae.config()
 
 
-def test_a_base_that_is_not_in_the_dict_is_named_with_those_that_are(tmp_path, monkeypatch):
+def test_an_unregistered_base_is_named_with_the_registered_ones(tmp_path, monkeypatch):
     monkeypatch.setitem(BASES, "Toy", Toy)
     save_base_vae(Toy(), tmp_path / "toy")
     monkeypatch.delitem(BASES, "Toy")

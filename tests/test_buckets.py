@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def settings(**changes):
-    """What `buckets.sort` reads of a Config."""
+    """What `buckets.sort` reads from a Config."""
     values = dict(buckets=2.0, data_dir="photos", out="out", image_size=64, batch_size=4, compile=False)
     return SimpleNamespace(**values | changes)
 
@@ -58,8 +58,7 @@ def shaped(folder):
 
 
 @pytest.mark.parametrize("side, multiple, most", [(1024, 32, 2), (512, 16, 3), (192, 32, 2), (64, 8, 16)])
-def test_shapes_are_multiples_of_the_squares_area_within_half_a_multiple_both_ways_round(
-        side, multiple, most):
+def test_shapes_have_about_the_squares_area_and_come_in_both_orientations(side, multiple, most):
     shapes = buckets.shapes_of(side, multiple, most)
     assert (side, side) in shapes and len(shapes) > 2
     assert {(w, h) for h, w in shapes} == set(shapes)
@@ -70,7 +69,7 @@ def test_shapes_are_multiples_of_the_squares_area_within_half_a_multiple_both_wa
     assert len({buckets.ratio(shape) for shape in shapes}) == len(shapes)
 
 
-def test_every_image_is_in_the_bucket_of_the_nearest_ratio():
+def test_every_image_goes_to_the_bucket_of_the_nearest_ratio():
     shapes = buckets.shapes_of(512, 16, 2)
     sizes = np.random.default_rng(0).integers(100, 2000, (500, 2))
     for (h, w), found in zip(sizes, buckets.nearest(shapes, sizes)):
@@ -79,25 +78,25 @@ def test_every_image_is_in_the_bucket_of_the_nearest_ratio():
     assert buckets.nearest(shapes, np.array([[0, 0], [10, 9000]])).tolist() == [-1, len(shapes) - 1]
 
 
-def test_an_image_covers_its_shape_and_what_stands_over_is_cut_off_on_both_sides():
+def test_an_image_covers_its_shape_and_the_excess_is_cropped_on_both_sides():
     image = Image.new("RGB", (120, 40), "black")
-    image.paste("white", (20, 0, 100, 40))                         # 80x40 of it: exactly 2:1
+    image.paste("white", (20, 0, 100, 40))                         # 80x40 are white: exactly 2:1
     assert np.asarray(data.center_crop(image, 32, 64))[:, 1:-1].min() > 200
-    assert np.asarray(data.center_crop(image, 20, 60)).min() == 0  # 3:1: nothing is cut off
+    assert np.asarray(data.center_crop(image, 20, 60)).min() == 0  # 3:1: nothing is cropped
     lost = buckets.cropped_away(np.array([[40, 120], [40, 80], [80, 40]]), np.array([[32, 64]]))
     assert lost == pytest.approx([1 / 3, 0, 3 / 4])
 
 
-def test_a_square_bucket_has_the_pixels_of_an_image_without_buckets(folder, shaped):
+def test_a_square_bucket_has_the_same_pixels_as_without_buckets(folder, shaped):
     without = data.open_dataset(folder, 64)
     for i in (9, 10, 11):
         assert np.array_equal(shaped.image(i)[0], without.image(i)[0])
     assert shaped.image(0)[0].shape == (48, 88, 3) and without.image(0)[0].shape == (64, 64, 3)
 
 
-def test_every_image_of_every_bucket_comes_with_its_own_label(folder):
+def test_every_image_in_every_bucket_keeps_its_own_label(folder):
     images = data.open_dataset(folder, 64)
-    images.labels = np.arange(len(SIZES))                          # by which its caption is found
+    images.labels = np.arange(len(SIZES))                          # captions are looked up by label
     shaped = buckets.sort(images, settings(), 8)
     for i in range(len(SIZES)):
         pixels, label = shaped.image(i)
@@ -105,7 +104,7 @@ def test_every_image_of_every_bucket_comes_with_its_own_label(folder):
         assert label == i and np.array_equal(pixels, np.asarray(data.center_crop(images.load(i), *shape)))
 
 
-def test_the_fingerprint_is_of_the_images_and_of_their_shapes(folder, tmp_path):
+def test_the_fingerprint_covers_the_images_and_their_shapes(folder, tmp_path):
     def fingerprint(**changes):
         return buckets.sort(data.open_dataset(tmp_path, 64), settings(**changes), 8).fingerprint
 
@@ -116,22 +115,22 @@ def test_the_fingerprint_is_of_the_images_and_of_their_shapes(folder, tmp_path):
     assert fingerprint() != before
 
 
-def test_the_table_has_each_buckets_images_and_what_is_cut_off(folder, capsys):
+def test_the_table_lists_each_buckets_images_and_cropped_share(folder, capsys):
     buckets.sort(data.open_dataset(folder, 64), settings(batch_size=16), 8)
     lines = capsys.readouterr().out.splitlines()
     rows = {words[0]: words[1:] for words in map(str.split, lines)}
     assert "64x64 pixels, multiples of 8, sides up to 2:1" in lines[0]
     assert rows["64x64"][0] == "4" and "88x48" not in rows         # no image has that shape
     assert rows["48x88"] == ["10", "9.5%"]         # nine of 70:40 lose 1 - 1.75 / 1.833, the one of 4:1 54 %
-    assert rows["cut"][-1] == "33.3%"              # of squares, in all
+    assert rows["cut"][-1] == "33.3%"              # overall, with squares
     assert "fewer than a batch of 16" in lines[-1] and "72x56, 64x64, 48x88" in lines[-1]
 
 
 # ---------------------------------------------------------------- sizes
 
 
-def test_sizes_are_those_of_the_upright_image_in_every_format_also_in_shards(tmp_path):
-    """Of 300 KB and more, so that the headers are all that is read of most."""
+def test_sizes_are_of_the_upright_image_in_every_format_and_in_shards(tmp_path):
+    """Files of 300 KB and more, so that only the headers of most are read."""
     upright = picture(400, 300)
     turned = Image.Exif()
     turned[photos.ORIENTATION] = 6
@@ -150,7 +149,7 @@ def test_sizes_are_those_of_the_upright_image_in_every_format_also_in_shards(tmp
         assert [images.load(i).size for i in range(6)] == 6 * [(300, 400)]
 
 
-def test_of_every_orientation_the_header_tells_the_size_of_the_upright_image(tmp_path):
+def test_the_header_gives_the_upright_size_for_every_orientation(tmp_path):
     for orientation in range(1, 9):
         turned = Image.Exif()
         turned[photos.ORIENTATION] = orientation
@@ -173,13 +172,13 @@ def test_only_the_headers_of_a_shards_images_are_read(tmp_path, monkeypatch):
     assert len(images.index.read(0, 100)) == 100 and len(images.index.read(0)) == member.size
 
 
-def test_an_unreadable_image_is_in_no_bucket_and_one_that_breaks_later_is_replaced_from_its_own(
+def test_an_unreadable_image_has_no_bucket_and_a_truncated_one_is_replaced_within_its_bucket(
         folder, tmp_path, capsys):
     for path in Path(folder).glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "03.png").write_bytes(b"")
     whole = (tmp_path / "13.png").read_bytes()
-    (tmp_path / "13.png").write_bytes(whole[:len(whole) // 2])     # its header is there
+    (tmp_path / "13.png").write_bytes(whole[:len(whole) // 2])     # its header is intact
     shaped = buckets.sort(data.open_dataset(tmp_path, 64), settings(), 8)
     assert "1 unreadable images are in none" in capsys.readouterr().out
     assert shaped.bucket[3] == -1 and shaped.bucket[13] >= 0
@@ -205,24 +204,24 @@ def read_in(counts, batch_size, seed, steps):
 
 
 @pytest.mark.parametrize("counts", [(9, 4, 5, 1), (40,), (3, 2), (1000, 7, 130)])
-def test_each_buckets_batches_come_in_order_and_an_epoch_has_all_that_are_full(counts):
+def test_each_buckets_epochs_come_in_order_and_hold_every_full_batch(counts):
     batch_size = 8
     steps = read_in(counts, batch_size, 0, 400)
     for bucket, count in enumerate(counts):
         numbers = [number for b, number in steps if b == bucket]
         assert len(set(numbers)) == len(numbers)
-        for epoch in range(30):                                    # whole epochs of the bucket, each mixed
+        for epoch in range(30):                                    # whole epochs of the bucket, each shuffled
             first, last = epoch * count // batch_size, (epoch + 1) * count // batch_size
             if last <= len(numbers):
                 assert sorted(numbers[first:last]) == list(range(first, last))
     shares = Counter(bucket for bucket, _ in steps)
     for bucket, count in enumerate(counts):
         even = 400 * count / sum(counts)
-        most = count / batch_size + 2 + len(counts)                # an epoch's, where it is cut off
+        most = count / batch_size + 2 + len(counts)                # the steps may end inside an epoch
         assert abs(shares[bucket] - even) <= most
 
 
-def test_every_image_comes_once_an_epoch_but_for_a_rest_of_less_than_a_batch(shaped):
+def test_an_epoch_has_every_image_once_but_for_less_than_a_batch(shaped):
     counts = [len(part) for part in shaped.parts]
     seen = Counter()
     for epoch in range(1, 40):
@@ -232,12 +231,12 @@ def test_every_image_comes_once_an_epoch_but_for_a_rest_of_less_than_a_batch(sha
         for part, count in zip(shaped.parts, counts):
             times = [seen[i] for i in part.members.tolist()]
             rest = epoch * count - sum(times)
-            assert 0 <= rest < 4                                   # waits for the next epoch
-            assert max(times) - min(times) <= 1                    # nobody comes more often
+            assert 0 <= rest < 4                                   # left for the next epoch
+            assert max(times) - min(times) <= 1                    # none comes more often
     assert set(seen) == set(range(len(SIZES)))
 
 
-def test_every_batch_is_of_one_bucket_and_epochs_and_seeds_differ(shaped):
+def test_every_batch_is_from_one_bucket_and_epochs_and_seeds_differ(shaped):
     batches = [shaped.plan(4, 0, step)[0] for step in range(60)]
     for indices in batches:
         assert len(set(shaped.bucket[indices].tolist())) == 1
@@ -247,12 +246,12 @@ def test_every_batch_is_of_one_bucket_and_epochs_and_seeds_differ(shaped):
         steps = range(buckets.start_of(counts, 4, epoch), buckets.start_of(counts, 4, epoch + 1))
         order = [shaped.bucket[batches[step][0]] for step in steps]
         mixed += order != sorted(order)
-    assert mixed > 5                                               # not one bucket after the other
+    assert mixed > 5                                               # not one bucket after another
     other = [shaped.plan(4, 1, step)[0].tolist() for step in range(60)]
     assert other != [indices.tolist() for indices in batches]
 
 
-def test_buckets_follow_each_other_in_another_order_in_each_epoch_and_with_each_seed():
+def test_buckets_come_in_a_different_order_in_each_epoch_and_with_each_seed():
     orders = set()
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
         orders.add(tuple(bucket for bucket, _ in buckets.mixed((80, 80), 4, seed, epoch)))
@@ -269,7 +268,7 @@ def test_ranks_share_one_bucket_and_together_read_what_one_process_reads(shaped)
         shaped.plan(4, 0, 0, 0, 3)
 
 
-def test_batches_resumed_at_any_step_equal_straight_ones(shaped):
+def test_batches_resumed_at_any_step_equal_uninterrupted_ones(shaped):
     straight = data.batches(shaped, 4, 3, flip=True)
     images = [next(straight) for _ in range(12)]
     for start in (1, 5, 11):
@@ -278,7 +277,7 @@ def test_batches_resumed_at_any_step_equal_straight_ones(shaped):
     assert len({x.shape for x, _ in images}) > 2
 
 
-def test_without_the_flag_the_data_set_is_the_same_object_and_its_order_is_that_of_batch_plan(folder):
+def test_without_the_flag_the_data_set_and_its_order_are_unchanged(folder):
     images = data.open_dataset(folder, 64)
     assert buckets.sort(images, settings(buckets=1.0), 8) is images
     assert train_vae.Config().buckets == finetune.Config().buckets == 1.0
@@ -294,20 +293,20 @@ def test_without_the_flag_the_data_set_is_the_same_object_and_its_order_is_that_
     (dict(compile=True), "--compile=True compiles for one shape"),
     (dict(data_dir="procedural"), "the images of --data_dir=procedural have one shape; give a folder"),
 ])
-def test_what_has_no_buckets_is_one_sentence(change, said, folder):
+def test_impossible_buckets_get_one_sentence(change, said, folder):
     cfg = settings(**change)
     images = data.open_dataset("procedural" if "data_dir" in change else folder, 64, 8)
     with pytest.raises(SystemExit, match=said):
         buckets.sort(images, cfg, 8)
 
 
-def test_a_model_of_classes_says_that_it_is_square(finetune_config, folder, tmp_path):
+def test_a_class_conditional_model_refuses_buckets(finetune_config, folder, tmp_path):
     cfg = finetune_config(tmp_path / "run", data_dir=folder, buckets=2.0)
     with pytest.raises(SystemExit, match="--buckets=2: a class-conditional model.* leave it out"):
         finetune.main(cfg)
 
 
-def test_crops_that_the_shortest_side_does_not_hold_are_refused(make_davae):
+def test_crops_larger_than_the_shortest_side_are_refused(make_davae):
     cfg = train_vae.Config(D=12, image_size=64, crop=(48,), buckets=2.0, perceptual="none", gan=0.0)
     checks.check_sizes(cfg, make_davae())
     with pytest.raises(SystemExit, match="--crop=64 is larger than the shortest side of a bucket, 48"):
@@ -319,7 +318,7 @@ def test_crops_that_the_shortest_side_does_not_hold_are_refused(make_davae):
 
 
 def recorded(monkeypatch, script, name, place):
-    """A list that gets the height and width of what each call of script.<name> has as argument `place`."""
+    """A list of the height and width of argument `place` in each call of script.<name>."""
     shapes = []
     original = getattr(script, name)
 
@@ -332,7 +331,7 @@ def recorded(monkeypatch, script, name, place):
 
 
 def killed(cfg, out):
-    """The Config of a copy of a finished run, as it was at the save before."""
+    """The Config of a copy of a finished run, put back to its previous save."""
     shutil.copytree(cfg.out, out)
     shutil.rmtree(out / f"step_{cfg.steps:06d}")
     (out / "summary.json").unlink()
@@ -352,7 +351,7 @@ def test_stage_1_trains_on_buckets_and_resumes_bit_for_bit(
     assert set(shapes) <= set(buckets.shapes_of(32, 4, 2))
 
 
-def test_crops_of_a_bucket_are_squares_that_fit_into_its_shorter_side():
+def test_crops_of_a_bucket_are_squares_that_fit_its_shorter_side():
     cfg = train_vae.Config(D=12, crop=(16,), halvings=2)
     x = torch.arange(48 * 96).view(1, 1, 48, 96).expand(2, 3, 48, 96).float()
     torch.manual_seed(0)
@@ -366,7 +365,7 @@ def test_crops_of_a_bucket_are_squares_that_fit_into_its_shorter_side():
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Embeddings of the captions, at random."""
+    """Random embeddings of the captions."""
     path = tmp_path_factory.mktemp("text")
     prompts = ["", *(f"picture {i}" for i in range(3))]
     torch.manual_seed(0)
@@ -378,7 +377,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text_base(tmp_path_factory, randomise):
-    """The folder of a small random MMDiT of C = 4."""
+    """The folder of a small random MMDiT with C = 4."""
     path = tmp_path_factory.mktemp("base") / "mmdit"
     sizes = MMDiTConfig(C=4, p=2, E=24, depth=2, A=2, dual=1, context=12, pooled=6, pos_size=24)
     weights = randomise(MMDiT(sizes)).state_dict()
@@ -397,22 +396,22 @@ def text_config(finetune_config, folder, texts, text_base):
     return make
 
 
-def test_a_text_model_trains_on_buckets_and_goes_on_bit_for_bit(
+def test_a_text_model_trains_on_buckets_and_resumes_bit_for_bit(
         text_config, same_weights, tmp_path, monkeypatch, capsys):
     shapes = recorded(monkeypatch, finetune, "flow_loss", 1)
-    monkeypatch.setattr(finetune, "draw_samples", lambda *args: None)      # they would take the longest
+    monkeypatch.setattr(finetune, "draw_samples", lambda *args: None)      # would take the longest
     cfg = text_config(tmp_path / "run")
     assert finetune.main(cfg)["warm_start"] == 0.0
     assert "buckets of about 64x64 pixels, multiples of 16" in capsys.readouterr().out
     resumed = killed(cfg, tmp_path / "resumed")
     finetune.main(resumed)
     assert same_weights(cfg, resumed, ("model", "ema"))
-    assert len(set(shapes)) > 1 and shapes[4:8] == shapes[8:]      # of two micro-batches a step
+    assert len(set(shapes)) > 1 and shapes[4:8] == shapes[8:]      # two micro-batches a step
     with pytest.raises(SystemExit, match="was started with buckets=2.0, now buckets=3.0"):
         finetune.main(replace(resumed, buckets=3.0, steps=5))
 
 
-def test_latents_of_buckets_are_cached_with_their_shapes_and_equal_those_encoded_as_it_goes(
+def test_bucketed_latents_are_cached_with_their_shapes_and_match_those_encoded_on_the_fly(
         text_config, tiny_vae, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 4)
     vae = load_davae(tiny_vae)
@@ -438,8 +437,8 @@ def test_latents_of_buckets_are_cached_with_their_shapes_and_equal_those_encoded
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_buckets_as_one_does(text_config, launch, read_log, tmp_path):
-    one = text_config(tmp_path / "one", flip=True)                 # a cache that no test before has written
+def test_two_processes_train_on_buckets_like_one(text_config, launch, read_log, tmp_path):
+    one = text_config(tmp_path / "one", flip=True)                 # no other test has written this cache
     two = replace(one, out=str(tmp_path / "two"))
     process = launch(finetune.main, two, ranks=2)
     out, err = process.communicate()

@@ -1,4 +1,4 @@
-"""experiments/budget.py: formulas by hand, counts by the models' shapes, and docs/paper.md by both."""
+"""experiments/budget.py: formulas by example, counts by the models' shapes, docs/paper.md by both."""
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ IMAGENET, SD1024, SD2048 = JOBS
 CFG = Config(nvlink=100.0, network=10.0, latency=1e-6, peak=1000.0, dit=50.0, vae=25.0, price=2.0)
 
 
-def test_every_table_of_the_page_is_what_the_script_prints():
+def test_every_table_on_the_page_is_what_the_script_prints():
     page = PAGE.read_text()
     for name, lines in budget.tables(Config()).items():
         found = re.search(f"<!-- experiments/budget.py: {re.escape(name)} -->\n(.*?)\n\n", page + "\n", re.S)
@@ -30,12 +30,12 @@ def test_every_table_of_the_page_is_what_the_script_prints():
     assert marked == list(budget.tables(Config()))
 
 
-def test_gpu_hours_are_flops_over_the_part_of_the_peak_that_is_reached():
+def test_gpu_hours_are_flops_over_the_share_of_the_peak_reached():
     assert plan.gpu_hours(3600e12, reached=0.5, peak=2e12) == 3600e12 / 1e12 / 3600 == 1.0
     assert budget.hours(3600 * 500e12, 50, CFG) == pytest.approx(1.0)            # 500 TFLOP/s for an hour
 
 
-def test_a_gather_inside_a_machine_and_between_machines_takes_what_the_wires_say():
+def test_gather_times_follow_the_bandwidth_inside_and_between_machines():
     assert budget.gather(800e9, 8, CFG) == pytest.approx(700 / 100)              # 7/8 of it, at 100 GB/s
     # 2 machines: half of each GPU's eighth of 100 GB at 10 GB/s, and the same inside
     assert budget.gather(800e9, 16, CFG) == pytest.approx(50 / 10 + 700 / 100)
@@ -50,8 +50,8 @@ def test_ddp_hides_its_traffic_behind_the_backward_pass_but_for_the_last_bucket(
     assert bytes_sent == pytest.approx(2 * size * 7 / 8)
     bucket = 2 * budget.BUCKET * 7 / 8 / 100e9
     assert seconds == pytest.approx(3 + bucket)
-    # where the backward pass is shorter than the traffic, the rest is waited for
-    _, seconds = budget.ddp(job, 0.5, 8, CFG)                                    # 3 ms, 2 of them back
+    # if the traffic outlasts the backward pass, the rest is waited for
+    _, seconds = budget.ddp(job, 0.5, 8, CFG)                                    # 3 ms, 2 of them backward
     assert seconds == pytest.approx(3e-3 + (100 * bucket - 2e-3) + bucket)
 
 
@@ -65,37 +65,37 @@ def test_fsdp_gathers_every_parameter_twice_and_scatters_gradients_once():
     assert seconds == pytest.approx(traffic + 0.8e9 * 7 / 8 / 100e9)
 
 
-def test_a_collective_waits_once_for_each_doubling_of_the_gpus():
+def test_a_collective_waits_once_per_doubling_of_the_gpus():
     assert budget.waits(10, 64, Config(latency=20.0)) == pytest.approx(10 * 6 * 20e-6)
     assert budget.waits(10, 1, Config(latency=20.0)) == 0
 
 
-def test_checkpointing_computes_the_forward_pass_again_and_nothing_else_does():
+def test_only_checkpointing_computes_the_forward_pass_again():
     assert (IMAGENET.again, SD1024.again) == (0, SD1024.forward)
     assert plan.work(SD1024.cfg, 2.0, 5.0) == 7.0 * 128 * 10_000
     assert plan.work(IMAGENET.cfg, 2.0, 5.0) == 5.0 * 640 * 140_000
 
 
-def test_latents_and_texts_take_the_bytes_that_the_caches_write():
+def test_latents_and_text_take_the_bytes_that_the_caches_write():
     assert IMAGENET.latent_bytes() == 2 * 2 * 128 * 16 * 16                      # float16, mirrored too
     assert SD1024.latent_bytes() == 2 * 32 * 64 * 64
     assert SD2048.latent_bytes() == 4 * SD1024.latent_bytes()
     assert SD1024.text_bytes == 2 * (333 * 4096 + 2048)
 
 
-def test_sampling_an_image_takes_the_passes_that_the_papers_grid_and_interval_ask_for():
+def test_sampling_an_image_takes_the_passes_of_the_papers_grid_and_interval():
     ts = [k / 249 for k in range(249)]
     shifted = [0.3 * t / (1 - 0.7 * t) for t in ts]
     assert IMAGENET.passes == 249 + sum(t >= 0.2 for t in shifted)
     assert SD1024.passes == 30 * 2
 
 
-def test_dollars_and_days_grow_with_the_images_and_with_the_price():
+def test_dollars_and_days_follow_from_the_images_and_the_price():
     assert budget.days(24 * 3600, CFG) == "3,600, 172,800"                       # at 2 dollars an hour
     job = replace(IMAGENET, encode=250e12 * 36, step=500e12 * 360)               # 36 s and 360 s an image
     row = budget.data_sets(job, replace(CFG, images=(2400,), storage=1e6))[-1]
     once, month, on_the_fly, train = row.strip("| ").split(" | ")[-4:]
-    assert once == "2.00, 96"                                                    # mirrored, too
+    assert once == "2.00, 96"                                                    # mirrored too
     assert month == f"{2400 * job.latent_bytes() / 1e6:,.0f}"
     assert on_the_fly == "1.00, 48" and train == "10.0, 480"
 
@@ -119,7 +119,7 @@ class Features(nn.Sequential):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.preset)
-def test_the_autoencoders_counts_are_those_of_their_shapes(job):
+def test_the_autoencoders_counts_follow_from_their_shapes(job):
     cfg = job.vae_cfg
     kl = KLConfig()
     if job.vae == "imagenet512":

@@ -15,7 +15,7 @@ def images(folder, *names):
 
 
 def metadata(folder, *rows, name="metadata.jsonl"):
-    """A list of (file name, caption) in a folder, as jsonl or csv."""
+    """Write a list of (file name, caption) to a folder, as jsonl or csv."""
     lines = [json.dumps({"file_name": file, "text": text}) for file, text in rows]
     if name.endswith(".csv"):
         lines = ["file_name,text"] + [f'"{file}","{text}"' for file, text in rows]
@@ -41,7 +41,7 @@ def decomposed(name):
 
 @pytest.mark.parametrize("name", ["café.png", "ÅÄÖ/über.png", "パグ.png"])
 @pytest.mark.parametrize("ours, theirs", [(composed, decomposed), (decomposed, composed)])
-def test_accents_are_compared_whichever_way_they_are_written(tmp_path, name, ours, theirs):
+def test_accents_match_however_they_are_encoded(tmp_path, name, ours, theirs):
     assert ours(name) != theirs(name)
     images(tmp_path, ours(name))
     metadata(tmp_path, (theirs(name), "in the list"))
@@ -51,7 +51,7 @@ def test_accents_are_compared_whichever_way_they_are_written(tmp_path, name, our
     assert list(of(tmp_path).values()) == ["beside"]
 
 
-def test_two_images_whose_names_differ_in_form_only_have_a_caption_each(tmp_path):
+def test_names_that_differ_only_in_unicode_form_have_a_caption_each(tmp_path):
     images(tmp_path, composed("é.png"), decomposed("é.png"))
     metadata(tmp_path, (decomposed("é.png"), "two characters"), (composed("é.png"), "one"))
     assert of(tmp_path) == {composed("é.png"): "one", decomposed("é.png"): "two characters"}
@@ -59,13 +59,13 @@ def test_two_images_whose_names_differ_in_form_only_have_a_caption_each(tmp_path
 
 @pytest.mark.parametrize("written", ["./sub/b.png", ".\\sub\\b.png", "sub\\b.png", "sub//b.png",
                                      "sub/../sub/b.png", "sub/b", "SUB/B.PNG", "sub\\B"])
-def test_a_name_is_found_with_backslashes_dots_and_without_its_ending(tmp_path, written):
+def test_a_name_matches_with_backslashes_dots_other_case_or_no_ending(tmp_path, written):
     images(tmp_path, "sub/b.png", "other/b.png")
     metadata(tmp_path, (written, "found"))
     assert of(tmp_path) == {"sub/b.png": "found", "other/b.png": ""}
 
 
-def test_an_absolute_name_is_found_below_the_folder_and_below_a_link_to_it(tmp_path, monkeypatch):
+def test_an_absolute_path_is_found_via_the_folder_or_a_link_to_it(tmp_path, monkeypatch):
     images(tmp_path / "photos", "a.png")
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     metadata(tmp_path / "photos", (str(tmp_path / "photos" / "a.png"), "found"))
@@ -74,7 +74,7 @@ def test_an_absolute_name_is_found_below_the_folder_and_below_a_link_to_it(tmp_p
         assert data.ImageFolder(root, 8).captions == ["found"]
 
 
-def test_what_several_images_could_mean_finds_none_but_an_exact_name_counts(tmp_path, capsys):
+def test_an_ambiguous_name_matches_no_image_but_an_exact_one_does(tmp_path, capsys):
     images(tmp_path, "a.png", "a.jpg", "b.png", "B.png")
     metadata(tmp_path, ("a", "which?"), ("b.PNG", "which?"), ("B.png", "exact"), ("gone.png", "lost"))
     assert of(tmp_path) == {"B.png": "exact", "a.jpg": "", "a.png": "", "b.png": ""}
@@ -82,7 +82,7 @@ def test_what_several_images_could_mean_finds_none_but_an_exact_name_counts(tmp_
     assert "3 of 4 rows found no image, or several; the first: 'a', 'b.PNG', 'gone.png'" in said
 
 
-def test_rows_without_an_image_are_counted_and_three_of_them_named_in_one_line(tmp_path, capsys):
+def test_rows_without_an_image_are_counted_and_the_first_three_named_in_one_line(tmp_path, capsys):
     images(tmp_path, "a.png")
     metadata(tmp_path, ("a.png", "x"), *[(f"{k}.png", "x") for k in range(20)], ("/elsewhere/a.png", "x"))
     data.ImageFolder(tmp_path, 8)
@@ -90,7 +90,7 @@ def test_rows_without_an_image_are_counted_and_three_of_them_named_in_one_line(t
     assert line.endswith("21 of 22 rows found no image, or several; the first: '0.png', '1.png', '2.png'")
 
 
-def test_of_two_captions_the_last_counts_and_that_is_said_only_where_they_differ(tmp_path, capsys):
+def test_the_last_of_two_captions_counts_with_a_warning_only_if_they_differ(tmp_path, capsys):
     images(tmp_path, "a.png", "b.png")
     metadata(tmp_path, ("a.png", "same"), ("./a.png", "same"), ("b.png", "first"), ("b.png", "last"))
     assert of(tmp_path) == {"a.png": "same", "b.png": "last"}
@@ -100,7 +100,7 @@ def test_of_two_captions_the_last_counts_and_that_is_said_only_where_they_differ
 
 # ---- lists ----
 
-def test_a_csv_is_read_as_well_and_lists_lie_in_sub_folders_too(tmp_path):
+def test_a_csv_is_read_too_and_lists_may_be_in_sub_folders(tmp_path):
     images(tmp_path, "cat/a.png", "dog/a.png", "dog/b.png")
     metadata(tmp_path, ("dog/b.png", "one, two"), ("cat/a.png", "a cat\nof two lines"), name="metadata.csv")
     metadata(tmp_path / "dog", ("a.png", "a dog"))
@@ -108,7 +108,7 @@ def test_a_csv_is_read_as_well_and_lists_lie_in_sub_folders_too(tmp_path):
     assert data.ImageFolder(tmp_path, 8).left_out == {}
 
 
-def test_of_two_lists_the_jsonl_counts_and_of_two_columns_the_text(tmp_path):
+def test_jsonl_overrides_csv_and_the_text_column_overrides_caption(tmp_path):
     images(tmp_path, "a.png", "b.png")
     metadata(tmp_path, ("a.png", "of the csv"), ("b.png", "of the csv"), name="metadata.csv")
     row = {"caption": "of the column caption", "file_name": "a.png", "text": " of the column text\n"}
@@ -146,7 +146,7 @@ def test_a_broken_csv_is_refused_with_file_and_line(tmp_path, text, line):
 @pytest.mark.parametrize("name, start", [("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n'),
                                          ("metadata.csv", "file_name,text\n"), ("a.txt", "two lines\n")])
 @pytest.mark.parametrize("encoding, line", [("cp1252", 2), ("utf-16", 1), ("utf-16-le", 2)])
-def test_another_encoding_than_utf_8_is_refused_with_file_and_line(tmp_path, name, start, encoding, line):
+def test_an_encoding_other_than_utf_8_is_refused_with_file_and_line(tmp_path, name, start, encoding, line):
     images(tmp_path, "a.png")
     (tmp_path / name).write_text(f"{start}schön", encoding)
     with pytest.raises(ValueError, match=f"{name}: line {line}: .*save it as UTF-8"):
@@ -155,7 +155,7 @@ def test_another_encoding_than_utf_8_is_refused_with_file_and_line(tmp_path, nam
     assert data.ImageFolder(tmp_path, 8).captions in ([["text"], ["x"], None])
 
 
-def test_utf_16_of_plain_letters_is_known_by_its_zero_bytes(tmp_path):
+def test_utf_16_of_plain_letters_is_recognised_by_its_zero_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("plain\nletters", "utf-16-le")
     with pytest.raises(ValueError, match="a.txt: line 1: a zero byte, as in UTF-16"):
         captions.read_text(tmp_path / "a.txt")
@@ -163,7 +163,7 @@ def test_utf_16_of_plain_letters_is_known_by_its_zero_bytes(tmp_path):
 
 # ---- text files ----
 
-def test_one_text_serves_images_of_one_name_and_an_empty_one_hides_no_other_caption(tmp_path):
+def test_a_text_file_serves_all_images_of_its_name_and_an_empty_one_hides_no_caption(tmp_path):
     images(tmp_path, "a.png", "a.webp", "b.png")
     metadata(tmp_path, ("b.png", "of the list"))
     (tmp_path / "a.TXT").write_bytes(b"both\r\n")
@@ -171,7 +171,7 @@ def test_one_text_serves_images_of_one_name_and_an_empty_one_hides_no_other_capt
     assert of(tmp_path) == {"a.png": "both", "a.webp": "both", "b.png": "of the list"}
 
 
-def test_text_files_without_an_image_are_counted_and_not_read(tmp_path):
+def test_text_files_without_an_image_are_counted_but_not_read(tmp_path):
     images(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("a caption")
     for name in ("README.txt", "b.txt"):
@@ -180,7 +180,7 @@ def test_text_files_without_an_image_are_counted_and_not_read(tmp_path):
     assert summary == "1 images without classes, 1 captions; left out: 2 .txt without an image"
 
 
-def test_a_caption_that_cannot_be_opened_is_named(tmp_path):
+def test_a_caption_file_that_cannot_be_opened_is_named(tmp_path):
     images(tmp_path, "a.png")
     (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="cannot read .*a.txt: No such file"):

@@ -1,4 +1,4 @@
-"""support/checks.py: what does not fit together is refused, and what fits is not."""
+"""support/checks.py: settings that do not fit together are refused, and others are not."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import train_vae
 from support import checks
 
 
-def test_a_base_of_fewer_classes_than_the_images_have_is_refused(make_dit):
+def test_a_base_with_fewer_classes_than_the_images_is_refused(make_dit):
     cfg = SimpleNamespace(base="base", vae="vae", text="", lora=0, image_size=16, data_dir="photos")
     vae = SimpleNamespace(C=4, f=4)
     for classes in (1, 5):
@@ -18,7 +18,7 @@ def test_a_base_of_fewer_classes_than_the_images_have_is_refused(make_dit):
 
 
 @pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])
-def test_the_discriminator_counts_only_where_it_starts_before_the_end(gan, start, judged):
+def test_the_discriminator_counts_only_if_it_starts_before_the_end(gan, start, judged):
     assert checks.is_judged(SimpleNamespace(gan=gan, disc_start=start, steps=9)) == judged
 
 
@@ -35,7 +35,7 @@ def test_the_discriminator_counts_only_where_it_starts_before_the_end(gan, start
     (dict(detail_dropout=1.0, rescale=True), "--rescale=True divides by"),
     (dict(detail_dropout=1.0, rescale=False), ""),
 ])
-def test_what_fits_is_not_refused_with_what_does_not(make_davae, changes, refused):
+def test_only_settings_that_do_not_fit_are_refused(make_davae, changes, refused):
     cfg = train_vae.Config(D=12, image_size=64, perceptual="none", gan=0.0, disc_start=3, steps=9, crop=())
     if not refused:
         return checks.before_training(replace(cfg, **changes), make_davae())

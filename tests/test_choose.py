@@ -1,8 +1,8 @@
-"""kernels/choose.py and kernels/trial.py: what is wrong, fails, hangs or is slow is left out, and named.
+"""kernels/choose.py and kernels/trial.py: a wrong, failing, hanging or slow kernel is left out and named.
 
-Kernels are made up here: what they compute is right or wrong on purpose. Those of the project are tried in
-tests/test_kernels.py. `in_place` makes the trial run in this process and nothing be compiled, by a clock that
-only these functions move: which is faster is no matter of luck.
+The kernels here are made up, and right or wrong on purpose; tests/test_kernels.py tries the project's own.
+`in_place` runs the trial in this process and compiles nothing, on a clock that only these functions advance:
+which one is faster does not depend on luck.
 """
 import json
 import math
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch, tmp_path):
-    """KERNELS=auto, as if a CPU were interpreting kernels; a cache of its own; all undone after a test."""
+    """KERNELS=auto, as if a CPU were interpreting kernels, and an empty cache; undone after each test."""
     monkeypatch.setattr(kernels, "KERNELS", "auto")
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -37,7 +37,7 @@ def nothing_chosen(monkeypatch, tmp_path):
 
 @pytest.fixture
 def tries(monkeypatch):
-    """A list of the names of the operations that were tried, in this process and without a compiler."""
+    """The names of the operations that were tried, in this process and without a compiler."""
     tried = []
 
     def in_place(calls, rows, device, compiled):
@@ -58,7 +58,7 @@ def tries(monkeypatch):
     return tried
 
 
-# ---------------------------------------------------------------- an operation of its own
+# ---------------------------------------------------------------- a made-up operation
 
 
 class Clock:
@@ -110,7 +110,7 @@ def exact(x, weight):
     return Scaled.apply(x, weight, 1, 1)
 
 
-FAULTS = {                                             # what it computes, and what is said of it
+FAULTS = {                                             # the kernel, and part of the message about it
     "wrong by 1 %": (lambda x, w: Scaled.apply(x, w, 1.01, 1), "wrong by 1.0e-02"),
     "wrong in one number": (lambda x, w: exact(x, w) + torch.eye(*x.shape) * 1e-3, "wrong by"),
     "raises": (fails, "RuntimeError: no kernel image is available"),
@@ -156,7 +156,7 @@ def test_a_kernel_that_is_wrong_fails_or_is_slow_is_left_out_and_named(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kernel_that_is_right_and_faster_is_used_for_every_batch_but_no_other_shape(
+def test_a_correct_and_faster_kernel_is_used_for_every_batch_size_but_no_other_shape(
         dtype, scaled, tries, tmp_path, capsys):
     calls = []
 
@@ -184,7 +184,7 @@ def test_a_kernel_that_is_right_and_faster_is_used_for_every_batch_but_no_other_
     assert used(x, weight)
 
 
-def test_a_kernel_in_bfloat16_may_be_twice_as_wrong_as_plain_pytorch_and_no_more(scaled, tries):
+def test_a_bfloat16_kernel_may_have_twice_plain_pytorchs_error_and_no_more(scaled, tries):
     rounded = trial.Trial(call_of(scaled(exact), dtype=torch.bfloat16), CPU)
     plain = max(rounded.plain_errors)
     assert 0 < plain < 2**-7
@@ -192,7 +192,7 @@ def test_a_kernel_in_bfloat16_may_be_twice_as_wrong_as_plain_pytorch_and_no_more
     assert rounded.verdict(lambda x, w: Scaled.apply(x, w, 1.03, 1)).startswith("wrong by")
 
 
-def test_the_truth_is_the_specification_in_a_wider_dtype_with_products_that_nothing_shortens(tries):
+def test_the_truth_is_the_specification_in_a_wider_dtype_without_tf32(tries):
     seen = []
 
     def specification(x, weight):
@@ -218,14 +218,14 @@ def test_the_truth_is_the_specification_in_a_wider_dtype_with_products_that_noth
 
 @pytest.mark.parametrize("dtype,autocast,rounding", [
     (torch.float32, "", 1e-6), (torch.bfloat16, "", 2**-8), (torch.float32, "bfloat16", 2**-8)])
-def test_one_rounding_is_half_a_unit_in_the_last_place_of_the_coarsest_dtype(
+def test_one_rounding_is_half_an_ulp_of_the_coarsest_dtype_but_at_least_1e_6(
         dtype, autocast, rounding, scaled, tries):
     call = call_of(scaled(exact), dtype=dtype) | {"autocast": autocast}
     call["arguments"][1]["dtype"] = "float32"
     assert trial.Trial(call, CPU).rounding == rounding
 
 
-def test_a_variant_that_has_ended_its_process_is_not_run_again(scaled, tries):
+def test_a_variant_that_killed_its_process_is_not_run_again(scaled, tries):
     op = scaled(lambda x, weight: pytest.fail("run again"))
     began = []
     row = trial.attempt(call_of(op), CPU, False, {"kernel": "it hung"}, began.append)
@@ -233,8 +233,7 @@ def test_a_variant_that_has_ended_its_process_is_not_run_again(scaled, tries):
     assert began == ["plain", "compiled"]
 
 
-def test_a_trial_has_the_calls_strides_and_weights_that_keep_a_products_size_and_a_part_of_a_large_batch(
-        monkeypatch):
+def test_a_trial_has_the_calls_strides_scaled_weights_and_part_of_a_large_batch(monkeypatch):
     wide = torch.zeros(7, 8, 12)
     weight = torch.nn.Parameter(torch.zeros(64, 400))
     bias = torch.nn.Parameter(torch.zeros(400))
@@ -254,7 +253,7 @@ def test_a_trial_has_the_calls_strides_and_weights_that_keep_a_products_size_and
     assert [len(x) for x in trial.made(call, 2, CPU)[:4]] == [1, 1, 64, 400]
 
 
-def test_times_are_medians_of_rounds_in_turn_and_the_first_round_only_says_how_many_launches(monkeypatch):
+def test_times_are_medians_of_alternating_rounds_after_a_first_that_sets_the_repeats(monkeypatch):
     ms = {"a": [100.0, 1.0, 9.0, 2.0, 3.0, 4.0], "b": [200.0, 0.5, 0.5, 0.5, 7.0, 8.0]}
     launched = []
 
@@ -286,8 +285,8 @@ def call_of(op, **changes):
     return found[0]
 
 
-def test_what_nothing_is_trained_in_is_tried_without_a_backward(scaled, tries, tmp_path):
-    """So a kernel whose backward is wrong may be sampled with."""
+def test_without_gradients_no_backward_pass_is_tried(scaled, tries, tmp_path):
+    """So sampling may use a kernel whose backward pass is wrong."""
     op = scaled(FAULTS["backward wrong by 1 %"][0])
 
     def forward():
@@ -316,9 +315,9 @@ def test_inside_compiled_code_every_variant_is_compiled_before_it_is_timed(
 # ---------------------------------------------------------------- models
 
 
-def test_a_training_with_faulty_kernels_is_the_one_without_to_the_last_bit(
+def test_losses_with_faulty_kernels_equal_those_without_kernels_bit_for_bit(
         finetune_config, tries, monkeypatch, tmp_path, read_log, capsys):
-    """All of a LightningDiT's operations, each with another fault."""
+    """Every operation of a LightningDiT has a fault."""
     def nan(x, *others):
         return kernels.OPERATIONS["norm_modulate"].variants["plain"](x, *others) * math.nan
 
@@ -347,12 +346,12 @@ def test_a_training_with_faulty_kernels_is_the_one_without_to_the_last_bit(
     assert not (tmp_path / "ref" / "kernels.json").exists()
 
 
-def test_a_models_operations_are_written_down_once_with_what_is_trained_of_them(make_dit):
+def test_a_models_operations_are_recorded_once_with_which_inputs_are_trained(make_dit):
     model = make_dit(D=4, qk_norm=True).train()
     z = torch.zeros(3, 8, 4, 4)
     calls = choose.recorded(lambda: model(z, torch.zeros(3), torch.zeros(3, dtype=torch.long)), CPU)
     found = {call["op"]: call["arguments"] for call in calls}
-    assert [call["op"] for call in calls] == [             # no attention: heads of 8 are not for its kernel
+    assert [call["op"] for call in calls] == [             # no attention: its kernel does not take heads of 8
         "patch_embed", "norm_modulate", "qknorm_rope", "sdpa", "add_norm_modulate", "swiglu"]
     assert [x["trained"] for x in found["patch_embed"]] == [False, False, True, True, True, False]
     assert found["patch_embed"][1]["shape"] == [3, 4, 4, 4]
@@ -361,8 +360,8 @@ def test_a_models_operations_are_written_down_once_with_what_is_trained_of_them(
     assert kernels.WATCH is None
 
 
-def test_writing_operations_down_keeps_nothing_for_a_backward_pass():
-    """A batch that fits with a kernel only must get through without it, once."""
+def test_recording_operations_keeps_nothing_for_a_backward_pass():
+    """A batch that fits only with a kernel must get through once without it."""
     kept = []
 
     def forward():
@@ -374,8 +373,8 @@ def test_writing_operations_down_keeps_nothing_for_a_backward_pass():
     assert kept[0]() is None
 
 
-def test_of_a_text_whose_first_block_is_frozen_and_second_is_not_the_second_is_tried():
-    """With adapters nothing of the first block's text has a gradient, and of the second block's it has."""
+def test_text_tokens_are_tried_with_gradients_even_if_the_first_block_has_none():
+    """With adapters, the text has no gradient in the first block, but has one in the second."""
     cfg = dit.MMDiTConfig(C=4, D=4, E=48, A=3, depth=3, dual=1, context=12, pooled=8, pos_size=6, lora=2)
     model = dit.MMDiT(cfg)
     args = torch.zeros(2, 8, 4, 6), torch.zeros(2), torch.zeros(2, 7, 12), torch.zeros(2, 8)
@@ -384,7 +383,7 @@ def test_of_a_text_whose_first_block_is_frozen_and_second_is_not_the_second_is_t
     assert [text["arguments"][0]["trained"] for text in texts] == [True]
 
 
-def test_a_sampler_is_tried_as_it_draws_under_autocast_and_without_gradients(make_dit):
+def test_a_sampler_is_tried_as_it_runs_under_autocast_without_gradients(make_dit):
     model = make_dit(D=4)
     z = torch.zeros(3, 8, 4, 4)
 
@@ -399,7 +398,7 @@ def test_a_sampler_is_tried_as_it_draws_under_autocast_and_without_gradients(mak
 
 
 @pytest.mark.parametrize("mode,interpreted", [("auto", False), ("ref", True), ("triton", True)])
-def test_nothing_is_tried_on_a_cpu_or_with_kernels_given(mode, interpreted, monkeypatch, tmp_path, capsys):
+def test_nothing_is_tried_on_a_cpu_or_with_kernels_set(mode, interpreted, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(kernels, "KERNELS", mode)
     monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
     run = SimpleNamespace(cfg=SimpleNamespace(out=str(tmp_path / "run"), compile=False))
@@ -414,7 +413,7 @@ def test_nothing_is_tried_on_a_cpu_or_with_kernels_given(mode, interpreted, monk
 
 @pytest.fixture
 def chosen(scaled, tries, tmp_path):
-    """chosen() -> how often the operation was tried to choose, with a cache in cache/da-vae."""
+    """chosen() -> how many trials the choice took, with a cache in cache/da-vae."""
     op = scaled(exact)
 
     def again():
@@ -430,7 +429,7 @@ def test_the_same_call_on_the_same_machine_is_timed_once(chosen):
 
 
 @pytest.mark.parametrize("changed", ["driver", "triton_version"])
-def test_another_driver_or_triton_is_another_machine_and_the_old_one_is_remembered(
+def test_another_driver_or_triton_counts_as_another_machine_and_the_old_one_is_kept(
         changed, chosen, monkeypatch):
     assert chosen() == 1
     with monkeypatch.context() as m:
@@ -439,7 +438,7 @@ def test_another_driver_or_triton_is_another_machine_and_the_old_one_is_remember
     assert chosen() == 0
 
 
-def test_kernels_that_were_edited_are_tried_again(chosen, monkeypatch, tmp_path):
+def test_edited_kernels_are_tried_again(chosen, monkeypatch, tmp_path):
     assert chosen() == 1
     for file in Path(choose.__file__).parent.glob("*.py"):
         (tmp_path / file.name).write_text(file.read_text())
@@ -448,18 +447,18 @@ def test_kernels_that_were_edited_are_tried_again(chosen, monkeypatch, tmp_path)
     assert chosen() == 1
 
 
-def test_a_kernel_that_is_in_the_cache_but_wrong_today_is_not_used(chosen, scaled, tries, tmp_path):
+def test_a_cached_kernel_that_is_wrong_today_is_not_used(chosen, scaled, tries, tmp_path):
     assert chosen() == 1
     op = scaled(FAULTS["wrong by 1 %"][0])
     row, = choose.choose(lambda: op(*inputs()), tmp_path, CPU)
-    assert tries == ["scaled"]                             # from before: no other
+    assert tries == ["scaled"]                             # the first trial: no other since
     assert row["chosen"] == "plain"
     assert "(in process 0)" in row["left_out"]["kernel"]
     assert kernels.OPERATIONS["scaled"].chosen == {}
 
 
 def rows_replaced(text, row):
-    """The cache with this in place of every row."""
+    """The cache with every row replaced by this."""
     return json.dumps({here: dict.fromkeys(rows, row) for here, rows in json.loads(text).items()})
 
 
@@ -489,7 +488,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_ignored_and_written_anew(damage, chosen, tmp_path):
+def test_a_damaged_cache_is_ignored_and_rewritten(damage, chosen, tmp_path):
     assert chosen() == 1
     file = tmp_path / "cache" / "da-vae" / "kernels.json"
     file.write_text(DAMAGE[damage](file.read_text()))
@@ -497,13 +496,13 @@ def test_a_damaged_cache_is_ignored_and_written_anew(damage, chosen, tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_cache_that_is_not_utf8_is_ignored_and_written_anew(chosen, tmp_path):
+def test_a_cache_that_is_not_utf8_is_ignored_and_rewritten(chosen, tmp_path):
     assert chosen() == 1
     (tmp_path / "cache" / "da-vae" / "kernels.json").write_bytes(b"\xff\xfe{")
     assert [chosen(), chosen()] == [1, 0]
 
 
-def test_a_cache_folder_that_cannot_be_written_costs_a_line_and_a_trial_each_time(chosen, tmp_path, capsys):
+def test_an_unwritable_cache_folder_costs_a_line_and_a_trial_each_time(chosen, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
     assert [chosen(), chosen()] == [1, 1]
     assert "not written" in capsys.readouterr().out
@@ -517,12 +516,12 @@ def test_the_cache_is_where_the_xdg_rules_say(given, wanted, monkeypatch, tmp_pa
     assert choose.cache_file() == tmp_path / wanted / "da-vae" / "kernels.json"
 
 
-# ---------------------------------------------------------------- ranks, and the process that tries
+# ---------------------------------------------------------------- ranks, and the trial process
 
 
-def test_what_fails_on_another_rank_is_plain_on_all(chosen, scaled, tries, monkeypatch, tmp_path, capsys):
+def test_what_fails_on_one_rank_is_plain_on_all(chosen, scaled, tries, monkeypatch, tmp_path, capsys):
     def from_all(x):
-        """Two ranks: of this one's table, and the other's failure."""
+        """From two ranks: this one's table, and the other's failure."""
         return [x, None] if isinstance(x, list) else [x, {0: "RuntimeError: no compiler"}]
 
     monkeypatch.setattr(ranks, "from_all", from_all)
@@ -533,8 +532,7 @@ def test_what_fails_on_another_rank_is_plain_on_all(chosen, scaled, tries, monke
     assert "kernel is left out: RuntimeError: no compiler (in process 1)" in capsys.readouterr().out
 
 
-def test_a_rank_that_is_not_the_first_takes_its_table_and_tries_nothing(
-        scaled, tries, monkeypatch, tmp_path, capsys):
+def test_other_ranks_take_the_first_ranks_table_and_try_nothing(scaled, tries, monkeypatch, tmp_path, capsys):
     op = scaled(exact)
     theirs = [{"call": call_of(op), "ms": {"plain": 2.0, "kernel": 1.0}, "left_out": {}, "chosen": "kernel"}]
     monkeypatch.setattr(ranks, "this_rank", lambda: 1)
@@ -567,8 +565,7 @@ for n, call in enumerate(job["calls"]):
      "its process ended with 1: illegal memory access"),
     ("if name == 'kernel': time.sleep(60)", "did not end within 1 s"),
 ])
-def test_a_kernel_that_ends_or_holds_up_its_process_is_left_out_and_the_others_are_tried(
-        end, why, monkeypatch):
+def test_a_kernel_that_kills_or_hangs_its_process_is_left_out_and_the_others_are_tried(end, why, monkeypatch):
     monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", CHILD.replace("{end}", end)])
     monkeypatch.setattr(trial, "PATIENCE", 1)
     rows = [None, "known before", None, None]
@@ -576,7 +573,7 @@ def test_a_kernel_that_ends_or_holds_up_its_process_is_left_out_and_the_others_a
     assert rows == [["good", {}], "known before", ["bad", {"kernel": why}], ["good", {}]]
 
 
-def test_many_variants_may_take_longer_than_one_may(monkeypatch):
+def test_the_time_limit_is_per_variant(monkeypatch):
     says = "            say(number=n, starts"
     slow = CHILD.replace("{end}", "pass").replace(says, f"            time.sleep(0.7)\n{says}")
     monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", slow])
@@ -590,7 +587,7 @@ def test_many_variants_may_take_longer_than_one_may(monkeypatch):
     ("OutOfMemoryError: tried to allocate 2 GiB", False), ("did not end within 180 s", False),
     ("its process ended with -9", False), ("its process ended with 1: illegal memory access", True),
     ("wrong by 0.1", True)])
-def test_what_another_time_may_be_otherwise_is_not_kept(why, kept, scaled, monkeypatch, tmp_path):
+def test_failures_that_may_not_recur_are_not_cached(why, kept, scaled, monkeypatch, tmp_path):
     def tried(calls, rows, device, compiled):
         rows[:] = [{"call": call, "ms": {"plain": 1.0}, "left_out": {"kernel": why}, "chosen": "plain"}
                    for call in calls]
@@ -602,7 +599,7 @@ def test_what_another_time_may_be_otherwise_is_not_kept(why, kept, scaled, monke
     assert bool(choose.read_cache(choose.cache_file())[choose.machine(CPU)]) == kept
 
 
-def test_a_call_whose_specification_ends_the_process_is_not_tried_again(monkeypatch):
+def test_a_call_whose_specification_kills_the_process_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", CHILD.replace("{end}", "sys.exit(9)")])
     rows = [None, None]
     assert trial.try_apart(["bad", "good"], rows, CPU, False) == ""
@@ -610,7 +607,7 @@ def test_a_call_whose_specification_ends_the_process_is_not_tried_again(monkeypa
     assert rows[1] == ["good", {}]
 
 
-def test_where_no_process_can_try_everything_is_plain_and_the_reason_is_said(
+def test_without_a_trial_process_everything_is_plain_and_the_reason_printed(
         scaled, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", "raise SystemExit('all GPUs are busy')"])
     op = scaled(exact)
@@ -620,8 +617,8 @@ def test_where_no_process_can_try_everything_is_plain_and_the_reason_is_said(
     assert not choose.read_cache(choose.cache_file())[choose.machine(CPU)]
 
 
-def test_the_process_that_tries_finds_attentions_fastest_backend_by_itself(tmp_path):
-    """The real one; on a CPU PyTorch has no cuDNN and no memory-efficient attention."""
+def test_the_trial_process_finds_attentions_fastest_backend(tmp_path):
+    """The real process; on a CPU PyTorch has no cuDNN and no memory-efficient attention."""
     from kernels.attention import sdpa
     q, k, v = torch.randn(3, 1, 2, 8, 16)
     before = sdpa(q, k, v)
@@ -633,7 +630,7 @@ def test_the_process_that_tries_finds_attentions_fastest_backend_by_itself(tmp_p
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_what_is_chosen_is_what_was_right_and_fastest_and_computes_the_same(monkeypatch, tmp_path):
+def test_on_a_gpu_the_fastest_correct_variant_is_chosen_and_computes_the_same(monkeypatch, tmp_path):
     from kernels.attention import sdpa
     from kernels.norm_modulate import norm_modulate
     monkeypatch.setattr(kernels, "INTERPRETED", False)
@@ -659,7 +656,7 @@ def test_on_a_gpu_what_is_chosen_is_what_was_right_and_fastest_and_computes_the_
 
 
 def measured(**changes):
-    """Rows as bench.py makes them, in which G2 to G7 and G13 are met."""
+    """Rows as bench.py makes them, that meet G2 to G7 and G13."""
     what = goals.TRAINING
     rows = [
         {"what": what, "variant": goals.OURS, "ms": [200, 199, 201], "MFU": 0.45, "img/s": 640, "GiB": 40},
@@ -682,21 +679,21 @@ def verdicts(rows, machine="NVIDIA H100 80GB HBM3"):
     return {row["goal"]: row for row in goals.verdicts(rows, machine)}
 
 
-def test_goals_are_met_or_missed_by_their_rows_and_the_rest_is_not_measured():
+def test_goals_are_judged_by_their_rows_and_the_rest_are_not_measured():
     found = verdicts(measured())
     assert list(found) == [f"G{n}" for n in range(1, 17)]
     met = {name for name, row in found.items() if row["verdict"] == "met"}
     assert met == {"G2", "G3", "G4", "G5", "G6", "G7", "G13"}
     assert {row["verdict"] for name, row in found.items() if name not in met} == {"not measured"}
     assert found["G2"]["number"] == "1.20x"
-    assert found["G6"]["number"] == "1.60x, 1.40x"         # against the faster of PyTorch's
+    assert found["G6"]["number"] == "1.60x, 1.40x"         # against PyTorch's fastest
     assert found["G9"]["number"] == "its row is missing"
     assert "8 GPUs" in found["G16"]["number"]
 
 
 @pytest.mark.parametrize("changes,missed", [
     (dict(ms=[220, 219, 221]), "G2"), (dict(MFU=0.42), "G3"), ({"img/s": 589}, "G4"), (dict(GiB=47), "G7")])
-def test_a_number_below_its_goal_is_missed(changes, missed):
+def test_a_number_short_of_its_goal_misses_it(changes, missed):
     found = verdicts(measured(**changes))
     assert [name for name, row in found.items() if row["verdict"] == "missed"] == [missed]
 
@@ -726,7 +723,7 @@ MORE = [                                                   # G9, G12, G14 and G1
     ("patch_embed (8, 2)", "kernel", {"of the ceiling": 0.76}, "G15"),
     ("patch_embed (8, 2), and back", "ref", dict(ms=[2.99, 2.9, 3.1]), "G15"),
 ])
-def test_a_goal_of_two_numbers_is_missed_by_either(what, variant, changes, missed):
+def test_a_goal_is_missed_by_any_one_of_its_numbers(what, variant, changes, missed):
     rows = measured() + [dict(row) for row in MORE]
     assert "missed" not in {row["verdict"] for row in verdicts(rows).values()}
     row, = [row for row in rows if (row["what"], row["variant"]) == (what, variant)]
@@ -737,6 +734,6 @@ def test_a_goal_of_two_numbers_is_missed_by_either(what, variant, changes, misse
         "G1", "G8", "G10", "G11", "G16"]
 
 
-def test_an_h200_is_measured_by_its_own_goals():
+def test_an_h200_is_held_to_its_own_goals():
     found = verdicts(measured(), "NVIDIA H200")
     assert [name for name, row in found.items() if row["verdict"] == "missed"] == ["G3", "G4"]

@@ -1,4 +1,4 @@
-"""support/config.py: the command line's values, their ranges, and its sentences."""
+"""support/config.py: the command line's values, their ranges, and its messages."""
 import dataclasses
 import math
 import os
@@ -68,9 +68,9 @@ def test_help_after_a_preset_shows_its_values(capsys):
     assert "--preset=large" in text
 
 
-def test_help_ends_without_a_traceback_when_nobody_reads_on(monkeypatch):
+def test_help_ends_without_a_traceback_when_its_pipe_is_closed(monkeypatch):
     reads, writes = os.pipe()
-    os.close(reads)                                                # as head does, once it has its lines
+    os.close(reads)                                                # as head does once it has its lines
     with os.fdopen(writes, "w") as out:                            # closing it flushes what is left
         monkeypatch.setattr("sys.stdout", out)
         with pytest.raises(SystemExit) as stop:
@@ -78,7 +78,7 @@ def test_help_ends_without_a_traceback_when_nobody_reads_on(monkeypatch):
     assert stop.value.code == 0
 
 
-def test_help_puts_the_comments_of_the_config_above_its_fields_also_of_a_parent_class(capsys):
+def test_help_puts_the_configs_comments_above_its_fields_even_from_a_parent_class(capsys):
     expected = {finetune.Config: ["loss (Sec. 3.3, Tab. S1)\n  --N="],
                 evaluate.Config: ["what is drawn\n  --classes=", "what is measured\n"]}
     for Config, heads in expected.items():
@@ -99,19 +99,19 @@ class Options:
 
 @pytest.mark.parametrize("text,value", [
     ("", ()), ("()", ()), ("8", (8,)), ("8,16", (8, 16)), ("(8, 16)", (8, 16)), ("(8,)", (8,))])
-def test_tuples_are_read_in_any_of_their_forms(text, value):
+def test_tuples_are_read_in_any_form(text, value):
     assert cli(Options, argv=[f"--levels={text}"]).levels == value
 
 
 @pytest.mark.parametrize("options", [
     Options(), Options("a", "vf", (), 0.5, True), Options("b c", "mse", (3,), -1.0)])
-def test_a_config_as_flags_makes_the_same_config(options):
+def test_flags_of_a_config_give_the_same_config(options):
     assert cli(Options, argv=flags(options)) == options
 
 
 @pytest.mark.parametrize("changes", [
     {}, dict(steps=10, lr=1e-3), dict(out="my photos/$HOME's;x", ch_mult=(), flip=False, lr=1 / 3)])
-def test_the_command_that_is_printed_makes_the_same_config_also_where_a_presets_value_was_taken_back(changes):
+def test_the_printed_command_gives_the_same_config_even_if_it_undoes_a_presets_value(changes):
     cfg = Config(**{"preset": "large", **PRESETS["large"], **changes})
     words = shlex.split(config.command("script.py", cfg, PRESETS))
     assert words[:2] == ["python", "script.py"] and len(words) == 3 + len(changes)
@@ -123,7 +123,7 @@ def test_a_value_may_follow_its_flag():
     assert cfg == Options("run", "mse", (4, 2), -0.5, True)
 
 
-def test_a_field_with_choices_takes_nothing_else_and_names_the_nearest():
+def test_a_field_with_choices_accepts_nothing_else_and_suggests_the_nearest():
     with pytest.raises(SystemExit, match="--distance='mce': wanted mse or vf .did you mean mse"):
         cli(Options, argv=["--distance=mce"])
 
@@ -134,14 +134,14 @@ CONFIGS = (train_vae.Config, finetune.Config, sample.Config, evaluate.Config, Te
 
 
 def numbers_of(Config):
-    """(name, field, smallest, largest) of each field with numbers, and how one number is written for it."""
+    """(field, smallest, largest) of each numeric field."""
     for f in dataclasses.fields(Config):
         if type(f.default) in (int, float, tuple):
             yield f, *f.metadata["range"]
 
 
 @pytest.mark.parametrize("Config", CONFIGS)
-def test_every_number_of_the_scripts_has_a_range_and_its_default_and_both_ends_are_in_it(Config):
+def test_every_numeric_field_has_a_range_that_includes_its_default_and_both_ends(Config):
     for f, low, high in numbers_of(Config):
         assert low > -config.LARGEST, f.name
         config.check(f, f.default, "")
@@ -151,7 +151,7 @@ def test_every_number_of_the_scripts_has_a_range_and_its_default_and_both_ends_a
 
 
 @pytest.mark.parametrize("Config", CONFIGS)
-def test_what_is_beyond_either_end_is_refused_with_the_range(Config):
+def test_a_value_beyond_either_end_is_refused_with_the_range(Config):
     for f, low, high in numbers_of(Config):
         step = 1e-6 if isinstance(f.default, float) else 1
         for number in (low - step, high + step, -10**30, 10**30):
@@ -162,7 +162,7 @@ def test_what_is_beyond_either_end_is_refused_with_the_range(Config):
 
 
 @pytest.mark.parametrize("text", ["nan", "-nan", "inf", "-inf", "Infinity", "1e400"])
-def test_a_number_that_is_not_finite_is_refused_by_every_float(text):
+def test_every_float_field_refuses_a_number_that_is_not_finite(text):
     for Config in CONFIGS:
         for f, *_ in numbers_of(Config):
             if isinstance(f.default, float):
@@ -190,7 +190,7 @@ def test_a_number_that_is_not_finite_is_refused_by_every_float(text):
     (sample.Config, "--weights=foo", "ema or model"),
     (evaluate.Config, "--images=0", "a whole number, 1 to 10_000_000"),
 ])
-def test_what_a_field_takes_is_said_where_something_else_is_given(Config, flag, wanted):
+def test_a_bad_value_is_answered_with_what_the_field_takes(Config, flag, wanted):
     with pytest.raises(SystemExit) as stop:
         cli(Config, argv=["a name", flag])
     name, value = flag.split("=")
@@ -204,7 +204,7 @@ def test_whole_numbers_are_read_as_python_reads_them(text, value):
 
 
 @pytest.mark.parametrize("text", ["", "1e5", "0x10", "1.0", "\u00b2", "1,2", "9" * 5000])
-def test_what_is_no_whole_number_is_refused_and_shown_in_short(text):
+def test_a_value_that_is_no_whole_number_is_refused_and_abbreviated(text):
     with pytest.raises(SystemExit, match="--steps=.*: wanted a whole number") as stop:
         cli(train_vae.Config, argv=["tiny", f"--steps={text}"])
     assert len(str(stop.value)) < 200
@@ -215,7 +215,7 @@ def test_what_is_no_whole_number_is_refused_and_shown_in_short(text):
     (dict(lr=math.nan), "--lr='nan': wanted a number, 0 to"),
     (dict(ch=(4, 0)), "--ch='4,0': wanted whole numbers, 1 to 2 of them"),
 ])
-def test_a_presets_values_are_checked_as_those_of_the_command_line(changed, sentence):
+def test_a_presets_values_are_checked_like_flags(changed, sentence):
     @dataclass
     class Own:
         preset: str = field("a", "")
@@ -229,20 +229,20 @@ def test_a_presets_values_are_checked_as_those_of_the_command_line(changed, sent
         cli(Own, presets, ["b"])
 
 
-def test_every_preset_of_the_scripts_is_in_range():
+def test_every_preset_is_in_range():
     for script in (train_vae, finetune):
         for name in script.PRESETS:
             assert cli(script.Config, script.PRESETS, [name]).preset == name
 
 
-# ---------------------------------------------------------------- names of files
+# ---------------------------------------------------------------- file names
 
 
 @pytest.mark.parametrize("name,wanted", [
     ("a\0b", "without control characters"), ("a\nb", "without control characters"),
     ("\udcff.png", "a name in UTF-8"), ("a" * 300, "each name in it of at most 240"),
     ("photos/" + "\u00e9" * 130, "each name in it of at most 240"), ("ab/" * 2000, "at most 3800 bytes")])
-def test_a_name_that_no_file_can_have_is_one_sentence(name, wanted):
+def test_an_impossible_file_name_gets_one_sentence(name, wanted):
     for Config in CONFIGS:
         for f in dataclasses.fields(Config):
             if f.name in ("out", "data_dir", "text", "vae", "base", "reference"):
@@ -253,18 +253,18 @@ def test_a_name_that_no_file_can_have_is_one_sentence(name, wanted):
 
 @pytest.mark.parametrize("name", [
     "a b", "\u5199\u771f/\u3000x", "~", "C:\\photos", "-", "a" * 240, "/a//b/", "%s|*?"])
-def test_unusual_names_are_names(name):
+def test_unusual_names_are_accepted(name):
     assert cli(finetune.Config, argv=["tiny", f"--out={name}"]).out == name
 
 
-def test_prompts_are_texts_of_any_length_and_many_lines():
+def test_prompts_may_be_of_any_length_and_many_lines():
     prompts = "a lighthouse at dusk,\n" * 500
     assert cli(sample.Config, argv=["run", f"--prompts={prompts}"]).prompts == prompts
     with pytest.raises(SystemExit, match="--prompts='a.x00b': wanted text in UTF-8, without zero bytes"):
         cli(sample.Config, argv=["run", "--prompts=a\0b"])
 
 
-def test_help_shows_the_range_of_numbers(capsys):
+def test_help_shows_the_ranges_of_numbers(capsys):
     with pytest.raises(SystemExit):
         cli(train_vae.Config, train_vae.PRESETS, ["--help"])
     shown = [line for line in capsys.readouterr().out.splitlines() if "--" in line]

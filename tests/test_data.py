@@ -1,4 +1,4 @@
-"""data.py: folders, data sets of one's own, batches that resume, pixels and back."""
+"""data.py: folders, custom data sets, batches that resume, pixels to tensors and back."""
 import itertools
 import json
 import os
@@ -29,7 +29,7 @@ def take(generator, n):
 
 # ---- one image ----
 
-def test_center_crop_halves_by_box_means_then_bicubic():
+def test_center_crop_halves_by_box_means_then_scales_bicubic():
     image = noise(101, 163)
     halved = image.resize((81, 50), Image.BOX)          # floors of the halves; 50 < 2 * 32 ends it
     scaled = halved.resize((round(81 * 32 / 50), 32), Image.BICUBIC)
@@ -38,7 +38,7 @@ def test_center_crop_halves_by_box_means_then_bicubic():
 
 
 @pytest.mark.parametrize("width, height", [(64, 64), (64, 90), (45, 32), (100, 61), (61, 100), (31, 47)])
-def test_center_crop_is_adms_where_a_side_is_just_twice_as_long_and_where_halves_are_rounded(width, height):
+def test_center_crop_equals_adms_at_exactly_twice_the_side_and_with_rounded_halves(width, height):
     image = ours = noise(height, width)
     while min(image.size) >= 2 * 32:                    # guided_diffusion/image_datasets.py:center_crop_arr
         image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
@@ -119,7 +119,7 @@ def test_names_with_spaces_and_letters_of_any_language_are_read(tmp_path):
     assert dataset.image(0)[0][0, 0].tolist() == list(RED)
 
 
-def test_an_empty_class_an_empty_folder_and_no_folder_are_refused(tmp_path):
+def test_an_empty_class_an_empty_folder_and_a_missing_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a folder; give a folder"):
         data.ImageFolder(tmp_path / "nowhere", 8)
     with pytest.raises(ValueError, match="no images .*add some"):
@@ -130,7 +130,7 @@ def test_an_empty_class_an_empty_folder_and_no_folder_are_refused(tmp_path):
         data.ImageFolder(tmp_path, 8)
 
 
-def test_images_beside_class_folders_are_left_out_aloud(tmp_path, capsys):
+def test_images_next_to_class_folders_are_left_out_with_a_warning(tmp_path, capsys):
     save(tmp_path / "preview.png"), save(tmp_path / "cat" / "a.png")
     assert len(data.ImageFolder(tmp_path, 8)) == 1
     assert "1 images next to its class folders are left out" in capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_captions_come_from_metadata_jsonl(tmp_path):
     assert data.ImageFolder(f"{tmp_path}/", 8).captions == ["one\u2028line", "", "a dog"]
 
 
-def test_a_text_file_beside_an_image_counts_before_metadata(tmp_path):
+def test_an_images_text_file_overrides_metadata(tmp_path):
     save(tmp_path / "a.png"), save(tmp_path / "b.png")
     lines = [json.dumps({"file_name": f"{name}.png", "text": "of the list"}) for name in "ab"]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
@@ -181,7 +181,7 @@ def test_an_unreadable_file_is_named_once_and_the_next_takes_its_place(tmp_path,
     dataset = data.ImageFolder(tmp_path, 8)
     for _ in range(2):
         image, label = dataset.image(1)
-        assert label == 3 and image[0, 0].tolist() == [180, 0, 0]   # both are the next readable one's
+        assert label == 3 and image[0, 0].tolist() == [180, 0, 0]   # both of the next readable file
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and "class1" in warnings[0] and "not an image" in warnings[0]
     assert list(dataset.bad) == [str(tmp_path / f"class{k}" / "a.png") for k in (1, 2)]
@@ -233,7 +233,7 @@ FORMATS = {"jpe": "JPEG", "JFIF": "JPEG", "pjpeg": "JPEG", "mpo": "JPEG", "AVIF"
            "jp2": "JPEG2000", "tga": "TGA", "ppm": "PPM", "pgm": "PPM", "qoi": "QOI", "Tif": "TIFF"}
 
 
-def test_every_ending_that_pillow_reads_photos_of_is_an_image_in_any_case(tmp_path):
+def test_every_photo_extension_pillow_reads_is_an_image_in_any_case(tmp_path):
     for ending, kind in FORMATS.items():
         save(tmp_path / f"a.{ending}", format=kind, mode="L" if ending == "pgm" else "RGB")
     dataset = data.ImageFolder(tmp_path, 8)
@@ -244,7 +244,7 @@ def test_every_ending_that_pillow_reads_photos_of_is_an_image_in_any_case(tmp_pa
         assert np.abs(image.astype(int) - wanted).max() <= 6
 
 
-def test_what_is_no_image_by_its_ending_is_counted_in_the_summary(tmp_path):
+def test_files_without_an_image_extension_are_counted_in_the_summary(tmp_path):
     save(tmp_path / "a.png"), save(tmp_path / "deep" / "b.HEIC", format="PNG")
     for k in range(20):
         (tmp_path / f"{k}.heic").write_bytes(b"")
@@ -255,7 +255,7 @@ def test_what_is_no_image_by_its_ending_is_counted_in_the_summary(tmp_path):
     assert "1 .safetensors" in summary and "1 .img" in summary
 
 
-def test_what_systems_leave_in_folders_is_neither_a_class_nor_counted(tmp_path):
+def test_system_files_and_folders_are_neither_classes_nor_counted(tmp_path):
     for name in ("cat/a.png", "cat/Thumbs.db", "cat/.DS_Store", "cat/desktop.ini", "@eaDir/a.png/thumb.jpg",
                  "lost+found/x.png", "cat/@eaDir/b.png"):
         save(tmp_path / name, format="PNG")
@@ -263,7 +263,7 @@ def test_what_systems_leave_in_folders_is_neither_a_class_nor_counted(tmp_path):
     assert dataset.classes == ["cat"] and len(dataset) == 1 and dataset.left_out == {}
 
 
-def test_a_class_without_images_is_named_with_what_it_holds(tmp_path):
+def test_a_class_without_images_is_named_with_its_contents(tmp_path):
     save(tmp_path / "cat" / "a.png")
     for k in range(3):
         save(tmp_path / "dog" / f"{k}.HEIC", format="PNG")
@@ -275,13 +275,13 @@ def test_a_class_without_images_is_named_with_what_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz", "photo.png", "list.txt"])
-def test_a_file_in_place_of_a_folder_is_refused_and_archives_are_to_be_unpacked(tmp_path, name):
+def test_a_file_given_as_a_folder_is_refused_with_advice_to_unpack_archives(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
     with pytest.raises(ValueError, match=f"{name} is a file, not a folder; .*unpack an archive"):
         data.open_dataset(str(tmp_path / name), 8)
 
 
-def test_classes_that_hold_folders_only_are_read_with_a_hint_at_the_folders_below(tmp_path, capsys):
+def test_classes_that_hold_only_folders_get_a_hint_about_the_folders_below(tmp_path, capsys):
     for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"):
         save(tmp_path / name)
     assert data.ImageFolder(tmp_path, 8).classes == ["train", "val"]
@@ -291,7 +291,7 @@ def test_classes_that_hold_folders_only_are_read_with_a_hint_at_the_folders_belo
     assert not capsys.readouterr().err
 
 
-def test_names_with_newlines_and_broken_bytes_are_printed_in_a_line(tmp_path, capsys):
+def test_names_with_newlines_or_invalid_bytes_are_printed_on_one_line(tmp_path, capsys):
     names = [b"new\nline.png", b"\xff.png", b"a.\xfe"]
     for name in names:
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
@@ -305,7 +305,7 @@ def test_names_with_newlines_and_broken_bytes_are_printed_in_a_line(tmp_path, ca
     assert said.out == "3 images without classes, 2 unreadable; left out: 1 '.\\udcfe'\n"
 
 
-def test_a_folder_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
+def test_a_folder_without_read_permission_is_named(tmp_path, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
     monkeypatch.setattr(os, "scandir", refuse)
@@ -313,10 +313,10 @@ def test_a_folder_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
         data.ImageFolder(tmp_path, 8)
 
 
-# ---- data sets of one's own, and the one that is meant ----
+# ---- custom data sets, and which one is meant ----
 
 class Greys(data.Dataset):
-    """The least that a data set can be: image i is grey i."""
+    """A minimal data set: image i has grey value i."""
 
     def __init__(self, length):
         self.labels = np.zeros(length, np.int64)
@@ -325,7 +325,7 @@ class Greys(data.Dataset):
         return np.full((4, 4, 3), i, np.uint8), int(self.labels[i])
 
 
-def test_labels_and_images_are_all_that_a_data_set_of_ones_own_needs():
+def test_a_custom_data_set_needs_only_labels_and_images():
     dataset = Greys(30)
     assert len(dataset) == 30 and dataset.summary() == "30 images without classes"
     assert (dataset.classes, dataset.captions, dataset.bad) == ([], None, {})
@@ -337,7 +337,7 @@ def test_labels_and_images_are_all_that_a_data_set_of_ones_own_needs():
         next(data.read(dataset, [0], whole=8))
 
 
-def test_the_fingerprint_of_ones_own_data_set_is_of_its_labels_and_of_images_from_the_first_to_the_last():
+def test_a_custom_data_sets_fingerprint_covers_its_labels_and_images_from_first_to_last():
     class Changed(Greys):
         other = -1
 
@@ -355,7 +355,7 @@ def test_the_fingerprint_of_ones_own_data_set_is_of_its_labels_and_of_images_fro
     assert len(prints | {relabelled.fingerprint}) == 18
 
 
-def test_classes_and_captions_of_ones_own_are_in_the_summary():
+def test_custom_classes_and_captions_are_in_the_summary():
     dataset = Greys(3)
     dataset.classes, dataset.captions, dataset.labels = ["a", "b", "c"], ["", "x", "y"], np.array([2, 0, 2])
     assert dataset.summary() == "3 images in 3 classes (a 1, b 0, c 2), 2 captions"
@@ -390,12 +390,12 @@ def test_an_epoch_holds_every_image_once_and_epochs_differ():
     assert rows[:20] != rows[20:40] and rows[:20] != data.batch_plan(20, 20, 1, 0)[0].tolist()
 
 
-def test_a_set_smaller_than_the_batch_wraps_round():
+def test_a_set_smaller_than_the_batch_wraps_around():
     rows = [i for step in (0, 1) for i in data.batch_plan(3, 8, 0, step)[0]]
     assert all(sorted(rows[k:k + 3]) == [0, 1, 2] for k in range(0, 15, 3))
 
 
-def test_batches_resumed_at_a_step_equal_straight_ones():
+def test_batches_resumed_at_a_step_equal_uninterrupted_ones():
     dataset = data.Procedural(32, 20)
     straight = take(data.batches(dataset, 6, seed=1, flip=True), 7)
     resumed = take(data.batches(dataset, 6, seed=1, flip=True, start=4, threads=1), 3)
@@ -418,7 +418,7 @@ def test_a_batch_that_does_not_split_over_the_ranks_is_refused():
         next(data.batches(data.Procedural(32, 20), 6, seed=0, world=4))
 
 
-def test_flip_mirrors_about_half_of_the_images_and_no_others():
+def test_flip_mirrors_about_half_of_the_images_and_keeps_the_rest():
     dataset = data.Procedural(32, 200)
     plain, flipped = (next(data.batches(dataset, 200, seed=0, flip=flip))[0] for flip in (False, True))
     mirrored = torch.tensor([torch.equal(a.flip(1), b) for a, b in zip(plain, flipped, strict=True)])
@@ -426,11 +426,11 @@ def test_flip_mirrors_about_half_of_the_images_and_no_others():
     assert (mirrored ^ same).all() and 70 < mirrored.sum() < 130
 
 
-def test_other_images_are_mirrored_in_another_step_and_with_another_seed():
+def test_each_step_and_seed_mirrors_different_images():
     plans = [data.batch_plan(50, 50, seed, step, flip=True) for seed in (0, 1) for step in (0, 1)]
     assert len({flips.tobytes() for _, flips in plans}) == 4
     once = np.zeros((50, 2), bool)
-    for step in range(40):                              # an epoch each: every image comes either way round
+    for step in range(40):                              # one epoch each: every image comes both ways round
         indices, flipped = data.batch_plan(50, 50, 0, step, flip=True)
         once[indices, flipped.astype(int)] = True
     assert once.all()
@@ -442,7 +442,7 @@ def test_batches_raise_what_reading_raises(tmp_path):
         next(data.batches(data.ImageFolder(tmp_path, 8), 2, seed=0))
 
 
-def test_whole_images_keep_their_size_but_for_a_multiple(tmp_path):
+def test_whole_images_are_only_cropped_to_a_multiple(tmp_path):
     for name, size in (("a", (21, 17)), ("b", (16, 40))):
         noise(*reversed(size)).save(tmp_path / f"{name}.png")
     (a, y, _), (b, _, _) = data.read(data.ImageFolder(tmp_path, 8), [0, 1], whole=8)
@@ -452,7 +452,7 @@ def test_whole_images_keep_their_size_but_for_a_multiple(tmp_path):
 
 
 def numbered(folder, count, bad):
-    """`count` images, each of its own grey, with those in `bad` undecodable."""
+    """`count` images, each of a different grey; those in `bad` cannot be decoded."""
     for i in range(count):
         save(folder / f"{i:02d}.png", (i, i, i), (16, 16))
     for i in bad:
@@ -461,7 +461,7 @@ def numbered(folder, count, bad):
 
 @pytest.mark.parametrize("whole", [0, 8])
 @pytest.mark.parametrize("bad", [[0], [4, 5], [13], [*range(10), 13]])
-def test_what_is_measured_leaves_unreadable_images_out_and_counts_none_twice(tmp_path, capsys, bad, whole):
+def test_measurements_leave_out_unreadable_images_and_count_none_twice(tmp_path, capsys, bad, whole):
     numbered(tmp_path, 14, bad)
     batches = list(data.read(data.ImageFolder(tmp_path, 16), range(14), whole))
     greys = [grey for x, _, _ in batches for grey in data.to_uint8(x)[:, 0, 0, 0].tolist()]
@@ -474,7 +474,7 @@ def test_what_is_measured_leaves_unreadable_images_out_and_counts_none_twice(tmp
 
 
 @pytest.mark.parametrize("size", [(96, 8), (5, 5), (10, 300), (15, 15)])
-def test_whole_images_smaller_than_their_cut_or_than_the_window_of_ssim_are_left_out(tmp_path, capsys, size):
+def test_whole_images_smaller_than_the_multiple_or_ssims_window_are_left_out(tmp_path, capsys, size):
     noise(32, 32).save(tmp_path / "a.png"), noise(*size).save(tmp_path / "b.png")
     noise(40, 16).save(tmp_path / "c.png")
     batches = list(data.read(data.ImageFolder(tmp_path, 8), [0, 1, 2], whole=8))
@@ -494,7 +494,7 @@ def test_to_uint8_inverts_to_tensor_for_every_value():
     assert torch.equal(data.to_tensor(torch.from_numpy(u)), x)
 
 
-def test_to_uint8_truncates_and_clamps_as_guided_diffusion():
+def test_to_uint8_truncates_and_clamps_like_guided_diffusion():
     x = torch.tensor([-2.0, -1.0, 0.0, 0.99, 1.0, 2.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert data.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 254, 255, 255]  # 127.5 * 0.99 + 128 = 254.2
 
@@ -517,14 +517,14 @@ def test_a_crop_of_the_full_size_is_the_image():
     assert torch.equal(data.random_crop(x, 64, torch.Generator()), x)
 
 
-def test_the_built_in_images_do_not_change_where_their_classes_are_taken_away():
+def test_the_built_in_images_do_not_depend_on_their_list_of_classes():
     drawn, bare = data.open_dataset("procedural", 16, 12), data.open_dataset("procedural", 16, 12)
     bare.classes = []
     assert all(np.array_equal(drawn.image(i)[0], bare.image(i)[0]) for i in range(12))
     assert not np.array_equal(drawn.image(0)[0], drawn.image(1)[0])
 
 
-def test_links_to_nowhere_and_to_themselves_are_files_and_links_to_folders_are_followed(tmp_path):
+def test_dangling_and_looping_links_are_files_and_links_to_folders_are_followed(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "a.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""davae.py against closed forms and the claims of the paper."""
+"""davae.py against closed forms and the paper's claims."""
 import math
 from copy import deepcopy
 
@@ -27,13 +27,13 @@ def test_align_loss_is_zero_when_details_repeat_the_base_and_not_when_tiled():
     assert align_loss(z, z.repeat(1, 3, 1, 1)) > 0.1               # the same channels in strided order
 
 
-def test_align_loss_by_hand():
+def test_align_loss_by_example():
     z = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 2)
     z_d = torch.stack([z[0, 0] + 1, z[0, 0] + 3]).unsqueeze(0)     # mean is z + 2: every squared error is 4
     assert align_loss(z, z_d).item() == 4.0
 
 
-def test_align_loss_gradient_reaches_the_details_only():
+def test_align_loss_gradient_reaches_only_the_details():
     z = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     z_d = torch.randn(1, 6, 2, 2, dtype=torch.float64, requires_grad=True)
     align_loss(z, z_d).backward()
@@ -50,7 +50,7 @@ def test_group_mean_refuses_unequal_groups():
 # ---------------------------------------------------------------- down and up blocks
 
 
-def test_down_block_shortcut_is_the_group_mean_of_pixels_where_it_divides():
+def test_down_block_shortcut_is_a_group_mean_of_pixels_if_channels_divide():
     block = DownBlock(width=16, O=8)                               # 64 unshuffled channels, groups of 8
     torch.nn.init.zeros_(block.conv.weight)
     torch.nn.init.zeros_(block.conv.bias)
@@ -61,7 +61,7 @@ def test_down_block_shortcut_is_the_group_mean_of_pixels_where_it_divides():
     assert torch.equal(block(x), unshuffled.view(2, 8, 8, 3, 3).mean(2))
 
 
-def test_down_block_learns_a_zero_shortcut_where_it_does_not_divide():
+def test_if_channels_do_not_divide_the_shortcut_is_learned_from_zero():
     block = DownBlock(width=512, O=192)                            # ImageNet: 2048 % 192 = 128
     assert tuple(block.proj.weight.shape) == (192, 2048, 1, 1)
     assert block.proj.weight.abs().max() == 0 and block.proj.bias is None
@@ -148,7 +148,7 @@ def test_decode_undoes_the_normalisation_of_encode(make_davae):
         assert torch.allclose(vae.decode(vae.encode(x)), raw, atol=1e-5)
 
 
-def test_encode_gives_the_mode_of_the_details_or_a_sample_of_them_and_always_the_mode_of_the_base(make_davae):
+def test_encode_gives_the_details_mode_or_a_sample_and_always_the_bases_mode(make_davae):
     vae = make_davae()
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     mode = vae.encode(x)
@@ -172,7 +172,7 @@ def test_measured_statistics_normalise_the_details(make_davae):
     assert (z_d.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-5
 
 
-def test_statistics_of_shares_that_are_added_up_are_those_of_all_images_and_grey_ones_do_no_harm(make_davae):
+def test_summed_statistics_of_shares_equal_those_of_all_images_and_zero_variance_is_harmless(make_davae):
     images = [torch.rand(4, 3, 16, 16) * 2 - 1 for _ in range(3)]
     whole, shared = make_davae(), make_davae()
     whole.measure(images)
@@ -216,7 +216,7 @@ def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_dav
     assert rec.z_d.abs().amax((1, 2, 3)).min() > 0                 # alignment sees what was dropped
 
 
-def test_without_detail_channels_it_is_the_base_vae_and_trains(make_base):
+def test_a_plain_vae_is_the_base_vae_and_trains(make_base):
     base = make_base()
     vae = PlainVAE(base)
     x = torch.rand(1, 3, 8, 8)
@@ -235,7 +235,7 @@ def test_davae_refuses_channels_and_sizes_that_do_not_divide(make_base, make_dav
         make_davae().encode(torch.zeros(1, 3, 16, 18))
 
 
-def test_davae_of_the_full_size_bases_has_the_papers_shapes(full_size):
+def test_a_davae_on_full_size_bases_has_the_papers_shapes(full_size):
     sizes = {"VA-VAE f16d32": (96, (48, 512), (2048, 128)), "SD3 VAE diffusers": (16, (8, 512), (2048, 32))}
     for name, (D, down, up) in sizes.items():
         state = {key: torch.empty(shape, device="meta") for key, shape in full_size[name].items()}
@@ -271,7 +271,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_attention_never_holds_the_scores_of_all_pairs_of_positions(layout, bfloat16):
+def test_attention_never_materialises_the_scores_of_all_pairs(layout, bfloat16):
     block = AttnBlock(width=8, groups=4)
     x = torch.randn(1, 8, 48, 64).to(memory_format=layout).requires_grad_()
     with Largest() as largest, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -283,7 +283,7 @@ def test_attention_never_holds_the_scores_of_all_pairs_of_positions(layout, bflo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 16, 6, 6), (1, 8, 5, 9), (3, 32, 1, 4), (2, 8, 1, 1)])
-def test_attention_is_softmax_of_the_products_of_all_positions(layout, shape, error):
+def test_attention_equals_explicit_softmax_attention(layout, shape, error):
     torch.manual_seed(0)
     block = AttnBlock(width=shape[1], groups=4)
     x = torch.randn(shape).to(memory_format=layout).requires_grad_()
@@ -301,7 +301,7 @@ def test_attention_is_softmax_of_the_products_of_all_positions(layout, shape, er
     wanted.square().sum().backward()
 
     assert error(out, wanted) < 1e-6 and error(x.grad, x64.grad) < 2e-6
-    assert out.is_contiguous(memory_format=layout)                  # and goes on in that
+    assert out.is_contiguous(memory_format=layout)                  # and stays in that layout
     for ours, theirs in zip(block.parameters(), exact.parameters(), strict=True):
         assert error(ours.grad, theirs.grad) < 5e-6
 
@@ -309,13 +309,13 @@ def test_attention_is_softmax_of_the_products_of_all_positions(layout, shape, er
 # ---------------------------------------------------------------- the ratio r
 
 
-def test_the_base_image_of_a_quarter_is_the_image_halved_twice():
+def test_the_quarter_size_base_image_is_the_image_halved_twice():
     x = torch.rand(2, 3, 16, 24) * 2 - 1
     assert torch.equal(base_image(x, 2), half(x))
     assert torch.equal(base_image(x, 4), half(half(x)))
 
 
-def test_with_r_4_the_base_channels_are_the_base_vaes_on_the_quarter_image_bit_for_bit(make_base):
+def test_at_r_4_base_channels_equal_the_base_vae_on_the_quarter_size_image_bit_for_bit(make_base):
     base = make_base()
     reference = deepcopy(base)
     vae = DAVAE(base, DAVAEConfig(D=16, r=4)).eval()
@@ -351,9 +351,9 @@ def test_r_is_a_power_of_two_and_D_fits_the_down_block(make_base):
         DAVAE(make_base(), DAVAEConfig(D=12, r=4))
 
 
-def test_a_base_of_ones_own_needs_four_parts_and_nothing_else():
+def test_a_custom_base_needs_four_parts_and_nothing_else():
     class Pixels(BaseVAE):
-        """Averages of 2x2 pixels as latent."""
+        """Averages of 2x2 pixels as the latent."""
 
         def __init__(self):
             super().__init__(C=3, f=2, width=12)

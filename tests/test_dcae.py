@@ -17,14 +17,14 @@ WIDTHS = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
 
 @pytest.fixture(scope="module")
 def theirs():
-    """The module of diffusers with its AutoencoderDC and the blocks of it."""
+    """diffusers' module with AutoencoderDC and its blocks."""
     metrics.import_torchvision()
     from diffusers.models.autoencoders import autoencoder_dc
     return autoencoder_dc
 
 
 def randomised(module, seed=0):
-    """In eval mode, with random parameters and statistics: norms, too, which begin as 1 and 0."""
+    """In eval mode, with random parameters and statistics, including the norms', which begin as 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     for x in [*module.parameters(), *module.buffers()]:
         if x.is_floating_point():
@@ -39,7 +39,7 @@ def randomised(module, seed=0):
 
 
 def in_our_names(block):
-    """The weights of one of diffusers' blocks under the names of ours, by way of a place in an encoder."""
+    """The weights of one of diffusers' blocks under our names, found by placing it in an encoder."""
     place = "encoder.down_blocks.1.0."
     sd = {place + key: weight for key, weight in block.state_dict().items() if "num_batches" not in key}
     sd = {dcae_names.our_name(key): weight for key, weight in dcae_names.joined(sd).items()}
@@ -74,19 +74,19 @@ def test_an_efficientvit_block_equals_diffusers_with_and_without_neighbourhoods(
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shortcut", [False, True])
-def test_a_down_block_equals_diffusers_of_every_kind(error, theirs, strided, shortcut):
+def test_every_kind_of_down_block_equals_diffusers(error, theirs, strided, shortcut):
     block = theirs.DCDownBlock2d(16, 32, downsample=not strided, shortcut=shortcut)
     same_block(error, block, dcae.Down(16, 32, strided, shortcut), torch.randn(2, 16, 8, 12))
 
 
 @pytest.mark.parametrize("nearest", [False, True])
 @pytest.mark.parametrize("shortcut", [False, True])
-def test_an_up_block_equals_diffusers_of_every_kind(error, theirs, nearest, shortcut):
+def test_every_kind_of_up_block_equals_diffusers(error, theirs, nearest, shortcut):
     block = theirs.DCUpBlock2d(32, 16, interpolate=nearest, shortcut=shortcut)
     same_block(error, block, dcae.Up(32, 16, nearest, shortcut), torch.randn(2, 32, 8, 12))
 
 
-def test_attention_over_positions_that_relu_silences_is_zero_and_so_are_its_gradients():
+def test_attention_over_positions_zeroed_by_relu_is_zero_with_zero_gradients():
     qkv = (-torch.rand(1, 96, 3, 3)).requires_grad_()
     y = dcae.relu_attention(qkv)
     y.sum().backward()
@@ -99,7 +99,7 @@ def test_attention_is_summed_in_float32_under_autocast():
         assert torch.equal(dcae.relu_attention(qkv), dcae.relu_attention(qkv.float()))
     positions = qkv.flatten(2).unflatten(1, (2, 3, 32))
     q, k, v = positions.unbind(2)
-    scores = q.transpose(-1, -2) @ k                                  # by the definition: all pairs
+    scores = q.transpose(-1, -2) @ k                                  # by definition: all pairs
     y = (scores @ v.transpose(-1, -2)) / scores.sum(-1, keepdim=True)
     ours = dcae.relu_attention(qkv).flatten(2).unflatten(1, (2, 32))
     assert (ours - y.transpose(-1, -2)).abs().max() < 1e-6
@@ -109,7 +109,7 @@ def test_attention_is_summed_in_float32_under_autocast():
 
 
 def stages(n, res, vits, norms=("rms_norm", "rms_norm")):
-    """Settings of diffusers that have one entry per stage: n of them, of which `res` have ResBlocks."""
+    """diffusers' settings with one entry per stage: n stages, the first `res` with ResBlocks."""
     def per_stage(first, other):
         return [first] * res + [other] * (n - res)
     scales = per_stage((), (5,) if vits == "nearby" else ())
@@ -134,7 +134,7 @@ LITE = dict(
 
 
 def family(name, widths=(16, 32, 32, 64), C=8):
-    """The settings by which diffusers' AutoencoderDC is a DC-AE of this family, with few blocks."""
+    """The settings that make diffusers' AutoencoderDC a DC-AE of this family, with few blocks."""
     n = len(widths)
     if name == "1.0":
         norms = ("batch_norm", "rms_norm")
@@ -206,8 +206,8 @@ def small_original(small):
     return make
 
 
-@pytest.mark.parametrize("name", ["1.0", "sana", "1.5"])            # lite's decoder it takes for Sana's
-def test_the_original_names_of_these_tests_are_those_that_diffusers_converts(small, small_original, name):
+@pytest.mark.parametrize("name", ["1.0", "sana", "1.5"])            # diffusers takes lite for Sana's
+def test_the_original_names_in_these_tests_are_those_diffusers_converts(small, small_original, name):
     from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
     back = convert_autoencoder_dc_checkpoint_to_diffusers(small_original(name))
     wanted = small(name).state_dict()
@@ -239,25 +239,25 @@ def test_each_family_equals_diffusers_from_each_kind_of_file(
 
 
 @torch.no_grad()
-def test_what_is_stated_goes_before_what_is_published(error, small, tmp_path):
-    model = small("1.0", **RESIDUAL_ONLY)                            # no published file: 1.0 without them
+def test_stated_settings_override_published_ones(error, small, tmp_path):
+    model = small("1.0", **RESIDUAL_ONLY)                            # 1.0 without shortcuts: not published
     model.save_pretrained(tmp_path)
     z = torch.randn(1, 8, 8, 8)
     assert error(load_base_vae(tmp_path).decode(z), model.decode(z).sample) < 1e-5
 
-    model = small("1.5", encoder_out_shortcut=True, decoder_in_shortcut=True)   # nor this: 1.5 with them
+    model = small("1.5", encoder_out_shortcut=True, decoder_in_shortcut=True)   # nor is 1.5 with them
     vae = load_base_vae(original_names(model.state_dict(), ends=True))
     assert error(vae.decode(z), model.decode(z).sample) < 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("spoil", ["ends", "relu", "nearby"])
-def test_what_no_shape_shows_makes_a_difference(error, small, spoil):
+def test_settings_invisible_in_shapes_matter(error, small, spoil):
     name = "sana" if spoil == "nearby" else "1.0"
     model = small(name)
     vae = load_base_vae(model.state_dict())
     z = torch.randn(1, 8, 8, 8)
-    if spoil == "nearby":                                            # the two halves of the heads exchanged
+    if spoil == "nearby":                                            # the two halves of the heads swapped
         for block in vae.modules():
             if isinstance(block, dcae.LinearAttention):
                 block.proj.weight.data = block.proj.weight.data.roll(64, 1)
@@ -268,7 +268,7 @@ def test_what_no_shape_shows_makes_a_difference(error, small, spoil):
     assert error(vae.decode(z), model.decode(z).sample) > 1e-3       # the comparisons above can fail
 
 
-def test_the_latents_stem_is_linear_so_that_a_davae_enters_before_the_first_nonlinearity(small):
+def test_the_latents_stem_is_linear_so_a_davae_enters_before_any_nonlinearity(small):
     stem = load_base_vae(small("1.0").state_dict()).from_latent
     a, b = torch.randn(2, 1, 8, 4, 4)
     zero = stem(torch.zeros_like(a))
@@ -276,7 +276,7 @@ def test_the_latents_stem_is_linear_so_that_a_davae_enters_before_the_first_nonl
 
 
 @pytest.mark.parametrize("name", ["1.0", "1.5"])
-def test_in_closed_form_all_directions_of_the_latent_are_its_own_full_size_decode(small, name):
+def test_the_closed_form_with_all_directions_equals_the_bases_full_size_decode(small, name):
     base = load_base_vae(small(name).state_dict()).double()
     vae = DAVAE(base, DAVAEConfig(D=4 * base.C, latent_shortcut=True)).double()
     generator = torch.Generator().manual_seed(0)
@@ -316,7 +316,7 @@ def full_size(name):
     ("1.5-f32c128", 32, 228_609_408, 295_000_332),
     ("1.5-f64c128", 64, 306_478_720, 408_262_924),
 ])
-def test_the_published_sizes_fit_without_a_key_missing_or_left(theirs, name, f, encoder, decoder):
+def test_the_published_sizes_load_with_no_key_missing_or_left_over(theirs, name, f, encoder, decoder):
     settings = full_size(name)
     with torch.device("meta"):
         sd = theirs.AutoencoderDC(**settings).state_dict()
@@ -351,7 +351,7 @@ def test_published_scales_are_found_by_sizes_and_name():
     ({"model_name": "c"}, 1.0, r"states its scaling_factor \(0.5 \(a\) or 0.25 \(b\)\); its latents are not"),
     (None, 1.0, r"states its scaling_factor \(0.5 \(a\) or 0.25 \(b\)\); its latents are not"),
 ])
-def test_the_scale_is_stated_or_published_or_missed_aloud(
+def test_the_scale_is_stated_or_published_or_warned_about(
         small_original, tmp_path, monkeypatch, capsys, config, std, said):
     from safetensors.torch import save_file
     monkeypatch.setattr(dcae_names, "SCALES", {("1.0", 8, 8): {"a": 0.5, "b": 0.25}})
@@ -364,7 +364,7 @@ def test_the_scale_is_stated_or_published_or_missed_aloud(
     assert bool(out) == bool(said) and re.search(said, out)
 
 
-def test_a_scale_that_all_files_of_these_sizes_share_needs_no_name(small, monkeypatch, capsys):
+def test_a_scale_shared_by_all_files_of_these_sizes_needs_no_name(small, monkeypatch, capsys):
     monkeypatch.setattr(dcae_names, "SCALES", {("Sana", 8, 8): {"a": 0.25, "b": 0.25}})
     assert load_base_vae(small("sana").state_dict()).std.tolist() == [4.0] * 8
     assert capsys.readouterr().out == ""
@@ -374,13 +374,13 @@ def test_a_scale_that_all_files_of_these_sizes_share_needs_no_name(small, monkey
 
 
 @pytest.mark.parametrize("name", ["1.0", "sana", "1.5"])
-def test_a_davae_on_it_keeps_the_base_and_has_gradients_everywhere_else(small, name):
+def test_a_davae_on_a_dcae_keeps_the_base_and_has_gradients_elsewhere(small, name):
     base = load_base_vae(small(name).state_dict())
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     z = base.encode(half(x))
     vae = DAVAE(base, DAVAEConfig(D=8, detail_dropout=0.0)).train()
     assert vae.f == 16
-    assert torch.equal(vae.encode(x)[:, :8], z)                    # in training, too: no norm of the batch
+    assert torch.equal(vae.encode(x)[:, :8], z)                    # in training too: no batch statistics
     out = vae(x)
     (out.x_hat.square().mean() + out.posterior.kl()).backward()
     without = [key for key, p in vae.named_parameters() if p.requires_grad and not p.grad.abs().max() > 0]
@@ -388,7 +388,7 @@ def test_a_davae_on_it_keeps_the_base_and_has_gradients_everywhere_else(small, n
 
 
 @torch.no_grad()
-def test_batch_norm_goes_by_the_files_statistics_in_training_and_leaves_them(small):
+def test_batch_norm_uses_the_files_statistics_in_training_and_keeps_them(small):
     base = load_base_vae(small("1.0").state_dict())
     z = torch.randn(2, 8, 4, 4)
     before = {key: x.clone() for key, x in base.state_dict().items()}
@@ -398,7 +398,7 @@ def test_batch_norm_goes_by_the_files_statistics_in_training_and_leaves_them(sma
     assert all(torch.equal(x, before[key]) for key, x in base.state_dict().items())
 
 
-def test_a_run_of_train_vae_on_it_trains_the_new_parts_and_loads_again(small, vae_config, tmp_path):
+def test_train_vae_on_a_dcae_trains_the_new_parts_and_the_run_reloads(small, vae_config, tmp_path):
     import train_vae
     base = load_base_vae(small("1.0").state_dict())
     save_base_vae(base, tmp_path / "base")
@@ -415,7 +415,7 @@ def test_a_run_of_train_vae_on_it_trains_the_new_parts_and_loads_again(small, va
     assert vae.decode(vae.encode(x)).shape == x.shape and vae.std.min() > 0 and vae.std.max() != 1
 
 
-def test_it_is_not_trained_itself(small):
+def test_a_dcae_itself_is_not_trained(small):
     plain = PlainVAE(load_base_vae(small("1.5").state_dict()))
     x = torch.rand(1, 3, 32, 32)
     assert plain.decode(plain.encode(x)).shape == x.shape
@@ -438,7 +438,7 @@ def test_it_is_not_trained_itself(small):
     ("1.5", {"encoder.conv_in.conv.weight": torch.zeros(8, 1, 3, 3)}, r"\(8, 1, 3, 3\); wanted \(8, 3, 3"),
     ("1.5", {"decoder.norm_out.bias": torch.full((32,), float("nan"))}, "norm_out.bias is not finite"),
 ])
-def test_files_that_are_no_whole_dc_ae_are_refused_in_one_sentence(small, name, change, said):
+def test_incomplete_or_foreign_dc_ae_files_are_refused_in_one_sentence(small, name, change, said):
     sd = dict(small(name).state_dict())
     for key, weight in change.items():
         if weight is None:
@@ -450,7 +450,7 @@ def test_files_that_are_no_whole_dc_ae_are_refused_in_one_sentence(small, name, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_shortcut_on_one_side_of_the_latent_only_is_refused(small):
+def test_a_shortcut_on_only_one_side_of_the_latent_is_refused(small):
     sd = original_names(small("1.5").state_dict(), ends=False)
     key = "decoder.project_in.{}conv.weight"
     sd[key.format("main.")] = sd.pop(key.format(""))
@@ -470,7 +470,7 @@ def test_a_shortcut_on_one_side_of_the_latent_only_is_refused(small):
     (dict(decoder_conv_act_fn="gelu"), "decoder_conv_act_fn='gelu'; wanted relu or silu"),
     (dict(scaling_factor=0), "scaling_factor=0.0; wanted a number above 0"),
 ])
-def test_a_config_json_that_cannot_be_meant_is_refused_by_name(small, tmp_path, change, said):
+def test_a_contradictory_config_json_is_refused_naming_the_field(small, tmp_path, change, said):
     small("1.0").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -486,6 +486,6 @@ def test_a_config_json_that_cannot_be_meant_is_refused_by_name(small, tmp_path, 
     (dict(C=48), "1024 channels does not divide into C=48 groups"),
     (dict(C=16, widths=(0, 256, 512, 512, 1024, 16)), "16 channels does not divide into heads of 32"),
 ])
-def test_sizes_that_do_not_fit_are_told(change, said):
+def test_sizes_that_do_not_fit_are_refused(change, said):
     with pytest.raises(ValueError, match=said):
         dcae.DCAEConfig(**change)

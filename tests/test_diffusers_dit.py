@@ -45,7 +45,7 @@ def theirs(make):
 
 @pytest.fixture(scope="module")
 def ours(theirs, tmp_path_factory):
-    """ours("Flux2", D=0) -> the same, loaded from its folder and wrapped; C = 4."""
+    """ours("Flux2", D=0) -> the same model, loaded from its folder and wrapped; C = 4."""
     folder = tmp_path_factory.mktemp("transformers")
     for kind, net in theirs.items():
         net.save_pretrained(folder / kind)
@@ -60,7 +60,7 @@ def ours(theirs, tmp_path_factory):
 
 @pytest.fixture
 def inputs():
-    """inputs(channels=4) -> (z, t, context, mask): two latents that are wider than high, and texts."""
+    """inputs(channels=4) -> (z, t, context, mask): two latents that are wider than high, and text."""
     def make(channels=4):
         generator = torch.Generator().manual_seed(1)
         z = torch.randn(2, channels, 8, 12, generator=generator)
@@ -95,14 +95,14 @@ def velocity(net, kind, z, t, context, mask):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["Flux2", "Sana"])
-def test_the_wrapped_model_is_diffusers_own_to_the_last_bit(kind, theirs, ours, inputs):
+def test_the_wrapped_model_equals_diffusers_bit_for_bit(kind, theirs, ours, inputs):
     v = velocity(theirs[kind], kind, *inputs())
     assert torch.equal(ours(kind)(*inputs()), v) and v.std() > 0.1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["Flux2", "Sana"])
-def test_warm_start_is_off_by_exactly_nothing(kind, theirs, ours, inputs):
+def test_the_warm_start_is_exact(kind, theirs, ours, inputs):
     z, t, *cond = inputs()
     base, model = ours(kind), ours(kind, D=8)
     assert warm_start_difference(base, model, z, cond) == (0.0, 0.0)
@@ -113,8 +113,8 @@ def test_warm_start_is_off_by_exactly_nothing(kind, theirs, ours, inputs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("wrong", ["channels fastest", "columns first", "time not flipped", "time in 1000"])
-def test_a_wrong_convention_would_be_seen(wrong, theirs, ours, inputs, monkeypatch, error):
-    """The comparison above can fail: each of these makes another velocity, of the same shape."""
+def test_a_wrong_convention_would_be_noticed(wrong, theirs, ours, inputs, monkeypatch, error):
+    """The comparison above can fail: each of these gives another velocity of the same shape."""
     def packed(model, z):
         patches = F.pixel_unshuffle(z, 2)
         if wrong == "channels fastest":
@@ -134,7 +134,7 @@ def test_a_wrong_convention_would_be_seen(wrong, theirs, ours, inputs, monkeypat
 
 
 @torch.no_grad()
-def test_sana_heeds_the_mask_of_the_text(ours, inputs, error):
+def test_sana_respects_the_text_mask(ours, inputs, error):
     z, t, context, mask = inputs()
     model = ours("Sana")
     v = model(z, t, context, mask)
@@ -158,7 +158,7 @@ def test_a_guidance_distilled_flux2_is_given_its_scale(make, inputs):
 
 
 @torch.no_grad()
-def test_sanas_time_has_the_scale_of_its_config(make, inputs):
+def test_sanas_time_is_scaled_as_in_its_config(make, inputs):
     net = make("SanaTransformer2DModel", **SANA | {"timestep_scale": 0.25})
     model = Sana(SanaConfig(C=4, context=12, net=dict(net.config)))
     model.net.load_state_dict({k: v for k, v in net.state_dict().items() if k in model.net.state_dict()})
@@ -169,7 +169,7 @@ def test_sanas_time_has_the_scale_of_its_config(make, inputs):
     assert torch.equal(model.eval()(z, t, context, mask), v)
 
 
-def test_a_distilled_flux2_is_given_the_guidance_that_its_pipeline_gives_by_default():
+def test_a_distilled_flux2_gets_its_pipelines_default_guidance():
     metrics.import_torchvision()
     from diffusers import Flux2Pipeline
     wanted = inspect.signature(Flux2Pipeline.__call__).parameters["guidance_scale"].default
@@ -178,7 +178,7 @@ def test_a_distilled_flux2_is_given_the_guidance_that_its_pipeline_gives_by_defa
 
 @torch.no_grad()
 def test_a_davae_in_a_pipeline_decodes_latents_as_they_are(make_davae):
-    """By the lines of FLUX.2's pipeline, and of Sana's, between their last step and the VAE."""
+    """Using the lines of FLUX.2's and Sana's pipelines between their last step and the VAE."""
     davae = make_davae()
     vae = InPipeline(davae)
     z_all = torch.randn(2, 16, 4, 6)
@@ -191,11 +191,11 @@ def test_a_davae_in_a_pipeline_decodes_latents_as_they_are(make_davae):
     assert torch.equal(vae.decode(z_all.double())[0], wanted)
 
 
-# ---------------------------------------------------------------- training it
+# ---------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("kind", ["Flux2", "Sana"])
-def test_zeros_do_not_stall_either_new_layer(kind, ours, inputs):
+def test_gradients_reach_both_zero_initialised_layers(kind, ours, inputs):
     model = ours(kind, D=8).train()
     v, v_d = model(*inputs(12)).split([4, 8], dim=1)
     (v.square().mean() + (v_d - 1).square().mean()).backward()
@@ -220,7 +220,7 @@ def test_checkpointing_changes_no_gradient(kind, ours, inputs, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind, adapted", [("Flux2", 5 + 2 * 2), ("Sana", 2 * 8)])
-def test_adapters_start_as_the_model_itself_train_alone_and_merge(kind, adapted, ours, inputs, error):
+def test_adapters_start_without_effect_freeze_the_net_and_merge(kind, adapted, ours, inputs, error):
     model = ours(kind, D=8)
     before = model(*inputs(12))
     add_lora(model, r=2, alpha=4)
@@ -230,7 +230,7 @@ def test_adapters_start_as_the_model_itself_train_alone_and_merge(kind, adapted,
     for name, p in model.named_parameters():
         assert p.requires_grad == (not name.startswith("net.") or name.rpartition(".")[2] in ("A", "B")), name
 
-    again = type(model)(model.cfg)                                 # as a run with adapters is opened
+    again = type(model)(model.cfg)                                 # as when opening a run with adapters
     again.load_state_dict(model.state_dict())
     for layer in adapters:
         layer.B.normal_(std=0.1)
@@ -241,7 +241,7 @@ def test_adapters_start_as_the_model_itself_train_alone_and_merge(kind, adapted,
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["Flux2", "Sana"])
-def test_the_widened_model_goes_back_as_a_stock_one(kind, ours, inputs, randomise, make, error):
+def test_the_widened_model_exports_as_a_stock_one(kind, ours, inputs, randomise, make, error):
     model = randomise(ours(kind, D=8), names="_new")
     config, sd = export_transformer(model)
     z, t, *cond = inputs(12)
@@ -252,10 +252,10 @@ def test_the_widened_model_goes_back_as_a_stock_one(kind, ours, inputs, randomis
     assert error(model(z, t, *cond), v) < 1e-5 and v[:, 4:].abs().max() > 1e-2
 
 
-# ---------------------------------------------------------------- what is refused, in a sentence
+# ---------------------------------------------------------------- what is refused, in one sentence
 
 
-def test_what_does_not_fit_is_one_sentence(ours, inputs, theirs, tmp_path, make):
+def test_mismatches_get_one_sentence(ours, inputs, theirs, tmp_path, make):
     model = ours("Flux2")
     z, *others = inputs()
     with pytest.raises(ValueError, match=r"z_all is \(2, 4, 7, 12\), wanted \(B, 4, h, w\) with h and w"):
@@ -278,7 +278,7 @@ def test_what_does_not_fit_is_one_sentence(ours, inputs, theirs, tmp_path, make)
         load_dit(tmp_path / "flux2")
 
 
-def test_without_diffusers_there_is_one_sentence(monkeypatch):
+def test_missing_diffusers_gets_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match="wanted diffusers' Flux2Transformer2DModel, which cannot"):
         Flux2(Flux2Config())
@@ -298,11 +298,11 @@ def test_the_defaults_are_klein_4b_and_sana_1600m(make):
     assert (sana.cfg.E, sana.cfg.depth, sana.cfg.C) == (2240, 20, 32)
 
 
-# ---------------------------------------------------------------- a third, as docs/recipes.md has it
+# ---------------------------------------------------------------- a third model, from docs/recipes.md
 
 
 @torch.no_grad()
-def test_the_third_in_the_recipes_is_flux1_to_the_last_bit(make, inputs, tmp_path, monkeypatch):
+def test_flux1_as_in_the_recipes_equals_diffusers_bit_for_bit(make, inputs, tmp_path, monkeypatch):
     source = next(block for block in blocks_of_recipes() if "class Flux1(" in block)
     monkeypatch.setattr(dit, "MODELS", dict(dit.MODELS))
     monkeypatch.setattr(diffusers_dit, "KINDS", dict(diffusers_dit.KINDS))

@@ -1,4 +1,4 @@
-"""support/diffusers_text.py: texts as diffusers encodes them; FLUX.2 and Sana, from captions to pipelines."""
+"""support/diffusers_text.py: text as diffusers encodes it; FLUX.2 and Sana, from captions to pipelines."""
 import functools
 import math
 import re
@@ -31,7 +31,7 @@ def diffusers():
 
 def letters(special, kind, **names):
     """A tokenizer of single letters."""
-    pieces = [*special, *LETTERS, "\u0120", "\u010a"]              # Qwen's blank and line end
+    pieces = [*special, *LETTERS, "\u0120", "\u010a"]              # Qwen's space and newline
     tokenizer = kind(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], **names)
     return tokenizer, len(pieces)
 
@@ -95,10 +95,10 @@ def sana(diffusers, randomise, tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------- texts
+# ---------------------------------------------------------------- text
 
 
-def test_klein_texts_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
+def test_klein_embeddings_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
     text.cache_text(klein, ["a fox", "snow"], tmp_path, CPU, t5_tokens=25)
     context, beside = text.TextCache(tmp_path, t5_tokens=25)(["snow", "", "a fox"])
     pipeline = diffusers.Flux2KleinPipeline.from_pretrained(klein)
@@ -113,12 +113,12 @@ def test_klein_texts_are_the_pipelines_own(klein, diffusers, tmp_path, capsys):
         text.cache_text(klein, ["owl"], tmp_path, CPU, t5_tokens=22)
 
 
-def test_sana_texts_have_its_instructions_and_the_empty_one_has_none(diffusers, sana, tmp_path, monkeypatch):
+def test_sana_prompts_get_its_instructions_and_the_empty_one_none(diffusers, sana, tmp_path, monkeypatch):
     text.cache_text(sana, ["a fox"], tmp_path, CPU, t5_tokens=12)
     context, mask = text.TextCache(tmp_path)(["a fox", ""])
     pipeline = diffusers.SanaPipeline.from_pretrained(sana)
 
-    # what the pipeline itself hands to its transformer, of a prompt and of guidance's empty one
+    # what the pipeline itself passes to its transformer, for a prompt and for guidance's empty one
     class Seen(Exception):
         pass
 
@@ -148,7 +148,7 @@ def test_an_encoder_with_a_tensor_missing_is_refused_not_filled_at_random(pipeli
 
 
 @pytest.mark.parametrize("pipeline", ["klein", "sana"])
-def test_of_a_name_on_the_hub_enough_is_fetched_to_encode(pipeline, request, tmp_path):
+def test_enough_is_fetched_from_the_hub_to_encode(pipeline, request, tmp_path):
     folder = request.getfixturevalue(pipeline)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     fetched, _ = hub.wanted(names, part="text")
@@ -172,7 +172,7 @@ def finished(klein, sana, tmp_path_factory):
     def make(model):
         pipeline, preset, own = {
             "Flux2": (klein, "klein-1024", dict(t5_tokens=16)),
-            "Sana": (sana, "sd35m-1024", dict(t5_tokens=12, model="Sana", cfg=4.5)),     # as docs/recipes.md
+            "Sana": (sana, "sd35m-1024", dict(t5_tokens=12, model="Sana", cfg=4.5)),  # as in docs/recipes.md
         }[model]
         folder = tmp_path_factory.mktemp(model)
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ def captioned(folder):
 
 
 @pytest.mark.parametrize("model", ["Flux2", "Sana"])
-def test_checkpoints_hold_what_is_trained_and_a_run_resumes_to_the_bit(
+def test_checkpoints_hold_what_is_trained_and_runs_resume_bit_for_bit(
         model, finished, tmp_path, same_weights):
     run = finished(model)
     saved = load_file(runs.latest_checkpoint(run.out) / "model.safetensors")
@@ -225,7 +225,7 @@ def test_every_weight_can_be_trained(model, finished, tmp_path):
 
 
 def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(finished, tmp_path, error):
-    """By the lines in docs/recipes.md; the shift is what the pipeline computes from the number of tokens."""
+    """With the code in docs/recipes.md; the shift is what the pipeline computes from the token count."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
     run = finished("Flux2")
     noise = sample.sample_noise(0, [0], (12, 8, 12))
@@ -238,7 +238,7 @@ def test_the_exported_run_draws_the_same_in_flux2s_own_pipeline(finished, tmp_pa
 
 
 def test_the_exported_run_draws_the_same_in_sanas_own_pipeline(finished, tmp_path, error):
-    """By the lines in docs/recipes.md, with the run's own shift, grid and guidance."""
+    """With the code in docs/recipes.md, and the run's own shift, grid and guidance."""
     run = finished("Sana")
     theirs = by_recipe(
         "SanaPipeline", "Sana_1600M_1024px_diffusers", run, tmp_path, height=32, width=64,
@@ -249,9 +249,9 @@ def test_the_exported_run_draws_the_same_in_sanas_own_pipeline(finished, tmp_pat
 
 
 def by_recipe(kind, name, run, folder, **options):
-    """What a pipeline in docs/recipes.md draws of "a fox" with an exported run, in three steps: in [0, 1].
+    """What a pipeline in docs/recipes.md draws for "a fox" with an exported run in three steps, in [0, 1].
 
-    name: of the pipeline's folder, there; options: of its call, in place of the size there
+    name: the pipeline's folder in the recipe; options: of its call, replacing the recipe's size
     """
     main_export(ExportConfig(run=run.out, out=str(folder / "exported"), weights="model"))
     recipe = next(block for block in blocks_of_recipes() if f"{kind}.from_pretrained" in block)
@@ -264,7 +264,7 @@ def by_recipe(kind, name, run, folder, **options):
 
 
 def drawn(run, **changes):
-    """What sample.py draws of it, 32 pixels high."""
+    """What sample.py draws with the run, 32 pixels high."""
     dit, vae, about = load_run(run.out, "model")
     chosen = sample.Config(prompts="a fox", steps=3, height=32, seed=0, dtype="float32", **changes)
     texts = text.text_for(run.text, [], "", 0, CPU, run.t5_tokens)

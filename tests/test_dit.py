@@ -1,4 +1,4 @@
-"""dit.py against recorded outputs of the original LightningDiT and diffusers; claims of the warm start."""
+"""dit.py against the original LightningDiT's recorded outputs and diffusers; claims of the warm start."""
 import itertools
 from copy import deepcopy
 from dataclasses import replace
@@ -140,7 +140,7 @@ def test_rms_norm_rounds_before_it_scales():
     assert torch.equal(h, (exact.float().bfloat16() * weight).bfloat16())
 
 
-def test_a_wrong_latent_is_named(make_dit):
+def test_a_wrong_latent_shape_is_named(make_dit):
     with pytest.raises(ValueError, match=r"\(3, 5, 4, 4\).*\(4, 4, 4\)"):
         make_dit()(torch.zeros(3, 5, 4, 4), torch.zeros(3), torch.zeros(3, dtype=torch.long))
 
@@ -213,7 +213,7 @@ def test_gradients_reach_the_new_layers_from_the_first_step(make_dit, dit_inputs
 
 
 @torch.no_grad()
-def test_the_proof_of_the_warm_start_sees_differences_of_either_sign_in_both_parts(make_dit, dit_inputs):
+def test_the_warm_start_check_sees_differences_of_either_sign_in_both_parts(make_dit, dit_inputs):
     z, _, y = dit_inputs(1)
     base, model = make_dit(), make_dit()
     model.expand_channels(6)
@@ -228,7 +228,7 @@ def test_the_proof_of_the_warm_start_sees_differences_of_either_sign_in_both_par
     assert change > 1e-2 and detail == 0
 
 
-def test_widening_an_expanded_or_by_nothing_is_refused(make_dit):
+def test_widening_twice_or_by_nothing_is_refused(make_dit):
     model = make_dit()
     with pytest.raises(ValueError, match="at least 1"):
         model.expand_channels(0)
@@ -247,10 +247,10 @@ ORDER = {
 @pytest.mark.parametrize("kind, cfg", [
     (LightningDiT, LightningDiTConfig(C=4, grid=2, E=32, A=4, depth=2)),
     (dit.MMDiT, dit.MMDiTConfig(C=4, E=32, A=4, depth=2, dual=1, context=8, pooled=8, pos_size=4))])
-def test_a_widened_model_and_one_built_wide_have_their_parameters_in_one_order(kind, cfg):
-    """The optimizer's saved state goes by it, and a resumed model is built wide.
+def test_a_widened_model_and_one_built_wide_order_their_parameters_alike(kind, cfg):
+    """The optimizer's saved state depends on the order, and a resumed model is built wide.
 
-    The order is that of earlier checkpoints.
+    It is the order of earlier checkpoints.
     """
     widened = kind(cfg)
     widened.expand_channels(8)
@@ -261,7 +261,7 @@ def test_a_widened_model_and_one_built_wide_have_their_parameters_in_one_order(k
     assert [layer for layer, _ in runs] == ORDER[kind].split()
 
 
-def test_widen_serves_any_patchifier_and_head():
+def test_widen_works_with_any_patchifier_and_head():
     patchifier = torch.nn.Conv2d(3, 20, 2, stride=2, dtype=torch.bfloat16)
     head = torch.nn.Linear(20, 12, dtype=torch.bfloat16)
     P_new, O_new = widen(patchifier, head, D=5)
@@ -279,10 +279,10 @@ def test_a_fresh_widened_model_starts_with_zero_new_layers():
     assert model.P.weight.abs().max() > 0
 
 
-# ---------------------------------------------------------------- what they cost, counted
+# ---------------------------------------------------------------- cost, counted
 
 
-def test_the_cost_of_an_xl_is_the_closed_formula():
+def test_the_cost_of_an_xl_matches_the_closed_form():
     with torch.device("meta"):
         model = LightningDiT(LightningDiTConfig(D=96))
         inputs = torch.empty(1, 128, 16, 16), torch.empty(1), torch.zeros(1, dtype=torch.long)
@@ -318,7 +318,7 @@ def test_four_times_the_tokens_cost_sd3_more_than_four_times_as_much():
 @pytest.mark.parametrize("h, w", [(16, 16), (16, 24), (38, 2)])
 @pytest.mark.parametrize("skip", [(), (1, 2)])
 @torch.no_grad()
-def test_mmdit_equals_diffusers_in_sd3s_own_time_and_sign(stock, sd3_inputs, error, h, w, skip):
+def test_mmdit_equals_diffusers_up_to_sd3s_time_and_sign(stock, sd3_inputs, error, h, w, skip):
     model = load_dit(stock.state_dict())
     z, t, context, pooled = sd3_inputs(h=h, w=w)
     ref = stock(z, context, pooled, 1000 * (1 - t), skip_layers=list(skip) or None).sample
@@ -326,8 +326,8 @@ def test_mmdit_equals_diffusers_in_sd3s_own_time_and_sign(stock, sd3_inputs, err
     assert error(model(z, t, context, pooled, skip=skip), -ref) < 5e-6
 
 
-def test_a_fresh_mmdit_has_the_position_table_that_diffusers_gives_sd3(error):
-    """Of 384 x 384 positions, as far apart as 64 x 64 would be."""
+def test_a_fresh_mmdit_has_the_position_table_diffusers_gives_sd3(error):
+    """SD3.5's 384 x 384 positions together span as much as 64 x 64."""
     import_torchvision()
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
     cfg = dit.MMDiTConfig(E=48, A=3, depth=1, dual=1, context=8, pooled=8, pos_size=21)
@@ -356,8 +356,8 @@ def test_warm_start_of_sd3_reproduces_the_base_model(stock, widened, sd3_inputs,
 
 
 @torch.no_grad()
-def test_a_block_with_two_attentions_norms_its_tokens_once_for_both(stock, sd3_inputs):
-    """Two norms for each kind of tokens, before attention and MLP, and one for the text of the last block."""
+def test_a_block_with_two_attentions_normalises_its_tokens_once_for_both(stock, sd3_inputs):
+    """Two norms for each kind of token, before attention and MLP, and one for the text of the last block."""
     model = load_dit(stock.state_dict())
     assert model.cfg.dual > 0
     with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -369,9 +369,8 @@ def test_a_block_with_two_attentions_norms_its_tokens_once_for_both(stock, sd3_i
 @pytest.mark.parametrize("kind", ["LightningDiT", "MMDiT"])
 @pytest.mark.parametrize("D", [0, 6])
 @torch.no_grad()
-def test_blocks_take_and_give_tokens_whose_rows_are_in_one_piece(
-        kind, D, make_dit, dit_inputs, stock, sd3_inputs):
-    """Else each of their operators would copy them, or read them in strides."""
+def test_blocks_take_and_return_contiguous_tokens(kind, D, make_dit, dit_inputs, stock, sd3_inputs):
+    """Otherwise each operator would copy them or read them in strides."""
     if kind == "MMDiT":
         model, inputs = load_dit(stock.state_dict()), sd3_inputs(channels=4 + D)
     else:
@@ -399,7 +398,7 @@ def test_checkpointing_changes_no_gradient(stock, sd3_inputs):
     assert torch.equal(gradient(checkpointing=False), gradient(checkpointing=True))
 
 
-def test_a_wrong_latent_for_sd3_is_named(stock, sd3_inputs):
+def test_a_wrong_latent_shape_for_sd3_is_named(stock, sd3_inputs):
     model = load_dit(stock.state_dict())
     _, t, context, pooled = sd3_inputs()
     for shape in ((2, 5, 16, 16), (2, 4, 15, 16), (2, 4, 16, 44)):
@@ -411,7 +410,7 @@ def test_a_wrong_latent_for_sd3_is_named(stock, sd3_inputs):
 
 
 @torch.no_grad()
-def test_lora_starts_as_the_model_itself_and_freezes_all_but_the_first_and_last_layer(widened, sd3_inputs):
+def test_lora_starts_without_effect_and_freezes_all_but_the_first_and_last_layer(widened, sd3_inputs):
     inputs = sd3_inputs(channels=10)
     model = widened()
     before = model(*inputs)
@@ -433,7 +432,7 @@ def test_lora_starts_as_the_model_itself_and_freezes_all_but_the_first_and_last_
 
 @pytest.mark.parametrize("parts", [1, 3])
 @torch.no_grad()
-def test_an_adapter_adds_alpha_over_r_times_b_a_x_to_each_part_and_merges_into_that_weight(parts, error):
+def test_an_adapter_adds_alpha_over_r_times_BAx_to_each_part_and_merges(parts, error):
     linear = torch.nn.Linear(10, 12)
     before = deepcopy(linear)
     lora = dit.LoRA(linear, r=4, alpha=6.0, parts=parts)
@@ -449,7 +448,7 @@ def test_an_adapter_adds_alpha_over_r_times_b_a_x_to_each_part_and_merges_into_t
     assert type(merged) is torch.nn.Linear and error(merged(x), before(x) + change) < 1e-5
 
 
-def test_adapters_begin_as_pefts_gaussian_ones():
+def test_adapters_start_like_pefts_gaussian_ones():
     """A from N(0, 1 / r^2), B zero, and by default a scale of 1."""
     torch.manual_seed(0)
     lora = dit.LoRA(torch.nn.Linear(500, 12), r=8, alpha=8.0, parts=3)
@@ -458,7 +457,7 @@ def test_adapters_begin_as_pefts_gaussian_ones():
 
 
 @torch.no_grad()
-def test_merged_lora_equals_the_adapters_and_is_gone(widened, sd3_inputs, error):
+def test_merged_lora_computes_the_same_without_adapters(widened, sd3_inputs, error):
     inputs = sd3_inputs(channels=10)
     model = widened(spoil="_new")
     dit.add_lora(model, r=4, alpha=8)

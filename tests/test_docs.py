@@ -1,4 +1,4 @@
-"""README.md and docs/: what they name exists, where they link to is there, and the commands they show run."""
+"""README.md and docs/: the names and links in them exist, and the commands they show run."""
 import ast
 import importlib
 import os
@@ -19,20 +19,20 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/*.md"))]
 
-# The commands of recipes.md need the recipes' changes: tests/test_recipes.py applies them and runs it.
+# The commands of recipes.md need the recipes' changes: tests/test_recipes.py applies and runs them.
 WITH_COMMANDS = [page for page in PAGES if page.name != "recipes.md"]
 
 # ---------------------------------------------------------------- each command, and its toy size
 
 
-# A preset's own folder would be trained to the preset's last step, so they are written with a dot: ./out/...
+# A preset's own folder would be trained to its last step, so it is written with a dot: ./out/...
 VAE = "--steps=2 --images=32 --batch_size=2 --micro_batch=2 --stats=8"
 DIT = "--steps=2 --images=32 --batch_size=4 --micro_batch=4 --sample_steps=2 --N=2"
 DRAW = "--n=4 --batch_size=2 --steps=2"
 MEASURE = "--n=8 --batch_size=4 --steps=2 --images=8"
 LOOK = "--images=12"
 
-# Before the first command of a page is run.
+# Run before the first command of a page.
 BEFORE = {
     "python train_vae.py tiny-base": VAE,
     "python train_vae.py tiny": f"{VAE} --base=./out/tiny-base-vae",
@@ -43,7 +43,7 @@ BEFORE = {
         f"{DIT} --vae=out/my-vae --out=out/my-base --E=32 --depth=1",
 }
 
-# {command as it is shown: the flags that are added to it}; what a page says is "not run" has no place here.
+# {command as shown: the flags added to it}, without those that a page says are "not run".
 TOY = {
     "python finetune.py": f"{DIT} --vae=./out/tiny-vae --base=./out/tiny-base",
     "python finetune.py --steps=900": f"{DIT} --vae=./out/tiny-vae --base=./out/tiny-base --steps=4",
@@ -104,7 +104,7 @@ TOY = {
     "python finetune.py klein-2048 --dry_run=True": "",
 }
 
-EXEMPT = r"pip install|pytest|python -m kernels.bench --device=cpu"      # test_peers.py runs what is in that
+EXEMPT = r"pip install|pytest|python -m kernels.bench --device=cpu"      # test_peers.py runs kernels.bench
 COMMAND = r"(\w+=\w+ )*(python|torchrun|pip|pytest) .*"
 
 
@@ -112,7 +112,7 @@ COMMAND = r"(\w+=\w+ )*(python|torchrun|pip|pytest) .*"
 
 
 def blocks(page):
-    """[(what the last line before it says, lines)] of a page's fenced blocks, continued lines joined."""
+    """[(the last line before it, its lines)] of a page's fenced blocks, continued lines joined."""
     found, inside, before = [], None, ""
     for line in page.read_text().replace("\\\n", " ").splitlines():
         if line.startswith("```"):
@@ -129,7 +129,7 @@ def blocks(page):
 
 
 def commands(page):
-    """[(command, is it said to be not run?)] of a page, without comments and what is exempt."""
+    """[(command, is it marked not run?)] of a page, without comments and exempt commands."""
     found = []
     for before, lines in blocks(page):
         not_run = "not run" in f"{before} {lines[:1]}"
@@ -144,7 +144,7 @@ def commands(page):
 
 
 def parse(command):
-    """(script, its Config with these flags).   raises: SystemExit for what is no field, preset or value"""
+    """(script, its Config with these flags).   raises: SystemExit for an unknown field, preset or value"""
     words = [word for word in shlex.split(command) if word != "--"]
     while "=" in words[0]:                                         # KERNELS=triton
         words.pop(0)
@@ -195,11 +195,11 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# ---------------------------------------------------------------- what they name
+# ---------------------------------------------------------------- names and links
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_function_that_a_page_names_exists(page):
+def test_every_function_a_page_names_exists(page):
     for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", page.read_text()):
         node = ast.parse((ROOT / file).read_text())
         for part in name.split("."):
@@ -214,7 +214,7 @@ def test_the_readme_says_where_each_equation_is():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_picture_and_every_link_of_a_page_leads_somewhere(page):
+def test_every_picture_and_link_on_a_page_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith("http"):
             continue
@@ -225,7 +225,7 @@ def test_every_picture_and_every_link_of_a_page_leads_somewhere(page):
 
 
 @pytest.mark.house
-def test_each_recipe_applies_to_the_sources_as_they_are():
+def test_each_recipe_applies_to_the_current_sources():
     diffs = re.findall(r"(?ms)^```diff\n(.*?)^```", (ROOT / "docs/recipes.md").read_text())
     assert len(diffs) == 7
     for diff in diffs:
@@ -250,14 +250,14 @@ def test_every_picture_is_shown():
 
 
 @pytest.mark.house
-def test_the_readme_is_read_in_one_sitting():
+def test_the_readme_is_short():
     lines = README.read_text().splitlines()
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.house
-def test_the_readme_names_every_room_of_the_house():
+def test_the_readme_names_every_script_and_folder():
     scripts = {path.name for path in ROOT.glob("*.py")}
     rooms = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} | {"docs/"}
     listed = re.findall(r"^(\w+(?:\.py|/))  ", README.read_text(), re.M)
@@ -268,13 +268,13 @@ def test_the_readme_names_every_room_of_the_house():
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
-def test_every_command_has_fields_that_exist_and_is_run_or_said_to_be_not_run(page):
+def test_every_command_has_existing_fields_and_is_run_or_marked_not_run(page):
     for command, not_run in commands(page):
         assert not_run or command in TOY, f"{page.name}: {command!r} is not tested: add it to TOY"
         parse(command)
 
 
-def test_there_is_no_toy_size_for_a_command_that_no_page_shows():
+def test_every_toy_size_belongs_to_a_command_on_a_page():
     shown = {command for page in WITH_COMMANDS for command, not_run in commands(page) if not not_run}
     assert set(TOY) == shown
 
@@ -290,7 +290,7 @@ def run(command, flags, folder):
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A folder with what the commands take as given: photos, weights, the runs that come before the first."""
+    """A folder with what the commands assume: photos, weights, and the runs before the first command."""
     from support import data
     from support.bases import TAEF2
     from support.metrics import import_torchvision
@@ -322,7 +322,7 @@ def begun(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
-def test_the_commands_of_a_page_run_one_after_the_other(page, begun, tmp_path):
+def test_the_commands_on_a_page_run_one_after_another(page, begun, tmp_path):
     folder = tmp_path / "clone"
     shutil.copytree(begun, folder)
     done = set()

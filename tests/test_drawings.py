@@ -1,4 +1,4 @@
-"""drawings.py: what a picture depends on, what half the size loses of it, and what stays."""
+"""drawings.py: what a picture depends on, what it loses at half size, and what it keeps."""
 import numpy as np
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_16_pixel_preview_shows_the_class(drawn):
     assert accuracy > 0.95
 
 
-def test_pictures_of_a_class_vary_but_modestly(drawn):
+def test_pictures_of_a_class_vary_modestly(drawn):
     x, y = drawn
     within = torch.stack([x[y == k].std(0).mean() for k in range(10)])
     assert within.min() > 0.05 and within.max() < 0.5
@@ -82,7 +82,7 @@ def test_a_paint_has_a_texture_and_two_colours():
     assert texture == "" and colours.tolist() == [[255, 136, 0]] * 2
 
 
-def test_strokes_cover_what_was_drawn_before_them_and_textures_take_turns():
+def test_strokes_cover_earlier_ones_and_textures_alternate_two_colours():
     size, textures = 64, drawings.make_textures(64)
     picture = drawings.draw("#888; box #f00 -99 -99 99 99; box cols#444#ccc -10 -10 10 10", size, textures,
                             np.random.default_rng(0))
@@ -92,14 +92,14 @@ def test_strokes_cover_what_was_drawn_before_them_and_textures_take_turns():
     assert np.abs(odd.astype(int) - even - 136).max() <= 1          # both colours are shifted alike
 
 
-def test_a_paint_used_twice_is_the_same_twice():
+def test_a_paint_used_twice_looks_the_same():
     textures = drawings.make_textures(64)
     scene = "#888; box #484 -20 -20 -10 20; box #848 10 -20 14 20; box #484 15 -20 20 20"
     picture = drawings.draw(scene, 64, textures, np.random.default_rng(1))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 3
 
 
-def test_every_stroke_of_every_scene_has_a_known_shape_and_texture():
+def test_every_stroke_in_every_scene_has_a_known_shape_and_texture():
     textures = drawings.make_textures(8)
     for scene in drawings.SCENES.values():
         background, strokes = drawings.read_scene(scene)

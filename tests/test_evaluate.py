@@ -1,4 +1,4 @@
-"""evaluate.py: rows that mean what they say, files that lose nothing, rankings of what can be compared."""
+"""evaluate.py: rows that mean what they say, files that lose nothing, rankings of comparable runs only."""
 import functools
 import json
 import os
@@ -25,12 +25,12 @@ make_probe = functools.cache(metrics.make_probe)
 
 @pytest.fixture(autouse=True)
 def one_probe(monkeypatch):
-    """The probe takes a second to make, and is the same each time."""
+    """The probe takes a second to make and is always the same."""
     monkeypatch.setattr(metrics, "make_probe", make_probe)
 
 
 def stand_in(**parts):
-    """A Run as `load` makes it, as far as a test needs one."""
+    """A Run as `load` makes it, with only what a test needs."""
     run = dict(folder="r", checkpoint=Path("r"), config={"model": {}, "config": {}}, vae=None, dit=None,
                rank=0, world=1, device=torch.device("cpu"))
     return evaluate.Run(**run | parts)
@@ -89,7 +89,7 @@ def test_each_sample_is_scored_against_its_own_prompt(monkeypatch):
     assert plan.settings["clip"] == "hash"
 
 
-def test_a_model_of_texts_draws_the_captions_of_the_held_out_images_unless_prompts_are_given(monkeypatch):
+def test_a_text_model_draws_the_held_out_captions_unless_prompts_are_given(monkeypatch):
     run = stand_in(config={"config": {"image_size": 64, "text": "out/text", "shift": 1.0, "cfg": 4.0,
                                       "grid": "plain"},
                            "model": {"C": 4, "D": 4}, "classes": [], "captions": ["of training"]})
@@ -104,7 +104,7 @@ PROBE = evaluate.Rulers(FeatureNetwork("Probe", "Probe, sha256 0", pool), lpips=
 
 
 @pytest.mark.parametrize("sharp,recognised", [(8, 8), (4, 6), (0, 0)])
-def test_samples_are_sharp_above_zero_and_recognised_where_the_largest_of_ten_is_their_class(
+def test_samples_are_sharp_above_zero_and_recognised_if_the_largest_of_ten_is_their_class(
         monkeypatch, sharp, recognised):
     i = torch.arange(8)
     labels = torch.tensor([7, 2, 4]).repeat(3)[:8]
@@ -119,7 +119,7 @@ def test_samples_are_sharp_above_zero_and_recognised_where_the_largest_of_ten_is
     assert (row["judged sharp"], row["class recognised"]) == (sharp / 8, recognised / 8)
 
 
-def test_speed_is_of_sampling_and_decoding_on_all_ranks_after_the_first_batch(monkeypatch):
+def test_speed_covers_sampling_and_decoding_on_all_ranks_after_the_first_batch(monkeypatch):
     clock = [0.0]
 
     def generate(dit, vae, indices, *args):
@@ -142,7 +142,7 @@ def test_speed_is_of_sampling_and_decoding_on_all_ranks_after_the_first_batch(mo
     assert evaluate.draw_and_measure(cfg, run, rulers, plan, range(0, 8, 4))[1] is None
 
 
-def test_images_are_measured_a_few_at_a_time_where_they_are_large():
+def test_large_images_are_measured_a_few_at_a_time():
     x = torch.zeros(1, 1, 1, 1).expand(10, 3, 2, 2**20)            # of two megapixels each
     parts = list(evaluate.large_enough([(x, torch.zeros(10), list(range(10)))], None, 1))
     assert [numbers for _, numbers in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -152,7 +152,7 @@ def test_images_are_measured_a_few_at_a_time_where_they_are_large():
 # ---------------------------------------------------------------- the script
 
 
-def test_evaluate_names_its_features_and_adds_to_what_is_there(tiny_run, tmp_path):
+def test_evaluate_names_its_features_and_adds_to_existing_entries(tiny_run, tmp_path):
     cfg = evaluate.Config(run=tiny_run, out=str(tmp_path / "metrics.json"), n=20, images=20, steps=2,
                           batch_size=10)
     evaluate.main(cfg)
@@ -170,7 +170,7 @@ def test_evaluate_names_its_features_and_adds_to_what_is_there(tiny_run, tmp_pat
     assert settings["dit_hash"] == entries[1]["settings"]["dit_hash"] and len(settings["vae_hash"]) == 16
 
 
-def test_hashes_change_with_one_weight_and_with_one_name_but_not_with_the_place():
+def test_hashes_change_with_one_weight_or_one_name_but_not_with_the_object():
     a, b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     b.load_state_dict(a.state_dict())
     assert runs.hash_of(a) == runs.hash_of(b) != runs.hash_of(torch.nn.Sequential(a))
@@ -180,7 +180,7 @@ def test_hashes_change_with_one_weight_and_with_one_name_but_not_with_the_place(
 
 @pytest.fixture
 def photos(tmp_path):
-    """photos(count, unreadable) -> a folder of so many images, those at the places `unreadable` cut off."""
+    """photos(count, unreadable) -> a folder of that many images, those numbered `unreadable` truncated."""
     def make(count, unreadable=()):
         rng = np.random.default_rng(0)
         folder = tmp_path / "photos"
@@ -194,9 +194,9 @@ def photos(tmp_path):
     return make
 
 
-def test_two_processes_measure_what_one_does_even_if_one_of_them_can_read_none_of_its_images(
+def test_two_processes_measure_the_same_as_one_even_if_one_can_read_none_of_its_images(
         tiny_run, tmp_path, photos):
-    """Samples and images are shared out; rows come back in order, so that labels belong to their samples."""
+    """Samples and images are shared out; rows come back in order, so that labels match their samples."""
     flags = [tiny_run, "--n=11", "--images=13", "--steps=2", "--batch_size=4", "--device=cpu",
              f"--data_dir={photos(13, unreadable=(1, 2, 3, 5, 7, 9, 11))}"]
     script, entries = [str(Path(evaluate.__file__))], []
@@ -217,13 +217,13 @@ def test_two_processes_measure_what_one_does_even_if_one_of_them_can_read_none_o
                 assert two[section][row][metric] == pytest.approx(value, rel=1e-3, abs=1e-4), (row, metric)
 
 
-def test_a_base_model_alone_has_the_upsampled_rows_only(tiny_base, tmp_path):
+def test_a_base_model_has_only_the_upsampled_rows(tiny_base, tmp_path):
     cfg = evaluate.Config(run=tiny_base, out=str(tmp_path / "m.json"), n=10, images=10, steps=1)
     entry = evaluate.main(cfg)
     assert list(entry["generation"]) == ["base only, bilinear", "base only, bicubic"]
 
 
-def test_squeezenet_features_are_named_for_what_they_are(tiny_run, tmp_path, shared):
+def test_squeezenet_features_are_named_as_such(tiny_run, tmp_path, shared):
     trunk = str(shared("weights/lpips/squeezenet1_1_features.pth"))
     cfg = evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), n=20, images=20, steps=2,
                           perceptual="squeeze", lpips_trunk=trunk)
@@ -259,7 +259,7 @@ def test_a_photo_run_asks_for_held_out_images():
         evaluate.held_out(run, data_dir="", images=9)
 
 
-def test_held_out_drawings_are_none_of_those_that_the_run_or_its_vae_was_trained_on(monkeypatch):
+def test_held_out_drawings_are_new_to_both_the_run_and_its_vae(monkeypatch):
     own = dict(data_dir="procedural", seed=3, image_size=16, images=40)
     monkeypatch.setattr(evaluate, "davae_settings", lambda own: own | {"seed": 4})
     seen = set()
@@ -283,8 +283,7 @@ def test_held_out_images_of_a_folder_are_spread_over_its_classes(tmp_path, image
 
 
 @pytest.mark.parametrize("which", ["ema", "model"])
-def test_the_weights_that_are_asked_for_are_those_that_are_measured_and_shown(
-        tiny_run, tmp_path, monkeypatch, which):
+def test_the_requested_weights_are_measured_and_shown(tiny_run, tmp_path, monkeypatch, which):
     loaded = []
     monkeypatch.setattr(evaluate, "held_out", lambda run, *args: loaded.append(run) or 1 / 0)
     cfg = dict(run=tiny_run, weights=which, out=str(tmp_path / "out"))
@@ -299,7 +298,7 @@ def test_the_weights_that_are_asked_for_are_those_that_are_measured_and_shown(
 
 @pytest.fixture
 def photo_run(tiny_run, photos, tmp_path):
-    """(a run that says that it was trained on a folder of photos, that folder)."""
+    """(a run that claims to be trained on a folder of photos, that folder)."""
     folder = photos(4)
     run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
     step = runs.latest_checkpoint(run)
@@ -314,7 +313,7 @@ NOT_DRAWN = ("no samples are drawn, because no network measures them: give --lpi
              "--inception_weights= (FID), or --features=none to draw for img/s alone")
 
 
-def test_samples_that_nothing_measures_are_not_drawn_unless_asked_for(photo_run, monkeypatch, capsys):
+def test_samples_no_network_measures_are_drawn_only_if_asked_for(photo_run, monkeypatch, capsys):
     run, folder = photo_run
     cfg = evaluate.Config(run=run, data_dir=folder, n=6, batch_size=3, steps=1, images=4)
     with monkeypatch.context() as patch:
@@ -349,7 +348,7 @@ def test_the_table_says_whether_the_run_was_trained_on_its_images(photo_run, tmp
         assert warned == (kind == "training")
 
 
-def test_images_that_only_the_vae_was_trained_on_count_as_seen_and_so_do_those_of_one_class(tmp_path):
+def test_images_only_the_vae_was_trained_on_count_as_seen_and_so_does_one_class_of_them(tmp_path):
     own = {"data_dir": str(tmp_path / "a"), "vae": str(tmp_path / "vae")}
     runs.save_folder(tmp_path / "vae" / "step_000001", {}, {"config": {"data_dir": str(tmp_path / "b")}})
     seen = [name for name in ("a", "b", "b/cat", "c", "bb", ".")
@@ -359,7 +358,7 @@ def test_images_that_only_the_vae_was_trained_on_count_as_seen_and_so_do_those_o
     assert not measurements.seen_in_training("photos", {"data_dir": ""})
 
 
-def test_the_bar_of_sampling_is_over_the_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
+def test_the_sampling_bar_covers_the_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
     bars = []
     progress_bar = evaluate.sample.progress_bar
 
@@ -374,7 +373,7 @@ def test_the_bar_of_sampling_is_over_the_steps_of_all_batches(tiny_run, tmp_path
     assert (bar.total, bar.n) == (9, 9)
 
 
-def test_a_kept_reference_measures_like_the_images_it_was_made_of(tiny_run, tmp_path):
+def test_a_kept_reference_measures_like_the_images_it_was_made_from(tiny_run, tmp_path):
     cfg = dict(run=tiny_run, out=str(tmp_path / "m.json"), n=12, images=20, steps=1)
     kept = evaluate.main(evaluate.Config(**cfg, keep_reference=str(tmp_path / "r.npz")))
     read = evaluate.main(evaluate.Config(**cfg, reference=str(tmp_path / "r.npz")))
@@ -389,11 +388,11 @@ def test_a_kept_reference_measures_like_the_images_it_was_made_of(tiny_run, tmp_
 # ---------------------------------------------------------------- many ranks, some with nothing
 
 
-@pytest.mark.parametrize("shares", [                       # of each rank: (batches of rows, their numbers)
+@pytest.mark.parametrize("shares", [                       # for each rank: (batches of rows, their numbers)
     [([[5, 7]], [5, 7]), ([[1], [6, 9]], [1, 6, 9])],
     [([[0, 4, 8]], [0, 4, 8]), ([], []), ([[2]], [2])],
     [([], []), ([[3, 1]], [3, 1])]])
-def test_gathered_rows_are_in_the_order_of_their_numbers_whoever_had_them(monkeypatch, shares):
+def test_gathered_rows_are_in_order_whichever_rank_had_them(monkeypatch, shares):
     everything = []
     monkeypatch.setattr(ranks, "from_all", lambda x: everything.append(x) or everything)
     for parts, numbers in shares:
@@ -405,7 +404,7 @@ def test_gathered_rows_are_in_the_order_of_their_numbers_whoever_had_them(monkey
         ranks.gather([torch.zeros(1)], [0, 1])
 
 
-def test_rows_of_which_no_rank_has_any_are_no_rows():
+def test_gathering_nothing_gives_no_rows():
     assert len(ranks.gather([], [])) == 0
 
 
@@ -425,7 +424,7 @@ def never(*args, **kwargs):
     (dict(classes=(11,)), "class 11 asked for"), (dict(out="."), "folder|directory"),
     (dict(out=__file__), "not a list of measurements"), (dict(keep_reference=__file__), "not an npz file"),
     (dict(out=f"{__file__}/m.json"), "m.json: ")])
-def test_what_cannot_be_measured_is_refused_before_the_measuring(
+def test_impossible_measurements_are_refused_before_measuring(
         tiny_run, tmp_path, monkeypatch, flags, sentence):
     monkeypatch.setattr(evaluate, "reconstruction", never)
     monkeypatch.setattr(evaluate, "draw_and_measure", never)
@@ -435,7 +434,7 @@ def test_what_cannot_be_measured_is_refused_before_the_measuring(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_draw_is_found_out_with_one_batch_of_one_step(tiny_run, tmp_path, monkeypatch):
+def test_a_diverged_model_is_caught_by_one_batch_of_one_step(tiny_run, tmp_path, monkeypatch):
     asked = []
 
     def generate(dit, vae, indices, settings, *args):
@@ -452,7 +451,7 @@ def test_a_model_that_cannot_draw_is_found_out_with_one_batch_of_one_step(tiny_r
 
 @pytest.mark.parametrize("content", [
     b"", b'[{"settings": {"n": 1', b"\0" * 80, b"{}", b"[1]", b"[{}]", b"\xff[]"])
-def test_a_damaged_metrics_json_is_named_before_the_measuring_and_stays_as_it_is(
+def test_a_damaged_metrics_json_is_named_before_measuring_and_left_unchanged(
         tiny_vae, tmp_path, monkeypatch, content):
     monkeypatch.setattr(evaluate, "load", never)
     (tmp_path / "m.json").write_bytes(content)
@@ -461,7 +460,7 @@ def test_a_damaged_metrics_json_is_named_before_the_measuring_and_stays_as_it_is
     assert (tmp_path / "m.json").read_bytes() == content
 
 
-def test_a_generation_that_fails_loses_neither_the_reconstruction_nor_what_was_measured_before(
+def test_a_failed_generation_loses_neither_the_reconstruction_nor_earlier_measurements(
         tiny_run, tmp_path, monkeypatch):
     path = tmp_path / "m.json"
     cfg = dict(run=tiny_run, out=str(path), n=4, images=4, steps=1)
@@ -473,14 +472,14 @@ def test_a_generation_that_fails_loses_neither_the_reconstruction_nor_what_was_m
         assert entry["reconstruction"]["DA-VAE"]["images"] == 4 and "generation" not in entry
 
     whole = evaluate.main(evaluate.Config(**cfg))
-    assert json.loads(path.read_text()) == [whole]                 # the half one was the same measurement
+    assert json.loads(path.read_text()) == [whole]                 # it replaces the unfinished one
     monkeypatch.setattr(evaluate, "draw_and_measure", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.main(evaluate.Config(**cfg))
     assert json.loads(path.read_text()) == [whole]
 
 
-def test_a_measurement_that_the_disk_refuses_is_printed(tmp_path, monkeypatch, capsys):
+def test_a_measurement_the_disk_refuses_is_printed(tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -490,7 +489,7 @@ def test_a_measurement_that_the_disk_refuses_is_printed(tmp_path, monkeypatch, c
     assert json.loads(capsys.readouterr().out) == {"settings": {"n": 1}, "reconstruction": {"psnr": 7}}
 
 
-def test_a_run_that_was_moved_replaces_its_own_measurement_and_a_retrained_one_does_not(tiny_vae, tmp_path):
+def test_a_moved_run_replaces_its_own_measurement_and_a_retrained_one_does_not(tiny_vae, tmp_path):
     few = dict(images=4, features="none")
     run = tmp_path / "here"
     shutil.copytree(tiny_vae, run)
@@ -498,7 +497,7 @@ def test_a_run_that_was_moved_replaces_its_own_measurement_and_a_retrained_one_d
     run = run.rename(tmp_path / "there")
     evaluate.main(evaluate.Config(run=str(run), **few))
     step = runs.latest_checkpoint(run)
-    evaluate.main(evaluate.Config(run=str(step), **few))            # of a step folder: the run's file, too
+    evaluate.main(evaluate.Config(run=str(step), **few))            # a step folder: the run's file too
     [entry] = json.loads((run / "metrics.json").read_text())
     assert entry["settings"]["run"] == str(step)
     assert entry["settings"]["weights_sha256"] == runs.sha256(step / "SHA256SUMS")
@@ -513,7 +512,7 @@ def test_a_run_that_was_moved_replaces_its_own_measurement_and_a_retrained_one_d
 # ---------------------------------------------------------------- images that cannot be read
 
 
-def test_images_that_cannot_be_read_are_left_out_and_the_rest_described(tiny_vae, tmp_path, photos, capsys):
+def test_unreadable_images_are_left_out_and_the_rest_described(tiny_vae, tmp_path, photos, capsys):
     cfg = dict(run=tiny_vae, out=str(tmp_path / "m.json"), features="none", images=9)
     folder = photos(6, unreadable=(0, 4))
     some = evaluate.main(evaluate.Config(**cfg, data_dir=folder))
@@ -527,14 +526,14 @@ def test_images_that_cannot_be_read_are_left_out_and_the_rest_described(tiny_vae
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_folder_of_which_nothing_can_be_read_is_said_to_have_no_images(tiny_vae, tmp_path, photos, whole):
+def test_a_folder_of_unreadable_images_counts_as_empty(tiny_vae, tmp_path, photos, whole):
     with pytest.raises(SystemExit, match="0 images can be measured, wanted at least "):
         evaluate.main(evaluate.Config(run=tiny_vae, out=str(tmp_path / "m.json"), whole=whole,
                                       data_dir=photos(3, unreadable=(0, 1, 2))))
     assert not (tmp_path / "m.json").exists()
 
 
-def test_one_readable_image_is_enough_for_psnr_and_too_few_for_a_distance(tiny_vae, tmp_path, photos):
+def test_one_readable_image_is_enough_for_psnr_but_too_few_for_a_distance(tiny_vae, tmp_path, photos):
     cfg = dict(run=tiny_vae, out=str(tmp_path / "m.json"), data_dir=photos(3, unreadable=(0, 1)))
     with pytest.raises(SystemExit, match="1 images can be measured, wanted at least 2"):
         evaluate.main(evaluate.Config(**cfg))
@@ -542,7 +541,7 @@ def test_one_readable_image_is_enough_for_psnr_and_too_few_for_a_distance(tiny_v
 
 
 class Narrow(torch.nn.Module):
-    """Stands where LPIPS would: as that, it fails on sides of less than 17 pixels."""
+    """Stands in for LPIPS: like it, fails on sides of less than 17 pixels."""
     def forward(self, x, y):
         return torch.nn.functional.avg_pool2d(x - y, 17).abs().mean((1, 2, 3))
 
@@ -560,10 +559,10 @@ def test_whole_images_too_small_for_a_metric_are_left_out(
     assert entry["reconstruction"]["DA-VAE"]["positions"] == 80 * 64 / 8**2
 
 
-# ---------------------------------------------------------------- references that are kept
+# ---------------------------------------------------------------- kept references
 
 
-def test_a_kept_reference_says_what_it_is_of_and_is_as_good_as_its_images(tiny_run, tmp_path):
+def test_a_kept_reference_describes_its_images_and_ranks_like_them(tiny_run, tmp_path):
     cfg = dict(run=tiny_run, out=str(tmp_path / "m.json"), n=4, images=6, steps=1)
     kept = evaluate.main(evaluate.Config(**cfg, keep_reference=str(tmp_path / "r.npz")))
     with np.load(tmp_path / "r.npz") as file:
@@ -572,14 +571,14 @@ def test_a_kept_reference_says_what_it_is_of_and_is_as_good_as_its_images(tiny_r
         assert str(file["features"]).startswith("Probe, sha256 ")
     read = evaluate.main(evaluate.Config(**cfg, reference=str(tmp_path / "r.npz")))
     assert read["settings"]["reference"] == kept["settings"]["reference"]      # compare may rank the two
-    assert len(json.loads((tmp_path / "m.json").read_text())) == 2             # the first has KID, too
+    assert len(json.loads((tmp_path / "m.json").read_text())) == 2             # the first also has KID
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "r.npz"]
 
 
 @pytest.mark.parametrize("changes", [
     dict(features="Inception, sha256 0"), dict(count=7), dict(image_size=128),
     dict(arr_0=np.zeros((2, 4, 4, 3), np.uint8))])
-def test_keep_reference_overwrites_no_other_network_no_larger_set_and_no_images(
+def test_keep_reference_overwrites_no_images_other_network_size_or_larger_set(
         tiny_run, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(evaluate, "reconstruction", never)
     own = dict(mu=np.zeros(128), sigma=np.eye(128), count=6, image_size=64)
@@ -607,7 +606,7 @@ def entry(tmp_path, name, fid, **settings):
     return str(tmp_path / name)
 
 
-def test_compare_marks_the_better_of_equal_settings_and_refuses_to_rank_fid_at_10_against_fid_at_20(tmp_path):
+def test_compare_marks_the_better_run_but_does_not_rank_fid_at_10_against_fid_at_20(tmp_path):
     a, b, c = entry(tmp_path, "a", 5.0), entry(tmp_path, "b", 7.0), entry(tmp_path, "c", 9.0, n=20)
     _, psnr, fid, differ = evaluate.compare(a, b)
     assert psnr.split() == ["DA-VAE", "psnr", "25", "27*"]
@@ -615,7 +614,7 @@ def test_compare_marks_the_better_of_equal_settings_and_refuses_to_rank_fid_at_1
     assert differ == "they differ in: "
     _, psnr, fid, differ = evaluate.compare(a, c)
     assert fid.endswith("not ranked: n 10 / 20") and "*" not in fid
-    assert "*" in psnr                                                      # n is of samples, not of images
+    assert "*" in psnr                                                      # n counts samples, not images
     assert differ == "they differ in: n 10 / 20"
     with pytest.raises(SystemExit, match="measure it with: python evaluate.py"):
         evaluate.compare(a, str(tmp_path / "nowhere"))
@@ -626,7 +625,7 @@ def test_compare_marks_the_better_of_equal_settings_and_refuses_to_rank_fid_at_1
     (dict(prompts=["a fox"]), {"psnr"}), (dict(classes=[3]), {"psnr"}), (dict(height=32), {"psnr"}),
     (dict(steps=9), {"fid", "psnr"}), (dict(features="Inception, sha256 1"), {"psnr"}),
     (dict(held_out=None), {"fid"})])
-def test_compare_ranks_by_what_a_metric_depends_on_and_by_nothing_unknown(tmp_path, changes, ranked):
+def test_compare_ranks_only_metrics_whose_settings_are_known_and_equal(tmp_path, changes, ranked):
     _, psnr, fid, differ = evaluate.compare(entry(tmp_path, "a", 5.0), entry(tmp_path, "b", 7.0, **changes))
     assert {name for name, line in (("psnr", psnr), ("fid", fid)) if "*" in line} == ranked
     assert next(iter(changes)) in differ
@@ -650,7 +649,7 @@ def measured(tmp_path):
     return make
 
 
-def test_compare_says_which_run_was_trained_on_since_it_was_measured(measured):
+def test_compare_says_which_run_has_trained_since_it_was_measured(measured):
     a, b = measured("a", [300, 600], 300), measured("b", [300], 300)
     lines = evaluate.compare(a, b)
     assert [line for line in lines if "newest" in line] == [
@@ -660,7 +659,7 @@ def test_compare_says_which_run_was_trained_on_since_it_was_measured(measured):
     assert not any("since" in line for line in evaluate.compare(measured("c", [0], 0), measured("d", [0], 0)))
 
 
-def test_compare_takes_a_step_folder_for_that_step(measured):
+def test_compare_of_a_step_folder_uses_that_step(measured):
     a, b = measured("a", [300, 600], 300), measured("b", [7], 7)
     lines = evaluate.compare(f"{a}/step_000300", b)
     assert lines[1].split() == ["DA-VAE", "psnr", "300*", "7"]
@@ -671,7 +670,7 @@ def test_compare_takes_a_step_folder_for_that_step(measured):
         evaluate.compare(a, f"{a}/")
 
 
-def test_compare_ranks_no_number_that_is_missing_and_reads_no_damaged_file(measured):
+def test_compare_ranks_no_missing_number_and_refuses_a_damaged_file(measured):
     a, b = measured("a", [3], 3), measured("b", [7], 7)
     assert "*" not in evaluate.compare(a, b)[2] and "nan" in evaluate.compare(a, b)[2]             # ssim
     Path(a, "metrics.json").write_text("[")
@@ -680,7 +679,7 @@ def test_compare_ranks_no_number_that_is_missing_and_reads_no_damaged_file(measu
 
 
 @pytest.mark.parametrize("runs_given", [[], ["a"], ["a", "b", "c"]])
-def test_compare_of_another_number_of_runs_shows_its_usage(runs_given):
+def test_compare_with_other_than_two_runs_shows_its_usage(runs_given):
     with pytest.raises(SystemExit, match="wanted two runs: python evaluate.py compare RUN RUN"):
         evaluate.command_line(["compare", *runs_given])
 

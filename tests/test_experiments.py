@@ -1,4 +1,4 @@
-"""experiments/: each finds what was put there to be found, and writes its numbers and pictures."""
+"""experiments/: each finds what was planted for it, and writes its numbers and pictures."""
 import json
 import os
 import subprocess
@@ -31,14 +31,14 @@ from support.metrics import psnr, upsampled
 from support.weights import load_davae
 
 
-def test_the_spectrum_of_white_noise_is_flat_and_of_a_cosine_has_its_peak_at_that_frequency():
+def test_the_spectrum_of_white_noise_is_flat_and_that_of_a_cosine_peaks_at_its_frequency():
     f, power = spectrum(torch.randn(400, 4, 16, 16, generator=torch.Generator().manual_seed(0)) + 3)
     assert f == [k / 16 for k in range(1, 9)] and power == pytest.approx([1] * 8, abs=0.05)
     f, power = spectrum(torch.cos(2 * torch.pi * 5 / 16 * torch.arange(16)).expand(1, 1, 16, 16))
     assert f[np.argmax(power)] == 5 / 16 and sum(power) == pytest.approx(max(power), rel=1e-6)
 
 
-def test_zero_random_and_true_details_score_the_same_where_the_decoder_ignores_details(tiny_vae):
+def test_zero_random_and_true_details_score_the_same_if_the_decoder_ignores_details(tiny_vae):
     vae, x = load_davae(tiny_vae), torch.rand(4, 3, 64, 64) * 2 - 1
 
     def scores():
@@ -55,8 +55,8 @@ def test_zero_random_and_true_details_score_the_same_where_the_decoder_ignores_d
 
 
 @torch.no_grad()
-def test_the_three_rows_of_sensitivity_are_true_details_raw_zeros_and_seeded_noise(make_davae):
-    """Zeros in the decoder's own units, which are not those of a latent."""
+def test_sensitivitys_three_rows_are_true_details_raw_zeros_and_seeded_noise(make_davae):
+    """Zeros are in the decoder's own units, which are not a latent's."""
     vae = make_davae()
     x = torch.rand(3, 3, 16, 16) * 2 - 1
     z_all = vae.encode(x)
@@ -68,9 +68,9 @@ def test_the_three_rows_of_sensitivity_are_true_details_raw_zeros_and_seeded_noi
 
 
 @torch.no_grad()
-def test_what_is_looked_at_are_base_and_details_of_the_run_and_the_details_of_the_other(
+def test_experiments_look_at_the_runs_base_and_details_and_the_other_runs_details(
         tiny_vae, make_davae, monkeypatch, tmp_path, error):
-    theirs = make_davae(D=8, r=4)                  # of f = 8, and still of the same images
+    theirs = make_davae(D=8, r=4)                  # f = 8, but still the same images
     load = shared.weights.load_davae
     monkeypatch.setattr(shared.weights, "load_davae", lambda path: theirs if path == "a/b" else load(path))
     held = shared.open_run(shared.Config(run=tiny_vae, other="a/b", images=12, device="cpu"))
@@ -85,7 +85,7 @@ def test_what_is_looked_at_are_base_and_details_of_the_run_and_the_details_of_th
     assert curves == {name: spectrum(z) for name, z in held.groups.items()}
 
 
-def test_the_worst_group_is_the_one_without_which_most_is_lost(tiny_vae, tmp_path, monkeypatch):
+def test_the_worst_group_is_the_one_whose_removal_costs_most(tiny_vae, tmp_path, monkeypatch):
     found = [10.0, 14.0, 15.0, 16.0, 20.0], [1.0, 3.0, -0.5, 2.0]
     monkeypatch.setattr(module("knockout"), "knockout", lambda *_: found)
     made = module("knockout").main(shared.Config(run=tiny_vae, out=str(tmp_path), images=2))
@@ -107,7 +107,7 @@ def test_each_size_is_compared_with_the_base_vae_on_the_same_pixels(make_davae):
     assert all(torch.allclose(found[name], y.clamp(-1, 1), atol=1e-5) for name, y in expected.items())
 
 
-def test_knock_out_finds_the_one_group_that_the_decoder_looks_at():
+def test_knockout_finds_the_one_group_the_decoder_looks_at():
     """C = 2, D = 6, groups {0, 1, 2} and {3, 4, 5}; the decoder shows detail channel 4 and nothing else."""
     vae = SimpleNamespace(C=2, D=6, decode=lambda z_all: z_all[:, 6:7].expand(-1, 3, -1, -1))
     z_all = torch.rand(4, 8, 2, 2) - 0.5
@@ -116,7 +116,7 @@ def test_knock_out_finds_the_one_group_that_the_decoder_looks_at():
     assert len(kept) == 3 and kept[0] == kept[1] < kept[2] == pytest.approx(46.02, abs=0.01)
 
 
-def test_loss_by_time_is_zero_for_the_oracle_and_the_known_error_where_it_is_off_by_t():
+def test_loss_by_time_is_zero_for_an_oracle_and_the_known_error_for_one_off_by_t():
     z_all = torch.randn(600, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     offset = torch.tensor([1.0, 2.0, 2.0]).view(1, 3, 1, 1)
 
@@ -150,7 +150,7 @@ def test_smoothed_losses_keep_a_line_and_flatten_noise(tmp_path):
         losses(tmp_path / "elsewhere")
 
 
-def test_tsne_keeps_apart_what_is_apart_and_counts_neighbours_of_the_same_class():
+def test_tsne_separates_distinct_classes_and_counts_same_class_neighbours():
     y = torch.arange(60) // 25                     # 25, 25 and 10 of them
     noise = torch.randn(60, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     apart = torch.eye(3)[y].view(60, 3, 1, 1) * 10 + noise
@@ -172,7 +172,7 @@ def test_principal_components_show_the_one_direction_in_which_the_latents_vary()
     assert torch.allclose(first[:, ::2, ::2].abs(), expected.abs(), atol=0.02)
 
 
-def test_each_colour_has_a_deviation_of_a_half_around_grey_whatever_the_latents_mean():
+def test_each_colour_deviates_by_a_half_around_grey_whatever_the_mean_of_the_latents():
     z = torch.randn(20, 5, 6, 6, generator=torch.Generator().manual_seed(0))
     z = z * torch.tensor([5.0, 4, 3, 2, 1]).view(1, 5, 1, 1) + 7
     colours = latents(z, 20, (6, 6))
@@ -182,7 +182,7 @@ def test_each_colour_has_a_deviation_of_a_half_around_grey_whatever_the_latents_
         assert torch.corrcoef(torch.stack([colours[:, k].flatten(), z[:, k].flatten()]))[0, 1].abs() > 0.95
 
 
-def test_every_size_of_an_image_is_cut_from_its_middle_or_made_of_all_of_it():
+def test_every_size_is_cropped_from_the_middle_or_made_from_the_whole_image():
     x = torch.rand(1, 3, 80, 112) * 2 - 1
     found = views(x, SizesConfig(sizes=(16, 32, 128, 0), tiled=256), f=8, least=11)
     assert list(found) == ["16", "32", "whole", "tiled 256", "1/2", "1/4"]
@@ -197,7 +197,7 @@ def test_every_size_of_an_image_is_cut_from_its_middle_or_made_of_all_of_it():
     assert list(views(x, SizesConfig(sizes=(16, 0), tiled=104), f=8, least=17)) == ["whole", "1/2", "1/4"][:2]
 
 
-def test_a_model_that_is_worse_on_whole_images_is_further_behind_there_and_one_that_is_not_is_not():
+def test_only_a_model_that_is_worse_on_whole_images_is_further_behind_on_them():
     def decode(x):
         noise = torch.full_like(x, 0.1)
         size = 1 if x.shape[-1] < 64 else 3
@@ -215,7 +215,7 @@ def test_a_model_that_is_worse_on_whole_images_is_further_behind_there_and_one_t
     assert behind["whole, learned its size"] == pytest.approx(15.56, abs=0.01)
 
 
-def test_lpips_by_size_is_a_ratio_to_that_of_full_size():
+def test_lpips_by_size_is_relative_to_full_size():
     def lpips(x, y):
         return (x - y).abs().mean(dim=(1, 2, 3), keepdim=True)
 
@@ -263,7 +263,7 @@ def test_each_experiment_writes_its_numbers_and_figures(tiny_run, tiny_vae, tmp_
         assert [panel[0] for panel in found["panels"]] == ["base", "detail", "detail of vae"]
 
 
-def test_an_experiment_that_cannot_be_made_says_what_is_wanted(tiny_vae, tiny_base):
+def test_an_experiment_that_cannot_run_says_what_is_wanted(tiny_vae, tiny_base):
     with pytest.raises(SystemExit, match="wanted a class-conditional run of finetune.py"):
         module("timebins").main(config_of("timebins")(run=tiny_vae, images=4))
     base = str(Path(tiny_vae).parent / "base-vae")
@@ -276,9 +276,9 @@ def test_an_experiment_that_cannot_be_made_says_what_is_wanted(tiny_vae, tiny_ba
 
 @pytest.mark.parametrize("name", ["sensitivity", "knockout", "spectrum", "timebins", "latents", "tsne",
                                   "sizes"])
-def test_one_image_is_enough_or_too_few_is_said(tiny_run, tmp_path, name):
+def test_one_image_is_enough_or_refused(tiny_run, tmp_path, name):
     Config = config_of(name)
-    if name in ("sensitivity", "tsne"):                                # distances, and neighbours
+    if name in ("sensitivity", "tsne"):                                # for distances and neighbours
         with pytest.raises(SystemExit, match="at least 2"):
             module(name).main(Config(run=tiny_run, out=str(tmp_path), images=1))
     found = module(name).main(Config(run=tiny_run, out=str(tmp_path), images=2 if name == "tsne" else 1,
@@ -299,8 +299,8 @@ def test_unreadable_images_are_left_out_of_an_experiment(tiny_vae, tmp_path, cap
         shared.open_run(cfg)
 
 
-def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_config, tmp_path, capsys):
-    """And its row is the step 0 of that run; files come at their own size."""
+def test_sizes_shows_the_closed_form_that_a_run_began_with_and_kept(davae_config, tmp_path, capsys):
+    """Its row equals step 0 of that run; images keep their own size."""
     run = tmp_path / "run"
     train_vae.main(davae_config(run, fit="closed", gan=0.0, steps=1, save_every=0))
     for i, (width, height) in enumerate([(64, 64), (90, 70)]):
@@ -328,8 +328,8 @@ def test_sizes_has_the_closed_form_of_a_run_that_began_so_and_kept_it(davae_conf
         module("sizes").main(replace(cfg, sizes=(128,), halvings=0))
 
 
-def test_speed_counts_what_the_algebra_says_and_multiplies_what_it_timed(tmp_path, monkeypatch):
-    """Of a block: 8 E^2 L for attention's products, 4 E L^2 for attention, 6 E hidden L for the MLP."""
+def test_speed_counts_the_algebras_flops_and_gives_times_as_ratios(tmp_path, monkeypatch):
+    """Per block: 8 E^2 L for attention's products, 4 E L^2 for attention, 6 E hidden L for the MLP."""
     speed = module("speed")
     monkeypatch.setattr(speed, "seconds", lambda sizes, cfg, device: float(sizes.grid))
     table = speed.main(speed.Config(out=str(tmp_path), image_size=256))
@@ -347,15 +347,15 @@ def test_speed_counts_what_the_algebra_says_and_multiplies_what_it_timed(tmp_pat
         speed.main(speed.Config(image_size=96))
 
 
-def test_there_is_a_test_for_each_experiment():
+def test_each_experiment_has_a_test():
     folder = Path(shared.__file__).parent
     others = {"shared", "ablation", "budget", "speed"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(PICTURES)
 
 
 @pytest.mark.parametrize("name", ["losses", "sensitivity"])        # with the common Config; with its own
-def test_help_of_an_experiment_is_its_own(tmp_path, name):
-    """Run as a script, and from another folder than the repository's root."""
+def test_each_experiment_has_its_own_help(tmp_path, name):
+    """Run as a script from a folder other than the repository's root."""
     script = Path(shared.__file__).parent / f"{name}.py"
     done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -12,7 +12,7 @@ from support import data, figures
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Five drawn pictures at 64 pixels: (5, 3, 64, 64) in [-1, 1]."""
+    """Five procedural images of 64 pixels: (5, 3, 64, 64) in [-1, 1]."""
     return data.to_tensor(data.stack(data.Procedural(64, 5), range(5))[0])
 
 
@@ -31,8 +31,8 @@ def test_save_grid_places_every_cell(tmp_path, drawn):
     assert os.listdir(tmp_path) == ["grid.png"]
 
 
-def test_a_grid_too_large_for_a_phone_shows_its_images_smaller(tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr(figures, "LARGEST_GRID", 100)               # three columns of 64 pixels are more
+def test_a_grid_too_large_for_a_phone_is_scaled_down(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(figures, "LARGEST_GRID", 100)               # three columns of 64 pixels exceed it
     figures.save_grid(drawn, tmp_path / "grid.png", columns=3, labels=["drawing"] * 5)
     sheet = np.asarray(Image.open(tmp_path / "grid.png"), dtype=float)
     assert sheet.shape == (2 * (32 + 12 + 2) + 2, 3 * 34 + 2, 3)
@@ -57,7 +57,7 @@ def write_log(run, rows):
 
 @pytest.fixture
 def plotted(monkeypatch):
-    """The panels that `figures.plot` is asked for; it still draws them."""
+    """The panels passed to `figures.plot`, which still draws them."""
     seen, plot = [], figures.plot
 
     def spy(panels, *rest, **more):
@@ -75,7 +75,7 @@ def test_plot_draws_panels_given_as_tuples(tmp_path):
     assert Image.open(tmp_path / "plot.png").size == (600, 300)
 
 
-def test_powers_have_a_logarithmic_scale_and_an_embedding_has_no_ticks(tmp_path, monkeypatch):
+def test_powers_get_a_logarithmic_scale_and_an_embedding_gets_no_ticks(tmp_path, monkeypatch):
     axes = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path: axes.extend(figure.axes))
     curves = {"a": [[1, 2, 3], [1, 10, 100]]}
@@ -84,7 +84,7 @@ def test_powers_have_a_logarithmic_scale_and_an_embedding_has_no_ticks(tmp_path,
     assert [len(axis.get_xticks()) > 0 for axis in axes] == [True, True, False]
 
 
-def test_a_curve_has_the_colour_of_the_legend_also_in_a_panel_that_lacks_one_before_it(tmp_path, monkeypatch):
+def test_a_curve_keeps_its_colour_in_a_panel_that_lacks_an_earlier_curve(tmp_path, monkeypatch):
     drawn = {}
 
     def keep(figure, path):
@@ -103,7 +103,7 @@ def test_a_curve_has_the_colour_of_the_legend_also_in_a_panel_that_lacks_one_bef
 def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted):
     rows = [{"step": step, "loss": 1 / step, "lr": 1.0, "w": 0.5, "img/s": 9.0} for step in range(1, 8)]
     for row in rows[1::2]:
-        row["fid"] = 100.0 / row["step"]                            # not in the last row, that of step 7
+        row["fid"] = 100.0 / row["step"]                            # not in the last row, of step 7
     figures.plot_losses(write_log(tmp_path, rows))
     assert [panel[:3] for panel in plotted] == [("step", "loss", "-"), ("step", "fid", "-")]
     steps, values = plotted[1][3]["fid"]
@@ -112,18 +112,18 @@ def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted):
     assert Image.open(tmp_path / "loss.png").size == (560, 260)
 
 
-def test_a_metric_that_ends_or_begins_within_a_run_has_a_panel(tmp_path, plotted):
+def test_a_metric_that_starts_or_stops_mid_run_has_a_panel(tmp_path, plotted):
     figures.plot_losses(write_log(tmp_path, [{"step": 1, "a": 1.0}, {"step": 2, "b": 2.0}]))
     assert [panel[3] for panel in plotted] == [{"a": ([1], [1.0])}, {"b": ([2], [2.0])}]
 
 
-def test_of_two_rows_of_one_step_the_later_counts(tmp_path):
+def test_the_later_of_two_rows_for_one_step_wins(tmp_path):
     rows = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (2, 20.0), (3, 30.0)]
     write_log(tmp_path, [{"step": step, "loss": loss} for step, loss in rows])
     assert figures.read_log(tmp_path)["loss"] == ([1, 2, 3, 4], [1.0, 20.0, 30.0, 4.0])
 
 
-def test_a_run_that_logged_nothing_gets_no_picture_and_no_error(tmp_path):
+def test_a_run_that_logged_nothing_gets_no_plot_and_no_error(tmp_path):
     figures.plot_losses(tmp_path)
     figures.plot_losses(write_log(tmp_path, []))
     figures.plot_losses(write_log(tmp_path, [{"step": 1, "lr": 0.1}]))
@@ -150,7 +150,7 @@ def lines_of(capsys):
     return capsys.readouterr().out.rstrip("\n").split("\n")
 
 
-def test_the_final_table_has_a_run_and_its_bases_before_it(make_run, capsys):
+def test_the_final_table_lists_each_run_after_its_bases(make_run, capsys):
     make_run("base-vae", stage="base VAE", steps=300, seconds=12.4, psnr=20.126)
     make_run("vae", "base-vae", stage="DA-VAE", steps=600, seconds=99.6, psnr=24.5, psnr_base=19.25)
     make_run("base", stage="base DiT", steps=400, seconds=1.0, base=0.8125)
@@ -184,7 +184,7 @@ def test_a_missing_number_is_a_dash_in_the_final_table(make_run, capsys):
     ]
 
 
-def test_a_base_of_two_runs_is_in_the_final_table_once(make_run, capsys):
+def test_a_base_shared_by_two_runs_is_listed_once(make_run, capsys):
     make_run("base-vae", stage="base VAE", steps=3, seconds=1.0, psnr=20.0)
     for name in ("one", "two"):
         make_run(name, "base-vae", stage="DA-VAE", steps=3, seconds=1.0, psnr=24.0, psnr_base=19.0)
@@ -199,7 +199,7 @@ def test_folders_without_a_summary_are_not_in_the_final_table(make_run, capsys):
     assert len(lines_of(capsys)) == 3
 
 
-def test_the_last_line_of_a_vae_says_what_its_base_and_it_came_to_and_zero_is_a_number(tmp_path, capsys):
+def test_report_vae_gives_both_psnrs_and_zero_is_printed_as_a_number(tmp_path, capsys):
     summary = {"seconds": 12.6, "psnr": 24.5, "psnr_base": 0.0}
     figures.report_vae(str(tmp_path), summary, 12, "8 images")
     figures.report_vae(str(tmp_path), summary | {"psnr": 0}, 0, "8 images")
@@ -209,7 +209,7 @@ def test_the_last_line_of_a_vae_says_what_its_base_and_it_came_to_and_zero_is_a_
     assert lines_of(capsys)[2].split() == ["row", "0"]
 
 
-def test_print_table_aligns_its_columns_and_leaves_blank_what_a_row_lacks(capsys):
+def test_print_table_aligns_its_columns_and_leaves_missing_values_blank(capsys):
     figures.print_table("held-out", {"one": {"psnr": 23.456, "a long metric": 1e-9}, "two": {"psnr": 3}})
     assert lines_of(capsys) == [
         "",

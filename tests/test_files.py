@@ -1,4 +1,4 @@
-"""support/files.py: which file is meant, what is wrong with one that is none, and the state dict inside."""
+"""support/files.py: which file is meant, what is wrong with an invalid one, and the state dict inside."""
 import argparse
 import io
 import json
@@ -16,7 +16,7 @@ WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(4), "c
 
 
 def save(path, state=WEIGHTS):
-    """Write a weight file; its ending says how."""
+    """Write a weight file in the format of its extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(state, path)
@@ -25,7 +25,7 @@ def save(path, state=WEIGHTS):
 
 
 def save_shards(folder, name="model", ending="safetensors", variant=""):
-    """WEIGHTS as two shards and their index, under the names that diffusers and transformers give them."""
+    """WEIGHTS as two shards and their index, named as diffusers and transformers name them."""
     place = {}
     for i, keys in enumerate((["a.weight"], ["b.bias", "c.bias"]), 1):
         shard = f"{name}{variant}-{i:05}-of-00002.{ending}"
@@ -41,7 +41,7 @@ def same(a, b=WEIGHTS):
 
 
 def refused(path):
-    """The sentence with which a file or folder is refused."""
+    """The error message for a file or folder that is refused."""
     with pytest.raises(SystemExit) as caught:
         runs.read_state_dict(path)
     sentence = str(caught.value)
@@ -57,20 +57,20 @@ def refused(path):
     ("pytorch_model", "bin"),
     ("model", "safetensors"),
 ])
-def test_shards_are_one_state_dict_whether_folder_index_or_one_of_them_is_given(tmp_path, name, ending):
+def test_a_folder_an_index_or_any_shard_gives_the_whole_state_dict(tmp_path, name, ending):
     index = save_shards(tmp_path, name, ending)
     for source in (tmp_path, index, *tmp_path.glob(f"*-of-*.{ending}")):
         assert same(runs.read_state_dict(source))
 
 
-def test_shards_of_a_variant_have_an_index_of_the_variant(tmp_path):
+def test_shards_of_a_variant_are_read_with_its_index(tmp_path):
     index = save_shards(tmp_path, "diffusion_pytorch_model", variant=".fp16")
     assert index.name == "diffusion_pytorch_model.safetensors.index.fp16.json"
     for source in (tmp_path, tmp_path / "diffusion_pytorch_model.fp16-00002-of-00002.safetensors"):
         assert same(runs.read_state_dict(source))
 
 
-def test_what_shards_and_index_do_not_agree_on_is_named(tmp_path):
+def test_mismatches_between_shards_and_index_are_named(tmp_path):
     index = save_shards(tmp_path)
     first, second = sorted(tmp_path.glob("model-*"))
     place = json.loads(index.read_text())["weight_map"]
@@ -88,7 +88,7 @@ def test_what_shards_and_index_do_not_agree_on_is_named(tmp_path):
     assert f"{second}: holds c.bias, which {index.name} does not name there" in sentence()
 
 
-def test_a_shard_that_is_missing_or_too_many_or_without_its_index_is_named(tmp_path):
+def test_a_missing_or_extra_shard_or_a_missing_index_is_named(tmp_path):
     index = save_shards(tmp_path)
     extra = tmp_path / "model-00003-of-00003.safetensors"
     save(extra)
@@ -109,7 +109,7 @@ def test_a_shard_that_is_missing_or_too_many_or_without_its_index_is_named(tmp_p
     ("{}", "has no weight_map"),
     ('{"weight_map": {"a": 3}}', "lists 3; wanted a file next to it"),
 ])
-def test_an_index_that_is_none_is_told(tmp_path, text, said):
+def test_an_invalid_index_is_refused(tmp_path, text, said):
     index = save_shards(tmp_path)
     index.write_text(text)
     assert said in refused(index)
@@ -119,7 +119,7 @@ def test_an_index_that_is_none_is_told(tmp_path, text, said):
 
 
 @pytest.mark.parametrize("names", [
-    # the first is the one to take
+    # the first should be taken
     ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
     ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"],
     ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.non_ema.safetensors"],
@@ -130,7 +130,7 @@ def test_an_index_that_is_none_is_told(tmp_path, text, said):
     ["model.safetensors", "pytorch_model.bin"],
     ["vavae.safetensors", "vavae.pt"],
 ])
-def test_of_variants_of_one_model_the_best_is_taken_and_said(tmp_path, capsys, names):
+def test_the_best_variant_of_a_model_is_taken_and_named(tmp_path, capsys, names):
     for name in names:
         save(tmp_path / name, {"which": torch.full((1,), float(name == names[0]))})
     assert runs.read_state_dict(tmp_path)["which"] == 1
@@ -139,13 +139,13 @@ def test_of_variants_of_one_model_the_best_is_taken_and_said(tmp_path, capsys, n
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.non_ema.bin", "a-00001-of-00001.bin"])
-def test_a_variant_by_itself_is_taken_without_a_word(tmp_path, capsys, name):
+def test_a_lone_variant_is_taken_silently(tmp_path, capsys, name):
     save(tmp_path / name)
     assert same(runs.read_state_dict(tmp_path))
     assert capsys.readouterr().out == ""
 
 
-def test_a_whole_file_is_preferred_to_shards(tmp_path, capsys):
+def test_a_single_file_is_preferred_to_shards(tmp_path, capsys):
     save_shards(tmp_path, "model", variant=".fp16")
     save(tmp_path / "model.safetensors", {"whole": torch.ones(1)})
     assert runs.read_state_dict(tmp_path).keys() == {"whole"}
@@ -158,7 +158,7 @@ def test_a_whole_file_is_preferred_to_shards(tmp_path, capsys):
     ["model.pt", "model.ckpt"],
     ["model.safetensors", "model.fp16.safetensors", "pytorch_lora_weights.safetensors"],
 ])
-def test_two_models_in_a_folder_are_asked_about(tmp_path, names):
+def test_several_models_in_a_folder_are_refused(tmp_path, names):
     for name in names:
         save(tmp_path / name)
     sentence = refused(tmp_path)
@@ -172,19 +172,19 @@ def test_two_models_in_a_folder_are_asked_about(tmp_path, names):
     "train_state.pt", "latents_stats.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt",
     "._model.safetensors", "model.safetensors.tmp",
 ])
-def test_what_training_left_beside_the_weights_is_no_candidate(tmp_path, leftover):
+def test_other_training_files_next_to_the_weights_are_ignored(tmp_path, leftover):
     save(tmp_path / "anything.pt")
     torch.save({}, tmp_path / leftover)
-    (tmp_path / "optimizer.safetensors").mkdir()                   # a folder is no file, whatever its name
+    (tmp_path / "optimizer.safetensors").mkdir()                   # a folder is not a file, whatever its name
     assert same(runs.read_state_dict(tmp_path))
-    (tmp_path / "anything.pt").rename(tmp_path / "schedulers.pt")             # a model's own name
+    (tmp_path / "anything.pt").rename(tmp_path / "schedulers.pt")             # a name that a model may have
     assert same(runs.read_state_dict(tmp_path))
 
 
-# ---------------------------------------------------------------- paths that lead to no weights
+# ---------------------------------------------------------------- paths without weights
 
 
-def test_folders_without_weights_say_what_they_hold(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     assert "an empty folder" in refused(tmp_path)
     (tmp_path / "optimizer.pt").write_bytes(b"1")
     assert "holds no weight file (optimizer.pt)" in refused(tmp_path)
@@ -193,7 +193,7 @@ def test_folders_without_weights_say_what_they_hold(tmp_path):
     assert "its folders are refs, snapshots: give the one with the weights" in refused(tmp_path)
 
 
-def test_a_link_that_leads_nowhere_is_told_from_a_missing_file(tmp_path):
+def test_a_broken_link_is_distinguished_from_a_missing_file(tmp_path):
     link = tmp_path / "model.safetensors"
     link.symlink_to(tmp_path / "blobs" / "123")
     assert refused(tmp_path) == refused(link) == (
@@ -201,7 +201,7 @@ def test_a_link_that_leads_nowhere_is_told_from_a_missing_file(tmp_path):
     assert refused(tmp_path / "other.pt").startswith(f"{tmp_path}/other.pt: no such file or folder; give ")
 
 
-def test_an_address_is_no_path():
+def test_a_url_is_not_a_path():
     for address in ("https://huggingface.co/org/model/resolve/main/model.safetensors", "hf://org/model"):
         assert "an address, wanted a local file" in refused(Path(address))
 
@@ -229,7 +229,7 @@ def archive(*names):
     (archive("m/data.pkl", "m/constants.pkl"), "a TorchScript program"),
 ])
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "picture.png", "config.json"])
-def test_a_file_of_something_else_is_told_by_what_it_begins_with(tmp_path, name, content, said):
+def test_a_file_of_another_kind_is_identified_by_its_contents(tmp_path, name, content, said):
     file = tmp_path / name
     file.write_bytes(content)
     assert said in refused(file)
@@ -237,17 +237,17 @@ def test_a_file_of_something_else_is_told_by_what_it_begins_with(tmp_path, name,
         assert said in refused(tmp_path)
 
 
-def test_a_file_is_read_by_what_it_holds_and_not_by_its_name(tmp_path):
+def test_a_misnamed_file_is_read_by_its_contents_or_must_be_renamed(tmp_path):
     for written, named in (("a.safetensors", "a.ckpt"), ("a.safetensors", "a.bin"), ("a.pt", "a.pth.tar")):
         save(tmp_path / written)
         (tmp_path / written).rename(tmp_path / named)
         assert same(runs.read_state_dict(tmp_path / named))
     (tmp_path / "a.ckpt").unlink()
-    torch.save(WEIGHTS, tmp_path / "a.safetensors")                # which torch itself would not open
+    torch.save(WEIGHTS, tmp_path / "a.safetensors")                # torch.load goes by the name and fails
     assert "written by torch.save, not safetensors; rename it" in refused(tmp_path / "a.safetensors")
 
 
-def test_damaged_files_are_one_sentence_wherever_they_are_damaged(tmp_path):
+def test_a_file_damaged_anywhere_loads_or_is_refused_in_one_sentence(tmp_path):
     file = tmp_path / "model.pt"
     for zipped in (True, False):
         torch.save(WEIGHTS, file, _use_new_zipfile_serialization=zipped)
@@ -256,7 +256,7 @@ def test_damaged_files_are_one_sentence_wherever_they_are_damaged(tmp_path):
             for content in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1:]):
                 file.write_bytes(content)
                 try:
-                    runs.read_state_dict(file)                     # some bytes do not matter, or are numbers
+                    runs.read_state_dict(file)                     # some bytes do not matter or are numbers
                 except SystemExit as error:
                     assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
 
@@ -265,7 +265,7 @@ def test_damaged_files_are_one_sentence_wherever_they_are_damaged(tmp_path):
     argparse.Namespace(lr=1e-4, sizes=[1, 2]), np.float32(0.5), np.arange(3), {"loss": [np.float64(1)]},
     Path("out/a"),
 ])
-def test_harmless_things_beside_the_weights_are_no_obstacle(tmp_path, beside):
+def test_harmless_objects_next_to_the_weights_are_accepted(tmp_path, beside):
     save(tmp_path / "last.pt", {"model": WEIGHTS, "beside": beside})
     assert same(files.pick_weights(runs.read_state_dict(tmp_path)))
 
@@ -281,7 +281,7 @@ def test_harmless_things_beside_the_weights_are_no_obstacle(tmp_path, beside):
     (b"[1, 2]", "holds a list"),
     (b"3", "holds a int"),
 ])
-def test_a_json_file_that_holds_no_settings_is_named(tmp_path, content, said):
+def test_a_json_file_without_settings_is_named(tmp_path, content, said):
     file = tmp_path / "config.json"
     file.write_bytes(content)
     with pytest.raises(SystemExit, match=said) as caught:
@@ -289,7 +289,7 @@ def test_a_json_file_that_holds_no_settings_is_named(tmp_path, content, said):
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_obstacle(tmp_path):
+def test_a_byte_order_mark_is_accepted(tmp_path):
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert files.read_json(tmp_path / "config.json") == {"a": 1}
 
@@ -307,7 +307,7 @@ def test_weights_are_found_under_the_usual_names(name):
     assert files.pick_weights({"checkpoint": 1, name: {"state_dict": WEIGHTS}}) is WEIGHTS
 
 
-def test_the_average_comes_first_unless_the_trained_weights_are_insisted_on():
+def test_the_ema_is_taken_unless_the_trained_weights_are_requested():
     for ema, model in (("ema", "model"), ("params_ema", "params"), ("ema", "state_dict")):
         state = {model: OTHER, ema: WEIGHTS}
         assert files.pick_weights(state) is WEIGHTS and files.pick_weights(state, "model") is OTHER
@@ -324,12 +324,12 @@ def test_the_average_comes_first_unless_the_trained_weights_are_insisted_on():
     ({"vae": WEIGHTS}, "holds vae, not names of tensors"),
     ([WEIGHTS], "holds one list"),
 ])
-def test_a_checkpoint_that_does_not_say_which_weights_are_meant_is_refused(state, said):
+def test_a_checkpoint_with_ambiguous_or_invalid_weights_is_refused(state, said):
     with pytest.raises(ValueError, match=said):
         files.pick_weights(state)
 
 
-def test_settings_under_the_name_of_the_weights_are_no_weights():
+def test_settings_under_a_weights_name_are_not_taken_for_weights():
     assert files.pick_weights({"model": {"depth": 3, "widths": [1]}, "state_dict": WEIGHTS}) is WEIGHTS
 
 
@@ -338,16 +338,16 @@ def test_settings_under_the_name_of_the_weights_are_no_weights():
     "_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.x",
     "blocks._orig_mod.0.module.x",
 ])
-def test_wrappers_names_are_taken_out_wherever_they_stand(name):
+def test_wrapper_names_are_removed_wherever_they_occur(name):
     assert files.unwrapped({name: 1, "modules.x": 2}) == {"blocks.0.x": 1, "modules.x": 2}
 
 
-def test_one_weight_with_and_without_a_wrapper_is_refused():
+def test_a_weight_with_and_without_a_wrapper_is_refused():
     with pytest.raises(ValueError, match="it holds a.b twice"):
         files.unwrapped({"a.b": 1, "a._orig_mod.b": 2})
 
 
-def test_no_name_of_a_public_checkpoint_has_a_wrappers_word_in_it(full_size):
+def test_public_checkpoints_contain_no_wrapper_names(full_size):
     words = {word for names in full_size.values() for name in names for word in name.split(".")}
     assert len(words) > 100 and not words & set(files.WRAPPERS)
 
@@ -357,7 +357,7 @@ def test_no_name_of_a_public_checkpoint_has_a_wrappers_word_in_it(full_size):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
                                    torch.float8_e5m2])
-def test_floats_of_every_size_become_float32_in_copies(dtype):
+def test_floats_of_every_size_are_copied_to_float32(dtype):
     sd = {"weight": torch.tensor([[0.5, -2.0]]).to(dtype), "bias": torch.tensor([1.0])}
     given = dict(sd)
     with torch.device("meta"):
@@ -380,20 +380,20 @@ def test_floats_of_every_size_become_float32_in_copies(dtype):
     (torch.tensor([[float("nan"), 1.0]]).to(torch.float8_e4m3fn), "weight is not finite"),
     (torch.ones(2, 1), r"weight is \(2, 1\); wanted \(1, 2\)"),
 ])
-def test_a_weight_of_another_kind_is_named(weight, said):
+def test_a_weight_of_the_wrong_type_shape_or_value_is_named(weight, said):
     with torch.device("meta"):
         module = torch.nn.Linear(2, 1)
     with pytest.raises(ValueError, match=said):
         files.fill(module, {"weight": weight, "bias": torch.ones(1)})
 
 
-def test_counters_stay_whole_numbers():
+def test_counters_stay_integers():
     module = torch.nn.BatchNorm2d(3)
     files.fill(module, module.state_dict() | {"num_batches_tracked": torch.tensor(2**40)})
     assert module.num_batches_tracked.item() == 2**40 and module.num_batches_tracked.dtype == torch.int64
 
 
-def test_a_nested_state_that_is_not_finite_is_named(tmp_path):
+def test_a_non_finite_tensor_in_a_nested_state_is_named(tmp_path):
     state = {"opt": {"state": {3: {"exp_avg": torch.ones(2), "exp_avg_sq": torch.tensor([1, float("inf")])}}}}
     files.refuse_not_finite(state | {"opt": [torch.ones(1)], "rng": torch.ones(1, dtype=torch.uint8)}, "file")
     with pytest.raises(SystemExit, match="train_state.pt: opt.state.3.exp_avg_sq is not finite"):

@@ -38,7 +38,7 @@ def tiny_dit(D=0):
 # ---------------------------------------------------------------- the method
 
 
-def test_detail_weight_is_zero_half_and_one_at_the_start_middle_and_end_of_the_ramp():
+def test_detail_weight_ramps_from_zero_through_half_to_one():
     N = 1000
     assert detail_weight(0, N) == 0
     assert detail_weight(N, N) == 1
@@ -61,7 +61,7 @@ def test_flow_loss_is_zero_at_the_true_velocity():
 
 
 class Loss:
-    """flow_loss of a fixed prediction v of 4 base and 8 detail channels, and its target."""
+    """flow_loss for a fixed prediction v of 4 base and 8 detail channels, and the target."""
 
     def __init__(self, w, cosine):
         torch.manual_seed(1)
@@ -77,13 +77,13 @@ class Loss:
         self.squares = (self.v - self.target).square()
 
 
-def test_at_weight_zero_the_squared_error_is_that_of_the_base_channels_alone():
+def test_at_weight_zero_the_squared_error_covers_only_the_base_channels():
     at_zero = Loss(w=0.0, cosine=0.0)
     assert torch.allclose(at_zero.loss, at_zero.squares[:, :4].mean())
     assert torch.equal(at_zero.loss, at_zero.base)
 
 
-def test_at_weight_one_it_is_the_plain_mean_and_between_a_weighted_mean_over_channels():
+def test_at_weight_one_it_is_the_plain_mean_and_in_between_a_weighted_mean():
     at_one = Loss(w=1.0, cosine=0.0)
     assert torch.allclose(at_one.loss, at_one.squares.mean())
     between = Loss(w=0.25, cosine=0.0)
@@ -93,7 +93,7 @@ def test_at_weight_one_it_is_the_plain_mean_and_between_a_weighted_mean_over_cha
     assert torch.allclose(between.detail, between.squares[:, 4:].mean())
 
 
-def test_the_cosine_term_sees_all_channels_whatever_the_weight():
+def test_the_cosine_term_covers_all_channels_at_any_weight():
     with_cosine = Loss(w=0.0, cosine=1.0)
     without = Loss(w=0.0, cosine=0.0)
     v, target = with_cosine.v, with_cosine.target
@@ -111,9 +111,9 @@ def test_ema_follows_the_closed_form():
         assert torch.allclose(p, m + 0.9**5 * (s - m), atol=1e-6)
 
 
-def test_of_what_is_frozen_only_what_autocast_would_round_is_kept_in_bfloat16():
+def test_only_frozen_weights_that_autocast_would_round_are_kept_in_bfloat16():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    model.table = torch.nn.Parameter(torch.randn(6, 4))            # as Sana has: no matrix product
+    model.table = torch.nn.Parameter(torch.randn(6, 4))            # as in Sana: in no matrix product
     model.requires_grad_(False)
     model[1].requires_grad_(True)
     ema = deepcopy(model)
@@ -125,7 +125,7 @@ def test_of_what_is_frozen_only_what_autocast_would_round_is_kept_in_bfloat16():
     assert ema[1].weight.data_ptr() != model[1].weight.data_ptr()
 
 
-def test_warm_start_difference_is_zero_and_the_check_fails_with_a_random_P_new():
+def test_warm_start_difference_is_zero_unless_P_new_or_O_new_is_random():
     base = tiny_dit()
     model = deepcopy(base)
     model.expand_channels(12)
@@ -142,7 +142,7 @@ def test_warm_start_difference_is_zero_and_the_check_fails_with_a_random_P_new()
     assert of_details > 1e-3
 
 
-def test_gradients_reach_P_new_at_step_zero_and_O_new_as_soon_as_the_weight_is_positive():
+def test_gradients_reach_P_new_at_step_zero_and_O_new_once_the_weight_is_positive():
     model = tiny_dit()
     model.expand_channels(12)
     z_all = torch.randn(4, 16, 4, 4)
@@ -161,8 +161,8 @@ def test_gradients_reach_P_new_at_step_zero_and_O_new_as_soon_as_the_weight_is_p
     assert o_new > 0                              # the unscheduled cosine term trains the details from step 0
 
 
-def test_sigma_weighting_is_the_authors(monkeypatch):
-    """sigma on SD3's grid shifted by 4 (ends at 0.01187), weight sigma^2 min((1 - sigma) / sigma, 5)."""
+def test_sigma_weighting_matches_the_authors(monkeypatch):
+    """sigma on SD3's grid, shifted by 4 (ends at 0.01187); weight sigma^2 min((1 - sigma) / sigma, 5)."""
     t, weight = finetune.draw_time(200_000, "paper", torch.device("cpu"))
     assert (weight == 1).all()
     assert torch.logit(t).std() == pytest.approx(1.0, abs=0.01)
@@ -189,9 +189,9 @@ def test_sigma_weighted_loss_is_the_error_of_the_denoised_latent():
     torch.manual_seed(1)
     loss, _ = flow_loss(model, z_all, (), w, Config(D=D, cosine=0.0, weighting="sigma"))
     sigma = 1 - seen["t"]
-    denoised = seen["x"] + sigma.view(-1, 1, 1, 1) * v              # plus: v is data - noise here
+    denoised = seen["x"] + sigma.view(-1, 1, 1, 1) * v              # plus, since v is data - noise here
     m = torch.tensor([1.0] * C + [w] * D).view(1, -1, 1, 1)
-    squares = ((denoised - z_all) ** 2 * m).sum((1, 2, 3)) / ((C + w * D) * 9)     # of each image
+    squares = ((denoised - z_all) ** 2 * m).sum((1, 2, 3)) / ((C + w * D) * 9)     # per image
     ref = squares * ((1 - sigma) / sigma).clamp(max=5)
     assert loss.item() == pytest.approx(ref.mean().item(), rel=1e-4)
 
@@ -199,7 +199,7 @@ def test_sigma_weighted_loss_is_the_error_of_the_denoised_latent():
 # ---------------------------------------------------------------- the script
 
 
-def test_a_run_logs_both_halves_proves_its_warm_start_and_holds_all_that_sampling_needs(tiny_run, read_log):
+def test_a_run_logs_both_losses_and_its_warm_start_and_saves_pictures_and_vae(tiny_run, read_log):
     rows = read_log(tiny_run)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all({"loss", "base", "detail", "w"} <= set(row) for row in rows)
@@ -211,7 +211,7 @@ def test_a_run_logs_both_halves_proves_its_warm_start_and_holds_all_that_samplin
     assert (run / "vae" / "model.safetensors").exists()
 
 
-def test_ema_and_model_are_saved_apart(tiny_run):
+def test_ema_and_model_are_saved_separately(tiny_run):
     folder = runs.latest_checkpoint(tiny_run)
     model = load_file(folder / "model.safetensors")
     ema = load_file(folder / "ema.safetensors")
@@ -219,7 +219,7 @@ def test_ema_and_model_are_saved_apart(tiny_run):
     assert any(not torch.equal(model[key], ema[key]) for key in model)
 
 
-def test_a_run_carries_the_vae_that_it_was_trained_on(tiny_vae, tiny_run):
+def test_a_run_keeps_a_copy_of_the_vae_it_was_trained_on(tiny_vae, tiny_run):
     vae = load_davae(tiny_vae)
     copy = load_davae(Path(tiny_run) / "vae")
     x = torch.rand(1, 3, 64, 64)
@@ -232,7 +232,7 @@ def optimizer_state(cfg):
     return state["opt"]["state"]
 
 
-def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(finetune_config, same_weights, tmp_path):
+def test_ten_steps_and_ten_resumed_equal_twenty_bit_for_bit(finetune_config, same_weights, tmp_path):
     straight = finetune_config(tmp_path / "straight", steps=20)
     halves = replace(straight, out=str(tmp_path / "halves"))
     finetune.main(straight)
@@ -251,12 +251,12 @@ torch.save = save
 """
 
 
-def test_a_run_stopped_by_ctrl_c_or_killed_in_a_save_goes_on_bit_for_bit(
+def test_a_run_stopped_by_ctrl_c_or_killed_in_a_save_resumes_bit_for_bit(
         finetune_config, same_weights, tmp_path, launch, interrupt):
     straight = finetune_config(tmp_path / "a", steps=400, save_every=1000)
     broken = replace(straight, out=str(tmp_path / "b"))
     step = interrupt(finetune.main, broken, signal.SIGINT)
-    assert not Path(broken.out, f"samples_{step:06d}.png").exists()        # there may be seconds left
+    assert not Path(broken.out, f"samples_{step:06d}.png").exists()        # only seconds may be left
     process = launch(finetune.main, replace(broken, steps=step + 1), KILLED_IN_A_SAVE)
     assert process.wait() == -signal.SIGKILL
     assert runs.step_of(broken.out) == step
@@ -265,7 +265,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_in_a_save_goes_on_bit_for_bit(
     assert same_weights(straight, broken, names=("model", "ema"))
 
 
-def test_a_run_cut_off_before_its_first_step_begins_again_and_proves_its_warm_start(
+def test_a_run_cut_off_before_its_first_step_starts_over_and_checks_its_warm_start(
         finetune_config, tmp_path, monkeypatch):
     cfg = finetune_config(tmp_path / "a", steps=1)
     with monkeypatch.context() as cut_off:
@@ -284,9 +284,9 @@ def test_accumulated_micro_batches_make_one_optimizer_step(finetune_config, tmp_
 
 @pytest.fixture
 def watched(finetune_config, tmp_path, monkeypatch):
-    """watched(name, **changes) -> what a run hands to its loss (labels), to AdamW, and to `generate`."""
+    """watched(name, **changes) -> what a run passes to its loss (labels), to AdamW and to `generate`."""
     flow_loss = finetune.flow_loss
-    monkeypatch.setattr(finetune, "report", lambda *args: None)     # it takes longer than all else
+    monkeypatch.setattr(finetune, "report", lambda *args: None)     # it takes longer than everything else
 
     def run(name, **changes):
         cfg = finetune_config(tmp_path / name, **changes)
@@ -317,7 +317,7 @@ def watched(finetune_config, tmp_path, monkeypatch):
     return run
 
 
-def test_labels_are_dropped_and_gradients_clipped_as_far_as_the_flags_say(watched):
+def test_label_dropout_and_gradient_clipping_follow_the_flags(watched):
     null = 10
     some = watched("some", steps=1, label_dropout=1.0, clip=1e-3)
     assert set(some.labels) == {null} and some.norms == [pytest.approx(1e-3, rel=1e-2)]
@@ -325,7 +325,7 @@ def test_labels_are_dropped_and_gradients_clipped_as_far_as_the_flags_say(watche
     assert max(none.labels) < null and min(none.norms) > 1e-2
 
 
-def test_adamw_is_set_as_the_flags_say_without_weight_decay_and_the_average_draws_the_pictures(watched):
+def test_adamw_follows_the_flags_without_weight_decay_and_the_ema_draws_the_pictures(watched):
     seen = watched("run", steps=2, warmup=2, ema=0.5, beta1=0.8, beta2=0.7)
     assert [group["weight_decay"] for group in seen.settings] == [0, 0]
     assert [group["betas"] for group in seen.settings] == [(0.8, 0.7)] * 2
@@ -338,7 +338,7 @@ def test_adamw_is_set_as_the_flags_say_without_weight_decay_and_the_average_draw
         assert all(torch.equal(drawn[name], ema[name]) for name in ema)
 
 
-def test_a_run_starts_from_those_weights_of_its_base_that_are_asked_for(make_dit, tmp_path):
+def test_a_run_starts_from_the_requested_weights_of_its_base(make_dit, tmp_path):
     saved = {"ema": make_dit(), "model": make_dit(seed=1)}
     about = {"script": "finetune.py", "model": {"kind": "LightningDiT"} | asdict(saved["ema"].cfg)}
     weights = {name: model.state_dict() for name, model in saved.items()}
@@ -350,14 +350,14 @@ def test_a_run_starts_from_those_weights_of_its_base_that_are_asked_for(make_dit
 
 
 @pytest.mark.parametrize("zero_init", [True, False])
-def test_the_new_layers_start_at_zero_unless_the_flag_says_at_random(make_dit, zero_init):
+def test_the_new_layers_start_at_zero_unless_zero_init_is_off(make_dit, zero_init):
     cfg = Config(base="base", D=12, image_size=16, zero_init=zero_init)
     base, model = finetune.initial_dit(cfg, SimpleNamespace(C=4, f=4), 5, known={"base": make_dit()})
     assert base.P_new is None and torch.equal(base.P.weight, model.P.weight)
     assert [layer.weight.any().item() for layer in (model.P_new, model.O_new)] == [not zero_init] * 2
 
 
-def test_adapters_add_their_product_unscaled_whatever_their_rank():
+def test_adapters_are_unscaled_at_any_rank():
     sizes = dit.MMDiTConfig(C=4, E=24, A=2, depth=2, dual=1, context=12, pooled=6, pos_size=8)
     for rank in (2, 8):
         cfg = Config(base="base", text="text", D=4, image_size=16, lora=rank)
@@ -369,7 +369,7 @@ def test_adapters_add_their_product_unscaled_whatever_their_rank():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, here g++")
-def test_compiled_blocks_give_the_same_losses_and_the_same_names(finetune_config, tmp_path, read_log):
+def test_compiled_blocks_give_the_same_losses_and_tensor_names(finetune_config, tmp_path, read_log):
     def train(compile):
         cfg = finetune_config(tmp_path / str(compile), compile=compile, checkpointing=True)
         finetune.main(cfg)
@@ -382,7 +382,7 @@ def test_compiled_blocks_give_the_same_losses_and_the_same_names(finetune_config
     assert compiled_names == names
 
 
-def test_mistakes_about_channels_get_one_sentence(finetune_config, tiny_run, tmp_path):
+def test_mismatched_channels_or_a_missing_vae_are_refused(finetune_config, tiny_run, tmp_path):
     with pytest.raises(SystemExit, match="--D=96, but .* has 12 detail channels"):
         finetune.main(finetune_config(tmp_path / "a", D=96))
     with pytest.raises(SystemExit, match="takes 4 base and 12 detail channels; wanted a base model"):
@@ -391,16 +391,17 @@ def test_mistakes_about_channels_get_one_sentence(finetune_config, tiny_run, tmp
         finetune.main(finetune_config(tmp_path / "c", vae="nowhere"))
 
 
-def test_latents_that_are_not_what_the_statistics_say_are_noticed(capsys):
+def test_latents_that_do_not_match_the_statistics_cause_a_warning(capsys):
     z_all = torch.randn(16, 12, 4, 4)
     finetune.check_statistics(z_all, 4, "run")
     assert "WARNING" not in capsys.readouterr().out
     z_all[:, 4:] *= 5
     finetune.check_statistics(z_all, 4, "run")
-    assert "detail mean" in capsys.readouterr().out.split("WARNING")[0]
+    base, detail, warning = capsys.readouterr().out.splitlines()
+    assert "base mean" in base and "detail mean" in detail and warning.startswith("WARNING")
 
 
-def test_presets_name_fields_and_their_own_folders():
+def test_presets_set_existing_fields_and_distinct_folders():
     for name, values in PRESETS.items():
         assert Config(**{"preset": name, **values}).out == values["out"]
     assert len({v["out"] for v in PRESETS.values()}) == len(PRESETS)
@@ -424,7 +425,7 @@ def photos(tmp_path):
     return str(folder)
 
 
-def test_sd3_goes_from_captions_to_a_folder_that_diffusers_loads(sd3_folder, photos, tmp_path, read_log):
+def test_sd3_goes_from_captions_to_a_diffusers_folder(sd3_folder, photos, tmp_path, read_log):
     small = dict(data_dir=photos, image_size=32, batch_size=4, log_every=1)
     vae = train_vae.Config(
         preset="tiny", out=str(tmp_path / "vae"), base=str(sd3_folder), D=4, perceptual="none", gan=0.0,
@@ -454,7 +455,7 @@ def check_training_of_every_weight(cfg):
     saved = load_dit(runs.latest_checkpoint(cfg.out), "model")
     start = load_dit(cfg.base)
     assert torch.equal(saved.pos_embed, start.pos_embed)
-    assert not (Path(cfg.out) / "frozen").exists()                 # nothing is left for it
+    assert not (Path(cfg.out) / "frozen").exists()                 # no weights are frozen
     moved = [not torch.equal(p, saved.get_parameter(name)) for name, p in start.named_parameters()]
     assert sum(moved) > 0.8 * len(moved)
 
@@ -493,7 +494,7 @@ def check_export(cfg, exported):
         base = load_dit(cfg.base)(z_all[:, :4], t, context, pooled)
     assert v[:, 4:].abs().max() > 1e-3
     assert (v - ref).abs().max() / ref.abs().max() < 5e-6
-    assert (v[:, :4] - base).abs().max() > 1e-3                    # it did learn
+    assert (v[:, :4] - base).abs().max() > 1e-3                    # it has learned something
     assert load_davae(exported / "vae").D == 4
     assert (exported / "lora" / "adapter_config.json").exists()
     with pytest.raises(SystemExit, match="nothing is overwritten"):
@@ -511,7 +512,7 @@ def test_pictures_are_drawn_after_the_checkpoint_is_written(finetune_config, tmp
     assert runs.step_of(cfg.out) == 3
 
 
-def test_a_picture_that_fails_costs_no_checkpoint(finetune_config, tmp_path, monkeypatch, capsys):
+def test_a_failed_picture_costs_no_checkpoint(finetune_config, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("no memory for a picture")
 
@@ -521,11 +522,11 @@ def test_a_picture_that_fails_costs_no_checkpoint(finetune_config, tmp_path, mon
     assert finetune.main(cfg)["warm_start"] == 0.0
     assert runs.step_of(cfg.out) == 3
     err = capsys.readouterr().err
-    assert "warm_start.png not drawn: no memory for a picture; training continues" in err
+    assert "warm_start.png not drawn: no memory for a picture; nothing else is lost" in err
     assert "samples not drawn" in err
 
 
-def test_pictures_and_the_warm_starts_proof_take_at_most_micro_batch_rows(
+def test_pictures_and_the_warm_start_check_use_at_most_micro_batch_rows(
         finetune_config, tmp_path, monkeypatch):
     rows = []
     forward = finetune.MODELS["LightningDiT"][1].forward
@@ -539,7 +540,7 @@ def test_pictures_and_the_warm_starts_proof_take_at_most_micro_batch_rows(
     assert max(rows) == 4
 
 
-def test_a_run_shorter_than_log_every_logs_its_last_step_and_ends_with_its_table(
+def test_a_run_shorter_than_log_every_logs_its_last_step_and_prints_its_table(
         finetune_config, tmp_path, read_log, capsys):
     cfg = finetune_config(tmp_path / "run", steps=2, log_every=100)
     assert "detail" in finetune.main(cfg)
@@ -556,14 +557,14 @@ def test_a_run_shorter_than_log_every_logs_its_last_step_and_ends_with_its_table
     (dict(base="", lora=4), "--model=LightningDiT takes neither text nor adapters; leave"),
     (dict(lora=4), "a LightningDiT takes neither text nor adapters; leave"),
 ])
-def test_sizes_that_do_not_fit_are_one_sentence_before_anything_is_encoded(
+def test_sizes_and_flags_that_do_not_fit_are_refused_before_encoding(
         finetune_config, tmp_path, changes, sentence, monkeypatch):
     monkeypatch.setattr(finetune, "latent_source", lambda *args: pytest.fail("latents were asked for"))
     with pytest.raises(SystemExit, match=sentence):
         finetune.main(finetune_config(tmp_path / "run", **changes))
 
 
-def test_the_cosines_gradient_at_zero_velocity_is_of_the_order_of_the_squared_errors():
+def test_the_cosines_gradient_does_not_explode_at_zero_velocity():
     """A DiT from scratch starts at v = 0, where 1 - cos(v, v*) has the gradient -v* / (|v*| eps)."""
     class Zero(torch.nn.Module):
         def __init__(self):
@@ -581,10 +582,10 @@ def test_the_cosines_gradient_at_zero_velocity_is_of_the_order_of_the_squared_er
         loss, _ = finetune.flow_loss(model, torch.randn(4, 8, 4, 4), (torch.zeros(4),), 1.0, cfg)
         loss.backward()
         norms.append(model.v.grad.norm().item())
-    assert norms[1] < 30 * norms[0]                # with an eps of 1e-8: a hundred million times
+    assert norms[1] < 30 * norms[0]                # with an eps of 1e-8, a hundred million times
 
 
-def test_a_transformer_of_ones_own_trains_widens_and_draws(finetune_config, tmp_path, monkeypatch):
+def test_a_custom_transformer_trains_widens_and_samples(finetune_config, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "Linear", (LinearConfig, Linear))
     base = finetune_config(tmp_path / "base", model="Linear", base="", D=0, N=0)
     wide = finetune_config(tmp_path / "wide", base=base.out)
@@ -629,7 +630,7 @@ class Linear(torch.nn.Module):
 
 
 @pytest.mark.parametrize("part", ["P_new", "O_new"])
-def test_a_warm_start_that_is_not_a_number_or_not_the_base_model_is_refused(
+def test_a_warm_start_that_is_nan_or_differs_from_the_base_is_refused(
         finetune_config, tmp_path, monkeypatch, part):
     widened = finetune.initial_dit
     value = {"P_new": float("nan"), "O_new": 0.1}[part]

@@ -1,4 +1,4 @@
-"""support/fit.py: least squares, and new blocks that start with what the full-size latent holds."""
+"""support/fit.py: least squares, and new blocks that start out from the full-size latent."""
 from dataclasses import replace
 
 import pytest
@@ -12,13 +12,13 @@ from support.bases import TAEF2
 from support.metrics import psnr
 from support.weights import load_davae
 
-# Small ones of the two public configurations: VA-VAE's has 1x1 convolutions beside the latent, and attention.
+# Small versions of the two public configurations; VA-VAE's has attention, and 1x1 convolutions at the latent.
 VAVAE = KLConfig(C=4, widths=(8, 16), blocks=1, groups=4, attn=(1,), quant=True)
 SD3 = KLConfig(C=4, widths=(8, 16), blocks=1, groups=4)
 
 
 def make(config, D, r=2):
-    """A DAVAE of random weights and statistics, in float64."""
+    """A DAVAE with random weights and statistics, in float64."""
     torch.manual_seed(0)
     base = AutoencoderKL(config)
     base.mean.uniform_(-1, 1)
@@ -35,7 +35,7 @@ def images(n=16, size=32):
 
 @torch.no_grad()
 def features(vae, x):
-    """(what the up block makes of images, what the base's stem makes of them at full size)."""
+    """The features of images: (from the up block, from the base's stem at full size)."""
     z_all = torch.cat([vae.encode_base(x), vae.detail_posterior(x).mean], dim=1)
     return vae.up(z_all), vae.base.from_latent(vae.base.posterior(x).mean)
 
@@ -53,21 +53,21 @@ def test_ridge_is_least_squares_over_all_batches():
 
 
 @pytest.mark.parametrize("D", [1, 3, 6])
-def test_reduced_rank_leaves_as_little_as_the_best_map_of_that_rank(D):
+def test_reduced_rank_is_as_good_as_the_best_map_of_that_rank(D):
     R = torch.randn(200, 6).double() @ torch.randn(6, 6).double()
-    J = torch.randn(9, 6).double()                                      # e counts |J e|^2
+    J = torch.randn(9, 6).double()                                      # an error e costs |J e|^2
     M = J.T @ J
     V = fit.reduced_rank(R.T @ R, M, D)
     through_V = R @ V @ torch.linalg.lstsq(R @ V, R).solution
 
     left, sizes, right = torch.linalg.svd(R @ J.T, full_matrices=False)
-    best = left[:, :D] * sizes[:D] @ right[:D]                          # of all matrices of rank D
-    assert torch.allclose(through_V @ J.T, best, atol=1e-3 * sizes[0])  # but for what counts all alike
+    best = left[:, :D] * sizes[:D] @ right[:D]                          # the best of rank D
+    assert torch.allclose(through_V @ J.T, best, atol=1e-3 * sizes[0])  # up to the small ridge on M
     least = sizes[D:6].square().sum()
     assert ((R - through_V) @ J.T).square().sum() == pytest.approx(least.item(), rel=1e-5, abs=1e-6)
 
 
-def test_what_shows_is_the_square_of_the_decoders_derivative():
+def test_what_shows_estimates_the_decoders_squared_jacobian():
     vae = make(SD3, D=8)
     x = images(1, 8)                                                    # one position of a 4x4 map of U
     U = vae.down.head(vae.detail_encoder(x)).detach()
@@ -79,28 +79,28 @@ def test_what_shows_is_the_square_of_the_decoders_derivative():
     assert (found - exact).norm() < 0.2 * exact.norm()
 
 
-def test_the_stem_as_a_matrix_on_patches_is_the_stem():
+def test_the_matrix_on_patches_equals_the_stem():
     vae = make(VAVAE, D=16)
     x = images(4)
     U = F.pixel_unshuffle(vae.down.head(vae.detail_encoder(x)), 2)
     X = torch.cat([torch.ones(4 * 64, 1), torch.randn(4 * 64, 36), fit.patches(U)], dim=1)
     Y = F.pixel_unshuffle(features(vae, x)[1], 2).movedim(1, -1).flatten(0, 2)
-    assert torch.allclose(X @ fit.features_of_patches(vae), Y)          # at the borders, too
+    assert torch.allclose(X @ fit.features_of_patches(vae), Y)          # at the borders too
 
 
-def test_images_in_many_batches_give_the_moments_of_all_at_once():
+def test_moments_do_not_depend_on_the_batches():
     vae = make(SD3, D=12)
     x = images(12)
     with torch.no_grad():
         assert torch.allclose(fit.moments(vae, x.split(5))[0], fit.moments(vae, [x])[0])
 
 
-# ---------------------------------------------------------------- what the blocks then give
+# ---------------------------------------------------------------- the fitted blocks
 
 
 @pytest.mark.parametrize("r", [2, 4])
 @pytest.mark.parametrize("config", [VAVAE, SD3], ids=["VA-VAE", "SD3"])
-def test_with_all_directions_the_decode_is_the_bases_own_at_full_size(config, r):
+def test_with_all_directions_decoding_equals_the_base_at_full_size(config, r):
     vae = make(config, D=r * r * 4, r=r)
     fit.fit_new_blocks(vae, images(16, 16 * r).split(8), strength=1e-13)
     x = images(4, 16 * r)
@@ -110,11 +110,11 @@ def test_with_all_directions_the_decode_is_the_bases_own_at_full_size(config, r)
         assert torch.allclose(vae.decode(vae.encode(x)), vae.base.decode(vae.base.encode(x)), atol=1e-5)
 
 
-def test_more_details_than_the_latent_has_and_groups_that_do_not_divide_are_refused():
+def test_too_many_details_unequal_groups_and_a_nonlinear_stem_are_refused():
     vae = make(SD3, D=20)
     with pytest.raises(ValueError, match="--D=20: .* r.2 C = 16 .*; give --D=16 or less, or --fit=random"):
         fit.fit_new_blocks(vae, [images(1)])
-    vae.D = 10                                                          # as where `check_groups` is dropped
+    vae.D = 10                                                          # as if DAVAE had no `check_groups`
     with pytest.raises(ValueError, match="--fit_align=1 needs C=4 equal groups .*; give --fit_align=0"):
         fit.fit_new_blocks(vae, [images(1)])
     vae.base.from_latent.append(torch.nn.ReLU())
@@ -122,7 +122,7 @@ def test_more_details_than_the_latent_has_and_groups_that_do_not_divide_are_refu
         fit.fit_new_blocks(vae, [images(1)])
 
 
-def test_every_direction_more_keeps_more_of_the_features():
+def test_more_directions_keep_more_of_the_features():
     left = []
     for D in (4, 8, 12, 16):
         vae = make(SD3, D)
@@ -133,7 +133,7 @@ def test_every_direction_more_keeps_more_of_the_features():
     assert left[0] > 1.2 * left[1] > 1.44 * left[2] > 1.728 * left[3]
 
 
-def test_without_alignment_the_strongest_directions_come_first_in_the_order_of_levels(monkeypatch):
+def test_without_alignment_the_strongest_directions_come_first_in_level_order(monkeypatch):
     found = []
     search = fit.reduced_rank
 
@@ -144,16 +144,16 @@ def test_without_alignment_the_strongest_directions_come_first_in_the_order_of_l
     monkeypatch.setattr(fit, "reduced_rank", remembered)
     vae = make(VAVAE, D=12)
     fit.fit_new_blocks(vae, [images()], align=0.0)
-    places = levels.seen(4, 4, 12).flatten().nonzero().flatten()      # the channels of the first level,
+    places = levels.seen(4, 4, 12).flatten().nonzero().flatten()      # the first level's channels,
     directions = vae.down.proj.weight[places, :, 0, 0]
-    strongest = found[0][:, :4].T                                      # up to their lengths
+    strongest = found[0][:, :4].T                                      # up to their length
     cosines = F.cosine_similarity(directions[:, None], strongest[None], dim=2)
     assert torch.allclose(cosines.diagonal(), torch.ones(4).double(), atol=1e-6)
 
 
 @torch.no_grad()
-def test_of_pixels_the_details_are_three_of_four_of_the_full_size_latent():
-    """Space to depth, up to the scale of each, groups being base channels."""
+def test_with_pixels_the_details_are_three_in_four_of_the_full_size_latent():
+    """Space to depth, up to the scale of each channel; a group belongs to one base channel."""
     vae = make(SD3, D=12)
     x = images()
     found = fit.fit_new_blocks(vae, [x], align=0.0, pixels=True)
@@ -165,7 +165,7 @@ def test_of_pixels_the_details_are_three_of_four_of_the_full_size_latent():
     assert 0 < found["kept"] < best["kept"] <= 1
 
 
-def test_the_details_are_of_unit_mean_square_and_little_noise_and_the_base_latent_is_untouched():
+def test_the_details_have_unit_mean_square_and_low_noise_and_leave_z_unchanged():
     vae = make(VAVAE, D=8)
     x = images()
     before = vae.encode(x)[:, :4]
@@ -183,9 +183,9 @@ def make_taef2():
 
 @pytest.mark.parametrize("make_one", [lambda: make(VAVAE, D=8), make_taef2], ids=["VA-VAE", "TAEF2"])
 @torch.no_grad()
-def test_new_blocks_know_no_size_they_make_of_a_crop_what_they_make_of_it_in_the_whole_image(make_one):
-    """But for two positions at its border, one for each convolution. The base's own norms and attention see
-    all of an image, so the crop is one of the latents and features that they gave.
+def test_new_blocks_treat_a_crop_alone_as_they_do_within_the_image(make_one):
+    """Except for two positions at its border, one per convolution. The base's norms and attention see the
+    whole image, so the crop is taken from the latents and features that they produced.
     """
     vae = make_one()
     fit.fit_new_blocks(vae, images(4, 8 * vae.f).split(2))
@@ -200,11 +200,11 @@ def test_new_blocks_know_no_size_they_make_of_a_crop_what_they_make_of_it_in_the
     crop = up(z[:, :, 1:9, 3:11], h[:, :, 2:18, 6:22])                  # 8 of 12 positions, 16 of 24 features
     inside = whole[:, :, 6:14, 10:18]
     assert torch.allclose(crop[:, :, 4:12, 4:12], inside, rtol=0, atol=1e-10 * inside.abs().max())
-    assert not torch.allclose(crop[:, :, :2], whole[:, :, 2:4, 6:22])   # the zeros beyond the border are seen
+    assert not torch.allclose(crop[:, :, :2], whole[:, :, 2:4, 6:22])   # the zero padding shows
 
 
 @torch.no_grad()
-def test_the_details_are_the_best_directions_of_what_z_does_not_tell_and_kept_is_how_much_they_do():
+def test_the_details_best_explain_what_z_does_not_and_kept_is_their_share():
     vae = make(SD3, D=4)
     x = images(8)
     kept = fit.fit_new_blocks(vae, [x], align=0.0)["kept"]
@@ -229,7 +229,7 @@ def test_the_details_are_the_best_directions_of_what_z_does_not_tell_and_kept_is
 
 
 @pytest.mark.parametrize("D", [4, 12])
-def test_alignment_falls_with_fit_align_and_reconstruction_stays(D):
+def test_fit_align_lowers_the_alignment_loss_and_keeps_the_psnr(D):
     losses = []
     scores = []
     x = images()
@@ -243,7 +243,7 @@ def test_alignment_falls_with_fit_align_and_reconstruction_stays(D):
     assert max(scores) - min(scores) < 1e-4
 
 
-def test_aligned_group_means_are_the_best_linear_guess_of_z_from_the_details():
+def test_aligned_group_means_best_predict_z_linearly_from_the_details():
     x = images()
     vae = make(SD3, D=12)
     told = fit.fit_new_blocks(vae, x.split(8), align=1)["told"]
@@ -281,7 +281,7 @@ def test_a_fitted_run_says_so_and_resumes_without_fitting_again(davae_config, tm
     assert load_davae(cfg.out).cfg.latent_shortcut
 
 
-def test_the_closed_form_of_a_run_aligns_as_far_as_fit_align_says(davae_config, tmp_path):
+def test_a_larger_fit_align_aligns_a_runs_closed_form_more(davae_config, tmp_path):
     losses = []
     for amount in (0.0, 0.5, 1.0):
         cfg = davae_config(tmp_path, fit="closed", fit_align=amount)
@@ -294,7 +294,7 @@ def test_the_closed_form_of_a_run_aligns_as_far_as_fit_align_says(davae_config, 
     assert losses[0] > 1.1 * losses[1] > 1.21 * losses[2], losses
 
 
-def test_too_few_images_are_refused_before_they_are_learned_by_heart(kl_config):
+def test_too_few_images_are_refused_rather_than_memorised(kl_config):
     vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12, latent_shortcut=True))
     with pytest.raises(ValueError, match="145 unknowns per feature, but the images have only 128 latent"):
         fit.fit_new_blocks(vae, [torch.rand(2, 3, 32, 32)])
@@ -317,7 +317,7 @@ def test_fitted_blocks_beat_the_base_alone_on_photos_before_any_training(shared)
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_fitted_blocks_are_as_far_behind_full_size_on_photos_of_512_pixels_as_on_their_crops(shared):
+def test_fitted_blocks_trail_full_size_as_much_on_512_pixel_photos_as_on_their_crops(shared):
     every = data.open_dataset(str(shared("data/cid512/train")), 512, 0, 0)
 
     def photos(first, last, count):

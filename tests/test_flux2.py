@@ -1,4 +1,4 @@
-"""support/flux2.py: FLUX.2's VAE against diffusers', and TAEF2 as another base of the same latents."""
+"""support/flux2.py: FLUX.2's VAE against diffusers', and TAEF2 as another base with the same latents."""
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +17,7 @@ from support.weights import build_vae, load_base_vae, load_davae, save_base_vae
 
 @pytest.fixture(scope="module")
 def theirs():
-    """A small random AutoencoderKLFlux2 of diffusers; each pixel of a block has statistics of its own."""
+    """diffusers' AutoencoderKLFlux2, small and random; each pixel of a block has its own statistics."""
     metrics.import_torchvision()
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -42,18 +42,18 @@ def pipeline():
 
 
 def packed_by_pipeline(vae, x):
-    """The tokens that FLUX.2's pipeline makes of images: (B, L, 4C)."""
+    """The tokens that FLUX.2's pipeline makes from images: (B, L, 4C)."""
     fake = type("Fake", (), {"vae": vae, "_patchify_latents": staticmethod(pipeline()._patchify_latents)})()
     return pipeline()._pack_latents(pipeline()._encode_vae_image(fake, x, None))
 
 
 def packed(z):
-    """The tokens that a transformer of patches 2x2 reads: channel c of pixel i, j is number 4c + 2i + j."""
+    """The tokens that a transformer with 2x2 patches reads: channel c of pixel i, j is number 4c + 2i + j."""
     return F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)
 
 
 @torch.no_grad()
-def test_flux2_latents_are_those_that_the_pipeline_gives_its_transformer(theirs, ours, error):
+def test_flux2_latents_are_those_the_pipeline_gives_its_transformer(theirs, ours, error):
     x = torch.rand(2, 3, 64, 96) * 2 - 1
     z = ours.encode(x)
     assert z.shape == (2, 8, 8, 12) and (ours.C, ours.f) == (8, 8)
@@ -76,8 +76,8 @@ def test_flux2_posterior_is_that_of_the_normalised_latent(theirs, ours, error):
 
 
 @torch.no_grad()
-def test_taef2_and_flux2_are_two_bases_of_one_latent(ours, theirs):
-    """As TAEF2's author runs it in FLUX.2's pipeline: as the VAE, with a BatchNorm that does nothing."""
+def test_taef2_and_flux2_share_one_latent_layout(ours, theirs):
+    """TAEF2's author runs it in FLUX.2's pipeline as the VAE, with a BatchNorm that does nothing."""
     taef2 = TAEF2().eval()
     x = torch.rand(1, 3, 32, 48) * 2 - 1
     latent = type("Latent", (), {"latents": taef2.encode(x)})()
@@ -90,7 +90,7 @@ def test_taef2_and_flux2_are_two_bases_of_one_latent(ours, theirs):
     assert torch.equal(ours.mean, torch.zeros(8)) and torch.equal(taef2.mean, torch.zeros(32))
 
 
-def test_its_authors_file_is_read_as_diffusers_folder_is(theirs):
+def test_the_authors_file_is_read_like_diffusers_folder(theirs):
     theirs = theirs.state_dict()
     kl = {key: weight for key, weight in theirs.items() if not key.startswith("bn.")}
     single = export_layers(import_kl(kl), kl_layers(4, 2, True, diffusers=False))
@@ -106,8 +106,8 @@ def test_its_authors_file_is_read_as_diffusers_folder_is(theirs):
 
 
 @torch.no_grad()
-def test_a_davae_on_flux2_starts_in_closed_form_as_the_base_itself(ours, error):
-    """With all r^2 C details nothing is left out: the image is the base VAE's own at full size."""
+def test_the_closed_form_on_flux2_can_equal_the_base_itself(ours, error):
+    """With all r^2 C details nothing is lost: the image is the base VAE's at full size."""
     torch.manual_seed(1)
     vae = DAVAE(ours, DAVAEConfig(D=32, latent_shortcut=True)).eval()
     images = [torch.rand(4, 3, 128, 128) * 2 - 1 for _ in range(3)]
@@ -118,7 +118,7 @@ def test_a_davae_on_flux2_starts_in_closed_form_as_the_base_itself(ours, error):
     assert error(x_hat, ours.decode(ours.encode(x))) < 1e-3
 
 
-def test_a_davae_on_flux2_takes_images_whose_latents_are_whole_blocks(ours):
+def test_a_davae_on_flux2_takes_only_images_of_whole_latent_blocks(ours):
     vae = DAVAE(ours, DAVAEConfig(D=16))
     side = checks.multiple(SimpleNamespace(D=16), vae)
     assert side == 2 * vae.f
@@ -128,7 +128,7 @@ def test_a_davae_on_flux2_takes_images_whose_latents_are_whole_blocks(ours):
 
 
 @torch.no_grad()
-def test_flux2_goes_through_every_door_and_is_measured_as_a_plain_vae(ours, tmp_path):
+def test_flux2_can_be_saved_loaded_and_measured_as_a_plain_vae(ours, tmp_path):
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     save_base_vae(ours, tmp_path / "flux2")
     again = load_base_vae(tmp_path / "flux2")
@@ -143,7 +143,7 @@ def test_flux2_goes_through_every_door_and_is_measured_as_a_plain_vae(ours, tmp_
     assert (plain.decode(z) - ours.decode(ours.encode(x))).abs().max() < 1e-4
 
 
-def test_what_is_no_flux2_is_one_sentence(theirs, tmp_path):
+def test_odd_sizes_and_damaged_flux2_weights_are_refused(theirs, tmp_path):
     with pytest.raises(ValueError, match="both sides of the base image must be multiples of 2 f"):
         load_davae(save(theirs, tmp_path / "odd")).encode(torch.zeros(1, 3, 40, 32))
     sd = theirs.state_dict() | {"bn.running_var": torch.ones(5)}
@@ -155,7 +155,7 @@ def test_what_is_no_flux2_is_one_sentence(theirs, tmp_path):
 
 
 def save(theirs, folder, sd=None):
-    """A folder of diffusers, with these weights in place of its own."""
+    """A diffusers folder; its weights are replaced by `sd` if given."""
     theirs.save_pretrained(folder)
     if sd is not None:
         save_file(sd, folder / "diffusion_pytorch_model.safetensors")

@@ -1,4 +1,4 @@
-"""support/formats.py: the names of public checkpoints, in and out, without a remainder."""
+"""support/formats.py: importing and exporting the names of public checkpoints, with nothing left over."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from support.weights import load_base_vae, load_dit
 # ---------------------------------------------------------------- autoencoders
 
 
-def test_export_of_a_vae_is_the_file_it_came_from(golden, tmp_path):
+def test_exporting_a_vae_gives_back_the_file_it_came_from(golden, tmp_path):
     weights, _, _ = golden("vavae_style")
     back = export_kl(load_base_vae(weights))
     assert back.keys() == weights.keys() and all(torch.equal(back[k], weights[k].float()) for k in weights)
@@ -32,7 +32,7 @@ def test_export_of_a_vae_is_the_file_it_came_from(golden, tmp_path):
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in theirs)
 
 
-def test_a_table_of_names_names_every_layer_once():
+def test_a_name_table_lists_every_layer_once():
     for quant in (False, True):
         for diffusers in (False, True):
             layers = formats.kl_layers(5, 3, quant, diffusers)
@@ -41,7 +41,7 @@ def test_a_table_of_names_names_every_layer_once():
             assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs) > 100
 
 
-def test_a_decoders_levels_are_counted_from_the_other_end_in_diffusers():
+def test_diffusers_counts_decoder_levels_from_the_other_end():
     names = {layer.ours: layer.theirs for layer in formats.kl_layers(4, 3, False, diffusers=True)}
     assert names["decoder.up.0.block.2.nin_shortcut"] == ("decoder.up_blocks.3.resnets.2.conv_shortcut",)
     assert names["decoder.up.3.resample.conv"] == ("decoder.up_blocks.0.upsamplers.0.conv",)
@@ -62,11 +62,11 @@ def test_a_decoders_levels_are_counted_from_the_other_end_in_diffusers():
         ({"encoder.down.1.block.0.conv1": None}, "it lacks encoder.down.1.block.0.conv1.weight"),
     ],
 )
-def test_an_autoencoder_of_another_kind_is_told_in_one_sentence(make_base, spoil, said):
+def test_an_autoencoder_of_another_kind_is_refused_in_one_sentence(make_base, spoil, said):
     sd = export_kl(make_base())
     for key, value in spoil.items():
         if value is None:
-            kept = "block" if key.endswith(".mid") else "nothing"  # of the middle, the attention goes
+            kept = "block" if key.endswith(".mid") else "nothing"  # from the middle, drop the attention
             sd = {k: v for k, v in sd.items() if not k.startswith(key) or kept in k}
         else:
             sd[key] = value
@@ -75,7 +75,7 @@ def test_an_autoencoder_of_another_kind_is_told_in_one_sentence(make_base, spoil
     assert "\n" not in str(caught.value)
 
 
-def test_taef2s_layers_go_where_its_old_checkpoints_have_them():
+def test_taef2s_layers_are_renamed_to_those_of_a_base_vae():
     given = {
         f"{half}.{i}.weight": torch.zeros(1)
         for half, n in (("encoder", 15), ("decoder", 20))
@@ -98,11 +98,11 @@ def test_taef2s_layers_go_where_its_old_checkpoints_have_them():
 # ---------------------------------------------------------------- LightningDiT
 
 
-def test_the_heads_of_released_widths_are_those_of_dits_sizes():
+def test_released_head_counts_match_dits_sizes():
     assert {E: A for _, E, A in dit.SIZES.values()} == formats.RELEASED_HEADS
 
 
-def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
+def test_full_size_names_and_shapes_fit_exactly(full_size):
     listed = {k: v for k, v in full_size.items() if k.startswith("LightningDiT")}
     assert len(listed) == 5
     for name, shapes in listed.items():
@@ -134,7 +134,7 @@ def test_full_size_names_and_shapes_fit_without_a_remainder(full_size):
     ],
 )
 @pytest.mark.parametrize("p", [1, 2])
-def test_export_and_import_are_inverse(make_dit, dit_inputs, p, options):
+def test_export_and_import_are_inverses(make_dit, dit_inputs, p, options):
     model, (z, t, y) = make_dit(p, **options), dit_inputs(p)
     sd = export_lightningdit(model)
     again = load_dit(sd)
@@ -145,7 +145,7 @@ def test_export_and_import_are_inverse(make_dit, dit_inputs, p, options):
         assert torch.equal(again(z, t, y), model(z, t, y))
 
 
-def test_export_of_the_original_weights_is_the_original(golden):
+def test_exporting_the_original_weights_reproduces_them(golden):
     sd, _, _ = golden("lightningdit_qknorm")
     back = export_lightningdit(load_dit(sd))
     assert sd.keys() == back.keys()
@@ -174,7 +174,7 @@ def test_appending_detail_rows_after_all_base_rows_is_wrong_for_patches(error, m
 # ---------------------------------------------------------------- SD3
 
 
-def test_a_stacked_layer_of_which_a_part_is_missing_is_told(stock):
+def test_a_missing_part_of_a_stacked_layer_is_named(stock):
     sd = stock.state_dict()
     del sd["transformer_blocks.1.attn.add_k_proj.bias"]
     with pytest.raises(ValueError, match="it lacks transformer_blocks.1.attn.add_k_proj.bias"):
@@ -199,7 +199,7 @@ def test_both_formats_of_sd3_round_trip_and_a_pipeline_folder_loads(sd3_inputs, 
     assert torch.equal(load_dit(formats.export_sd3(model) | beside)(*inputs_), v)
 
 
-def test_full_size_sd3_names_and_shapes_fit_without_a_remainder_in_both_formats(full_size):
+def test_full_size_sd3_names_and_shapes_fit_both_formats_exactly(full_size):
     listed = full_size
     for name, export in (
         ("SD3.5-medium diffusers", formats.export_diffusers),
@@ -230,8 +230,8 @@ def test_a_widened_sd3_is_a_stock_diffusers_model_with_more_channels(error, sd3_
 
 
 @torch.no_grad()
-def test_lora_file_under_pefts_names_gives_the_same_velocity_in_diffusers(error, sd3_inputs, widened, stock):
-    """Each q, k, v gets its own pair, W + alpha/r B A, added by hand to the stock weights of that name."""
+def test_a_lora_file_with_peft_names_gives_the_same_velocity_in_diffusers(error, sd3_inputs, widened, stock):
+    """Each q, k, v has its own pair A, B; alpha/r B A is added here to the stock weights of that name."""
     from diffusers import SD3Transformer2DModel
 
     z_all, t, context, pooled = sd3_inputs(channels=10)

@@ -1,7 +1,7 @@
-"""No command line ends in a traceback or leaves half a file: the four scripts on random ones.
+"""Random command lines for the four scripts: none ends in a traceback or leaves half a file.
 
-A line is a valid one, small enough to train or draw in less than a second, of which a few fields are changed.
-It runs in a process of its own (tests/fuzz_server.py), in a copy of a folder with runs, photos and odd files.
+Each is a valid line, small enough to train or draw in less than a second, with a few of its fields changed.
+It runs in its own process (tests/fuzz_server.py), in a copy of a folder with runs, photos and odd files.
 """
 import dataclasses
 import json
@@ -46,7 +46,7 @@ PHOTOS = {"data_dir": "photos"}
 
 @dataclasses.dataclass
 class Two:
-    """What `evaluate.py compare` takes, without the names of flags."""
+    """What `evaluate.py compare` takes, without flag names."""
     a: str = field("", "a run")
     b: str = field("", "another")
 
@@ -73,7 +73,7 @@ LINES = [
     ("evaluate.py compare", Two, {"a": "dit", "b": "vae"}),
 ]
 
-# What the folder holds, made by the scripts themselves.
+# These make the folder's contents.
 FIRST = [
     ("train_vae.py", BASE_VAE | {"out": "base"}),
     ("train_vae.py", DAVAE | {"out": "vae"}),
@@ -93,7 +93,7 @@ def as_argv(command, flags):
     return script, words + [f"--{name}={value}" for name, value in flags.items()]
 
 
-# ---------------------------------------------------------------- values that fields are changed to
+# ---------------------------------------------------------------- values for the changed fields
 
 LARGE = ["64", "100", "1000", "4096", "16384", "99999", "1000000", "1000000000", "2147483648",
          "9223372036854775807", "18446744073709551616", f"1{'0' * 30}", "-9223372036854775809", "9" * 5000]
@@ -112,10 +112,10 @@ WORDS = ["--nonsense=1", "--", "-", "-n=2", "--=1", "words", "--lr", "--seed", "
 
 
 def usual_values(name, field):
-    """A strategy of texts that a field may well take; only together do they make no sense."""
+    """A strategy of strings that are plausible for a field; only combinations of them make no sense."""
     if field.metadata["choices"]:
         return st.sampled_from(field.metadata["choices"])
-    if name == "compile":                                          # which would take minutes
+    if name == "compile":                                          # compiling would take minutes
         return st.just("False")
     return {
         int: st.integers(0, 9).map(str) | st.sampled_from(["8", "12", "16", "24", "36", "40", "63"]),
@@ -126,7 +126,7 @@ def usual_values(name, field):
 
 
 def odd_values(field):
-    """A strategy of texts that a field should better not be given, most often near its own type."""
+    """A strategy of strings that a field should not be given, mostly close to its type."""
     names = st.sampled_from(PLACES + ODD_NAMES) | st.text(max_size=20)
     numbers = st.sampled_from(LARGE) | st.sampled_from(ODD_NUMBERS) | st.integers(-2, 40).map(str)
     return {
@@ -157,11 +157,11 @@ def command_lines(draw):
 # ---------------------------------------------------------------- running them
 
 
-SECONDS = 5                    # of the CPU, after which a line is cut off; some may go on for hours by right
+SECONDS = 5                    # of CPU time, after which a line is cut off; some may rightly take hours
 
 
 class Machine:
-    """The server, and the folder that each line gets a copy of."""
+    """The server, and the folder of which each line gets a copy."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -176,7 +176,7 @@ class Machine:
         self.fill()
 
     def fill(self):
-        """Make what the template holds."""
+        """Fill the template."""
         here = self.template
         for number in range(6):
             path = here / "photos" / "ab"[number % 2] / f"{number}.png"
@@ -203,7 +203,7 @@ class Machine:
         return json.loads(self.process.stdout.readline())
 
     def check(self, script, argv):
-        """Run a line in a new folder.   raises: AssertionError if it ends as no line may"""
+        """Run a line in a new folder.   raises: AssertionError if it misbehaves"""
         self.count += 1
         above = self.folder / str(self.count)
         here = above / "work"
@@ -241,12 +241,12 @@ def files_of(folder):
 
 
 def is_a_sentence(code):
-    """Is it a text of at most two lines, the second being advice?"""
+    """Is it a string of at most two lines, the second being advice?"""
     return isinstance(code, str) and 10 < len(code) < 1500 and code.count("\n") <= 1
 
 
 def asks_for_much(argv):
-    """Has a line a number that makes it long by right: a million steps, images of 4096 pixels?"""
+    """Does a line hold a number that justifies a long run: a million steps, images of 4096 pixels?"""
     values = [text.partition("=")[2] for text in argv]
     numbers = [number for value in values if re.fullmatch(r"[\d_,() ]+", value)
                for number in re.findall(r"[\d_]+", value)]
@@ -258,10 +258,10 @@ def is_whole(step):
 
 
 def may_write(path, argv, above):
-    """Is a path one that a line may write to?
+    """May a line write to this path?
 
-    That is: --out and below, also with an ending; below the run, where that is the default of --out;
-    --keep_reference; the cache of latents, in the folder of the VAE; and out/, the presets' own folders.
+    It may write to --out and below, also with a suffix; below the run, where that is the default of --out;
+    to --keep_reference; to the latent cache in the VAE's folder; and to out/, where presets write.
     """
     given = dict(text.removeprefix("--").partition("=")[::2] for text in argv)
     if "latents-" in path or path.startswith("work/out/"):
@@ -287,7 +287,7 @@ OPTIONS = dict(deadline=None, database=None, derandomize=True, phases=[Phase.gen
 
 
 @pytest.mark.parametrize("command,Config,flags", LINES)
-def test_the_lines_that_are_changed_are_valid(machine, command, Config, flags):
+def test_the_unchanged_lines_are_valid(machine, command, Config, flags):
     result = machine.check(*as_argv(command, flags))
     if command != "sample.py text":                        # there are no encoders here
         assert (result["end"], result["code"]) == ("exit", 0), result
@@ -295,12 +295,12 @@ def test_the_lines_that_are_changed_are_valid(machine, command, Config, flags):
 
 @settings(max_examples=40, **OPTIONS)
 @given(line=command_lines())
-def test_forty_random_command_lines_end_in_success_or_in_one_sentence(machine, line):
+def test_forty_random_command_lines_end_in_success_or_one_sentence(machine, line):
     machine.check(*line)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, **OPTIONS)
 @given(line=command_lines())
-def test_three_hundred_random_command_lines_do(machine, line):
+def test_three_hundred_random_lines_end_in_success_or_one_sentence(machine, line):
     machine.check(*line)

@@ -1,7 +1,7 @@
-"""The first four steps of each stage give the losses of the goldens (float32, made on 2026-11-25).
+"""The first four steps of each stage reproduce the golden losses (float32, made on 2026-11-25).
 
-The last bits of a float32 loss differ between processors and with the order of sums, and AdamW's first steps
-follow the signs even of gradients that are nothing but rounding. A change of the method is more than 1e-3.
+The last bits of a float32 loss depend on the processor and the order of summation, and AdamW's first steps
+follow even the signs of gradients that are only rounding error. A change of the method exceeds 1e-3.
 `python tests/same_as.py COMMIT` compares every bit, on one machine.
 """
 import json
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", GOLDEN)
-def test_the_losses_of_the_first_steps_are_what_they_were(runs, stage):
+def test_the_losses_of_the_first_steps_match_the_goldens(runs, stage):
     for row, golden in zip(log_of(runs[stage]), GOLDEN[stage], strict=True):
         logged = {name: row[name] for name in golden}
         assert logged == pytest.approx(golden, rel=1e-3, abs=1e-6)

@@ -1,4 +1,4 @@
-"""support/held_out.py: which images are fitted to, measured and validated on."""
+"""support/held_out.py: which images are used to fit, measure and validate."""
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def classes(tmp_path):
-    """A folder of four classes of ten images; those of class k are of 8 pixels with a red of 60 k."""
+    """A folder of four classes of ten 8-pixel images; those of class k have a red of 60 k."""
     for k, name in enumerate(("ant", "bee", "cat", "dog")):
         (tmp_path / name).mkdir()
         for i in range(10):
@@ -21,7 +21,7 @@ def classes(tmp_path):
     return str(tmp_path)
 
 
-def test_every_use_sees_images_of_all_classes_though_folders_come_class_by_class(classes):
+def test_every_use_sees_all_classes_though_folders_are_read_class_by_class(classes):
     cfg = Config(data_dir=classes, image_size=8, stats=8, micro_batch=4)
     train_set = data.open_dataset(classes, 8)
     vae = SimpleNamespace(C=1, D=1, f=1)                           # 20 * 19 latent pixels, 64 in each image
@@ -38,7 +38,7 @@ def test_every_use_sees_images_of_all_classes_though_folders_come_class_by_class
         assert (len(reds), len(reds.unique())) == (count, 4), use
 
 
-def test_built_in_images_to_validate_on_are_none_of_those_to_train_on():
+def test_procedural_validation_images_are_not_training_images():
     cfg = Config(data_dir="procedural", image_size=16, images=12, seed=3)
     train_set = data.open_dataset("procedural", 16, 12, 3)
     trained_on = data.to_tensor(data.stack(train_set, range(12))[0])

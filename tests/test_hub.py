@@ -1,4 +1,4 @@
-"""support/hub.py: weights by name, from a server that speaks Hugging Face's protocol; what is refused."""
+"""support/hub.py: weights by name, from a server that speaks Hugging Face's protocol; what it refuses."""
 import dataclasses
 import hashlib
 import json
@@ -28,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories {"org/name": {file: bytes}} behind `address`; `asked` is what was fetched of them."""
+    """Repositories {"org/name": {file: bytes}} on a server; `asked` lists the files fetched from them."""
 
     def __init__(self, repositories, gated=(), tokens=()):
         self.repositories = repositories
@@ -46,8 +46,8 @@ class Hub:
         repo = "/".join(words[2:4] if api else words[:2])
         rest = words[4:] if api else words[2:]
         if repo not in self.repositories:
-            return 401, {"X-Error-Code": "RepoNotFound"}, b""              # as the real one, without a token
-        if len(rest) > 1 and rest[1] not in ("main", self.commit):         # behind revision, tree or resolve
+            return 401, {"X-Error-Code": "RepoNotFound"}, b""              # as the real hub, without a token
+        if len(rest) > 1 and rest[1] not in ("main", self.commit):         # after revision, tree or resolve
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         files = self.repositories[repo]
         if api and rest[:1] == ["tree"]:
@@ -73,7 +73,7 @@ def described(name, content):
 
 @contextmanager
 def serve(hub):
-    """The hub's address while it answers."""
+    """Serve the hub; yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -112,8 +112,7 @@ def files_of(folder):
 
 @pytest.fixture
 def connect(tmp_path, monkeypatch):
-    """connect(address) -> huggingface_hub asks there, with a cache of its own and no token; works in a folder
-    without anything."""
+    """connect(address) -> huggingface_hub asks there, with a new cache and no token, in an empty folder."""
     from huggingface_hub import constants
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -131,7 +130,7 @@ def connect(tmp_path, monkeypatch):
 
 @pytest.fixture
 def online(connect):
-    """online(repositories, **options) -> the Hub that is asked from now on; hub.stop() ends it."""
+    """online(repositories, **options) -> the Hub that is used from now on; hub.stop() ends it."""
     running = []
 
     def start(repositories, **options):
@@ -153,10 +152,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---------------------------------------------------------------- the doors
+# ---------------------------------------------------------------- the loaders
 
 
-def test_each_door_fetches_what_it_reads_of_a_pipeline_and_nothing_else(online, sd3_folder):
+def test_each_loader_fetches_only_what_it_reads_of_a_pipeline(online, sd3_folder):
     pipeline = files_of(sd3_folder) | {
         "sd3.safetensors": b"everything once more", "README.md": b"read me",
         "vae/diffusion_pytorch_model.fp16.safetensors": b"half",
@@ -169,10 +168,10 @@ def test_each_door_fetches_what_it_reads_of_a_pipeline_and_nothing_else(online, 
     there = hub.local("org/sd3", "text")
     assert text.fingerprint(there) == text.fingerprint(sd3_folder)
     fetched = {name for name in fake.asked if "fp16" in name or "/" not in name}
-    assert fetched == {"model_index.json"}                         # which says whose texts they are
+    assert fetched == {"model_index.json"}                         # it names the pipeline
 
 
-def test_texts_are_encoded_by_encoders_that_are_given_by_name(online, sd3_folder, tmp_path):
+def test_prompts_are_encoded_by_encoders_given_by_name(online, sd3_folder, tmp_path):
     online({"org/sd3": sd3_folder})
     cpu = torch.device("cpu")
     for name, out in (("org/sd3", "named"), (sd3_folder, "local")):
@@ -182,7 +181,7 @@ def test_texts_are_encoded_by_encoders_that_are_given_by_name(online, sd3_folder
 
 
 @pytest.mark.parametrize("load", [weights.load_davae, weights.load_measured, weights.load_base_vae])
-def test_a_run_of_ours_that_was_uploaded_is_taken_from_its_newest_step(online, make_davae, tmp_path, load):
+def test_an_uploaded_run_is_read_at_its_newest_step(online, make_davae, tmp_path, load):
     for step in (9, 10):
         vae = make_davae()
         vae.mean.fill_(step)
@@ -193,7 +192,7 @@ def test_a_run_of_ours_that_was_uploaded_is_taken_from_its_newest_step(online, m
     assert identity.of_source("me/my-vae", "vae") == identity.of_source(tmp_path / "run", "vae")
 
 
-def test_a_transformer_of_ours_comes_with_its_average_but_not_with_the_optimizer(online, make_dit, tmp_path):
+def test_an_uploaded_transformer_comes_with_its_ema_but_without_its_optimizer(online, make_dit, tmp_path):
     parts = {"model": make_dit(seed=1).state_dict(), "ema": make_dit(seed=2).state_dict()}
     about = {"model": {"kind": "LightningDiT"} | dataclasses.asdict(make_dit().cfg)}
     runs.save_checkpoint(tmp_path / "run", 3, parts, {"opt": 0}, about)
@@ -204,7 +203,7 @@ def test_a_transformer_of_ours_comes_with_its_average_but_not_with_the_optimizer
         "SHA256SUMS", "config.json", "ema.safetensors", "model.safetensors"]
 
 
-def test_a_single_file_comes_with_what_describes_it(online, make_base, tmp_path):
+def test_a_single_file_comes_with_its_config_and_statistics(online, make_base, tmp_path):
     from support.formats import export_kl
     base = make_base()
     stats = {"mean": torch.full((1, 4, 1, 1), 0.5), "std": torch.full((1, 4, 1, 1), 2.0)}
@@ -221,7 +220,7 @@ def test_a_single_file_comes_with_what_describes_it(online, make_base, tmp_path)
         weights.load_base_vae("org/vavae")
 
 
-def test_the_trunk_of_lpips_may_be_a_file_on_the_hub(online, tmp_path):
+def test_the_lpips_trunk_may_be_a_file_on_the_hub(online, tmp_path):
     metrics.import_torchvision()
     import lpips
     net = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).net
@@ -265,11 +264,11 @@ HALF = ["t/m.safetensors.index.fp16.json", "t/m.fp16-00001-of-00002.safetensors"
       "frozen/model.safetensors", "step_100/train_state.pt"], "", "transformer",
      ["step_100/SHA256SUMS", "step_100/model.safetensors", "frozen/model.safetensors"]),
 ])
-def test_of_a_folder_a_load_fetches_one_variant_whole(names, inside, part, fetched):
+def test_a_load_fetches_one_whole_variant_from_a_folder(names, inside, part, fetched):
     assert sorted(wanted(names, inside, part)[0]) == sorted(fetched)
 
 
-def test_what_is_not_in_a_repository_is_told_with_what_is():
+def test_a_missing_file_is_reported_with_what_the_repository_has():
     with pytest.raises(ValueError, match="there is no b.pt in it; name one of a.pt, c/d.pt"):
         wanted(["c/d.pt", "a.pt"], "b.pt")
     with pytest.raises(ValueError, match="no weights in it, but README.md; its folders are c"):
@@ -281,14 +280,14 @@ def test_what_is_not_in_a_repository_is_told_with_what_is():
 @pytest.mark.parametrize("source", [
     "out/tiny", "weights/model.pt", "/abs/olute", "./here/it", "../up/it", "taef2", "here/missing",
     "here/it/is", "https://huggingface.co/org/name", "~/a/b", ""])
-def test_a_path_is_no_name(source, tmp_path, monkeypatch):
+def test_a_path_is_not_a_hub_name(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert not hub.is_name(source) and hub.local(source) == source
     assert not hub.is_name({"a": 1}) and not hub.is_name(None)
 
 
-def test_what_is_on_this_disk_is_never_asked_for(online, make_base, tmp_path):
+def test_local_files_are_never_requested(online, make_base, tmp_path):
     fake = online({"org/name": {"model.safetensors": b""}})
     weights.save_base_vae(make_base(), tmp_path / "org" / "name")
     assert same(weights.load_base_vae("org/name"), make_base())
@@ -298,7 +297,7 @@ def test_what_is_on_this_disk_is_never_asked_for(online, make_base, tmp_path):
 # ---------------------------------------------------------------- the cache
 
 
-def test_a_second_load_is_from_the_cache_with_the_server_down(online, sd3_folder, capsys):
+def test_a_second_load_uses_the_cache_even_with_the_server_down(online, sd3_folder, capsys):
     fake = online({"org/sd3": sd3_folder})
     first = weights.load_base_vae("org/sd3")
     asked = list(fake.asked)
@@ -311,12 +310,12 @@ def test_a_second_load_is_from_the_cache_with_the_server_down(online, sd3_folder
     assert same(weights.load_base_vae("org/sd3"), first)
     assert "org/sd3: taken from the cache" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no weights in it|there is no"):
-        weights.load_dit("org/sd3")                                # of which the cache has nothing
+        weights.load_dit("org/sd3")                                # the cache has none of it
     with pytest.raises(SystemExit, match=r"no such file or folder here; on the hub, .*cannot be fetched \("):
         weights.load_dit("org/other")
 
 
-def test_the_identity_of_weights_is_that_of_their_contents_wherever_the_cache_is(
+def test_weights_are_identified_by_their_contents_wherever_the_cache_is(
         online, sd3_folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
     online({"org/sd3": sd3_folder})
@@ -334,7 +333,7 @@ def test_a_commit_can_be_named(online, sd3_folder):
     assert hub.local("org/sd3@main/vae/config.json").name == "config.json"
 
 
-def test_a_commit_that_is_named_is_what_is_read_also_from_the_cache_however_far_main_has_gone_on(online):
+def test_a_named_commit_is_read_online_and_from_the_cache_after_main_has_moved_on(online):
     fake = online({"org/a": {"a.pt": b"new"}})
     former = Hub({"org/a": {"a.pt": b"old"}})
     former.commit = "f" * 40
@@ -349,7 +348,7 @@ def test_a_commit_that_is_named_is_what_is_read_also_from_the_cache_however_far_
 
 
 @pytest.mark.slow
-def test_the_hub_s_own_variables_say_where_it_is_and_what_it_may(sd3_folder, tmp_path):
+def test_the_hubs_own_environment_variables_are_honoured(sd3_folder, tmp_path):
     program = "from support import hub; print(hub.local('org/sd3', 'vae'))"
 
     def run(**variables):
@@ -376,7 +375,7 @@ def test_the_hub_s_own_variables_say_where_it_is_and_what_it_may(sd3_folder, tmp
     ("org/open/b.safetensors", "", "org/open/b.safetensors: there is no b.safetensors in it; name one"),
     ("org/bro--ken", "", "there is no org/bro--ken"),
 ])
-def test_what_the_hub_refuses_is_a_sentence_with_what_to_do(online, monkeypatch, source, token, sentence):
+def test_a_refusal_by_the_hub_becomes_one_sentence_with_advice(online, monkeypatch, source, token, sentence):
     online({"org/open": {"a.safetensors": b""}, "org/gated": {"a.safetensors": b""}}, gated=["org/gated"],
            tokens=["good"])
     monkeypatch.setenv("HF_TOKEN", token)
@@ -385,7 +384,7 @@ def test_what_the_hub_refuses_is_a_sentence_with_what_to_do(online, monkeypatch,
     assert str(refused.value).startswith(source) and "\n" not in str(refused.value)
 
 
-def test_a_token_without_the_right_to_a_gated_repository_is_told_where_to_ask(online, monkeypatch):
+def test_a_token_without_access_to_a_gated_model_must_agree_to_its_terms(online, monkeypatch):
     fake = online({"org/gated": {"a.safetensors": b""}}, gated=["org/gated"], tokens=["good"])
     monkeypatch.setenv("HF_TOKEN", "known")
     answer = fake.answer
@@ -397,8 +396,8 @@ def test_a_token_without_the_right_to_a_gated_repository_is_told_where_to_ask(on
         weights.load_base_vae("org/gated")
 
 
-def test_without_a_network_or_the_package_a_sentence_says_what_would_help(connect, monkeypatch):
-    connect("http://127.0.0.1:9")                                  # nobody listens there
+def test_without_network_or_package_the_error_says_what_would_help(connect, monkeypatch):
+    connect("http://127.0.0.1:9")                                  # nothing listens there
     with pytest.raises(SystemExit, match=r"cannot be fetched \(.*refused\): try again, or give a local path"):
         weights.load_dit("org/name")
     from huggingface_hub import constants

@@ -1,4 +1,4 @@
-"""support/identity.py: what was kept is known by its contents, and runs, caches and samples go by that."""
+"""support/identity.py: runs, caches and samples identify what they depend on by its contents."""
 import os
 import shutil
 from dataclasses import replace
@@ -30,7 +30,7 @@ def photos(tmp_path):
 
 
 def overwrite_in_place(photos):
-    """Other pixels in a file of the same size and time."""
+    """Change the pixels of a file, but not its size and time."""
     file = photos / "bee" / "2.bmp"
     times = file.stat()
     Image.new("RGB", (16, 16), "gray").save(file)
@@ -63,15 +63,15 @@ CHANGES = [overwrite_in_place, exchange_two_folders, move_one_to_another_class, 
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_images_that_changed_are_other_images_and_copies_elsewhere_are_the_same(photos, tmp_path, change):
+def test_changed_images_change_the_fingerprint_and_copies_keep_it(photos, tmp_path, change):
     before = data.open_dataset(photos, 16).fingerprint
-    shutil.copytree(photos, tmp_path / "elsewhere", copy_function=shutil.copyfile)         # and other times
+    shutil.copytree(photos, tmp_path / "elsewhere", copy_function=shutil.copyfile)         # with other times
     assert data.open_dataset(tmp_path / "elsewhere", 16).fingerprint == before
     change(photos)
     assert data.open_dataset(photos, 16).fingerprint != before
 
 
-def test_of_more_than_can_be_read_whole_names_sizes_times_and_samples_count(photos, monkeypatch):
+def test_large_data_sets_are_identified_by_names_sizes_times_and_samples(photos, monkeypatch):
     monkeypatch.setattr(identity, "ALL_BYTES", 2000)
     monkeypatch.setattr(identity, "PIECE", 100)
     monkeypatch.setattr(identity, "AT_MOST", 3)                    # the first, one in the middle and the last
@@ -81,20 +81,20 @@ def test_of_more_than_can_be_read_whole_names_sizes_times_and_samples_count(phot
 
     content = bytearray(files[-1].read_bytes())
     content[-1] ^= 1
-    files[-1].write_bytes(content)                                 # its last byte: it is read in pieces
+    files[-1].write_bytes(content)                                 # the last byte of a file read in pieces
     after = identity.of_files(files, photos)
     assert after != before
-    os.utime(files[1], ns=(0, 0))                                  # of one that is not read at all
+    os.utime(files[1], ns=(0, 0))                                  # a file that is not read at all
     assert identity.of_files(files, photos) != after
 
 
-def test_drawings_of_another_seed_size_or_number_are_other_images():
+def test_drawings_are_distinguished_by_seed_size_and_number():
     prints = {data.open_dataset("procedural", size, count, seed).fingerprint
               for size, count, seed in ((16, 20, 0), (16, 20, 1), (32, 20, 0), (16, 21, 0))}
     assert len(prints) == 4
 
 
-def test_a_source_is_known_by_its_weights(base_run, tmp_path):
+def test_a_source_is_identified_by_its_weights(base_run, tmp_path):
     before = identity.of_source(base_run)
     shutil.copytree(base_run, tmp_path / "moved")
     assert identity.of_source(tmp_path / "moved") == before
@@ -105,15 +105,15 @@ def test_a_source_is_known_by_its_weights(base_run, tmp_path):
     file = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({"w": torch.zeros(1000)}, file)
     one = identity.of_source(tmp_path / "pipeline", "vae")
-    (tmp_path / "pipeline" / "text_encoder").mkdir()               # what is beside it does not matter
+    (tmp_path / "pipeline" / "text_encoder").mkdir()               # its neighbours do not matter
     assert identity.of_source(tmp_path / "pipeline", "vae") == one
     weights = torch.zeros(1000)
-    weights[-1] = 1                                                # nor is one number among many overlooked
+    weights[-1] = 1                                                # but one number among many does
     save_file({"w": weights}, file)
     assert identity.of_source(tmp_path / "pipeline", "vae") != one
 
 
-def test_a_run_is_known_by_its_weights_those_that_adapters_leave_alone_and_those_of_its_vae(tmp_path):
+def test_a_run_is_identified_by_its_trained_frozen_and_vae_weights(tmp_path):
     places = ("step_000001", "frozen", "vae")
 
     def save(place, value, **more):
@@ -130,7 +130,7 @@ def test_a_run_is_known_by_its_weights_those_that_adapters_leave_alone_and_those
     assert len(known) == 4
 
 
-def test_a_model_of_texts_is_made_of_captions_and_one_of_labels_of_classes():
+def test_a_text_model_depends_on_captions_and_a_class_model_on_classes():
     vae = torch.nn.Linear(1, 1)
     images = SimpleNamespace(fingerprint="f", classes=["ant"], captions=["an ant"])
     texts, labels = (SimpleNamespace(text=text, base="") for text in ("out/text", ""))
@@ -142,25 +142,25 @@ def test_a_model_of_texts_is_made_of_captions_and_one_of_labels_of_classes():
     assert other["captions"] is None and other["classes"] == ["ant"] and other["vae"] == before["vae"]
 
 
-# ---------------------------------------------------------------- the cache of latents
+# ---------------------------------------------------------------- the latent cache
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_cache_of_latents_is_another_when_images_or_classes_change(
+def test_the_latent_cache_changes_with_images_and_classes(
         photos, tiny_vae, finetune_config, tmp_path, change):
     vae = load_davae(tiny_vae)
     cfg = finetune_config(tmp_path / "run", vae="", data_dir=str(photos))
     cpu = torch.device("cpu")
     before = latents.write_cache(vae, data.open_dataset(photos, 64), cfg, cpu, 0, 1)
     assert latents.write_cache(vae, data.open_dataset(photos, 64), cfg, cpu, 0, 1) == before
-    moved = replace(cfg, data_dir="elsewhere")                     # the place does not matter
+    moved = replace(cfg, data_dir="elsewhere")                     # the location does not matter
     assert latents.write_cache(vae, data.open_dataset(photos, 64), moved, cpu, 0, 1) == before
     change(photos)
     after = latents.write_cache(vae, data.open_dataset(photos, 64), cfg, cpu, 0, 1)
     assert after != before
 
 
-def test_a_damaged_or_foreign_file_of_the_cache_is_made_anew(photos, tiny_vae, finetune_config, tmp_path):
+def test_a_damaged_or_foreign_cache_file_is_rewritten(photos, tiny_vae, finetune_config, tmp_path):
     vae = load_davae(tiny_vae)
     cfg = finetune_config(tmp_path / "run", vae="")
     folder = latents.write_cache(vae, data.open_dataset(photos, 64), cfg, torch.device("cpu"), 0, 1)
@@ -175,7 +175,7 @@ def test_a_damaged_or_foreign_file_of_the_cache_is_made_anew(photos, tiny_vae, f
         assert torch.equal(again["latents"], kept["latents"]) and torch.equal(again["labels"], kept["labels"])
 
 
-# ---------------------------------------------------------------- runs that go on, or are finished
+# ---------------------------------------------------------------- resumed and finished runs
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def class_run(photos, finetune_config, tmp_path):
     return cfg
 
 
-def test_a_class_more_or_by_another_name_is_refused_on_resume_with_both_lists(class_run, photos):
+def test_an_added_or_renamed_class_is_refused_on_resume_with_both_lists(class_run, photos):
     shutil.copytree(photos / "cat", photos / "dog")
     with pytest.raises(SystemExit, match=r"\(ant, bee, cat; now ant, bee, cat, dog\)"):
         finetune.main(replace(class_run, steps=3))
@@ -200,33 +200,33 @@ def test_a_class_more_or_by_another_name_is_refused_on_resume_with_both_lists(cl
 
 
 @pytest.mark.parametrize("change", [overwrite_in_place, exchange_two_folders])
-def test_other_images_of_the_same_classes_are_said_aloud_and_a_finished_run_is_not_of_them(
+def test_changed_images_are_reported_on_resume_and_refused_for_a_finished_run(
         class_run, photos, capsys, change):
     change(photos)
     with pytest.raises(SystemExit, match="started with other images than --data_dir="):
         finetune.main(class_run)
     finetune.main(replace(class_run, steps=3))
     assert "other images than --data_dir=" in capsys.readouterr().out
-    finetune.main(replace(class_run, steps=3))                     # of these it is now
+    finetune.main(replace(class_run, steps=3))                     # now trained on these
 
 
-def test_a_run_goes_on_with_its_own_vae_alone(class_run, tiny_vae, tmp_path):
+def test_a_run_resumes_only_with_its_own_vae(class_run, tiny_vae, tmp_path):
     shutil.copytree(tiny_vae, tmp_path / "vae")
     moved = replace(class_run, vae=str(tmp_path / "vae"), steps=3)
-    finetune.main(moved)                                           # the same one, elsewhere
+    finetune.main(moved)                                           # the same VAE elsewhere
     last = runs.latest_checkpoint(tmp_path / "vae")
     state = load_file(last / "model.safetensors")
     state["up.conv.bias"] += 1e-3
     config = runs.read_config(last)
     shutil.rmtree(last)
-    runs.save_folder(last, {"model": state}, config)               # trained anew, to the same step
+    runs.save_folder(last, {"model": state}, config)               # retrained to the same step
     with pytest.raises(SystemExit, match="started with other vae than --vae="):
         finetune.main(replace(moved, steps=4))
     shutil.rmtree(tmp_path / "vae")
-    finetune.main(replace(moved, steps=4))                         # gone: the run has a copy
+    finetune.main(replace(moved, steps=4))                         # gone, but the run has a copy
 
 
-def test_a_run_goes_on_from_its_own_base_alone(finetune_config, tiny_base, class_run, tmp_path):
+def test_a_run_resumes_only_with_its_own_base(finetune_config, tiny_base, class_run, tmp_path):
     cfg = finetune_config(tmp_path / "wide", steps=1, save_every=1)
     finetune.main(cfg)
     with pytest.raises(SystemExit, match="started with other base than --base="):
@@ -234,7 +234,7 @@ def test_a_run_goes_on_from_its_own_base_alone(finetune_config, tiny_base, class
     finetune.main(replace(cfg, steps=2, base="out/not-there"))     # it is in the checkpoint
 
 
-def test_a_run_goes_on_wherever_it_was_moved_and_however_its_place_is_written(
+def test_a_run_resumes_wherever_it_was_moved_and_however_its_path_is_written(
         davae_config, same_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = davae_config("here", steps=1, image_size=16, gan=0.0)
@@ -249,12 +249,12 @@ def test_a_run_goes_on_wherever_it_was_moved_and_however_its_place_is_written(
         train_vae.main(replace(cfg, steps=2, out="there"))
 
 
-# ---------------------------------------------------------------- stages that are there already
+# ---------------------------------------------------------------- stages that already exist
 
 
-def test_a_finished_stage_is_used_again_only_if_it_is_what_the_preset_makes(
+def test_a_finished_stage_is_reused_only_if_the_preset_would_make_it(
         vae_config, davae_config, photos, tmp_path, monkeypatch):
-    """A base VAE that a preset makes: of other images, weights or settings it is refused, unless named."""
+    """A base VAE that a preset makes is refused if its images or settings differ, unless it is named."""
     monkeypatch.chdir(tmp_path)
     base = vae_config("out/base", steps=1)
     values = {name: getattr(base, name) for name in (
@@ -264,7 +264,7 @@ def test_a_finished_stage_is_used_again_only_if_it_is_what_the_preset_makes(
 
     cfg = davae_config("out/v", base="out/base", steps=1, image_size=16, gan=0.0)
     train_vae.main(cfg)                                            # makes the base first
-    train_vae.main(replace(cfg, out="out/w", seed=1))              # and uses it again
+    train_vae.main(replace(cfg, out="out/w", seed=1))              # and reuses it
     stamp = runs.latest_checkpoint("out/base").stat().st_mtime_ns
 
     other = replace(cfg, out="out/x", data_dir=str(photos))
@@ -275,16 +275,16 @@ def test_a_finished_stage_is_used_again_only_if_it_is_what_the_preset_makes(
     monkeypatch.setitem(values, "lr", 0.5)
     with pytest.raises(SystemExit, match="lr=0.001, now lr=0.5 .* to resume; or give --base=out/base"):
         train_vae.main(replace(cfg, out="out/y"))
-    assert runs.latest_checkpoint("out/base").stat().st_mtime_ns == stamp                  # nothing is lost
+    assert runs.latest_checkpoint("out/base").stat().st_mtime_ns == stamp                  # untouched
 
 
-def test_an_unfinished_vae_is_not_what_latents_are_made_of(davae_config, finetune_config, tmp_path):
+def test_latents_are_not_made_with_an_unfinished_vae(davae_config, finetune_config, tmp_path):
     cfg = davae_config(tmp_path / "v", steps=2, save_every=1, image_size=16, gan=0.0)
     train_vae.main(cfg)
     shutil.rmtree(tmp_path / "v" / "step_000002")                  # as if killed before its last save
     with pytest.raises(SystemExit, match="statistics of its latents .* --steps=1"):
         finetune.main(finetune_config(tmp_path / "run", vae=cfg.out))
-    train_vae.main(replace(cfg, steps=1))                          # as it said
+    train_vae.main(replace(cfg, steps=1))                          # as the message said
     vae = load_davae(cfg.out)
     assert vae.std.min() > 0 and not torch.equal(vae.std, torch.ones(12))
 
@@ -292,13 +292,13 @@ def test_an_unfinished_vae_is_not_what_latents_are_made_of(davae_config, finetun
 # ---------------------------------------------------------------- samples
 
 
-def test_samples_of_a_model_trained_anew_are_not_mixed_with_the_former_ones(tiny_run, tmp_path):
+def test_samples_of_a_retrained_model_are_not_mixed_with_earlier_ones(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("samples"))
     cfg = sample.Config(run=str(run), n=2, steps=1, classes=(1,), out=str(tmp_path / "images"), device="cpu")
     sample.main(cfg)
     shutil.copytree(run, tmp_path / "moved")
-    sample.main(replace(cfg, run=str(tmp_path / "moved"), n=3))    # the same weights, elsewhere
+    sample.main(replace(cfg, run=str(tmp_path / "moved"), n=3))    # the same weights elsewhere
 
     for folder, name in ((runs.latest_checkpoint(run), "ema"), (run / "vae", "model")):
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -313,7 +313,7 @@ def test_samples_of_a_model_trained_anew_are_not_mixed_with_the_former_ones(tiny
     sample.main(cfg)
 
 
-def test_images_of_somebody_elses_are_not_taken_for_samples(tiny_run, tmp_path):
+def test_unrelated_images_are_not_taken_for_samples(tiny_run, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "000000.png")
     cfg = sample.Config(run=tiny_run, n=1, steps=1, out=str(tmp_path), device="cpu")
     with pytest.raises(SystemExit, match="no settings.json"):

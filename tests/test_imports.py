@@ -1,4 +1,4 @@
-"""Importing a script or a module does nothing, needs none of the optional packages, and takes a moment."""
+"""Importing a script or a module prints nothing, needs no optional package and is fast."""
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +17,14 @@ def run(code):
 
 
 @pytest.mark.parametrize("name", ["davae", "dit", "train_vae", "finetune", "evaluate"])
-def test_importing_a_script_does_nothing_and_needs_none_of_the_optional_packages(name):
+def test_importing_a_script_prints_nothing_and_needs_no_optional_package(name):
     assert name in SCRIPTS
     done = run(f"import sys, {name}; print([m for m in {OPTIONAL} if m in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
 
-def test_importing_everything_takes_a_moment_beside_torch():
+def test_importing_everything_besides_torch_is_fast():
     names = ", ".join(SCRIPTS + SUPPORT)
     code = f"""if True:
         import time, torch

@@ -1,7 +1,7 @@
 """Each kernel against its specification in float64: on the GPU if there is one, else in Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in a process of their own,
-started by one test of an ordinary session. By hand: TRITON_INTERPRET=1 pytest tests/test_kernels.py
+Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in their own process, started
+by one test of an ordinary session. To run them directly: TRITON_INTERPRET=1 pytest tests/test_kernels.py
 """
 import contextlib
 import importlib
@@ -47,7 +47,7 @@ ordinary = pytest.mark.skipif(INTERPRETED, reason="does not need the interpreter
 @pytest.fixture(autouse=True)
 def kernels_on(monkeypatch):
     monkeypatch.setattr(kernels, "KERNELS", "triton")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)     # on by default, and off by 1e-3
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)     # the default has errors of 1e-3
 
 
 def pytest_generate_tests(metafunc):
@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc):
 
 
 def python(*arguments, **options):
-    """What a Python started in the checkout printed, and how it ended."""
+    """Run Python in the checkout; returns the completed process."""
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **options)
 
 
@@ -70,7 +70,7 @@ def python(*arguments, **options):
     ("triton", "triton"),
     ("tirton", "wanted auto, ref or triton"),
 ])
-def test_kernels_choose_themselves_by_default_and_a_wrong_name_is_refused(given, said):
+def test_kernels_defaults_to_auto_and_a_wrong_name_is_refused(given, said):
     env = {k: v for k, v in os.environ.items() if k != "KERNELS"}
     if given:
         env["KERNELS"] = given
@@ -94,7 +94,7 @@ def test_importing_the_kernels_does_not_import_triton():
 
 @ordinary
 @pytest.mark.parametrize("op", OPS)
-def test_every_kernel_compiles_for_hopper_into_wide_loads_and_its_matrix_products(op, monkeypatch):
+def test_kernels_compile_for_hopper_with_wide_loads_and_wgmma_for_matrix_products(op, monkeypatch):
     """At LightningDiT-XL's sizes, in bfloat16. No GPU is needed: a launch becomes a compilation for sm_90."""
     compiled = {}
 
@@ -107,16 +107,16 @@ def test_every_kernel_compiles_for_hopper_into_wide_loads_and_its_matrix_product
     monkeypatch.setattr(kernels.jit, "__getitem__", launch)
     monkeypatch.setattr(kernels, "forced", lambda x: True)
     run(both(op)[0], op, MAKE[op](**AT_FULL_SIZE[op], dtype=torch.bfloat16, device="cpu"))
-    assert len(compiled) >= (1 if op == "patch_embed" else 2)              # whose backward is matrix products
+    assert len(compiled) >= (1 if op == "patch_embed" else 2)              # with a backward in PyTorch
     for kernel in compiled.values():
         ptx = kernel.asm["ptx"]
         assert kernel.metadata.shared <= 227 * 1024
-        assert len(re.findall(r"ld\.global\S*\.[bu]16 ", ptx)) <= 2        # one bfloat16 a load: a row's
+        assert len(re.findall(r"ld\.global\S*\.[bu]16 ", ptx)) <= 2        # single-bfloat16 loads, of a row
         assert ("wgmma" in ptx) == (op in ("attention", "patch_embed"))
 
 
 def compile_for_hopper(function, args, constants, num_warps):
-    """As a launch would, with these arguments: Triton then looks for multiples of 16 and for ones."""
+    """As a launch with these arguments would, for which Triton specialises on multiples of 16 and ones."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}
@@ -136,7 +136,7 @@ def compile_for_hopper(function, args, constants, num_warps):
 
 
 @ordinary
-def test_the_benchmark_times_ten_recorded_calls_at_once_and_says_what_fails(monkeypatch):
+def test_the_benchmark_times_ten_recorded_calls_at_once_and_reports_failures(monkeypatch):
     from kernels import bench
     calls = []
     replays = []
@@ -163,7 +163,7 @@ def test_the_benchmark_times_ten_recorded_calls_at_once_and_says_what_fails(monk
 
 @ordinary
 @pytest.mark.parametrize("section,rows", [("operations", 24), ("training", 1), ("sampling", 5)])
-def test_what_the_benchmark_measures_runs_at_toy_size(section, rows):
+def test_the_benchmarks_plain_variants_run_at_toy_size(section, rows):
     from kernels import bench
     found = 0
     for _, variants, _ in getattr(bench, section)(False):
@@ -216,7 +216,7 @@ def make_qknorm_rope(B, L, A, K, norm=True, rope=True, spare=0, **like):
 
 
 def make_attention(B, N, A, K, **rest):
-    """Under LightningDiT's sizes the scores of random q and k would be one-hot: a norm keeps them near 1."""
+    """At LightningDiT's sizes, attention of random q and k would be one-hot; a norm keeps scores near 1."""
     return make_qknorm_rope(B, N, A, K, **rest)
 
 
@@ -290,7 +290,7 @@ TINY = [
 
 
 def registered(op, inputs):
-    """The torch operator behind a kernel, and that operator's arguments for these inputs."""
+    """The torch operator behind a kernel, and its arguments for these inputs."""
     if op == "norm_modulate":
         return "norm_modulate", [*inputs, None, None]
     if op == "norm_modulate_twice":
@@ -319,7 +319,7 @@ def both(op):
 
 
 def leaves_of(op, inputs, dtype=None):
-    """New tensors with the same values and strides, those that are not tables with requires_grad."""
+    """New tensors with the same values and strides; all but the tables require gradients."""
     leaves = []
     for i, x in enumerate(inputs):
         if isinstance(x, torch.Tensor):
@@ -343,17 +343,17 @@ def run(f, op, inputs, dtype=None):
 
 
 def errors(results, truth):
-    """Of each result the largest error, as a part of the largest value; infinite for a NaN."""
+    """Each result's largest error relative to the largest true value; infinite for a NaN."""
     relative = [(a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)
                 for a, b in zip(results, truth, strict=True)]
-    return [e.nan_to_num(nan=float("inf")).item() for e in relative]           # max() would pass over a NaN
+    return [e.nan_to_num(nan=float("inf")).item() for e in relative]           # max() would skip a NaN
 
 
 # ---------------------------------------------------------------- the claims
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_float32_forward_and_every_gradient_are_within_1e_6_of_the_specification_in_float64(case, device):
+def test_float32_outputs_and_gradients_are_within_1e_6_of_the_float64_specification(case, device):
     op, sizes = case
     kernel, ref = both(op)
     inputs = MAKE[op](**sizes, dtype=torch.float32, device=device)
@@ -362,7 +362,7 @@ def test_float32_forward_and_every_gradient_are_within_1e_6_of_the_specification
     assert max(errors(results, run(ref, op, inputs, torch.float64))) <= 1e-6
 
 
-def test_kernels_whose_products_want_tensor_cores_take_large_ones_in_bfloat16_only(monkeypatch):
+def test_attention_and_patch_embed_take_large_inputs_only_in_bfloat16(monkeypatch):
     attention = importlib.import_module("kernels.attention")
     patch_embed = importlib.import_module("kernels.patch_embed")
     monkeypatch.setattr(attention, "INTERPRETED", False)
@@ -374,12 +374,12 @@ def test_kernels_whose_products_want_tensor_cores_take_large_ones_in_bfloat16_on
     assert not patch_embed.takes(z, z_d, weight)
     assert patch_embed.takes(z.bfloat16(), z_d, weight)
     assert patch_embed.takes(z[:, :4], z_d[:, :4], weight[:, :4])
-    with torch.autocast("cpu", torch.bfloat16):                    # which casts inside
+    with torch.autocast("cpu", torch.bfloat16):                    # autocast casts inside
         assert patch_embed.takes(z, z_d, weight)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_bfloat16_is_at_most_twice_as_wrong_as_plain_pytorch_in_bfloat16(case, device):
+def test_bfloat16_errors_are_at_most_twice_those_of_plain_pytorch(case, device):
     op, sizes = case
     kernel, ref = both(op)
     inputs = MAKE[op](**sizes, dtype=torch.bfloat16, device=device)
@@ -392,13 +392,13 @@ def test_bfloat16_is_at_most_twice_as_wrong_as_plain_pytorch_in_bfloat16(case, d
 
 
 @pytest.mark.parametrize("case", TINY, ids=name)
-def test_gradcheck_in_float64(case, device):
+def test_gradcheck_passes_in_float64(case, device):
     op, sizes = case
     inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float64, device=device))
     assert torch.autograd.gradcheck(both(op)[0], inputs, fast_mode=True)
 
 
-def test_groupnorm_statistics_do_not_cancel_where_the_mean_is_a_hundred_times_the_deviation(device):
+def test_groupnorm_stays_accurate_if_the_mean_is_a_hundred_times_the_deviation(device):
     kernel, ref = both("groupnorm_silu")
     like = dict(dtype=torch.float32, device=device)
     inputs = make_groupnorm_silu(B=1, C=32, H=9, W=60, groups=4, offset=100, **like)
@@ -408,8 +408,8 @@ def test_groupnorm_statistics_do_not_cancel_where_the_mean_is_a_hundred_times_th
     assert max(errors(results, truth)) <= 2e-5
 
 
-def test_attention_between_opposite_queries_and_keys_stays_finite_where_the_last_block_is_not_full(device):
-    """All scores are about -120: exp(0 - -120) of what stands beyond the last key would be infinite."""
+def test_attention_of_opposite_queries_and_keys_stays_finite_with_a_partial_block(device):
+    """All scores are about -120: exp(0 - -120) for the padding after the last key would be infinite."""
     kernel, ref = both("attention")
     qkv = 1 + 0.1 * randn(1, 5, 3, 1, 24, seed=1, dtype=torch.float32, device=device)
     weight = torch.full((24,), 5.0, device=device)
@@ -430,7 +430,7 @@ def test_every_kernel_passes_its_own_trial_forward_and_backward(op, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
+def test_every_torch_operator_passes_opcheck(op, device):
     sizes = dict(CASES)[op]                        # the last case of each kernel
     inputs = leaves_of(op, MAKE[op](**sizes, dtype=torch.float32, device=device))
     both(op)                                       # registers the operator
@@ -440,7 +440,7 @@ def test_the_torch_operator_keeps_its_promises_to_the_compiler(op, device):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("mode", ["ref", "auto"])
-def test_triton_is_off_with_kernels_ref_and_where_nothing_was_chosen(op, mode, device, monkeypatch):
+def test_triton_is_off_with_kernels_ref_or_if_nothing_was_chosen(op, mode, device, monkeypatch):
     kernel, _ = both(op)
     inputs = MAKE[op](**dict(CASES)[op], dtype=torch.float32, device=device)
     monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: pytest.fail("Triton was launched"))
@@ -458,7 +458,7 @@ def test_every_kernel_has_cases():
 
 
 class Count(TorchDispatchMode):
-    """Per operator: how often it ran, and the bytes of what it took and gave. No views, no allocations."""
+    """Per operator: its calls, and the bytes of its inputs and outputs. No views, no allocations."""
 
     LEFT_OUT = ("_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided", "promote_types")
 
@@ -479,14 +479,14 @@ class Count(TorchDispatchMode):
 
 
 def randomise(model):
-    """A fresh model's gates are zero: nothing of its blocks would be seen."""
+    """A fresh model's gates are zero, which would hide its blocks."""
     for i, p in enumerate(model.parameters()):
         p.data = 0.15 * randn(*p.shape, dtype=p.dtype, device="cpu", seed=i)
     return model
 
 
 def on_and_off(f, monkeypatch):
-    """f() with kernels, f() without, and the names of the operators that ran in the first."""
+    """f() with kernels, f() without, and the names of the operators that ran with kernels."""
     with Count() as ran:
         on = f()
     monkeypatch.setattr(kernels, "KERNELS", "ref")
@@ -495,7 +495,7 @@ def on_and_off(f, monkeypatch):
 
 
 def test_twenty_training_steps_are_the_same_with_kernels(device, monkeypatch):
-    """In float32 in the interpreter; on a GPU under bfloat16 autocast, which rounds at other places."""
+    """In float32 in the interpreter; on a GPU under bfloat16 autocast, which rounds in other places."""
     cfg = dit.LightningDiTConfig(C=4, D=4, p=1, grid=2, E=72, A=1, depth=2, num_classes=3, qk_norm=True)
     t = torch.tensor([0.8], device=device)
     y = torch.tensor([2], device=device)
@@ -574,11 +574,11 @@ def test_under_autocast_the_tokens_are_bfloat16_with_and_without_kernels(device,
 
 
 def traffic_of_a_block(mode, monkeypatch):
-    """(U of all but matrix products and attention, operators): a block of an XL/1, both passes, bfloat16.
+    """(U of all but matrix products and attention, operators) for a block of an XL/1, both passes, bfloat16.
 
-    U = one pass over the tokens, B*L*E*2 bytes; an operator of ours counts as what it takes and gives. The
-    third block's share is the difference of three to two. On the meta device: no arithmetic; PyTorch's
-    attention is named there, because the one that it would choose for that device is none.
+    U = one pass over the tokens, B*L*E*2 bytes; our operators count as their inputs and outputs. One block's
+    share is the difference between depths 3 and 2. It runs on the meta device, without arithmetic; PyTorch's
+    attention is given explicitly, because PyTorch would choose none for that device.
     """
     def flash(q, k, v):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
@@ -606,8 +606,8 @@ def traffic_of_a_block(mode, monkeypatch):
 
 
 @ordinary
-def test_a_cost_is_two_flops_a_product_and_every_number_once_that_the_backward_pass_needs():
-    """Of 5 rows: x, 50 numbers; the SiLU's input and output, 100 each, though two layers read it; no weights.
+def test_cost_counts_two_flops_a_product_and_each_number_kept_for_backward_once():
+    """5 rows keep x, 50 numbers; the SiLU's input and output, 100 each though two layers read it; no weights.
     """
     class Net(torch.nn.Sequential):
         def forward(self, x):
@@ -623,7 +623,7 @@ def test_a_cost_is_two_flops_a_product_and_every_number_once_that_the_backward_p
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_models_cost_is_the_same_with_kernels(monkeypatch):
+def test_kernels_keep_fewer_numbers_at_the_same_flops(monkeypatch):
     found = {}
     for mode in ("ref", "triton"):
         monkeypatch.setattr(kernels, "KERNELS", mode)
@@ -636,7 +636,7 @@ def test_a_models_cost_is_the_same_with_kernels(monkeypatch):
 
 
 def test_bytes_and_launches_of_a_block_stay_below_the_goals(monkeypatch):
-    """60 U and 36 operators. One of ours is one to three launches: a backward, and what adds its sums."""
+    """Goals: 60 U, 36 operators. Each of ours is one to three launches: a backward also adds up its sums."""
     plain = traffic_of_a_block("ref", monkeypatch)
     with_kernels = traffic_of_a_block("triton", monkeypatch)
     assert plain == (pytest.approx(286.6, rel=0.02), 125)
@@ -646,7 +646,7 @@ def test_bytes_and_launches_of_a_block_stay_below_the_goals(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode,goal,found", [("ref", 125, 92.9), ("triton", 70, 51.5)])
 def test_bytes_of_a_compiled_block_stay_below_the_goals(mode, goal, found, monkeypatch):
-    """U as above, by Inductor's own count of what it fuses and of our operators; from batches 2 and 4."""
+    """U as above, by Inductor's count of what it fuses and of our operators; from batches of 2 and 4."""
     import torch._inductor.config
     from torch._inductor.graph import GraphLowering
     from torch._inductor.scheduler import ExternKernelSchedulerNode
@@ -658,11 +658,11 @@ def test_bytes_of_a_compiled_block_stay_below_the_goals(mode, goal, found, monke
         for node in graph.scheduler.nodes:
             operator = str(getattr(node.node, "op_overload", ""))
             ours = "davae" in operator and "attention" not in operator
-            # what is neither ours nor fused by Inductor: matrix products, attention, views
+            # skip matrix products, attention and views: neither ours nor fused by Inductor
             if ours or not isinstance(node, ExternKernelSchedulerNode):
                 counted.append(node.get_read_write_buffers_sizes())
 
-    # take the kernels' operators, on a CPU too, but do not run them
+    # use the kernels' operators, even on a CPU, but do not run them
     monkeypatch.setattr(kernels, "KERNELS", mode)
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     monkeypatch.setattr(kernels.jit, "__getitem__", lambda *_: lambda *args, **sizes: None)

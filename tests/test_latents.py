@@ -1,4 +1,4 @@
-"""support/latents.py: latents encoded on the fly, from the cache, from the shards of LightningDiT's code."""
+"""support/latents.py: latents encoded on the fly, from the cache, and from LightningDiT's shards."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from support import data, latents, ranks
 from support.weights import load_davae
 
 
-def test_latents_encoded_on_the_fly_equal_the_cached_ones_but_for_half_precision(
+def test_latents_encoded_on_the_fly_equal_cached_ones_up_to_half_precision(
     finetune_config, tiny_vae, tmp_path
 ):
     vae = load_davae(tiny_vae)
@@ -46,7 +46,7 @@ def test_large_images_are_encoded_a_few_at_a_time_to_the_same_latents(finetune_c
     assert sizes == [3, 3, 2]
 
 
-def test_ranks_with_other_images_are_told_so_and_write_no_cache_of_a_part(
+def test_ranks_with_different_images_are_refused(
     finetune_config, tiny_vae, tmp_path, monkeypatch
 ):
     vae, cpu = load_davae(tiny_vae), torch.device("cpu")
@@ -56,7 +56,7 @@ def test_ranks_with_other_images_are_told_so_and_write_no_cache_of_a_part(
         latents.write_cache(vae, train_set, finetune_config(tmp_path, data_dir="photos"), cpu, 1, 2)
 
 
-def test_samples_of_details_are_drawn_from_other_random_numbers_than_the_noise_of_their_step(
+def test_sampled_details_and_the_noise_of_their_step_use_different_seeds(
     finetune_config, tiny_vae, tmp_path, monkeypatch
 ):
     cfg = finetune_config(tmp_path, detail_sample=True, cache=False)
@@ -71,7 +71,7 @@ def test_samples_of_details_are_drawn_from_other_random_numbers_than_the_noise_o
     assert len(set(seeds)) == 3
 
 
-def test_samples_of_details_are_each_ranks_own_and_a_resumed_run_draws_those_it_would_have(
+def test_sampled_details_differ_by_rank_and_stay_the_same_on_resume(
     make_davae, monkeypatch
 ):
     monkeypatch.setattr(latents, "encode", lambda *args: torch.randn(2, 16, 1, 1))
@@ -86,7 +86,7 @@ def test_samples_of_details_are_each_ranks_own_and_a_resumed_run_draws_those_it_
     assert len({step.sum().item() for step in [*straight, *drawn(1, 3, 3)]}) == 6
 
 
-def test_ranks_share_the_shards_and_a_cache_that_the_disk_cannot_hold_is_not_begun(
+def test_ranks_share_the_shards_and_a_cache_too_large_for_the_disk_is_refused(
     make_davae, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(latents, "SHARD", 1)
@@ -103,13 +103,13 @@ def test_ranks_share_the_shards_and_a_cache_that_the_disk_cannot_hold_is_not_beg
     folder = write(1, size)
     assert [path.name for path in folder.iterdir()] == ["00001.safetensors"]
     kept = (folder / "00001.safetensors").stat().st_mtime_ns
-    write(0, 2 * size // 3)                            # what is missing yet
+    write(0, 2 * size // 3)                            # what is still missing
     assert sorted(path.name for path in folder.iterdir()) == [f"0000{n}.safetensors" for n in range(3)]
     assert (folder / "00001.safetensors").stat().st_mtime_ns == kept
     assert latents.Latents(folder, vae, 12).labels.tolist() == [0, 1, 2]
 
 
-def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_another_for_another_vae(
+def test_an_interrupted_cache_resumes_describes_itself_and_belongs_to_one_vae(
     finetune_config, tiny_vae, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(latents, "SHARD", 16)
@@ -129,14 +129,14 @@ def test_the_cache_goes_on_where_it_was_cut_off_says_what_it_holds_and_is_anothe
         about = json.loads(f.metadata()["about"])
         assert len(f.metadata()["vae"]) == 16 and about["detail"] == "mode" and about["image_size"] == 64
     whole = latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0]
-    (folder / "00001.safetensors").rename(folder / "00001.tmp0")  # killed while it was written
+    (folder / "00001.safetensors").rename(folder / "00001.tmp0")  # as if killed during the write
     assert latents.write_cache(vae, train_set, cfg, cpu, 0, 1) == folder and encoded[3:] == [16]
     assert torch.equal(latents.Latents(folder, vae, 12).batch(list(range(40)), [False] * 40)[0], whole)
     vae.down.conv.bias.data += 1
     assert latents.write_cache(vae, train_set, cfg, cpu, 0, 1) != folder
 
 
-def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(finetune_config, tiny_vae, tmp_path):
+def test_shards_extracted_by_lightningdit_are_read_and_normalised(finetune_config, tiny_vae, tmp_path):
     """Raw fp32 latents of both orientations with labels, as its extract_features.py saves them."""
     vae, drawn = load_davae(tiny_vae), data.open_dataset("procedural", 64, 20, 0)
     x = data.to_tensor(data.stack(drawn, range(20))[0])
@@ -164,11 +164,11 @@ def test_the_shards_that_lightningdit_extracts_are_read_and_normalised(finetune_
         latents.Latents(tmp_path, vae, 24)
 
 
-# ---------------------------------------------------------------- what a cache is known by
+# ---------------------------------------------------------------- what identifies a cache
 
 
 def known_vae():
-    """A DAVAE of f = 4, C = 4, D = 12 whose every number is known, without a random generator."""
+    """A DAVAE with f = 4, C = 4, D = 12 whose every number is known: no random generator is used."""
     vae = DAVAE(AutoencoderKL(KLConfig(C=4, widths=(8, 16), blocks=1, groups=4)), DAVAEConfig(D=12)).eval()
     for tensor in vae.state_dict().values():
         tensor.copy_((torch.arange(tensor.numel()) % 7 / 8).view(tensor.shape))
@@ -197,8 +197,8 @@ def known_config(**changes):
     return SimpleNamespace(**{**values, **changes})
 
 
-def test_a_cache_of_an_older_run_is_found_again():
-    """The name is the one that this cache had when caches were first named by their images' contents."""
+def test_a_cache_of_an_older_version_is_found_again():
+    """The name has not changed since caches were first named by their images' contents."""
     cpu = torch.device("cpu")
     cfg, train_set = known_config(), data.open_dataset("procedural", 64, 5, 3)
     folder = latents.cache_folder(cfg, latents.describe(known_vae(), train_set, cfg, cpu))
@@ -214,7 +214,7 @@ def test_a_cache_of_an_older_run_is_found_again():
     ):
         other = known_config(**change)
         names.add(latents.cache_folder(other, latents.describe(known_vae(), train_set, other, cpu)))
-    assert len(names) == 7                                         # each differs from all others
+    assert len(names) == 7                                         # all differ
     assert latents.describe(known_vae(), data.open_dataset("procedural", 64, 5, 4), cfg, cpu) != (
         latents.describe(known_vae(), train_set, cfg, cpu))
 
@@ -230,7 +230,7 @@ class Halves(data.Dataset):
         return picture, i
 
 
-def test_a_cache_of_sampled_details_goes_on_with_the_samples_that_it_would_have_had(
+def test_a_resumed_cache_of_sampled_details_draws_the_same_samples(
     make_davae, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(latents, "SHARD", 1)
@@ -252,7 +252,7 @@ def test_a_cache_of_sampled_details_goes_on_with_the_samples_that_it_would_have_
         assert (a - b).std() > 0.1
 
 
-def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
+def test_mirrored_latents_come_from_images_mirrored_left_to_right(tmp_path):
     class Pixels(torch.nn.Module):
         """A VAE whose latent is the image."""
 
@@ -276,7 +276,7 @@ def test_mirrored_latents_are_those_of_images_mirrored_left_to_right(tmp_path):
         (dict(image_size=36, p=2), "--image_size=36: the VAE takes multiples of 8; give --image_size=32"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(change, said):
+def test_sizes_that_do_not_fit_the_vae_are_refused(change, said):
     train_set = data.open_dataset("procedural", 64, 5, 3)
     with pytest.raises(SystemExit, match=said):
         latents.check_sizes(known_vae(), train_set, known_config(**change))
@@ -289,7 +289,7 @@ NAN[1, 3, 0, 0] = float("nan")
 
 
 def shards(folder, header=None, **changes):
-    """A good shard a, and b, which differs from it in `changes`; None: b is without."""
+    """A good shard a, and a shard b that differs in `changes`; None leaves a tensor out."""
     save_file(GOOD, folder / "a.safetensors")
     tensors = {name: x.contiguous() for name, x in {**GOOD, **changes}.items() if x is not None}
     save_file(tensors, folder / "b.safetensors", header)
@@ -310,12 +310,12 @@ def shards(folder, header=None, **changes):
     (dict(labels=torch.tensor([0, -1, 2])), "labels from -1 to 2; wanted whole numbers"),
     (dict(labels=torch.tensor([0, 0.5, 2])), "labels from 0.0 to 2.0; wanted whole numbers"),
 ])
-def test_a_shard_unlike_the_others_or_that_is_none_is_named(tmp_path, changes, said):
+def test_an_invalid_or_mismatched_shard_is_named(tmp_path, changes, said):
     with pytest.raises(SystemExit, match=f"b.safetensors: .*{said}"):
         latents.Latents(shards(tmp_path, **changes), known_vae(), 12)
 
 
-def test_shards_may_differ_in_precision_and_in_what_is_not_asked_for(tmp_path):
+def test_shards_may_differ_in_precision_and_in_unused_tensors(tmp_path):
     kept = latents.Latents(shards(tmp_path, latents=ZEROS.half(), latents_flip=None), known_vae(), 12)
     latents.check_sizes(known_vae(), kept, known_config(image_size=32, flip=False))
     with pytest.raises(SystemExit, match="b.safetensors: has no mirrored latents .*--flip=False"):
@@ -323,25 +323,25 @@ def test_shards_may_differ_in_precision_and_in_what_is_not_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 60, 4000, -1])
-def test_a_shard_that_was_cut_off_is_named_and_makes_no_photos_of_the_folder(tmp_path, length):
+def test_a_truncated_shard_is_named_and_its_folder_still_holds_latents(tmp_path, length):
     path = shards(tmp_path) / "b.safetensors"
     path.write_bytes(path.read_bytes()[:length])
     for _ in range(2):
         assert latents.Latents.are_in(str(tmp_path))
         with pytest.raises(SystemExit, match="b.safetensors: is truncated"):
             latents.Latents(tmp_path, known_vae(), 12)
-        (tmp_path / "a.safetensors").unlink(missing_ok=True)       # then it is the only one
+        (tmp_path / "a.safetensors").unlink(missing_ok=True)       # now b is the only one
 
 
-def test_latents_that_are_not_finite_stop_the_batch_that_holds_them(tmp_path):
+def test_non_finite_latents_stop_the_batch_that_holds_them(tmp_path):
     kept = latents.Latents(shards(tmp_path, latents=NAN), known_vae(), 12)
-    assert kept.batch([0, 4, 5], [False, True, False])[1].tolist() == [0, 1, 2]       # the mirrored one is
+    assert kept.batch([0, 4, 5], [False, True, False])[1].tolist() == [0, 1, 2]   # row 1 mirrored is finite
     with pytest.raises(SystemExit, match="b.safetensors: latents of row 1 are not finite"):
         kept.batch([0, 4], [False, False])
 
 
 @pytest.mark.parametrize("foreign", [{"latents_1x8x8_float32": ZEROS}, {"lora.up": torch.zeros(2)}, None])
-def test_photos_beside_a_foreign_file_are_photos_and_the_file_is_counted(tmp_path, foreign):
+def test_photos_next_to_a_foreign_file_are_read_and_the_file_is_counted(tmp_path, foreign):
     for k in range(2):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
     path = tmp_path / "cache.safetensors"
@@ -351,13 +351,13 @@ def test_photos_beside_a_foreign_file_are_photos_and_the_file_is_counted(tmp_pat
     assert found.summary() == "2 images without classes; left out: 1 .safetensors"
 
 
-def test_a_folder_of_shards_is_one_of_latents_and_counts_what_else_is_there(tmp_path):
+def test_a_folder_of_shards_is_read_as_latents_and_other_files_are_counted(tmp_path):
     Image.new("RGB", (8, 8)).save(shards(tmp_path) / "preview.png")
     found = finetune.open_training_set(known_config(data_dir=str(tmp_path)), known_vae())
     assert found.summary() == "6 images in 3 classes (0 2, 1 2, 2 2); left out: 1 .png"
 
 
-def test_shards_where_a_run_is_started_do_not_take_the_place_of_the_drawings(tmp_path, monkeypatch):
+def test_shards_in_the_working_folder_do_not_replace_the_drawings(tmp_path, monkeypatch):
     monkeypatch.chdir(shards(tmp_path))
     for name in ("", "procedural"):
         assert len(finetune.open_training_set(known_config(data_dir=name, images=7), known_vae())) == 7
@@ -366,7 +366,7 @@ def test_shards_where_a_run_is_started_do_not_take_the_place_of_the_drawings(tmp
         latents.Latents(tmp_path / "empty", known_vae(), 12)
 
 
-def test_latents_of_another_size_or_without_mirrored_ones_are_refused(tmp_path):
+def test_latents_of_the_wrong_size_or_without_mirrored_ones_are_refused(tmp_path):
     vae, cpu = known_vae(), torch.device("cpu")
     shard = {"latents": torch.zeros(2, 16, 8, 8), "labels": torch.tensor([0, 1])}
     save_file(shard, tmp_path / "a.safetensors")

@@ -35,19 +35,19 @@ def test_the_first_level_keeps_one_detail_of_every_group_not_every_detail_of_one
     assert not torch.equal(mask, contiguous)
 
 
-def test_with_one_detail_a_group_and_without_groups_the_order_is_the_channels_own():
+def test_with_one_detail_per_group_or_no_groups_the_order_is_the_channels():
     assert levels.importance(6, 6).tolist() == list(range(6))
     assert levels.seen_of_all(2, 6, 0).flatten().tolist() == [1, 1, 0, 0, 0, 0]
 
 
-def test_each_image_draws_its_own_level_and_entries_that_repeat_come_more_often():
+def test_each_image_draws_its_own_level_and_repeated_entries_are_likelier():
     torch.manual_seed(0)
     drawn = levels.draw((0, 8, 8, 8), 4000, "cpu")
     assert set(drawn.tolist()) == {0, 8}
     assert abs((drawn == 8).float().mean() - 0.75) < 0.03
 
 
-def test_levels_draw_from_a_generator_of_their_own_that_follows_the_steps_seed():
+def test_levels_use_their_own_generator_which_follows_the_steps_seed():
     torch.manual_seed(1)
     plain = torch.randn(3)
     torch.manual_seed(1)
@@ -63,7 +63,7 @@ def test_levels_draw_from_a_generator_of_their_own_that_follows_the_steps_seed()
     ((0, 13), 4, 12, "--keep_levels=0,13: wanted numbers of detail channels, 0 to 12; 13 is out of range"),
     ((0, 4), 4, 0, "--keep_levels=0,4: wanted numbers of channels, 1 to 4; 0 is out of range"),
 ])
-def test_levels_that_the_latent_has_not_are_one_sentence(given, C, D, sentence):
+def test_levels_out_of_range_are_refused(given, C, D, sentence):
     with pytest.raises(SystemExit, match=sentence):
         levels.check(given, C, D)
 
@@ -72,7 +72,7 @@ def test_levels_that_the_latent_has_not_are_one_sentence(given, C, D, sentence):
 
 
 def weights(given, C, D, shown):
-    """The weight of each channel in the expected loss, 1 being that of training without levels; exactly."""
+    """The exact weight of each channel in the expected loss; without levels it is 1."""
     channels = C + D
     total = [Fraction(0)] * channels
     for keep in given:
@@ -83,8 +83,8 @@ def weights(given, C, D, shown):
     return [float(w) for w in total]
 
 
-def test_the_weights_of_channels_are_those_of_the_papers_equation_and_of_its_code():
-    """DC-AE 1.5's own levels 16, 20, ..., 128 of a latent without details, by enumeration."""
+def test_channel_weights_match_the_papers_equation_and_its_code():
+    """DC-AE 1.5's levels 16, 20, ..., 128 of a latent without details, by enumeration."""
     given = tuple(range(16, 129, 4))
     eq2, code = weights(given, 128, 0, shown=False), weights(given, 128, 0, shown=True)
     at = [0, 31, 32, 63, 95, 127]
@@ -93,8 +93,8 @@ def test_the_weights_of_channels_are_those_of_the_papers_equation_and_of_its_cod
     assert round(eq2[127], 3) == round(code[127], 3) == 0.034
 
 
-def test_the_weights_of_a_da_vaes_groups():
-    """C = 32, D = 96: the paper's step of four channels, its four groups, and with every other step whole."""
+def test_a_da_vaes_channel_weights_fall_in_level_order():
+    """C = 32, D = 96: the paper's steps of four channels; four groups, also with every other step whole."""
     fine = weights(tuple(range(0, 97, 4)), 32, 96, shown=False)
     order = [32 + d for d in torch.argsort(levels.importance(32, 96)).tolist()]
     assert [round(fine[order[k]], 2) for k in (0, 31, 63, 95)] == [0.96, 0.68, 0.36, 0.04]
@@ -108,7 +108,7 @@ def test_the_weights_of_a_da_vaes_groups():
 # ---------------------------------------------------------------- while the VAE trains
 
 
-def test_the_decoder_sees_as_many_details_of_each_image_as_it_is_left_with(make_davae):
+def test_the_decoder_sees_only_the_details_that_each_image_keeps(make_davae):
     vae = make_davae().train()
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     keep = torch.tensor([0, 5, 12])
@@ -121,10 +121,10 @@ def test_the_decoder_sees_as_many_details_of_each_image_as_it_is_left_with(make_
         assert torch.allclose(rec.x_hat[i:i + 1], vae.decode_raw(rec.z[i:i + 1], z_d), atol=1e-5)
     torch.manual_seed(0)
     whole = vae(x, torch.full((3,), 12))
-    assert torch.equal(whole.z_d, rec.z_d)                            # alignment and KL see all of it
+    assert torch.equal(whole.z_d, rec.z_d)                            # alignment and KL see all details
 
 
-def test_detail_dropout_is_the_two_levels_none_and_all(make_davae):
+def test_detail_dropout_equals_the_levels_none_and_all(make_davae):
     vae = make_davae(detail_dropout=0.5).train()
     x = torch.rand(8, 3, 32, 32) * 2 - 1
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_detail_dropout_is_the_two_levels_none_and_all(make_davae):
     assert torch.equal(rec.x_hat, vae.decode_raw(rec.z, rec.z_d * shown))
 
 
-def test_the_pure_form_hides_channels_of_a_base_vae(kl_config):
+def test_without_details_levels_hide_base_channels(kl_config):
     vae = PlainVAE(AutoencoderKL(kl_config)).train()
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     rec = vae(x, torch.tensor([1, 4]))
@@ -147,7 +147,7 @@ def test_the_pure_form_hides_channels_of_a_base_vae(kl_config):
     assert torch.allclose(rec.x_hat, vae.base.decoder(vae.base.from_latent(z)), atol=1e-6)
 
 
-def test_training_with_levels_changes_what_is_hidden_and_no_image_and_no_noise(
+def test_levels_change_the_reconstruction_but_not_the_images_or_noise(
         davae_config, tmp_path, monkeypatch):
     seen = {}
     plain = train_vae.vae_loss
@@ -170,7 +170,7 @@ def test_training_with_levels_changes_what_is_hidden_and_no_image_and_no_noise(
 def a_dit(D=0, p=1):
     torch.manual_seed(0)
     model = LightningDiT(LightningDiTConfig(C=4, p=p, grid=4 // p, E=48, depth=2, A=2, num_classes=3)).eval()
-    for parameter in model.parameters():                              # a released model: nothing is zero
+    for parameter in model.parameters():                              # as in a released model, none is zero
         torch.nn.init.normal_(parameter, std=0.1)
     base = deepcopy(model)
     if D:
@@ -188,7 +188,7 @@ def loss_of(model, cfg, w=1.0, C=4, seed=3):
 @pytest.mark.parametrize("trained", [False, True])
 def test_at_level_zero_the_widened_model_computes_the_base_models_velocities_bit_for_bit(trained):
     base, model = a_dit(D=12)
-    if trained:                                                       # P_new and O_new after some steps
+    if trained:                                                       # as after some training steps
         torch.nn.init.normal_(model.P_new.weight)
         torch.nn.init.normal_(model.O_new.weight)
     assert model.P_new.bias is None
@@ -201,7 +201,7 @@ def test_at_level_zero_the_widened_model_computes_the_base_models_velocities_bit
         assert not v[:, 4:].any()
 
 
-def test_a_bias_of_P_new_would_break_that():
+def test_a_bias_in_P_new_would_change_the_base_velocities():
     base, model = a_dit(D=12)
     model.P.bias.data += torch.randn(48)                              # as a bias of P_new would
     x_t, t, y = torch.randn(2, 16, 4, 4), torch.rand(2), torch.tensor([0, 1])
@@ -210,14 +210,14 @@ def test_a_bias_of_P_new_would_break_that():
         assert not torch.allclose(v[:, :4], base(x_t[:, :4], t, y), atol=1e-3)
 
 
-def test_at_level_zero_the_loss_is_the_base_models_own_or_that_times_its_part_of_the_channels():
+def test_at_level_zero_the_loss_is_the_base_models_up_to_its_share_of_channels():
     base, model = a_dit(D=12)
     cfg = Config(D=12, cosine=0.0, keep_levels=(0,), keep_mean="shown")
 
     def base_alone(x_t, t, y):
         return F.pad(base(x_t[:, :4], t, y), (0, 0, 0, 0, 0, 12))
 
-    _, parts = loss_of(base_alone, replace(cfg, keep_levels=()))      # base: its mean over C channels
+    _, parts = loss_of(base_alone, replace(cfg, keep_levels=()))      # the mean over C channels
     shown, _ = loss_of(model, cfg)
     of_all, _ = loss_of(model, replace(cfg, keep_mean="all"))
     assert torch.allclose(shown, parts["base"], rtol=1e-6)
@@ -225,7 +225,7 @@ def test_at_level_zero_the_loss_is_the_base_models_own_or_that_times_its_part_of
 
 
 @pytest.mark.parametrize("mean", ["all", "shown"])
-def test_the_full_level_is_the_plain_loss_bit_for_bit(mean):
+def test_the_full_level_gives_the_plain_loss_bit_for_bit(mean):
     _, model = a_dit(D=12)
     plain, parts = loss_of(model, Config(D=12), w=0.3)
     full, same = loss_of(model, Config(D=12, keep_levels=(12,), keep_mean=mean), w=0.3)
@@ -234,8 +234,8 @@ def test_the_full_level_is_the_plain_loss_bit_for_bit(mean):
 
 @pytest.mark.parametrize("mean", ["all", "shown"])
 @pytest.mark.parametrize("w", [0.0, 0.25, 1.0])
-def test_levels_compose_with_the_weight_of_details(mean, w):
-    """By hand: the sum over shown channels of weighted errors, over the weights of all or of those shown."""
+def test_levels_combine_with_the_detail_weight(mean, w):
+    """The weighted errors summed over shown channels, divided by the weights of all or of shown channels."""
     cfg = Config(D=12, cosine=0.0, keep_levels=(0, 4, 12), keep_mean=mean)
     v = torch.randn(4, 16, 4, 4)
     loss, _ = loss_of(lambda x, t, y: v, cfg, w)
@@ -243,7 +243,7 @@ def test_levels_compose_with_the_weight_of_details(mean, w):
     z_all = torch.randn(4, 16, 4, 4)
     torch.manual_seed(3)
     mask = levels.seen_of_all(levels.draw(cfg.keep_levels, 4, "cpu"), 4, 12)
-    assert len(set(mask.sum(1).flatten().tolist())) > 1               # images of different levels
+    assert len(set(mask.sum(1).flatten().tolist())) > 1               # images have different levels
     torch.randn(4)
     error = (v - (z_all - torch.randn_like(z_all))).square() * mask
     weight = torch.tensor([1.0] * 4 + [w] * 12).view(1, 16, 1, 1)
@@ -252,7 +252,7 @@ def test_levels_compose_with_the_weight_of_details(mean, w):
     assert torch.allclose(loss, expected, rtol=1e-5)
 
 
-def test_the_model_sees_nothing_of_hidden_channels_not_even_noise_and_the_cosine_neither():
+def test_neither_model_nor_cosine_sees_hidden_channels_or_their_noise():
     given = {}
 
     def model(x, t, y):
@@ -272,7 +272,7 @@ def test_the_model_sees_nothing_of_hidden_channels_not_even_noise_and_the_cosine
     assert torch.allclose(loss - without, cosine, atol=1e-6)
 
 
-def test_with_levels_the_times_and_the_noise_stay():
+def test_levels_leave_times_and_noise_unchanged():
     seen = []
 
     def model(x, t, y):
@@ -284,12 +284,12 @@ def test_with_levels_the_times_and_the_noise_stay():
     assert all(torch.equal(a, b) for a, b in zip(*seen))
 
 
-# ---------------------------------------------------------------- hiding, and slicing weights
+# ---------------------------------------------------------------- hiding channels or slicing weights
 
 
 @pytest.mark.parametrize("p,equal", [(1, True), (2, False)])
-def test_hiding_is_slicing_the_weights_of_both_ends_for_patches_of_one_pixel_only(p, equal):
-    """DC-AE 1.5's code cuts the first p^2 k rows off its head, which come position by position."""
+def test_hiding_equals_slicing_the_weights_at_both_ends_only_for_one_pixel_patches(p, equal):
+    """DC-AE 1.5's code keeps the first p^2 k rows of its head, which are ordered position by position."""
     torch.manual_seed(0)
     C, k, width = 8, 3, 16
     x = torch.randn(2, C, 4, 4)
@@ -328,7 +328,7 @@ def test_decoding_some_details_sets_the_others_to_raw_zero_not_to_their_mean(mak
         assert not torch.allclose(vae.decode(z_all, keep=4), vae.decode(hidden), atol=1e-3)
 
 
-def test_a_base_vae_decodes_its_first_channels_alone_in_raw_units_too(kl_config):
+def test_a_base_vae_hides_channels_in_raw_units_too(kl_config):
     base = AutoencoderKL(kl_config).eval()
     base.mean.fill_(0.5)
     z = torch.randn(1, 4, 4, 4)
@@ -339,7 +339,7 @@ def test_a_base_vae_decodes_its_first_channels_alone_in_raw_units_too(kl_config)
         assert torch.allclose(PlainVAE(base).decode(z, keep=2), expected, atol=1e-6)
 
 
-def test_samples_of_some_details_keep_the_others_at_zero_all_the_way():
+def test_samples_of_some_details_keep_the_others_at_zero_throughout():
     _, model = a_dit(D=12)
     torch.nn.init.normal_(model.P_new.weight)
     torch.nn.init.normal_(model.O_new.weight)
@@ -354,7 +354,7 @@ def test_samples_of_some_details_keep_the_others_at_zero_all_the_way():
     assert not (got * (1 - mask)).any() and got.any()
 
 
-def test_samples_at_level_zero_are_the_base_models_own():
+def test_samples_at_level_zero_are_the_base_models():
     base, model = a_dit(D=12)
     torch.nn.init.normal_(model.O_new.weight)
     torch.nn.init.normal_(model.P_new.weight)
@@ -363,10 +363,10 @@ def test_samples_at_level_zero_are_the_base_models_own():
     ts = sample.time_grid(4)
     got = sample.sample_flow(model, noise, ts, y, mask=levels.seen_of_all(0, 4, 12))
     assert torch.equal(got[:, :4], sample.sample_flow(base, noise[:, :4], ts, y))
-    assert warm_start_difference(base, model, noise[:, :4], y)[0] > 0     # P_new is not zero any more
+    assert warm_start_difference(base, model, noise[:, :4], y)[0] > 0     # P_new is no longer zero
 
 
-def test_keep_is_a_flag_of_sample_and_a_level_that_is_none_is_one_sentence():
+def test_sample_takes_keep_and_refuses_an_invalid_level():
     about = {"config": {"cfg": 1.0, "shift": 1.0, "grid": "plain", "text": "",
                         "image_size": 32},
              "model": {"C": 4, "D": 12, "kind": "LightningDiT"}, "classes": ["a"]}
@@ -389,7 +389,7 @@ def test_fine_tuning_with_levels_resumes_exactly(finetune_config, same_weights, 
         finetune.main(finetune_config(tmp_path / "c", keep_levels=(16,)))
 
 
-def test_presets_of_the_rivals_have_levels_that_their_latents_have():
+def test_presets_have_levels_within_their_latents():
     for preset in itertools.chain(train_vae.PRESETS.values(), finetune.PRESETS.values()):
         given = SimpleNamespace(**{"keep_levels": (), "D": 96, **preset})
         levels.check(given.keep_levels, 32, given.D)

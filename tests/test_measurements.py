@@ -1,4 +1,4 @@
-"""support/measurements.py: which of two numbers is better, and what is there already is kept."""
+"""support/measurements.py: which of two numbers is better; earlier measurements are kept."""
 import json
 
 import pytest
@@ -12,7 +12,7 @@ LOWER = ("lpips", "FD", "FID", "Inception-FID", "KID", "VGG-KID")
 
 
 @pytest.mark.parametrize("metrics, larger_is_better", [(HIGHER, True), (LOWER, False)])
-def test_every_metric_is_ranked_and_the_star_is_at_its_better_number(metrics, larger_is_better):
+def test_every_metric_is_ranked_and_its_better_number_starred(metrics, larger_is_better):
     for metric in metrics:
         assert metric.endswith(measurements.HIGHER_IS_BETTER + measurements.LOWER_IS_BETTER)
         assert measurements.better(metric, 2.0, 1.0) == ("* " if larger_is_better else " *"), metric
@@ -20,7 +20,7 @@ def test_every_metric_is_ranked_and_the_star_is_at_its_better_number(metrics, la
         assert measurements.better(metric, 1.0, 1.0) == measurements.better(metric, 1.0, float("nan")) == "  "
 
 
-def test_a_place_is_tried_without_touching_what_is_there(tmp_path):
+def test_checking_that_a_path_is_writable_changes_no_file(tmp_path):
     path = tmp_path / "deep" / "metrics.json"
     measurements.check_writable(path)
     assert list(path.parent.iterdir()) == []
@@ -33,7 +33,7 @@ def test_a_place_is_tried_without_touching_what_is_there(tmp_path):
     (dict(out="elsewhere", data_dir="elsewhere", weights_sha256="1", checkpoint="x", run="y"), True),
     (dict(seed=1), False), (dict(steps=9), False), (dict(cfg=2.0), False), (dict(held_out="9 images"), False),
     (dict(lpips_hash="1"), False), (dict(model="1"), False)])
-def test_a_measurement_replaces_the_same_one_wherever_it_lay_and_no_other(tmp_path, change, same):
+def test_a_measurement_replaces_only_the_same_one_wherever_it_was_made(tmp_path, change, same):
     path = tmp_path / "metrics.json"
     settings = dict(run="a", seed=0, steps=4, cfg=1.0, held_out="8 images", lpips_hash="0", model="0")
     drawn = {"generation": {"FID": 3}}
@@ -41,13 +41,13 @@ def test_a_measurement_replaces_the_same_one_wherever_it_lay_and_no_other(tmp_pa
     measurements.add_entry(path, {"settings": settings | change, "reconstruction": {"psnr": 2}})
     entries = json.loads(path.read_text())
     assert [entry["reconstruction"]["psnr"] for entry in entries] == ([2] if same else [1, 2])
-    assert entries[0]["generation"] == {"FID": 3}                  # which the new one has not measured
+    assert entries[0]["generation"] == {"FID": 3}                  # not measured again, so kept
 
 
 @pytest.mark.parametrize("metric, section, differs", [
     ("lpips", "reconstruction", "perceptual"), ("lpips", "reconstruction", "lpips_hash"),
     ("CLIP", "generation", "clip"), ("CLIP", "generation", "prompts")])
-def test_numbers_of_two_networks_or_of_other_prompts_are_not_ranked(tmp_path, metric, section, differs):
+def test_numbers_of_different_networks_or_prompts_are_not_ranked(tmp_path, metric, section, differs):
     for name, number in (("a", 1.0), ("b", 2.0), ("c", 2.0)):
         settings = dict(image_size=64, held_out="8 images", n=4, reference="", perceptual="vgg",
                         lpips_hash="0", clip="L", prompts=["a fox"])

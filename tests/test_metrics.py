@@ -1,4 +1,4 @@
-"""support/metrics.py: against closed forms, torch-fidelity and transformers; what cannot be had is named."""
+"""support/metrics.py: against closed forms, torch-fidelity and transformers; and what is refused."""
 import os
 
 import numpy as np
@@ -21,11 +21,11 @@ def features(n, d, seed, shift=0.0, scale=1.0):
 # ---------------------------------------------------------------- distances
 
 
-def test_frechet_distance_of_a_set_with_itself_is_zero_even_where_the_covariance_is_singular():
+def test_frechet_distance_of_a_set_to_itself_is_zero_even_if_its_covariance_is_singular():
     for n, d in ((500, 16), (20, 64)):
         f = features(n, d, 0)
         distance = frechet_distance(moments(f), moments(f))
-        assert abs(distance) < 1e-5                # square roots of eigenvalues that are 0 but for rounding
+        assert abs(distance) < 1e-5                # square roots of eigenvalues that are 0 up to rounding
 
 
 def test_frechet_distance_of_two_gaussians_equals_the_closed_form():
@@ -48,13 +48,13 @@ def test_frechet_distance_agrees_with_torch_fidelity(n, m, d):
     assert np.isfinite(ours) and ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
-def test_distances_have_their_own_names_and_kid_is_zero_for_equal_gaussians_only():
+def test_distances_are_named_by_network_and_kid_is_small_for_equal_gaussians():
     a, b, c = features(800, 8, 4), features(800, 8, 5), features(800, 8, 6, shift=0.5)
     near, far = (distances("SqueezeNet", f, moments(a), real=a) for f in (b, c))
     assert set(near) == {"SqueezeNet-FD", "SqueezeNet-KID"}
     assert abs(near["SqueezeNet-KID"]) < 0.02 < far["SqueezeNet-KID"]
     assert far["SqueezeNet-FD"] == frechet_distance(moments(c), moments(a))
-    assert set(distances("Probe", b, moments(a))) == {"Probe-FD"}    # a reference of statistics alone: no KID
+    assert set(distances("Probe", b, moments(a))) == {"Probe-FD"}    # a reference of statistics only: no KID
 
 
 @pytest.mark.parametrize("n,name", [(49_999, "Inception-FID@49999"), (50_000, "Inception-FID-50k")])
@@ -66,7 +66,7 @@ def test_only_fifty_thousand_samples_are_called_fid_50k(n, name):
 # ---------------------------------------------------------------- image metrics
 
 
-def test_ssim_is_one_for_equal_images_and_by_hand_for_constant_ones():
+def test_ssim_is_one_for_equal_images_and_known_for_constant_ones():
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.allclose(ssim(x, x), torch.ones(2, dtype=torch.float64))
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), -0.25)
@@ -107,12 +107,12 @@ def images_for_ssim(kind):
 
 @pytest.mark.parametrize(
     "kind", ["noise", "near constant", "constant", "black and white", "opposite", "smallest"])
-def test_ssim_is_its_definition_window_by_window(kind):
+def test_ssim_matches_its_definition_window_by_window(kind):
     x, y = images_for_ssim(kind)
     assert (ssim(x, y) - ssim_by_hand(x, y)).abs().max() < 1e-9
 
 
-def test_ssim_of_a_photo_halved_is_its_definition(shared):
+def test_ssim_of_a_halved_photo_matches_its_definition(shared):
     photo = np.array(Image.open(shared("data/kodak24/1.png")).convert("RGB"))
     x = data.to_tensor(photo[None, 200:264, 200:296])
     y = metrics.upsampled(half(x), 2)["base only, bilinear"]
@@ -124,13 +124,13 @@ def test_ssim_of_batches_of_unequal_length_is_refused():
         ssim(torch.zeros(2, 3, 16, 16), torch.zeros(1, 3, 16, 16))
 
 
-def test_psnr_is_twenty_for_an_error_of_a_tenth_of_the_range_and_knows_no_values_beyond_it():
+def test_psnr_is_twenty_for_an_error_of_a_tenth_of_the_range_and_clamps_to_it():
     x = torch.full((2, 3, 4, 4), 0.9)
     assert torch.allclose(metrics.psnr(x, x - 0.2), torch.tensor(20.0))
     assert torch.allclose(metrics.psnr(x, x + 5), metrics.psnr(x, torch.ones_like(x)))
 
 
-def test_upsampled_rows_are_r_times_as_large_and_keep_what_is_constant():
+def test_upsampled_rows_are_r_times_as_large_and_keep_constants():
     base = torch.full((2, 3, 4, 6), 0.25)
     for r in (2, 4):
         rows = metrics.upsampled(base, r)
@@ -140,7 +140,7 @@ def test_upsampled_rows_are_r_times_as_large_and_keep_what_is_constant():
     assert metrics.upsampled(2 * torch.ones(1, 3, 2, 2), 2)["base only, bicubic"].max() == 1     # clamped
 
 
-def test_ssim_falls_with_noise_but_not_with_its_sign():
+def test_ssim_falls_with_noise_of_either_sign():
     x, noise = torch.rand(1, 3, 32, 32) - 0.5, 0.1 * torch.randn(1, 3, 32, 32)
     small, large = ssim(x, x + noise).item(), ssim(x, x + 3 * noise).item()
     assert 1 > small > large > 0 and ssim(x, x - noise).item() == pytest.approx(small, abs=0.05)
@@ -149,7 +149,7 @@ def test_ssim_falls_with_noise_but_not_with_its_sign():
 # ---------------------------------------------------------------- feature networks
 
 
-def test_the_probe_sees_lost_detail():
+def test_the_probe_detects_lost_detail():
     with torch.no_grad():
         probe, again = metrics.make_probe(64), metrics.make_probe(64)
         x, y, _ = next(data.read(data.open_dataset("procedural", 64, 100, seed=77), range(100)))
@@ -164,7 +164,7 @@ def feature_network(kind, data_dir="photos", **weights):
     return metrics.feature_network(kind, data_dir, 64, torch.device("cpu"), **weights)
 
 
-def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_position(monkeypatch):
+def test_squeezenet_features_ignore_the_length_of_the_map_at_each_position(monkeypatch):
     maps = torch.rand(2, 512, 3, 3)
 
     class Fake(torch.nn.Module):
@@ -189,7 +189,7 @@ def test_squeezenet_features_do_not_change_with_the_length_of_the_map_at_a_posit
     ({"features.0.bias": torch.full((64,), float("nan"))}, "features.0.bias is not finite"),
     ({"features.13.bias": torch.ones(1)}, "not known here: features.13.bias"),
 ])
-def test_a_trunk_of_lpips_that_is_not_whole_is_told_by_file_and_tensor(tmp_path, change, said):
+def test_a_damaged_lpips_trunk_is_refused_by_file_and_tensor(tmp_path, change, said):
     metrics.import_torchvision()
     import torchvision
 
@@ -205,11 +205,11 @@ def test_a_trunk_of_lpips_that_is_not_whole_is_told_by_file_and_tensor(tmp_path,
     assert "\n" not in str(caught.value)
 
 
-def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
+def test_inception_features_match_torch_fidelitys_for_uint8_images(tmp_path):
     metrics.import_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Untrained(FeatureExtractorInceptionV3):              # the published weights cannot be had offline
+    class Untrained(FeatureExtractorInceptionV3):    # the published weights are not available offline
         def load_state_dict(self, *args, **kwargs):
             pass
 
@@ -228,12 +228,12 @@ def test_inception_features_are_torch_fidelitys_of_the_uint8_images(tmp_path):
 @pytest.mark.parametrize("kind,sentence", [("inception", "with --inception_weights="),
                                            ("fid", "wanted inception"),
                                            ("probe", "knows the procedural images only")])
-def test_features_that_cannot_be_had_are_named(kind, sentence):
+def test_unavailable_features_are_refused(kind, sentence):
     with pytest.raises(SystemExit, match=sentence):
         feature_network(kind)
 
 
-def test_features_are_by_default_what_weights_and_data_allow(monkeypatch):
+def test_features_default_to_what_weights_and_data_allow(monkeypatch):
     for kind in ("inception", "squeezenet", "probe"):
         monkeypatch.setattr(metrics, f"{kind}_features", lambda *args, kind=kind: kind)
     assert feature_network("auto", inception_weights="i", lpips_trunk="s") == "inception"
@@ -257,14 +257,14 @@ def test_precision_and_recall_of_a_set_with_itself_are_one_and_of_distant_sets_z
     assert (same["precision"], same["recall"], far["precision"], far["recall"]) == (1, 1, 0, 0)
 
 
-def test_samples_that_are_too_alike_lose_recall_and_samples_that_are_too_varied_lose_precision():
+def test_samples_that_are_too_alike_lose_recall_and_too_varied_ones_lose_precision():
     varied, alike = features(200, 4, 1), features(200, 4, 2, scale=0.2)
     logits = torch.zeros(200, 8)
     few, many = inception(alike, logits, varied), inception(varied, logits, alike)
     assert few["precision"] == many["recall"] == 1 and max(few["recall"], many["precision"]) < 0.2
 
 
-def test_inception_score_is_one_for_equal_guesses_and_the_number_of_classes_for_sure_and_balanced_ones():
+def test_inception_score_is_one_for_uniform_guesses_and_the_class_count_for_sure_balanced_ones():
     f = features(80, 6, 1)
     assert inception(f[:60], torch.zeros(60, 8))["IS"] == pytest.approx(1)
     sure = inception(f, 100 * torch.eye(8).repeat(10, 1))
@@ -280,7 +280,7 @@ def pool(x):
 POOL = FeatureNetwork("Inception", "Inception, sha256 0", pool)
 
 
-def test_a_reference_of_images_and_one_of_their_statistics_give_the_same_distance(tmp_path):
+def test_a_reference_of_images_or_of_their_statistics_gives_the_same_distance(tmp_path):
     arr_0 = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", arr_0=arr_0)
     a, f, named = metrics.read_reference(tmp_path / "images.npz", POOL)
@@ -299,7 +299,7 @@ def test_a_reference_of_images_and_one_of_their_statistics_give_the_same_distanc
     (dict(mu=[0.0]), r"wanted arr_0 \(images\), or mu and sigma, .* found \['mu'\]"),
     (dict(mu=[0.0], sigma=[[1.0]], features="Probe, sha256 0"), "Probe, sha256 0"),
     (None, "not an npz file")])
-def test_a_reference_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, arrays, sentence):
+def test_an_unusable_reference_is_refused_with_the_reason(tmp_path, arrays, sentence):
     path = tmp_path / "r.npz"
     path.write_text("text") if arrays is None else np.savez(path, **arrays)
     with pytest.raises(SystemExit, match=sentence):
@@ -307,7 +307,7 @@ def test_a_reference_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, ar
 
 
 GOOD = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-MU, SIGMA = np.zeros(12), np.eye(12)                               # of as many features as POOL has
+MU, SIGMA = np.zeros(12), np.eye(12)                               # as many features as POOL has
 
 
 @pytest.mark.parametrize("arr_0,sentence", [
@@ -320,7 +320,7 @@ MU, SIGMA = np.zeros(12), np.eye(12)                               # of as many 
     (GOOD[:1], r"\(1, 8, 8, 3\), wanted at least two"), (GOOD[:0], r"\(0, 8, 8, 3\), wanted at least"),
     (np.uint8(7), r"uint8 \(\), wanted at least two"), (np.zeros((6, 0, 0, 3), np.uint8), "wanted at least"),
     (np.array([None]), "not an npz file of arrays .pickled"), (np.array("a"), "wanted at least two")])
-def test_images_of_another_layout_are_refused_with_what_makes_them_right(tmp_path, arr_0, sentence):
+def test_images_in_the_wrong_layout_are_refused_with_a_remedy(tmp_path, arr_0, sentence):
     np.savez(tmp_path / "r.npz", arr_0=arr_0)
     with pytest.raises(SystemExit, match=sentence):
         metrics.read_reference(tmp_path / "r.npz", POOL)
@@ -339,9 +339,9 @@ def spoilt(place, value):
     (MU - np.inf, SIGMA, "not finite"), (MU, 0 * SIGMA, "zero everywhere"),
     (MU, spoilt((2, 3), 0.5), "not symmetric"), (MU, spoilt((2, 2), -1), "negative variances"),
     (MU.astype(str), SIGMA, "<U32"), (MU, SIGMA * 1j, "complex128")])
-def test_statistics_that_are_no_mean_and_covariance_of_these_features_are_refused(
+def test_statistics_that_are_no_valid_mean_and_covariance_are_refused(
         tmp_path, mu, sigma, sentence):
-    for arrays in ({}, {"arr_0": GOOD}):                           # beside images, too
+    for arrays in ({}, {"arr_0": GOOD}):                           # with images too
         np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma, **arrays)
         with pytest.raises(SystemExit, match=sentence):
             metrics.read_reference(tmp_path / "r.npz", POOL)
@@ -350,7 +350,7 @@ def test_statistics_that_are_no_mean_and_covariance_of_these_features_are_refuse
 @pytest.mark.parametrize("damage", [
     lambda content: content[:len(content) // 2], lambda content: b"", lambda content: content[:-30],
     lambda content: content[:300] + b"\0" * 200 + content[500:], lambda content: b"PK\3\4" + content[99:]])
-def test_an_npz_file_that_is_cut_off_or_damaged_is_named(tmp_path, damage):
+def test_a_truncated_or_damaged_npz_file_is_named(tmp_path, damage):
     np.savez_compressed(tmp_path / "r.npz", arr_0=GOOD)
     content = (tmp_path / "r.npz").read_bytes()
     (tmp_path / "r.npz").write_bytes(damage(content))
@@ -358,7 +358,7 @@ def test_an_npz_file_that_is_cut_off_or_damaged_is_named(tmp_path, damage):
         metrics.read_reference(tmp_path / "r.npz", POOL)
 
 
-def test_a_file_that_is_no_npz_file_is_named_with_what_was_found(tmp_path):
+def test_anything_but_an_npz_file_is_refused_with_what_was_found(tmp_path):
     np.save(tmp_path / "r.npy", GOOD)
     wrong = {"r.npy": r"np.savez\(FILE, arr_0=images\)", "none.npz": "no such file", "": "a folder",
              "text.npz": r"not an npz file of arrays \(pickled Python objects, which are not loaded, or"}
@@ -368,7 +368,7 @@ def test_a_file_that_is_no_npz_file_is_named_with_what_was_found(tmp_path):
             metrics.read_reference(tmp_path / path, POOL)
 
 
-def test_statistics_are_preferred_to_the_images_beside_them_if_they_are_of_this_network(tmp_path):
+def test_statistics_are_preferred_to_images_if_they_are_of_this_network(tmp_path):
     path = tmp_path / "r.npz"
     np.savez(path, arr_0=GOOD, arr_1=np.arange(6), mu=MU + 7, sigma=SIGMA)
     (mu, sigma), real, named = metrics.read_reference(path, POOL)
@@ -379,7 +379,7 @@ def test_statistics_are_preferred_to_the_images_beside_them_if_they_are_of_this_
     assert torch.allclose(mu, real.double().mean(0))
 
 
-def test_another_size_than_the_samples_is_said_in_one_line(tmp_path, capsys):
+def test_a_reference_of_another_size_than_the_samples_warns(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", arr_0=GOOD)
     metrics.keep_reference(tmp_path / "kept.npz", features(20, 12, 0), POOL, "20 images", 8)
     for name in ("images", "kept"):
@@ -389,7 +389,7 @@ def test_another_size_than_the_samples_is_said_in_one_line(tmp_path, capsys):
         assert f"{name}.npz: images of 8x8 pixels, samples of 8x16" in capsys.readouterr().err
 
 
-def test_a_reference_that_cannot_be_written_whole_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_reference(tmp_path, monkeypatch):
     path = tmp_path / "kept.npz"
     metrics.keep_reference(path, features(20, 12, 0), POOL, "20 images", 8)
     before = path.read_bytes()
@@ -404,11 +404,11 @@ def test_a_reference_that_cannot_be_written_whole_leaves_the_one_before(tmp_path
     assert path.read_bytes() == before
 
 
-# ---------------------------------------------------------------- few images, and none that are numbers
+# ---------------------------------------------------------------- few images and non-finite features
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_few_images_have_all_distances_but_those_that_need_more_neighbours(n):
+def test_few_images_have_all_metrics_except_those_that_need_more_neighbours(n):
     f = features(n, 6, 1)
     values = distances("Inception", f, moments(f), torch.randn(n, 4), real=features(5, 6, 2))
     neighbours = {"precision", "recall"} if n > 3 else set()
@@ -423,24 +423,24 @@ def test_fewer_than_two_images_have_no_moments(n):
         moments(torch.zeros(n, 6))
 
 
-def test_kid_of_fewer_images_than_its_subset_is_of_all_of_them():
+def test_kid_uses_all_images_if_there_are_fewer_than_its_subset():
     a, b = features(20, 8, 1), features(30, 8, 2, shift=2.0)
     assert distances("Probe", b, moments(a), real=a)["Probe-KID"] > 0.5
     assert distances("Probe", a[:2], moments(a), real=a)["Probe-KID"] < 0.5
 
 
-def test_the_distance_of_features_that_are_not_finite_is_nan():
+def test_the_distance_of_non_finite_features_is_nan():
     a, b = features(9, 6, 1), features(9, 6, 2)
     b[3, 2] = float("nan")
     assert np.isnan(frechet_distance(moments(a), moments(b)))
     assert np.isnan(frechet_distance(moments(b), moments(a)))
 
 
-# ---------------------------------------------------------------- texts
+# ---------------------------------------------------------------- CLIP
 
 
 def save_clip(folder, sd3_folder):
-    """(model, processor), a small CLIP model of random weights, saved in a folder."""
+    """(model, processor) of a small CLIP model with random weights, saved in a folder."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
     tokenizer = CLIPTokenizer.from_pretrained(sd3_folder / "tokenizer")
     torch.manual_seed(0)
@@ -455,7 +455,7 @@ def save_clip(folder, sd3_folder):
     return model, processor
 
 
-def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path, sd3_folder):
+def test_clip_scores_are_the_cosines_in_transformers_own_logits(tmp_path, sd3_folder):
     model, processor = save_clip(tmp_path, sd3_folder)
     score, _ = metrics.clip_scorer(tmp_path, "cpu")
     x, texts = torch.rand(3, 3, 40, 40) * 2 - 1, ["a fox", "the sea, a house and a very long road", "fog"]
@@ -467,7 +467,7 @@ def test_clip_scores_are_the_cosines_that_transformers_own_logits_hold(tmp_path,
         metrics.clip_scorer(tmp_path / "nowhere", "cpu")
 
 
-def test_a_clip_folder_without_all_weights_is_refused_and_not_filled_with_random_ones(tmp_path, sd3_folder):
+def test_a_clip_folder_that_lacks_weights_is_refused_not_filled_with_random_ones(tmp_path, sd3_folder):
     model, _ = save_clip(tmp_path, sd3_folder)
     state = {name: weight for name, weight in model.state_dict().items() if "visual_projection" not in name}
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
@@ -478,7 +478,7 @@ def test_a_clip_folder_without_all_weights_is_refused_and_not_filled_with_random
 @pytest.mark.parametrize("file,content", [
     ("model.safetensors", b"half"), ("config.json", b"{"), ("model.safetensors", None), ("config.json", None),
     ("tokenizer.json", None)])
-def test_a_clip_folder_that_is_not_whole_is_named(tmp_path, sd3_folder, file, content):
+def test_an_incomplete_clip_folder_is_refused(tmp_path, sd3_folder, file, content):
     save_clip(tmp_path, sd3_folder)
     os.remove(tmp_path / file)
     if content is not None:

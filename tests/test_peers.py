@@ -1,4 +1,4 @@
-"""kernels/peers.py: that both sides of a row compute the same, and that what slows both down cancels out."""
+"""kernels/peers.py: both sides of a row compute the same, and whatever slows both down cancels out."""
 import json
 import subprocess
 import sys
@@ -15,7 +15,7 @@ metrics.import_torchvision()                       # as peers.main does; the pee
 
 @pytest.fixture
 def clock(monkeypatch):
-    """clock(work) -> a function that takes so much CPU time; each call takes 5 % of that more than before."""
+    """clock(work) -> a function that takes this much CPU time, plus 5 % of it per call so far."""
     now = [0.0]
     calls = [0]
     monkeypatch.setattr(peers, "cpu_seconds", lambda: now[0])
@@ -28,7 +28,7 @@ def clock(monkeypatch):
     return make
 
 
-def test_a_ratio_does_not_see_a_machine_that_slows_down(clock, monkeypatch):
+def test_a_ratio_is_unaffected_by_a_machine_that_slows_down(clock, monkeypatch):
     monkeypatch.setattr(peers, "SECONDS", 0)
     for ours, theirs in ((3, 2), (2, 3), (1, 1)):
         (low, median, high), rounds, _, apart = peers.measure(clock(ours), clock(theirs))
@@ -37,7 +37,7 @@ def test_a_ratio_does_not_see_a_machine_that_slows_down(clock, monkeypatch):
         assert rounds == peers.ROUNDS[0] and apart == ""
 
 
-def test_cpu_time_counts_processes_that_were_started_and_not_what_is_waited_for():
+def test_cpu_time_includes_child_processes_and_excludes_waiting():
     since = peers.cpu_seconds()
     time.sleep(0.2)
     assert peers.cpu_seconds() - since < 0.1
@@ -45,7 +45,7 @@ def test_cpu_time_counts_processes_that_were_started_and_not_what_is_waited_for(
     assert peers.cpu_seconds() - since > 0.1
 
 
-def test_what_is_slower_and_what_is_not_installed_is_said(clock, monkeypatch, capsys):
+def test_slower_rows_and_missing_packages_are_reported(clock, monkeypatch, capsys):
     def slow():
         yield "as fast", clock(101), clock(100)
         yield "slow", clock(11), clock(10)
@@ -68,7 +68,7 @@ def test_what_is_slower_and_what_is_not_installed_is_said(clock, monkeypatch, ca
 slow = pytest.mark.slow
 SECTIONS = [
     ("frechet", "torch_fidelity", 1e-6, 1e-6),
-    ("image_metrics", "torchmetrics", 1e-3, 1e-3),         # theirs has a border, and float32
+    ("image_metrics", "torchmetrics", 1e-3, 1e-3),         # theirs has a border and uses float32
     ("images", "torchvision", 1e-6, 1e-6),
     ("update", "torch", 1e-5, 1e-5),
     pytest.param("mmdit", "diffusers", 1e-5, 0.02, marks=slow),
@@ -85,7 +85,7 @@ def test_both_sides_of_a_row_compute_the_same(section, peer, float32, bfloat16):
         assert float(peers.difference(ours(), theirs())) <= most, what
 
 
-def test_the_benchmark_of_a_cpu_is_this_and_of_a_gpu_is_rehearsed_only_if_asked(monkeypatch, tmp_path):
+def test_bench_on_a_cpu_runs_the_peers_and_rehearses_only_on_request(monkeypatch, tmp_path):
     called = []
 
     def training(cuda):

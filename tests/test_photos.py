@@ -1,4 +1,4 @@
-"""photos.py: odd, turned and damaged image files become RGB pixels, or one sentence."""
+"""photos.py: odd, rotated and damaged image files become RGB pixels, or an error of one sentence."""
 import os
 import struct
 import zlib
@@ -29,7 +29,7 @@ def test_grey_images_become_three_equal_channels(tmp_path, mode):
     assert grey.shape == (10, 12, 3) and (grey == 255).all()
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_transparency_becomes_white(tmp_path):
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGBA", (4, 4), (200, 0, 0, 128)).save(tmp_path / "half.png")
     Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "grey.png")
@@ -40,7 +40,7 @@ def test_transparency_is_laid_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["png", "tif"])
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, extension):
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, extension):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / f"a.{extension}")
     grey = np.asarray(load_image(tmp_path / f"a.{extension}"))[..., 0]
@@ -55,7 +55,7 @@ def test_float_pixels_are_refused_because_their_range_is_unknown(tmp_path):
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                    # the camera was held turned: rotate by 270 degrees
+    exif[0x0112] = 6                                    # the camera was held sideways: rotate by 270 degrees
     image = Image.new("RGB", (40, 20), "blue")
     image.paste((255, 0, 0), (0, 0, 20, 20))
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
@@ -65,23 +65,23 @@ def test_exif_rotation_is_applied(tmp_path):
 
 
 @pytest.mark.parametrize("tag,kind,value", [
-    (305, 5, struct.pack("<II", 1, 1)),                 # a name of software that is a fraction
+    (305, 5, struct.pack("<II", 1, 1)),                 # a software name stored as a fraction
     (271, 5, struct.pack("<II", 1, 1)), (282, 2, b"72\0\0"), (296, 2, b"2\0"), (305, 3, struct.pack("<H", 3)),
 ])
-def test_a_photo_is_turned_whatever_else_its_exif_data_says(tmp_path, tag, kind, value):
-    """Pillow's own exif_transpose fails on these, whose pixels are whole."""
+def test_a_photo_is_rotated_whatever_else_its_exif_data_says(tmp_path, tag, kind, value):
+    """Pillow's own exif_transpose fails on these, though their pixels are intact."""
     count = {5: 1, 2: len(value), 3: 1}[kind]
     field = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 8 + 2 + 2 * 12 + 4)
     turned = struct.pack("<HHI", 274, 3, 1) + struct.pack("<HH", 6, 0)
     odd = struct.pack("<HHI", tag, kind, count) + field
-    entries = [turned, odd] if tag > 274 else [odd, turned]        # tags stand in order
+    entries = [turned, odd] if tag > 274 else [odd, turned]        # tags must be in order
     tiff = b"II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + struct.pack("<I", 0) + value
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + tiff)
     assert load_image(tmp_path / "a.jpg").size == (20, 40)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
+def test_every_orientation_is_handled_as_pillow_does(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.effect_noise((40, 24), 100).convert("RGB").save(tmp_path / "a.png", exif=exif)
@@ -90,14 +90,14 @@ def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
     assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), expected)
 
 
-def test_of_an_animation_the_first_frame_is_read(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("lime", "blue", "red")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_image(tmp_path / "a.gif").getpixel((4, 4)) == (0, 255, 0)
 
 
 def bomb(path, side):
-    """A PNG whose header promises side x side pixels, with none behind it."""
+    """A PNG whose header promises side x side pixels, but which holds none."""
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
@@ -129,11 +129,11 @@ def test_damaged_files_are_refused_in_one_sentence_with_name_and_reason(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_pillows_pixel_limit_is_an_error_and_not_a_warning(tmp_path, monkeypatch):
+def test_pillows_pixel_limit_is_an_error_not_a_warning(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     Image.new("RGB", (30, 20)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     assert load_image(path).size == (30, 20)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns here, refuses at twice this
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns, and refuses at twice this
     with pytest.raises(ValueError, match="30x20 pixels exceed"):
         load_image(path)

@@ -1,4 +1,4 @@
-"""support/plan.py: what a dry run says a run will cost, against counts made elsewhere."""
+"""support/plan.py: what a dry run says a run will cost, against independent counts."""
 from dataclasses import replace
 
 import pytest
@@ -21,12 +21,12 @@ HOURS = {
     ("sd35m-1024", {}, 2.443e12, None),
     ("sd35m-2048", {}, 11.25e12, None),
     pytest.param("sd35m-2048", {"image_size": 4096}, 89.4e12, None, marks=pytest.mark.slow)])
-def test_dry_run_counts_what_the_models_really_cost(preset, changes, forward, parameters, capsys):
+def test_a_dry_run_counts_the_models_true_cost(preset, changes, forward, parameters, capsys):
     cfg = Config(**{"preset": preset, **PRESETS[preset]})
     numbers = finetune.main(replace(cfg, dry_run=True, **changes))
     assert numbers["forward"] == pytest.approx(forward, rel=0.005)
     if preset == "imagenet512":
-        table_and_qk_norm = 256 * 1152 + 28 * 2 * 72               # which the published count has
+        table_and_qk_norm = 256 * 1152 + 28 * 2 * 72               # included in the published count
         assert numbers["step"] == pytest.approx(712.0e9, rel=0.005)
         assert numbers["parameters"] + table_and_qk_norm == pytest.approx(parameters, abs=5000)
     else:                                                         # LoRA: no weight gradients of frozen layers
@@ -46,8 +46,7 @@ def test_dry_run_counts_what_the_models_really_cost(preset, changes, forward, pa
 @pytest.mark.parametrize("preset, tokens, sizes", [
     ("tiny", 16, dict(C=8, D=24, p=2, grid=4, E=192, depth=4, A=3)),
     ("photos", 64, dict(C=32, D=96, p=1, grid=8, E=256, depth=6, A=4))])
-def test_a_dry_run_is_of_the_models_that_a_preset_trains(
-        preset, tokens, sizes, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_covers_the_models_a_preset_trains(preset, tokens, sizes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = LightningDiT(LightningDiTConfig(num_classes=10, **sizes))
     parameters = sum(p.numel() for p in model.parameters())
@@ -64,7 +63,7 @@ def test_a_dry_run_is_of_the_models_that_a_preset_trains(
     (dict(image_size=96, p=2), "--image_size=96: wanted a multiple of 64"),
     (dict(lora=4), "--model=LightningDiT takes neither text nor adapters"),
 ])
-def test_a_dry_run_of_what_cannot_be_is_one_sentence(changes, sentence):
+def test_a_dry_run_refuses_impossible_settings(changes, sentence):
     values = dict(preset="tiny", D=32, dry_run=True, E=16, A=2, depth=1)
     with pytest.raises(SystemExit, match=sentence):
         finetune.main(finetune.Config(**{**values, **changes}))

@@ -1,4 +1,4 @@
-"""support/ranks.py: batches and seeds that do not depend on the ranks, signals, memory, several processes."""
+"""support/ranks.py: batches and seeds for any number of ranks, signals, memory, several processes."""
 import copy
 import json
 import math
@@ -30,7 +30,7 @@ def test_micro_batches_share_the_global_batch_equally(batch, micro, world, count
     assert batch // world // count <= micro
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
+def test_a_refused_batch_size_comes_with_the_nearest_that_divides():
     for batch, micro, world in ((7, 4, 2), (100, 32, 8), (1, 8, 4), (13, 5, 1)):
         with pytest.raises(SystemExit, match=f"batch_size {batch} is not {world} ranks") as refused:
             ranks.accumulation(batch, micro, world)
@@ -40,12 +40,12 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
             ranks.accumulation(batch, micro, world)
 
 
-def test_an_autoencoder_gets_as_many_images_at_once_as_eight_megapixels_hold():
+def test_an_autoencoder_gets_at_most_eight_megapixels_or_one_image_at_once():
     assert [ranks.at_once(8, side, side) for side in (64, 1024, 2048, 8192)] == [8, 8, 2, 1]
     assert ranks.at_once(64, 512, 1024) == 16
 
 
-def test_reseeding_depends_on_seed_rank_and_step_only():
+def test_reseeding_depends_only_on_seed_part_and_step():
     def draw(*key):
         ranks.seed_step(*key)
         return torch.randn(4)
@@ -59,8 +59,8 @@ def test_reseeding_depends_on_seed_rank_and_step_only():
 
 @pytest.mark.parametrize("saved,now", [(torch.contiguous_format, torch.channels_last),
                                        (torch.channels_last, torch.contiguous_format)])
-def test_an_optimizer_saved_in_one_memory_layout_goes_on_in_another(saved, now):
-    """As on a GPU, which trains narrow VAEs in channels_last, and on a CPU, which does not."""
+def test_an_optimizer_saved_in_one_memory_layout_resumes_in_another(saved, now):
+    """As between a GPU, which trains narrow VAEs in channels_last, and a CPU, which does not."""
     def step(opt, seed):
         for group in opt.param_groups:
             for p in group["params"]:                              # a gradient is laid out like its parameter
@@ -88,7 +88,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_zero(davae_config, same_
     assert same_weights(straight, stopped)
 
 
-def test_the_first_ctrl_c_asks_and_the_second_ends_the_program(monkeypatch):
+def test_one_ctrl_c_asks_to_stop_and_a_second_stops_at_once(monkeypatch):
     monkeypatch.setattr(ranks, "ASKED", [])
     try:
         ranks.heed_signals()
@@ -101,14 +101,14 @@ def test_the_first_ctrl_c_asks_and_the_second_ends_the_program(monkeypatch):
         ranks.heed_signals(False)
 
 
-def test_all_ranks_stop_where_one_was_asked_to(monkeypatch):
+def test_all_ranks_stop_if_one_is_asked_to(monkeypatch):
     monkeypatch.setattr(ranks, "ASKED", [])
-    monkeypatch.setattr(ranks, "sum_over_ranks", lambda x: x + 1)              # another rank was
+    monkeypatch.setattr(ranks, "sum_over_ranks", lambda x: x + 1)              # another rank was asked
     assert ranks.asked_to_stop()
 
 
 @pytest.mark.parametrize("count, world", [(7, 3), (2, 4), (8, 4), (0, 2)])
-def test_every_rank_has_equally_many_numbers_and_together_they_have_all_once(monkeypatch, count, world):
+def test_ranks_get_equal_shares_that_together_hold_each_number_once(monkeypatch, count, world):
     shares = []
     monkeypatch.setattr(ranks, "world_size", lambda: world)
     for rank in range(world):
@@ -119,7 +119,7 @@ def test_every_rank_has_equally_many_numbers_and_together_they_have_all_once(mon
     assert together == list(range(len(together))) and count <= len(together) < count + world
 
 
-def test_parts_of_a_batch_have_random_numbers_of_their_own_however_many_ranks_share_them(monkeypatch):
+def test_micro_batch_seeds_are_distinct_and_the_same_for_any_number_of_ranks(monkeypatch):
     def seeds(world):
         found = []
         for rank in range(world):
@@ -135,12 +135,12 @@ def test_parts_of_a_batch_have_random_numbers_of_their_own_however_many_ranks_sh
     ("auto", "cuda", {}, True), ("auto", "cpu", {}, False), ("auto", "cpu", {"avx512_bf16": True}, True),
     ("auto", "cpu", {"amx_bf16": True, "avx512_bf16": False}, True), ("bfloat16", "cpu", {}, True),
     ("float32", "cuda", {}, False), ("float32", "cpu", {"amx_bf16": True}, False)])
-def test_bfloat16_is_used_where_it_is_asked_for_or_has_instructions(monkeypatch, dtype, device, has, wanted):
+def test_bfloat16_is_used_if_asked_for_or_if_auto_finds_support(monkeypatch, dtype, device, has, wanted):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert ranks.in_bfloat16(dtype, torch.device(device)) == wanted
 
 
-def test_out_of_memory_is_answered_with_the_flags_to_try_in_order(vae_config, tmp_path):
+def test_out_of_memory_suggests_flags_to_try_in_order(vae_config, tmp_path):
     def main(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
@@ -159,7 +159,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("kind", HUGE)
-def test_what_does_not_fit_into_the_machines_memory_is_a_sentence_too(kind, vae_config, tmp_path):
+def test_running_out_of_machine_memory_gives_the_same_advice(kind, vae_config, tmp_path):
     sentence = "(?s)^[^\\n]{10,200}\nTry, in this order: --micro_batch=8"
     with pytest.raises(SystemExit, match=sentence) as stop:
         ranks.launch(lambda cfg: HUGE[kind](), vae_config(tmp_path))
@@ -175,7 +175,7 @@ def test_other_errors_of_the_same_types_keep_their_traceback():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_a_gpu_that_is_not_there_is_one_sentence(vae_config, tmp_path):
+def test_a_missing_gpu_gets_one_sentence(vae_config, tmp_path):
     with pytest.raises(SystemExit, match="--device=cuda: 0 GPUs that torch can use, wanted at least 1"):
         train_vae.main(vae_config(tmp_path / "run", device="cuda"))
 
@@ -183,7 +183,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(vae_config, tmp_path):
 # ---------------------------------------------------------------- train_vae.py in two processes
 
 
-def test_two_processes_lose_what_one_does_and_resume_each_others_runs(
+def test_two_processes_have_the_same_losses_as_one_and_resume_each_others_runs(
         davae_config, tmp_path, launch, read_log):
     one = davae_config(tmp_path / "a", micro_batch=1, image_size=32, crop=(24,), disc_start=1, steps=3)
     two = replace(one, out=str(tmp_path / "b"))
@@ -225,7 +225,7 @@ script.vae_loss = vae_loss
     pytest.param("raise ZeroDivisionError('a rank that dies')", "ZeroDivisionError: a rank that dies",
                  marks=pytest.mark.slow),
     ("loss = loss * torch.tensor(float('nan'))", "first bad parameter")])
-def test_one_rank_that_fails_ends_all_within_seconds_and_says_why(
+def test_one_failing_rank_ends_all_within_seconds_and_says_why(
         davae_config, tmp_path, launch, fault, sentence):
     cfg = davae_config(tmp_path / "a", micro_batch=2, image_size=16, steps=100_000, gan=0.0, log_every=10_000)
     process = launch(train_vae.main, cfg, FAILS_ON_RANK_1.format(fault=fault), ranks=2)
@@ -240,7 +240,8 @@ def test_one_rank_that_fails_ends_all_within_seconds_and_says_why(
 # ---------------------------------------------------------------- finetune.py in two processes
 
 
-def test_two_processes_lose_what_one_does_and_one_continues_their_run(finetune_config, tmp_path, read_log):
+def test_two_processes_have_the_same_losses_as_one_and_one_resumes_their_run(
+        finetune_config, tmp_path, read_log):
     one = finetune_config(tmp_path / "one", steps=2, micro_batch=2)
     two = replace(one, out=str(tmp_path / "two"))
     flags = [f"--{name}={value}" for name, value in asdict(two).items() if name != "preset"]
@@ -249,7 +250,7 @@ def test_two_processes_lose_what_one_does_and_one_continues_their_run(finetune_c
         [*torchrun, finetune.__file__, "tiny", *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "batch 8 = 2 ranks x 2 x 2" in done.stdout
-    assert done.stdout.count("batch 8 =") == 1                     # rank 0 prints
+    assert done.stdout.count("batch 8 =") == 1                     # only rank 0 prints
     finetune.main(one)
     for a, b in zip(read_log(one.out), read_log(two.out), strict=True):
         for name in ("loss", "base", "detail", "gnorm"):
@@ -262,7 +263,7 @@ def test_two_processes_lose_what_one_does_and_one_continues_their_run(finetune_c
 def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(
         finetune_config, tmp_path, launch):
     whole = finetune_config(tmp_path / "whole", steps=2, micro_batch=2)
-    shards = replace(whole, out=str(tmp_path / "shards"), save_every=1)   # draws with the EMA, in between
+    shards = replace(whole, out=str(tmp_path / "shards"), save_every=1)   # draws with the EMA in between
     process = launch(finetune.main, replace(shards, shard=True), ranks=2)
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
@@ -283,14 +284,14 @@ def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(
         finetune.main(replace(whole, out=str(tmp_path / "one"), shard=True))
 
 
-def test_a_value_error_of_this_project_is_a_sentence_and_one_of_a_library_keeps_its_traceback():
+def test_our_own_value_errors_become_a_sentence_and_others_keep_their_traceback():
     with pytest.raises(SystemExit, match="D=7 must be a multiple of base channels C=2"):
         ranks.launch(lambda cfg: davae.group_mean(torch.zeros(1, 7, 1, 1), 2), None)
     with pytest.raises(json.JSONDecodeError):
         ranks.launch(lambda cfg: json.loads("{"), None)
 
 
-def test_ctrl_c_before_or_after_the_training_is_one_sentence_and_no_traceback(capsys):
+def test_ctrl_c_outside_training_gives_one_sentence_and_no_traceback(capsys):
 
     def main(cfg):
         raise KeyboardInterrupt
@@ -301,8 +302,8 @@ def test_ctrl_c_before_or_after_the_training_is_one_sentence_and_no_traceback(ca
     assert "what was saved is intact" in capsys.readouterr().err
 
 
-def test_gradients_of_a_losss_own_parameters_are_averaged_over_two_processes(davae_config, tmp_path, launch):
-    """Each rank sets a gradient of its own before the training; what comes of it is written to a file."""
+def test_gradients_outside_ddp_are_averaged_over_two_processes(davae_config, tmp_path, launch):
+    """Instead of training, each rank sets its own gradient, averages it and writes it to a file."""
     fault = f"""
 ranks.setup("cpu")
 p = torch.nn.Parameter(torch.zeros(2))
@@ -317,7 +318,7 @@ script.main = lambda cfg: None"""
         assert torch.load(tmp_path / f"grad{rank}.pt").tolist() == [1.5, 3.0]
 
 
-# ---------------------------------------------------------------- ranks that are slow
+# ---------------------------------------------------------------- slow ranks
 
 
 SLOW = """
@@ -340,7 +341,7 @@ def slow(module, name, rank):
 
 """
 
-# What takes its time, in each script: pictures, checkpoints, validation, statistics, caches, metrics.
+# The slow work in each script: pictures, checkpoints, validation, statistics, caches, metrics.
 SLOW_PARTS = {
     "train_vae": ["figures, 'save_grid', 0", "runs, 'save_folder', 0", "script, 'reconstruct', 1",
                   "held_out, 'statistics_images', 1", "figures, 'plot_losses', 0"],
@@ -353,7 +354,7 @@ SLOW_PARTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_PARTS)
-def test_no_rank_gives_up_while_another_draws_measures_encodes_or_writes(
+def test_no_rank_times_out_while_another_draws_measures_encodes_or_writes(
         davae_config, finetune_config, tiny_run, tmp_path, launch, name):
     configs = {
         "train_vae": (train_vae, davae_config(tmp_path / "v", image_size=16, gan=0.0, steps=2)),

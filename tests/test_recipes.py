@@ -19,7 +19,7 @@ TITLES = re.findall(r"^## (\d\. .+)$", TEXT, re.MULTILINE)
 
 pytestmark = pytest.mark.slow
 
-# What the commands of recipes.md are given besides, so that they take seconds.
+# Extra flags for the commands of recipes.md, so that they take seconds.
 TOY = {
     "train_vae.py": "--images=24 --stats=8 --batch_size=4 --log_every=1 --save_every=100 --disc_width=4",
     "finetune.py": "--images=24 --batch_size=8 --micro_batch=8 --sample_steps=2 --log_every=1 "
@@ -30,7 +30,7 @@ TOY = {
 
 
 class Copy:
-    """A copy of the repository, as git knows it, in a folder; commands are run in there."""
+    """A copy of the repository's tracked files in a folder, in which commands are run."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -50,7 +50,7 @@ class Copy:
         return done.stdout
 
     def script(self, line, base="", vae="", steps=5):
-        """Run a line of recipes.md with toy sizes; base, vae: the runs that it needs and does not name."""
+        """Run a line of recipes.md with toy sizes; base, vae: runs that it needs but does not name."""
         words = line.split()
         at = next(i for i, word in enumerate(words) if word in TOY)
         program = [sys.executable]
@@ -94,7 +94,7 @@ class Recipe:
         return [line for line in lines if re.match(r"[+-](?!\+\+ b/|-- a/)", line)]
 
     def apply(self, copy):
-        """Write the new files and apply the diff: its context must be there, line by line."""
+        """Write the new files and apply the diff: its context must match, line by line."""
         for name, source in self.files:
             assert not (copy.folder / name).exists()
             (copy.folder / name).write_text(source)
@@ -119,7 +119,7 @@ def forked(tmp_path):
     def make(number):
         recipe = Recipe(number)
         copy = Copy(tmp_path)
-        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)        # where `git apply` is at home
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)        # the root for `git apply`
         recipe.apply(copy)
         return recipe, copy
     return make
@@ -131,20 +131,20 @@ def test_there_are_seven_recipes_and_none_changes_more_than_twenty_lines():
         assert 1 <= len(Recipe(number).changed_lines()) <= 20
 
 
-def test_another_alignment_is_one_choice_on_the_command_line(forked, trained):
+def test_a_new_alignment_is_a_command_line_choice(forked, trained):
     recipe, copy = forked(1)
     for line in recipe.commands:
         copy.script(line, trained["base"])
     l1, mse = copy.log("out/l1"), copy.log("out/mse")
-    assert l1[0]["l1"] == mse[0]["l1"]                            # the same step of the same weights
+    assert l1[0]["l1"] == mse[0]["l1"]                            # the same weights, at the first step
     assert l1[0]["align"] ** 2 < mse[0]["align"]                  # by Jensen's inequality
-    assert l1[-1]["l1"] != mse[-1]["l1"]                          # trained by another gradient
+    assert l1[-1]["l1"] != mse[-1]["l1"]                          # trained with different gradients
     assert copy.config("out/l1")["config"]["distance"] == "l1"
     with pytest.raises(AssertionError, match="wanted mse or vf or l1"):
         copy.run(sys.executable, "train_vae.py", "tiny", "--distance=l2")
 
 
-def test_a_projection_of_the_loss_is_trained_resumed_averaged_and_not_exported(forked, trained):
+def test_a_projection_in_the_loss_is_trained_resumed_averaged_and_not_exported(forked, trained):
     recipe, copy = forked(2)
     single, double = recipe.commands
     copy.script(f"{single} --micro_batch=2", trained["base"])
@@ -156,23 +156,23 @@ def test_a_projection_of_the_loss_is_trained_resumed_averaged_and_not_exported(f
     name = "project.0.weight"
     assert not torch.equal(first[name], last[name])
 
-    # two processes make what one does
+    # two processes get the same result as one
     for key, weight in copy.own("out/projection-2").items():
         assert torch.allclose(weight, last[key], atol=1e-4)
 
-    # beside the model, and not in it
+    # it is saved next to the model, not in it
     with safe_open(copy.checkpoint("out/projection") / "model.safetensors", "pt") as file:
         assert not [key for key in file.keys() if "project" in key]            # noqa: SIM118  (not a dict)
 
-    # a run that goes on goes on with it
+    # a resumed run continues training it
     copy.script(f"{single} --micro_batch=2", trained["base"], steps=6)
     now = copy.own("out/projection")
     before = (last[name] - first[name]).abs().max()
     change = (now[name] - last[name]).abs().max()
-    assert 0 < change < 0.003 < 0.006 < before                    # one small step from there, not from anew
+    assert 0 < change < 0.003 < 0.006 < before                    # one small step, not a fresh start
 
 
-def test_a_base_vae_of_ones_own_is_trained_and_carries_a_davae(forked):
+def test_your_own_base_vae_can_be_trained_and_carry_a_davae(forked):
     recipe, copy = forked(3)
     write, train_base, train_vae, evaluate = recipe.commands
     assert write.startswith('python -c "')
@@ -186,7 +186,7 @@ def test_a_base_vae_of_ones_own_is_trained_and_carries_a_davae(forked):
     assert "DA-VAE" in table and table["DA-VAE"]["images"] == 4
 
 
-def test_a_transformer_of_ones_own_starts_warm_off_by_nothing_and_is_sampled_from(forked, trained):
+def test_your_own_transformer_has_an_exact_warm_start_and_can_be_sampled(forked, trained):
     recipe, copy = forked(4)
     train_base, widen, sample, evaluate = recipe.commands
     copy.script(train_base, vae=trained["vae"])
@@ -213,7 +213,7 @@ assert load_dit("out/mine").cfg == cfg
 """)
 
 
-def test_a_data_set_of_ones_own_serves_both_stages(forked, trained):
+def test_your_own_data_set_serves_both_stages(forked, trained):
     recipe, copy = forked(5)
     write, train_vae, finetune, evaluate = recipe.commands
     copy.run(sys.executable, "-c", write.removeprefix('python -c "').removesuffix('"'))
@@ -224,7 +224,7 @@ def test_a_data_set_of_ones_own_serves_both_stages(forked, trained):
     assert entry["settings"]["data_dir"] == "images.npz" and entry["reconstruction"]["DA-VAE"]["images"] == 4
 
 
-def test_a_metric_every_k_steps_stands_in_the_log_and_has_a_panel(forked, trained):
+def test_a_metric_every_k_steps_is_logged_and_plotted(forked, trained):
     recipe, copy = forked(6)
     line, = recipe.commands
     line = line.replace("--ema_every=50", "--ema_every=2")
@@ -234,12 +234,12 @@ def test_a_metric_every_k_steps_stands_in_the_log_and_has_a_panel(forked, traine
     shown = set().union(*rows) - {"step", "img/s", "lr", "w", "GB"}
     assert Image.open(copy.folder / "out/tiny-ema/loss.png").width == 280 * len(shown)
 
-    # it changes nothing in the training
+    # it does not change the training
     copy.script(line.replace("=2", "=100").replace("tiny-ema", "without"), trained["dit"], trained["vae"])
     assert [row["loss"] for row in copy.log("out/without")] == [row["loss"] for row in rows]
 
 
-def test_a_tracker_gets_every_line_of_the_log_of_both_stages(forked, trained):
+def test_a_tracker_gets_every_log_line_of_both_stages(forked, trained):
     recipe, copy = forked(7)
     train_vae, finetune = recipe.commands
     copy.script(train_vae, trained["base"])

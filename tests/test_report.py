@@ -1,4 +1,4 @@
-"""report.html: its numbers are the run's, its pictures what the models make; nothing is fetched."""
+"""report.html shows the run's numbers and the models' pictures, and fetches nothing."""
 import base64
 import dataclasses
 import io
@@ -26,7 +26,7 @@ VOID = {"meta", "input", "img", "br", "path", "link"}
 
 
 class Parsed(HTMLParser):
-    """The elements of a page, [(tag, attributes)], and its text; complains of tags that do not match."""
+    """A page's elements, [(tag, attributes)], and its text; fails if tags do not match."""
 
     def __init__(self, source):
         super().__init__()
@@ -73,9 +73,9 @@ METRICS = [{
 
 @pytest.fixture
 def made(make_davae, tmp_path):
-    """made(**changes) -> a Report: a DA-VAE of C = 4, D = 12 at random, drawings of 32 pixels, six samples.
+    """made(**changes) -> a Report: a random DA-VAE with C = 4, D = 12, drawings of 32 pixels, six samples.
 
-    Its folder has a log, metrics and the picture of the warm start.
+    Its folder has a log, metrics and a warm-start picture.
     """
     folder = tmp_path / "run"
     folder.mkdir()
@@ -115,7 +115,7 @@ def parsed(made):
 
 # ---- numbers ----
 
-def test_the_numbers_on_the_page_are_those_of_the_run(parsed):
+def test_the_page_shows_the_numbers_of_the_run(parsed):
     said = parsed.text
     assert "1.2 million parameters that draws images of 3 classes at 32 × 32 pixels, as 16 tokens" in said
     assert "are reconstructed at 23.46 dB with details, and at 21.00 dB from the base channels alone" in said
@@ -134,7 +134,7 @@ PHOTOS = {"data_dir": "photos", "val_dir": "", "image_size": "32"}
     ({"image_size": "512"}, "training images at 512 pixels are"),
     ({"val_dir": "others", "image_size": "64"}, "validation images at 64 pixels are"),
     ({"data_dir": "procedural"}, "validation images are")])
-def test_it_says_which_images_the_davae_was_validated_on_and_at_which_size(made, changes, said):
+def test_the_page_names_the_davaes_validation_images_and_their_size(made, changes, said):
     about = made()
     about.stages[0].settings.update(PHOTOS | changes)
     assert said in report.quality_of(about)
@@ -146,13 +146,13 @@ def test_it_says_which_images_the_davae_was_validated_on_and_at_which_size(made,
     ({}, ""), ({"detail_dropout": "0.0", "keep_levels": ""}, "it always saw all of them. "),
     ({"detail_dropout": "0.1", "keep_levels": ""}, "except in 10% of the images, where it saw none; "),
     ({"detail_dropout": "0.1", "keep_levels": "0,4,8"}, "number of them, drawn per image from 0, 4, 8.")])
-def test_the_dial_says_what_decodes_and_whether_it_was_trained_with_fewer_details(made, settings, said):
+def test_the_dial_says_whether_the_davae_was_trained_with_fewer_details(made, settings, said):
     about = made()
     about.stages[0].settings.update(settings)
     assert said in report.trained_without(about) and bool(said) == bool(report.trained_without(about))
 
 
-def test_the_dial_says_the_psnr_of_what_the_davae_makes_of_the_images(made):
+def test_the_dial_shows_the_psnr_of_the_reconstructions(made):
     about = made()
     stops, = [json.loads(found["data-stops"]) for found in Parsed(rendered(about)).all("div")
               if "data-stops" in found]
@@ -166,7 +166,7 @@ def test_the_dial_says_the_psnr_of_what_the_davae_makes_of_the_images(made):
     assert len({stop["db"] for stop in stops}) >= 4                  # this VAE uses its details
 
 
-def test_curves_have_the_values_of_the_log(parsed):
+def test_curves_show_the_logged_values(parsed):
     chart, = parsed.all("figure", **{"class": "chart wide"})
     curves = {curve["name"]: curve for curve in json.loads(chart["data-chart"])["curves"]}
     assert curves["detail"]["steps"] == [10, 20, 30, 40]
@@ -176,7 +176,7 @@ def test_curves_have_the_values_of_the_log(parsed):
     assert plot["aria-valuetext"] == "step 40 · base 0.125 · detail 0.312 · w(n) 1"
 
 
-def test_below_each_chart_stands_what_its_curves_are(made, tmp_path):
+def test_a_note_below_each_chart_explains_it(made, tmp_path):
     about = made()
     rows = [{"step": k, "l1": 0.5, "align": 0.25, "lpips": 0.125, "kl": 2.0} for k in (1, 2)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -187,7 +187,7 @@ def test_below_each_chart_stands_what_its_curves_are(made, tmp_path):
     assert "it rises from 0 to 1 over N = 1,234 steps." in notes[0] and "(Eq. 4)" in notes[1]
 
 
-def test_a_curve_leaves_out_what_is_no_number_and_a_chart_without_any_is_none():
+def test_curves_skip_values_that_are_not_finite_and_empty_charts_are_omitted():
     drawn = page.chart("t", {"a": ([1, 2, 3], [float("nan"), 2.0, float("inf")]), "b": ([1], [float("nan")])})
     curves = json.loads(Parsed(drawn).all("figure")[0]["data-chart"])["curves"]
     assert [(curve["name"], curve["steps"], curve["values"]) for curve in curves] == [("a", [2], [2.0])]
@@ -196,14 +196,14 @@ def test_a_curve_leaves_out_what_is_no_number_and_a_chart_without_any_is_none():
 
 
 @pytest.mark.parametrize("top", [0.0137, 0.26, 1.0, 1.41, 7.3, 420, 140_000])
-def test_ticks_are_few_and_round_and_reach_far(top):
+def test_a_few_round_ticks_span_half_the_axis(top):
     ticks = page.ticks(top)
     assert ticks[0] == 0 and 2 <= len(ticks) <= 6 and top / 2 <= ticks[-1] <= top
     digits = [f"{tick:.9e}".partition("e")[0].replace(".", "").rstrip("0") for tick in ticks]
     assert max(map(len, digits)) <= 2
 
 
-def test_measurements_are_those_of_metrics_json_and_the_best_stand_out(parsed):
+def test_measurements_come_from_metrics_json_and_the_best_are_marked(parsed):
     cells = [(found["data-name"], found.get("class")) for found in parsed.all("td")]
     assert ("PSNR, dB ↑", "best") in cells and ("Probe-FD ↓", "best") in cells
     assert ("SSIM ↑", "best") not in cells                            # equal in all rows
@@ -213,7 +213,7 @@ def test_measurements_are_those_of_metrics_json_and_the_best_stand_out(parsed):
     assert "300 held-out images variant PSNR" in parsed.text
 
 
-def test_measurements_on_training_images_are_called_so(made, tmp_path):
+def test_measurements_on_training_images_say_so(made, tmp_path):
     about = made()
     about.about["config"]["data_dir"] = str(tmp_path)
     for data_dir, called in ((tmp_path / "x" / "..", "training"), (tmp_path.parent, "held-out")):
@@ -228,12 +228,12 @@ def test_measurements_on_training_images_are_called_so(made, tmp_path):
 
 # ---- pictures ----
 
-def test_every_picture_is_what_the_models_make(made):
+def test_the_pictures_show_the_models_outputs(made):
     about = made()
     parsed = Parsed(rendered(about))
     sheets = {(found["data-set"], found["data-stop"]): pixels_of(found["src"])
               for found in parsed.all("img") if "data-set" in found}
-    assert len(sheets) == 11                                          # five stops of both, and the input
+    assert len(sheets) == 11                                          # five stops of each set, and the input
     with torch.no_grad():
         full = about.vae.decode(about.samples.z_all)
         some = about.vae.decode(about.samples.z_all, keep=4)
@@ -242,7 +242,7 @@ def test_every_picture_is_what_the_models_make(made):
         strip = np.concatenate(list(data.to_uint8(images.clamp(-1, 1))), axis=1)
         assert np.array_equal(sheets[key], strip), key
 
-    # the gallery: two samples of each class, one under the other its preview of half the side
+    # the gallery: two samples of each class, each above its half-size preview
     shown = [found for found in parsed.all("img") if "data-set" not in found]
     assert [found["alt"] for found in shown[1:5]] == ["cat", "cat, base only"] * 2
     assert np.array_equal(pixels_of(shown[1]["src"]), data.to_uint8(full)[0])
@@ -251,7 +251,7 @@ def test_every_picture_is_what_the_models_make(made):
     assert (pixels_of(shown[0]["src"]) == (10, 200, 30)).all()        # warm_start.png
 
 
-def test_the_wipe_and_the_dial_name_the_picture_and_the_psnr_that_they_show(made):
+def test_the_wipe_and_the_dial_show_the_right_pictures_names_and_psnr(made):
     about = made()
     dial = report.Dial(about)
     parsed = Parsed(report.render(about, dial, 100))
@@ -266,7 +266,7 @@ def test_the_wipe_and_the_dial_name_the_picture_and_the_psnr_that_they_show(made
             sheet, = parsed.all("img", **{"data-set": "held-out", "data-stop": found[f"data-{side}"]})
             images = shown[found[f"data-{side}-name"]].clamp(-1, 1)
             strip = np.concatenate(list(data.to_uint8(images)), axis=1).astype(int)
-            assert np.abs(pixels_of(sheet["src"]) - strip).max() <= 1      # batches of another size round so
+            assert np.abs(pixels_of(sheet["src"]) - strip).max() <= 1      # rounding depends on batch size
     assert pairs == [("base only", "DA-VAE"), ("DA-VAE", "input"), ("base only", "input")]
 
     decibels = [json.loads(found["data-dbs"]) for found in parsed.all("figcaption") if "data-dbs" in found]
@@ -279,7 +279,7 @@ def test_the_wipe_and_the_dial_name_the_picture_and_the_psnr_that_they_show(made
             (str(i), label) for i, label in enumerate(labels)]
 
 
-def test_of_large_images_the_middle_is_shown_and_the_whole_is_measured(made, monkeypatch):
+def test_large_images_are_cropped_to_the_middle_but_measured_whole(made, monkeypatch):
     monkeypatch.setattr(report, "SIDE", 16)
     about = made()
     dial = report.Dial(about)
@@ -293,11 +293,11 @@ def test_of_large_images_the_middle_is_shown_and_the_whole_is_measured(made, mon
 
 @pytest.mark.parametrize("C, D, levels", [
     (8, 24, [0, 8, 16, 24]), (16, 16, [0, 16]), (4, 96, [0, 12, 28, 40, 56, 68, 84, 96])])
-def test_the_dial_stops_at_whole_details_of_every_group(C, D, levels):
+def test_dial_stops_keep_equally_many_details_per_group(C, D, levels):
     assert report.levels_of(C, D) == levels
 
 
-def test_a_page_that_is_too_large_is_made_with_less_quality_or_refused(made, monkeypatch, tmp_path):
+def test_an_oversized_page_gets_lower_image_quality_or_is_refused(made, monkeypatch, tmp_path):
     about, path = made(), tmp_path / "report.html"
     lossless = len(rendered(about).encode())
     report.write(about, path)
@@ -312,7 +312,7 @@ def test_a_page_that_is_too_large_is_made_with_less_quality_or_refused(made, mon
 
 # ---- the page itself ----
 
-def test_the_page_is_sound_html_and_everything_has_a_name(parsed):
+def test_the_page_is_well_formed_with_accessible_names(parsed):
     ids = [found["id"] for _, found in parsed.elements if "id" in found]
     assert len(ids) == len(set(ids)) and parsed.all("html", lang="en")
     for tag, found in parsed.elements:
@@ -343,7 +343,7 @@ def test_nothing_is_fetched(made):
     assert policy["content"].startswith("default-src 'none'; img-src data:;")
 
 
-def test_names_of_classes_and_folders_are_text_and_nothing_else(made):
+def test_class_and_folder_names_cannot_inject_html(made):
     bad = """<script>alert("1")</script>"""
     worse = "' onload='alert(2)"
     about = made(names=(bad, worse, "\udcff{{run}}"))
@@ -356,9 +356,9 @@ def test_names_of_classes_and_folders_are_text_and_nothing_else(made):
     assert parsed.text.count(bad) >= 5 and worse in parsed.text and "?{{run}}" in parsed.text
 
 
-# ---- what a run does not have ----
+# ---- what a run lacks ----
 
-def test_what_a_run_lacks_is_left_out_or_replaced_by_the_command_that_makes_it(made):
+def test_missing_parts_are_omitted_or_replaced_by_the_command_that_makes_them(made):
     about = made()
     folder = Path(about.folder)
     (folder / "metrics.json").unlink()
@@ -371,7 +371,7 @@ def test_what_a_run_lacks_is_left_out_or_replaced_by_the_command_that_makes_it(m
     assert f"python evaluate.py {folder} --data_dir=OTHER_IMAGES</code> on a folder of images that" in said
     assert "Without a feature network, no samples are drawn: add <code>--lpips_trunk=squeezenet1_1_" in said
     assert "losses" not in [found["id"] for found in parsed.all("section")] and "Losses" not in parsed.text
-    assert [found for found in parsed.all("figure") if "hidden" in found]      # the number stands alone
+    assert [found for found in parsed.all("figure") if "hidden" in found]      # the number, without a picture
 
     about.stages[-1] = report.Stage("r", {}, "python finetune.py tiny", {})    # no summary.json
     parsed = Parsed(rendered(about))
@@ -379,7 +379,7 @@ def test_what_a_run_lacks_is_left_out_or_replaced_by_the_command_that_makes_it(m
     assert "steps, not all of which are done yet" in parsed.text and "not finished yet" in parsed.text
 
 
-def test_a_davae_alone_has_a_smaller_page(made):
+def test_a_davae_alone_has_a_shorter_page(made):
     about = made()
     own = dataclasses.asdict(train_vae.Config(image_size=32, images=77, data_dir="procedural", base="out/b"))
     about = dataclasses.replace(about, samples=None, stages=about.stages[:1], about={
@@ -399,7 +399,7 @@ def test_details_are_called_aligned_only_if_they_were_trained_to_be(made):
         assert report.sentences_of_autoencoder(alone)[0].endswith(said)
 
 
-def test_the_facts_count_tokens_or_latent_positions_and_those_that_the_base_model_would_need(made):
+def test_the_facts_compare_the_token_or_position_count_with_the_base_model(made):
     about = made()
     alone = dataclasses.replace(about, samples=None, stages=about.stages[:1])
     found, found_alone = report.facts(about), report.facts(alone)
@@ -408,7 +408,7 @@ def test_the_facts_count_tokens_or_latent_positions_and_those_that_the_base_mode
     assert found["training time, 2 stages"] == "81 s" and found_alone["training time, 1 stage"] == "50 s"
 
 
-def test_a_step_of_a_run_has_its_own_measurements_only(made):
+def test_a_checkpoint_shows_only_its_own_measurements(made):
     about = made()
     other = METRICS[0] | {"settings": METRICS[0]["settings"] | {"checkpoint": "r/step_000009", "n": 99}}
     (Path(about.folder) / "metrics.json").write_text(json.dumps([other, *METRICS]))
@@ -418,7 +418,7 @@ def test_a_step_of_a_run_has_its_own_measurements_only(made):
         assert said in Parsed(rendered(of_step)).text
 
 
-def test_the_latest_measurement_is_shown_and_after_more_training_is_said_to_be_an_old_one(made):
+def test_the_latest_measurement_is_shown_and_called_out_of_date_after_more_training(made):
     about = made()
     folder = Path(about.folder)
     entries = []
@@ -439,7 +439,7 @@ def test_the_latest_measurement_is_shown_and_after_more_training_is_said_to_be_a
     ({}, "python finetune.py tiny"),
     ({"lr": 0.25, "keep_levels": (0, 8)}, "python finetune.py tiny --keep_levels=0,8 --lr=0.25"),
     ({"data_dir": "my photos"}, "python finetune.py tiny '--data_dir=my photos'")])
-def test_a_command_names_the_preset_and_what_differs_and_makes_the_run_again(
+def test_a_command_is_preset_plus_changes_and_the_settings_rebuild_the_config(
         changes, command, make_dit, tmp_path):
     cfg = finetune.Config(preset="tiny", **finetune.PRESETS["tiny"] | changes)
     about = finetune.description(cfg, make_dit(), SimpleNamespace(classes=["a"]))
@@ -452,7 +452,7 @@ def test_a_command_names_the_preset_and_what_differs_and_makes_the_run_again(
 
 # ---- evaluate.py report ----
 
-def test_the_report_of_a_run_shows_its_own_samples_and_stages(tiny_run, tmp_path, capsys):
+def test_the_report_shows_the_samples_and_stages_of_the_run(tiny_run, tmp_path, capsys):
     path = tmp_path / "new" / "page.html"
     evaluate.main_report(evaluate.ReportConfig(run=tiny_run, out=str(path), images=2, n=10, device="cpu"))
     assert f"wrote {path}, 0." in capsys.readouterr().out
@@ -463,14 +463,14 @@ def test_the_report_of_a_run_shows_its_own_samples_and_stages(tiny_run, tmp_path
         evaluate.sample.Config(steps=2, classes=tuple(range(10))), run.config, run.checkpoint)
     images, _ = evaluate.sample.generate(run.dit, run.vae, range(10), settings)
     strip = np.concatenate(list(data.to_uint8(images)), axis=1).astype(int)
-    assert np.abs(pixels_of(sheet["src"]) - strip).max() <= 8         # bfloat16 decodes the latter, maybe
+    assert np.abs(pixels_of(sheet["src"]) - strip).max() <= 8         # generate may decode in bfloat16
     assert "balloon" in parsed.text and "Held-out images, 64 pixels, reconstructed" in parsed.text
     folders = [Path(stage).name for stage in re.findall(r"<h3><code>(.*?)</code>", path.read_text())]
     assert folders == ["base-vae", "vae", "base", "run"]
     assert parsed.text.count("finetune.py tiny-base ") == 1 and "base DiT, 3 steps in" in parsed.text
 
 
-def test_a_run_without_details_gets_a_sentence(tiny_base, base_run):
+def test_runs_without_details_get_no_report(tiny_base, base_run):
     for run in (tiny_base, base_run):
         with pytest.raises(SystemExit, match="has no detail channels to show; wanted a run of finetune.py"):
             evaluate.main_report(evaluate.ReportConfig(run=run))
@@ -480,7 +480,7 @@ def test_a_run_without_details_gets_a_sentence(tiny_base, base_run):
     (OSError(28, "No space left on device"), "report.html not drawn: [Errno 28] No space left"),
     (ImportError("no WebP"), "report.html not drawn: no WebP"),
     (SystemExit("give --data_dir="), "report.html not written: give --data_dir=")])
-def test_a_report_that_fails_ends_no_job(error, said, monkeypatch, capsys, report_at_the_end):
+def test_a_job_survives_a_failed_report(error, said, monkeypatch, capsys, report_at_the_end):
     def fail(cfg, text):
         raise error
 
@@ -490,14 +490,14 @@ def test_a_report_that_fails_ends_no_job(error, said, monkeypatch, capsys, repor
     assert said in captured.out + captured.err
 
 
-def test_the_main_job_ends_with_the_report_of_its_own_run(
+def test_finetuning_ends_with_a_report_of_its_own_run(
         finetune_config, tmp_path, monkeypatch, report_at_the_end):
     jobs = []
     monkeypatch.setattr(evaluate, "report_at_the_end", lambda job, text: jobs.append(job))
     finetune.main(finetune_config(tmp_path / "run"))
     monkeypatch.setattr(evaluate, "main_report", lambda cfg, text: jobs.append(cfg.run))
     report_at_the_end(jobs[0], None)
-    report_at_the_end(SimpleNamespace(out="r", D=0), None)            # a base DiT's is none
+    report_at_the_end(SimpleNamespace(out="r", D=0), None)            # a base DiT gets no report
     assert jobs[1:] == [str(tmp_path / "run")] == [jobs[0].out]
 
 
@@ -505,7 +505,7 @@ def test_the_main_job_ends_with_the_report_of_its_own_run(
     ("mine", "val", "Held-out images, 16 pixels", 30), ("", "val", "Held-out images, 16 pixels", 20),
     ("train", "val", "Training images, 16 pixels (for others: evaluate.py report --data_dir=)", 10),
     ("", "", "Training images, 16 pixels (for others: evaluate.py report --data_dir=)", 10)])
-def test_images_are_those_asked_for_else_those_of_validation(given, val_dir, shown, colour, tmp_path):
+def test_images_default_to_validation_then_training_images(given, val_dir, shown, colour, tmp_path):
     folders = {}
     for name, value in (("train", 10), ("val", 20), ("mine", 30)):
         folders[name] = str(tmp_path / name)
@@ -521,7 +521,7 @@ def test_images_are_those_asked_for_else_those_of_validation(given, val_dir, sho
     assert (data.to_uint8(x) == colour).all()
 
 
-def test_samples_are_called_by_their_class_text_or_number():
+def test_samples_are_named_by_class_prompt_or_number():
     run = SimpleNamespace(config={"classes": ["cat", "dog"]})
     assert evaluate.names_of(run, {"classes": (1, 5)}, 4) == ["dog", "class 5"]
     assert evaluate.names_of(run, {"classes": (0,)}, 2) == ["sample 1", "sample 2"]
@@ -544,7 +544,7 @@ def picture(selector):
 @pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
-def test_in_a_browser_dial_wipe_and_curves_answer_to_mouse_and_keys(made, tmp_path, width, scheme):
+def test_dial_wipe_and_curves_respond_to_mouse_and_keys_in_a_browser(made, tmp_path, width, scheme):
     path = tmp_path / "report.html"
     about = made(names=("a name of a class that is very very long", "x" * 60, "owl"))
     report.write(about, path)
@@ -552,7 +552,7 @@ def test_in_a_browser_dial_wipe_and_curves_answer_to_mouse_and_keys(made, tmp_pa
         b.open(path)
         assert not b.look(WIDE), "it scrolls sideways"
 
-        # the dial: a click on its beginning, then a key
+        # the dial: a click at its left end, then a key
         full, sample = b.look(picture("[data-dial=held-out]")), b.look(picture("[data-dial=samples]"))
         assert b.look(SAID).startswith("12 of 12 details")
         b.click(".dial input", across=0.01)
@@ -563,7 +563,7 @@ def test_in_a_browser_dial_wipe_and_curves_answer_to_mouse_and_keys(made, tmp_pa
         assert b.look(SAID).startswith("12 of 12 details") and b.look(picture("[data-dial=held-out]")) == full
         assert "12 of 12" in b.look("document.querySelector('.dial input').getAttribute('aria-valuetext')")
 
-        # the wipe: to a quarter, then another image
+        # the wipe: to a quarter, then another image, another pair
         b.click(".wipe", across=0.25)
         assert 20 < float(b.look("document.querySelector('.wipe').style.cssText.match(/[0-9]+/)[0]")) < 30
         before = b.look(picture(".wipe canvas"))
@@ -582,7 +582,7 @@ def test_in_a_browser_dial_wipe_and_curves_answer_to_mouse_and_keys(made, tmp_pa
 
 @pytest.mark.slow
 @needs_browser
-def test_the_browser_test_sees_what_it_must_complain_of(made, tmp_path):
+def test_the_browser_test_notices_console_logs_and_overflow(made, tmp_path):
     path = tmp_path / "report.html"
     source = rendered(made())
     path.write_text(source.replace("async function start() {", "async function start() { console.log('hm');"))
@@ -601,7 +601,7 @@ DEMO = Path(__file__).parent.parent / "docs/demo.html"
 
 
 @pytest.mark.house
-def test_the_demo_is_small_fetches_nothing_and_is_made_from_the_page_of_today():
+def test_the_demo_is_small_fetches_nothing_and_has_current_style_and_script():
     source = DEMO.read_text()
     assert DEMO.stat().st_size < 3_000_000 and not re.search(r"https?:|url\(", source)
     template = Path(report.__file__).with_name("report.html").read_text()

@@ -24,7 +24,7 @@ from support import figures, ranks, runs
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_checkpoints_are_pruned_only_after_the_new_one_is_whole(tmp_path):
+def test_the_two_newest_checkpoints_are_kept_whole(tmp_path):
     for step in (1, 2, 3):
         weights = {"model": {"w": torch.full((2,), float(step))}}
         runs.save_checkpoint(tmp_path, step, weights, {"step": step}, {"a": 1})
@@ -35,7 +35,7 @@ def test_checkpoints_are_pruned_only_after_the_new_one_is_whole(tmp_path):
     assert runs.read_config(newest) == {"a": 1}
 
 
-def test_a_save_that_breaks_off_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     runs.save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {"step": 1}, {})
 
     def full_disk(*args, **kwargs):
@@ -48,7 +48,7 @@ def test_a_save_that_breaks_off_leaves_the_previous_checkpoint(tmp_path, monkeyp
     assert load_file(runs.latest_checkpoint(tmp_path) / "model.safetensors")["w"].tolist() == [1.0, 1.0]
 
 
-def test_a_folder_without_checkpoints_is_named(tmp_path):
+def test_a_run_without_checkpoints_gets_advice(tmp_path):
     with pytest.raises(SystemExit, match="an empty run"):
         runs.latest_checkpoint(tmp_path)
     with pytest.raises(SystemExit, match="no such folder.*: make one: python finetune.py"):
@@ -68,11 +68,11 @@ class Config:
     ch_mult: tuple = (1, 2)
 
 
-def test_resume_refuses_another_run_and_names_both_values(tmp_path, capsys):
+def test_resume_refuses_changed_settings_naming_both_values(tmp_path, capsys):
     out = str(tmp_path)
     saved = {"config": {"out": out, "steps": 10, "lr": 1e-3, "ch_mult": [1, 2]}}
     assert runs.resume(Config(out=out), free=set()) is None
-    runs.save_checkpoint(out, 0, {}, {}, saved)                   # nothing is trained yet: it may begin again
+    runs.save_checkpoint(out, 0, {}, {}, saved)                   # nothing is trained yet: it may restart
     assert runs.resume(Config(out=out, steps=11), free=set()) is None
     runs.save_checkpoint(out, 5, {}, {}, saved)
     assert runs.resume(Config(out=out, lr=0.5), free={"preset", "lr"}).name == "step_000005"
@@ -81,7 +81,7 @@ def test_resume_refuses_another_run_and_names_both_values(tmp_path, capsys):
         runs.resume(Config(out=out, steps=11), free={"preset", "lr"})
 
 
-def test_a_field_that_is_younger_than_the_run_was_at_its_default(tmp_path):
+def test_a_field_newer_than_the_run_counts_as_its_default(tmp_path):
     saved = {"config": {"out": str(tmp_path), "steps": 10}}
     runs.save_checkpoint(tmp_path, 5, {}, {}, saved)
     assert runs.resume(Config(out=str(tmp_path)), free=set()).name == "step_000005"
@@ -89,14 +89,14 @@ def test_a_field_that_is_younger_than_the_run_was_at_its_default(tmp_path):
         runs.resume(Config(out=str(tmp_path), lr=0.5), free=set())
 
 
-OTHER = {str: "other", bool: None, int: 77, float: 0.77, tuple: (77,)}         # values that no default is
+OTHER = {str: "other", bool: None, int: 77, float: 0.77, tuple: (77,)}         # not the default of any field
 PLACES = {"preset", "data_dir", "val_dir", "vae", "base", "base_vae", "text", "lpips_trunk", "teacher"}
 HOW = {"device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile", "log_every",
        "save_every", "track", "dry_run"}
 
 
 @pytest.mark.parametrize("script", [train_vae, finetune])
-def test_every_setting_that_changes_what_is_trained_is_refused_when_it_is_changed(script, tmp_path):
+def test_changing_any_setting_that_affects_training_is_refused(script, tmp_path):
     cfg = script.Config(out=str(tmp_path))
     settings = asdict(cfg)
     runs.save_checkpoint(tmp_path, 1, {}, {}, {"config": settings})
@@ -108,7 +108,7 @@ def test_every_setting_that_changes_what_is_trained_is_refused_when_it_is_change
     assert passed == (PLACES | HOW) & settings.keys()
 
 
-def test_a_run_goes_on_with_the_seconds_and_results_of_the_jobs_before(tmp_path):
+def test_a_resumed_run_keeps_the_seconds_and_results_of_earlier_jobs(tmp_path):
     @dataclass
     class Small(Config):
         save_every: int = 0
@@ -122,14 +122,14 @@ def test_a_run_goes_on_with_the_seconds_and_results_of_the_jobs_before(tmp_path)
     assert run.start == 3 and 100 <= run.elapsed() < 110
     run.log.since -= 2.0
     run.log.row(7)
-    assert run.log.latest["img/s"] == pytest.approx((7 - 3) * 4 / 2, rel=0.1)      # of this job's steps alone
+    assert run.log.latest["img/s"] == pytest.approx((7 - 3) * 4 / 2, rel=0.1)      # in this job's steps
     with pytest.raises(runs.Differs, match="started with other vae than"):
         run.cfg.vae = "another"
         run.must_be_made_of(vae="def")
     assert run.finish("DiT")["warm_start"] == 0.5
 
 
-def test_a_signal_that_comes_in_the_last_step_does_not_keep_a_run_from_being_finished(monkeypatch):
+def test_a_signal_in_the_last_step_does_not_keep_a_run_from_finishing(monkeypatch):
     run = object.__new__(runs.Run)
     run.cfg = SimpleNamespace(steps=9, save_every=0)
     monkeypatch.setattr(ranks, "asked_to_stop", lambda: True)
@@ -137,7 +137,7 @@ def test_a_signal_that_comes_in_the_last_step_does_not_keep_a_run_from_being_fin
     assert run.save_due(9) and not run.ends_early and run.must_save
 
 
-def test_other_captions_are_said_aloud_and_a_finished_run_is_not_of_them(capsys):
+def test_changed_captions_are_reported_and_refused_for_a_finished_run(capsys):
     run = object.__new__(runs.Run)
     run.cfg, run.rank, run.done, run.needed_by = SimpleNamespace(out="a", data_dir="b"), 0, False, "c"
     run.parts = {"captions": "1"}
@@ -157,7 +157,7 @@ def test_json_files_are_replaced_whole(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_a_file_stays_as_it_was_until_all_of_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
+def test_a_file_is_unchanged_until_the_new_one_is_flushed_to_disk(tmp_path, monkeypatch):
     def fail(number):
         raise OSError(5, "Input/output error")
 
@@ -168,8 +168,7 @@ def test_a_file_stays_as_it_was_until_all_of_the_new_one_is_on_the_disk(tmp_path
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_former_is_there_until_then(
-        tmp_path, monkeypatch):
+def test_a_checkpoint_is_flushed_before_it_replaces_the_previous_one(tmp_path, monkeypatch):
     final, flushed, moved = tmp_path / "step_000005", set(), []
     fsync, rename = os.fsync, os.replace
 
@@ -194,7 +193,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_former_is_th
     monkeypatch.setattr(torch, "save", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         runs.save_folder(final, {"model": {"w": torch.zeros(2)}}, {}, {"step": 5})
-    assert [path.name for path in tmp_path.iterdir()] == [final.name]          # a full disk needs the room
+    assert [path.name for path in tmp_path.iterdir()] == [final.name]          # a full disk needs the space
     assert load_file(final / "model.safetensors")["w"].tolist() == [2.0, 2.0]
 
 
@@ -213,7 +212,7 @@ def test_resuming_drops_the_log_lines_that_will_be_written_again(tmp_path, read_
 
 @pytest.mark.parametrize("lost", [
     b"\0" * 40 + b"\n", b'{"step": 3, "lo', b"\0\0\0{}\n", b"[1, 2]\n\xff\xfe\n", b'{"step": null}\n\n'])
-def test_a_log_is_read_as_far_as_it_goes_after_a_power_cut(tmp_path, read_log, capsys, lost):
+def test_a_log_is_read_up_to_the_damage_of_a_power_cut(tmp_path, read_log, capsys, lost):
     whole = b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n'
     (tmp_path / "log.jsonl").write_bytes(whole + lost)
     assert figures.read_log(tmp_path)["loss"] == ([1, 2], [1.0, 2.0])
@@ -225,18 +224,18 @@ def test_a_log_is_read_as_far_as_it_goes_after_a_power_cut(tmp_path, read_log, c
 
 
 @pytest.mark.parametrize("left", ["", "\0\0\0", '{"stage": "ba', "[]", "7"])
-def test_a_summary_that_a_power_cut_has_spoilt_is_written_again(vae_config, tmp_path, left):
+def test_a_summary_damaged_by_a_power_cut_is_rewritten(vae_config, tmp_path, left):
     cfg = vae_config(tmp_path, steps=1)
     before = train_vae.main(cfg)
     (tmp_path / "summary.json").write_text(left)
-    figures.final_table([str(tmp_path)])                           # leaves it out
+    figures.final_table([str(tmp_path)])                           # skips it
     after = train_vae.main(cfg)
     assert after == json.loads((tmp_path / "summary.json").read_text())
     assert after["psnr"] == pytest.approx(before["psnr"], abs=1e-4) and after["steps"] == 1
 
 
 @pytest.mark.parametrize("killed", ["between the two renames", "before the former is removed"])
-def test_a_checkpoint_that_is_written_anew_is_there_whenever_it_is_killed(tmp_path, killed):
+def test_a_checkpoint_survives_a_kill_while_it_is_replaced(tmp_path, killed):
     for value in (1.0, 2.0):
         runs.save_folder(tmp_path / "step_000005", {"model": {"w": torch.full((2,), value)}}, {"a": 1})
         assert not list(tmp_path.glob("*.old"))
@@ -252,7 +251,7 @@ def test_a_checkpoint_that_is_written_anew_is_there_whenever_it_is_killed(tmp_pa
 # ---------------------------------------------------------------- reading what may be damaged or hostile
 
 
-def test_damage_is_answered_with_what_can_be_done(tmp_path):
+def test_a_damaged_file_comes_with_advice(tmp_path):
     runs.save_folder(tmp_path / "vae", {"model": {"w": torch.ones(2)}}, {})
     for step in (999_999, 1_000_000):
         runs.save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(2)}}, {}, {})
@@ -269,7 +268,7 @@ def test_damage_is_answered_with_what_can_be_done(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 80])
-def test_sums_that_are_empty_or_cut_off_do_not_vouch_for_what_they_lack(tmp_path, left):
+def test_truncated_checksums_do_not_vouch_for_files_they_lack(tmp_path, left):
     runs.save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {}, {})
     sums = tmp_path / "step_000001" / "SHA256SUMS"
     sums.write_text(sums.read_text()[:left])                                   # a power cut
@@ -279,7 +278,7 @@ def test_sums_that_are_empty_or_cut_off_do_not_vouch_for_what_they_lack(tmp_path
 
 def test_truncated_weight_files_are_named(tmp_path):
     runs.save_folder(tmp_path / "a", {"model": {"w": torch.ones(1000)}}, {})
-    (tmp_path / "a" / "SHA256SUMS").unlink()                       # as in a file from elsewhere
+    (tmp_path / "a" / "SHA256SUMS").unlink()                       # as with a file from elsewhere
     torch.save({"w": torch.ones(1000)}, tmp_path / "b.pt")
     whole = {"a/model.safetensors": "not a whole .safetensors file", "b.pt": "not a whole .pt file"}
     for name, sentence in whole.items():
@@ -289,7 +288,7 @@ def test_truncated_weight_files_are_named(tmp_path):
             runs.read_state_dict(file)
 
 
-def test_moments_of_an_optimizer_that_are_not_finite_are_named(tmp_path):
+def test_optimizer_moments_that_are_not_finite_are_named(tmp_path):
     state = {"step": 3, "opt": {"state": {0: {"exp_avg_sq": torch.tensor([1.0, float("nan")])}}}}
     torch.save(state, tmp_path / "train_state.pt")
     run = object.__new__(runs.Run)
@@ -312,7 +311,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_state.pt", "config.json"])
-def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_is_offered(davae_config, tmp_path, name):
+def test_a_flipped_bit_is_reported_and_the_previous_checkpoint_offered(davae_config, tmp_path, name):
     cfg = davae_config(tmp_path / "a", steps=2, save_every=1, image_size=16, gan=0.0)
     train_vae.main(cfg)
     file = tmp_path / "a" / "step_000002" / name
@@ -322,11 +321,11 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_it_is_offered(davae_co
     with pytest.raises(SystemExit, match=rf"step_000002/{name}: damaged, .* to resume from .*step_000001"):
         train_vae.main(replace(cfg, steps=3))
     shutil.rmtree(file.parent)
-    train_vae.main(replace(cfg, steps=3))                          # as it said
+    train_vae.main(replace(cfg, steps=3))                          # as advised
     assert runs.step_of(cfg.out) == 3
 
 
-# ---------------------------------------------------------------- runs that are killed
+# ---------------------------------------------------------------- killed runs
 
 
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -362,8 +361,7 @@ runs.shutil.rmtree = rmtree
 @pytest.mark.parametrize("moment", [
     "in the middle of a file", pytest.param("before the rename", marks=pytest.mark.slow),
     pytest.param("before the old one is pruned", marks=pytest.mark.slow)])
-def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(
-        davae_config, same_weights, tmp_path, launch, moment):
+def test_a_run_killed_during_a_save_resumes_exactly(davae_config, same_weights, tmp_path, launch, moment):
     straight = davae_config(tmp_path / "a", save_every=1, image_size=32, disc_start=1)
     killed = replace(straight, out=str(tmp_path / "b"))
     process = launch(train_vae.main, killed, KILLED_SAVES[moment])
@@ -377,7 +375,7 @@ def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(
     assert [p.name for p in runs.checkpoints(killed.out)] == ["step_000003", "step_000004"]
 
 
-def test_two_jobs_do_not_train_in_one_folder(davae_config, tmp_path):
+def test_two_jobs_cannot_train_in_one_folder(davae_config, tmp_path):
     lock = runs.hold(tmp_path / "a", 0)
     with pytest.raises(SystemExit, match="another process is training here"):
         train_vae.main(davae_config(tmp_path / "a"))
@@ -389,8 +387,7 @@ def test_two_jobs_do_not_train_in_one_folder(davae_config, tmp_path):
     ("", "--out= is empty"), ("file", "not written: File exists"), ("loop", "not written: "),
     ("file/below", "not written: Not a directory"),
     ("/proc/nothing", "not written: No such file or directory")])
-def test_a_place_that_is_no_folder_to_write_to_is_one_sentence(
-        vae_config, tmp_path, monkeypatch, out, sentence):
+def test_an_unwritable_output_folder_gets_one_sentence(vae_config, tmp_path, monkeypatch, out, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
@@ -399,21 +396,21 @@ def test_a_place_that_is_no_folder_to_write_to_is_one_sentence(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
-def test_intervals_of_0_save_the_first_and_the_last_step_and_log_the_last(vae_config, tmp_path, read_log):
+def test_intervals_of_0_save_the_first_and_last_step_and_log_the_last(vae_config, tmp_path, read_log):
     train_vae.main(vae_config(tmp_path / "a", steps=3, save_every=0, log_every=0))
     assert [path.name for path in runs.checkpoints(tmp_path / "a")] == ["step_000000", "step_000003"]
     assert [row["step"] for row in read_log(tmp_path / "a")] == [3]
 
 
 @pytest.mark.parametrize("every,due", [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (7, [])])
-def test_what_comes_every_few_steps_is_due_at_their_multiples(every, due):
+def test_periodic_work_is_due_at_multiples_of_its_interval(every, due):
     assert [done for done in range(1, 7) if runs.is_due(done, every)] == due
 
 
 # ---------------------------------------------------------------- disks
 
 
-def test_a_disk_too_small_shows_at_step_zero_in_one_sentence(davae_config, small_disk, launch):
+def test_too_small_a_disk_is_reported_at_step_zero(davae_config, small_disk, launch):
     process = launch(train_vae.main, davae_config(small_disk(100) / "run", image_size=32))
     out, err = process.communicate()
     assert process.returncode == 1
@@ -429,7 +426,7 @@ def fill(file):
             f.write(bytes(4096))
 
 
-def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
+def test_training_continues_on_a_full_disk_and_the_next_save_retries(
         davae_config, small_disk, monkeypatch, capsys):
     disk = small_disk(4000)
     save = train_vae.save
@@ -448,7 +445,7 @@ def test_a_disk_that_fills_up_stops_no_training_and_the_next_save_tries_again(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
-def test_what_a_disk_may_refuse_ends_no_training_but_what_must_be_written_does(tmp_path, number, capsys):
+def test_disk_errors_end_training_only_for_required_writes(tmp_path, number, capsys):
     with runs.disk_may_fail():
         raise OSError(number, os.strerror(number), "file")
     assert os.strerror(number) in capsys.readouterr().err
@@ -459,7 +456,7 @@ def test_what_a_disk_may_refuse_ends_no_training_but_what_must_be_written_does(t
             raise error
 
 
-def test_a_read_only_disk_is_one_sentence_and_the_run_goes_on(davae_config, small_disk, monkeypatch, capsys):
+def test_a_read_only_disk_is_reported_and_training_continues(davae_config, small_disk, monkeypatch, capsys):
     disk = small_disk(4000)
     run = disk / "run"
     loss = train_vae.vae_loss
@@ -495,7 +492,7 @@ def test_a_log_line_has_the_mean_over_its_step_and_the_newest_value_of_a_rarer_m
         log.row(step + 1, lr=0.1, w=None)
     rows = read_log(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6]
-    assert [row["loss"] for row in rows] == [1.5, 3.5, 5.5]        # of the steps 2, 4 and 6 alone
+    assert [row["loss"] for row in rows] == [1.5, 3.5, 5.5]        # of steps 2, 4 and 6 only
     assert [row.get("fd") for row in rows] == [None, 7.0, None]
     assert all(row["lr"] == 0.1 and "w" not in row for row in rows)
     assert [step for step, _ in seen] == [2, 4, 6] and seen[1][1]["fd"] == 7.0
@@ -510,7 +507,7 @@ def a_run(folder, script, age):
     os.utime(folder / "step_000001/config.json", (at, at))
 
 
-def test_the_newest_run_of_finetune_is_found_in_a_folder_of_runs_and_a_level_below(tmp_path, capsys):
+def test_the_newest_run_of_finetune_is_found_one_or_two_levels_down(tmp_path, capsys):
     a_run(tmp_path / "old", "finetune.py", 300)
     a_run(tmp_path / "vae", "train_vae.py", 10)
     assert runs.newest_run(tmp_path) == str(tmp_path / "old")
@@ -519,7 +516,7 @@ def test_the_newest_run_of_finetune_is_found_in_a_folder_of_runs_and_a_level_bel
     assert f"the newest run in {tmp_path}: " in capsys.readouterr().out
 
 
-def test_where_there_is_no_run_the_command_that_makes_one_is_named(tmp_path):
+def test_without_a_run_the_command_that_makes_one_is_named(tmp_path):
     a_run(tmp_path / "vae", "train_vae.py", 0)
     with pytest.raises(SystemExit, match="no run of finetune.py here; make one .python finetune.py."):
         runs.newest_run(tmp_path)

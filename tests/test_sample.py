@@ -55,7 +55,7 @@ def test_euler_on_a_linear_field_equals_the_product_of_its_factors():
     assert torch.allclose(x, factor * noise, rtol=1e-13)
 
 
-def test_shift_keeps_the_ends_and_one_changes_nothing():
+def test_a_shift_keeps_the_ends_and_1_is_the_identity():
     assert time_grid(10, 1.0) == pytest.approx(np.linspace(0, 1, 11), abs=1e-15)
     ts = time_grid(249, 0.3)                                       # LightningDiT's "250 steps"
     assert ts[0] == 0 and ts[-1] == 1
@@ -76,7 +76,7 @@ def test_the_unconditional_pass_runs_only_where_guidance_is_on(scale, interval, 
     assert sum(model.rows) == 3 * (249 + guided)
 
 
-def test_guidance_one_equals_the_conditional_model_and_is_never_computed_twice():
+def test_guidance_scale_1_is_the_conditional_model_in_one_pass():
     model = Counting()
     noise = torch.randn(3, 2, 4, 4)
     y = torch.tensor([1, 2, 3])
@@ -119,7 +119,7 @@ def test_three_channel_guidance_equals_the_original_code(golden, error):
 def test_guidance_interval_equals_the_original_code(golden, error):
     """Outside the interval the result is conditional.
 
-    The original's batch is doubled, and it only skips the sum, not the work.
+    The original still doubles the batch there: it skips only the sum, not the work.
     """
     weights, recorded, config = golden("lightningdit_qknorm")
     model = load_dit(weights)
@@ -133,7 +133,7 @@ def test_guidance_interval_equals_the_original_code(golden, error):
 
 
 def largest_gap(ts, sigmas):
-    """Between times and the noise levels sigma = 1 - t of diffusers' scheduler."""
+    """The largest difference between times t and 1 - sigma of diffusers' scheduler."""
     return (1 - sigmas.double() - torch.tensor(ts, dtype=torch.float64)).abs().max()
 
 
@@ -154,14 +154,14 @@ def test_euler_on_sd3s_grid_follows_the_recorded_trajectory(golden):
         assert (x - recorded[f"out/x_after_{n}"]).abs().max() < 1e-5
 
 
-def test_each_step_ticks_once_and_changes_nothing():
+def test_ticks_come_once_per_step_and_change_nothing():
     steps, noise = [], torch.randn(2, 2, 1, 1)
     with_bar = sample_flow(Counting(), noise, time_grid(7), (torch.tensor([1, 2]),), tick=steps.append)
     assert steps == [1] * 7
     assert torch.equal(with_bar, sample_flow(Counting(), noise, time_grid(7), (torch.tensor([1, 2]),)))
 
 
-def test_noise_of_a_sample_depends_on_seed_and_index_only():
+def test_sample_noise_depends_only_on_seed_and_index():
     alone = sample_noise(3, [7], (4, 2, 2))[0]
     assert torch.equal(sample_noise(3, range(10), (4, 2, 2))[7], alone)
     assert not torch.equal(sample_noise(4, [7], (4, 2, 2))[0], alone)
@@ -182,7 +182,7 @@ def images(folder):
 
 
 def assert_same_images(a, b):
-    """Equal but for the rounding of one more shape of matrix product."""
+    """Equal except for rounding, which depends on the shapes of matrix products."""
     assert a.keys() == b.keys()
     for name in a:
         assert np.abs(a[name] - b[name]).max() <= 1, name
@@ -196,7 +196,7 @@ def test_samples_are_the_same_in_batches_of_one_three_and_six(tiny_run, tmp_path
     assert_same_images(one, six)
 
 
-def test_a_half_finished_folder_is_continued_and_the_npz_holds_every_image(tiny_run, tmp_path):
+def test_a_half_finished_folder_is_completed_and_the_npz_holds_every_image(tiny_run, tmp_path):
     out = sample.main(settings(tiny_run, tmp_path / "a"))
     whole = images(out)
     (out / "000002.png").unlink()
@@ -213,7 +213,7 @@ def test_a_half_finished_folder_is_continued_and_the_npz_holds_every_image(tiny_
 
 
 def cells(path, count, columns, side, scale):
-    """The images (side, side, 3) of a grid that `save_grid` has made, row by row."""
+    """The images (side, side, 3) of a grid made by `save_grid`, row by row."""
     sheet = np.asarray(Image.open(path)).astype(int)
     step = scale * side
     found = []
@@ -233,11 +233,11 @@ def never(*args, **options):
     raise AssertionError("drawn, although everything is there")
 
 
-def test_the_overviews_are_put_together_from_the_images_of_the_folder(drawn, tiny_run):
+def test_the_overviews_are_assembled_from_the_folders_images(drawn, tiny_run):
     for cell, image in zip(cells(drawn / "grid.png", 8, 8, 64, 2), images(drawn).values()):
         assert np.array_equal(cell, image)
     previews = images(drawn / ".base")
-    assert list(previews) == [f"{i:06d}.png" for i in range(8)]            # of those shown, and no more
+    assert list(previews) == [f"{i:06d}.png" for i in range(8)]            # only of those shown
     for cell, preview in zip(cells(drawn / "base_preview.png", 8, 8, 32, 4), previews.values()):
         assert np.array_equal(cell, preview)
     dit, vae, config = weights.load_run(tiny_run)
@@ -247,8 +247,7 @@ def test_the_overviews_are_put_together_from_the_images_of_the_folder(drawn, tin
         assert np.abs(preview - x).max() <= 1
 
 
-def test_of_a_whole_folder_nothing_is_drawn_and_no_model_is_loaded(
-        drawn, tiny_run, tmp_path, monkeypatch, capsys):
+def test_a_complete_folder_needs_no_drawing_and_no_model(drawn, tiny_run, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(drawn, tmp_path / "a")
     for name in ("grid.png", "base_preview.png", "samples.npz"):
         (out / name).unlink()
@@ -260,8 +259,7 @@ def test_of_a_whole_folder_nothing_is_drawn_and_no_model_is_loaded(
     assert len(np.load(out / "samples.npz")["arr_0"]) == 9
 
 
-def test_previews_that_an_older_folder_lacks_are_drawn_and_its_images_stay(
-        drawn, tiny_run, tmp_path, capsys):
+def test_missing_previews_of_an_older_folder_are_drawn_and_its_images_kept(drawn, tiny_run, tmp_path, capsys):
     out = shutil.copytree(drawn, tmp_path / "a")
     shutil.rmtree(out / ".base")
     before = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
@@ -273,7 +271,7 @@ def test_previews_that_an_older_folder_lacks_are_drawn_and_its_images_stay(
     assert_same_images(images(out / ".base"), images(drawn / ".base"))
 
 
-def test_who_reads_the_folder_finds_the_samples_and_no_class_of_previews(drawn):
+def test_the_folder_reads_as_a_data_set_without_a_class_of_previews(drawn):
     found = data.open_dataset(drawn, 64)
     assert found.classes == []
     assert {Path(path).name for path in found.paths} == {
@@ -283,14 +281,14 @@ def test_who_reads_the_folder_finds_the_samples_and_no_class_of_previews(drawn):
 @pytest.mark.parametrize("classes, n, columns, shown", [
     ((3, 4), 6, 3, [0, 2, 4, 1, 3, 5]), ((3, 4, 5), 2, 1, [0, 1]),
     ((3, 4), 40, 8, [*range(0, 16, 2), *range(1, 16, 2)])])
-def test_the_overviews_have_a_row_of_at_most_eight_for_each_class(classes, n, columns, shown):
+def test_overviews_have_one_row_of_up_to_eight_per_class(classes, n, columns, shown):
     about = {"classes": [f"class {k}" for k in range(10)]}
     found, labels = sample.overview(about, {"classes": classes}, n)
     assert (found, list(labels)) == (columns, shown)
     assert all(label == f"class {classes[i % len(classes)]}" for i, label in labels.items())
 
 
-def test_the_bar_is_over_the_euler_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
+def test_the_bar_counts_the_euler_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
     bars = []
 
     def keep(**options):
@@ -303,7 +301,7 @@ def test_the_bar_is_over_the_euler_steps_of_all_batches(tiny_run, tmp_path, monk
     assert (bar.total, bar.n, bar.desc) == (6, 6, f"{out}: 6 images")
 
 
-def test_a_folder_of_other_settings_is_refused(tiny_run, tmp_path):
+def test_a_folder_with_other_settings_is_refused(tiny_run, tmp_path):
     out = sample.main(settings(tiny_run, tmp_path / "a", n=1))
     with pytest.raises(SystemExit, match="other settings .steps 2 -> 3"):
         sample.main(settings(tiny_run, tmp_path / "a", n=1, steps=3))
@@ -324,7 +322,7 @@ def test_impossible_settings_get_one_sentence(tiny_run, tmp_path, changes, sente
         sample.main(settings(tiny_run, tmp_path / "a", **changes))
 
 
-def test_a_vae_run_is_not_sampled_from(tiny_vae, tmp_path):
+def test_sampling_from_a_vae_run_is_refused(tiny_vae, tmp_path):
     with pytest.raises(SystemExit, match="holds a checkpoint of train_vae.py; wanted a run of finetune.py"):
         sample.main(settings(tiny_vae, tmp_path / "a"))
 
@@ -348,21 +346,20 @@ def test_the_decoder_sees_a_few_images_at_a_time(tiny_run):
 
 
 def settings_from(cfg, text=""):
-    """Settings of a run whose images have 16 pixels, whose latents 4 + 12 channels."""
+    """Settings for a run with images of 16 pixels and latents of 4 + 12 channels."""
     own = {"cfg": 1.0, "shift": 1.0, "grid": "plain", "image_size": 16, "text": text}
     about = {"config": own, "model": {"C": 4, "D": 12, "num_classes": 5}}
     return sample.settings_of(cfg, about, "")
 
 
 @torch.no_grad()
-def test_each_sample_has_its_own_noise_and_class_and_is_guided_away_from_the_null_class_as_far_as_asked(
-        make_dit, make_davae):
+def test_samples_have_their_own_noise_and_class_and_the_guidance_asked_for(make_dit, make_davae):
     dit, vae = make_dit(D=12), make_davae()
     cfg = sample.Config(classes=(1, 3), seed=5, steps=5, shift=0.5, cfg=3.0, cfg_start=0.2, cfg_end=0.6,
                         cfg_channels=2, keep=4, dtype="float32")
     images, previews = sample.generate(dit, vae, [3, 6], settings_from(cfg))
 
-    y, null = torch.tensor([3, 1]), torch.tensor([5, 5])           # 1, 3, 1, 3 ...: the fourth, the seventh
+    y, null = torch.tensor([3, 1]), torch.tensor([5, 5])           # samples 3 and 6 of 1, 3, 1, 3, ...
     noise, ts = sample_noise(5, [3, 6], (16, 4, 4)), time_grid(5, 0.5)
     assert [0.2 <= t <= 0.6 for t in ts[:-1]] == [False, False, True, True, False]
     z = sample_flow(dit, noise, ts, (y,), (null,), 3.0, (0.2, 0.6), 2, mask=levels.seen_of_all(4, 4, 12))
@@ -372,8 +369,7 @@ def test_each_sample_has_its_own_noise_and_class_and_is_guided_away_from_the_nul
 
 
 @torch.no_grad()
-def test_each_sample_has_its_own_prompt_and_is_guided_away_from_the_negative_one_and_from_fewer_layers(
-        make_dit, make_davae):
+def test_samples_get_their_own_prompt_the_negative_one_and_skip_layer_guidance(make_dit, make_davae):
     dit, vae = make_dit(D=12), make_davae()
     cfg = sample.Config(prompts="a fox|snow", negative="rain", slg=2.5, width=24, dtype="float32")
 
@@ -387,7 +383,7 @@ def test_each_sample_has_its_own_prompt_and_is_guided_away_from_the_negative_one
     assert torch.allclose(images, vae.decode(noise).clamp(-1, 1), atol=1e-5)
 
 
-def test_each_of_two_processes_draws_half_of_what_is_missing_with_the_weights_that_were_asked_for(
+def test_two_processes_share_the_missing_images_and_load_the_weights_asked_for(
         tiny_run, tmp_path, monkeypatch):
     loaded, drawn = [], []
 
@@ -428,7 +424,7 @@ def test_sd3_time_grids_equal_diffusers_default_and_single_shift(steps):
     assert np.abs(np.subtract(once, twice)).max() > 1e-3
 
 
-def test_skip_layer_guidance_runs_one_more_pass_in_early_steps_only():
+def test_skip_layer_guidance_runs_an_extra_pass_only_in_early_steps():
     calls = []
 
     def model(x, t, y, skip=()):
@@ -442,7 +438,7 @@ def test_skip_layer_guidance_runs_one_more_pass_in_early_steps_only():
 
 
 @torch.no_grad()
-def test_a_whole_pipeline_gives_the_same_image(sd3_folder):
+def test_a_whole_pipeline_gives_the_same_images(sd3_folder):
     from diffusers import StableDiffusion3Pipeline
     pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     pipe.set_progress_bar_config(disable=True)
@@ -473,7 +469,7 @@ def fresh_models():
 
 
 @pytest.mark.parametrize("weighting", ["paper", "sigma"])
-def test_neither_a_sampler_nor_the_loss_ever_waits_for_the_device(weighting):
+def test_neither_the_sampler_nor_the_loss_waits_for_the_device(weighting):
     """On the meta device there is nothing to read: an .item(), or an `if` on a tensor, would raise."""
     with torch.device("meta"):
         z_all = torch.empty(2, 8, 4, 4)
@@ -514,7 +510,7 @@ def count_calls(module):
 
 @pytest.mark.parametrize("rows,products", [(1, 9), (7, 8), (12, 4), (1000, 2)])
 def test_modulations_computed_ahead_change_nothing_but_the_number_of_products(rows, products):
-    """Steps before 0.2 take batches of 3, the others of 6: of the nine steps of this grid three and six."""
+    """Of the nine steps of this grid, the three before 0.2 take batches of 3, the other six batches of 6."""
     ts = time_grid(9, 0.6)
     noise = torch.randn(3, 8, 4, 4)
     assert sum(t < 0.2 for t in ts[:-1]) == 3
@@ -545,7 +541,7 @@ def add_adapters(model):
     add_lora(model, r=4, alpha=8.0)
     for m in model.modules():
         if isinstance(m, LoRA):
-            torch.nn.init.normal_(m.B, std=0.1)                # at zero, as they start, they would do nothing
+            torch.nn.init.normal_(m.B, std=0.1)                # at their initial zero they would do nothing
 
 
 def test_adapters_are_merged_for_sampling():
@@ -570,7 +566,7 @@ def test_adapters_are_merged_for_sampling():
 class Tape(TorchDispatchMode):
     """What torch.cuda.graph does, on a CPU.
 
-    Notes the operators that run; replay() runs them again on the same memory.
+    Records the operators that run; replay() runs them again on the same memory.
     """
 
     def __init__(self):
@@ -612,7 +608,7 @@ def test_a_recorded_loop_gives_the_same_latents_for_every_batch(device, monkeypa
                 before = len(calls)
                 x = recorded(model, noise, ts, *conditions, scale=4.0, **options)
                 assert torch.allclose(x, expected, atol=1e-3)
-                assert len(calls) == before + (18 if seed == 0 else 0)     # nine steps, and recording them
+                assert len(calls) == before + (18 if seed == 0 else 0)     # nine steps, run and then recorded
 
             fewer = [noise[:2], ts, *[[x[:2] for x in part] for part in conditions]]
             x = recorded(model, *fewer, scale=4.0, **options)

@@ -1,4 +1,4 @@
-"""support/shards.py: webdataset's layout as a data set like a folder; what is damaged; the index."""
+"""support/shards.py: webdataset's layout as a data set, like a folder; damage; the index."""
 import io
 import json
 import os
@@ -34,7 +34,7 @@ def write_tar(path, members):
 
 
 def sample(i, **files):
-    """{name: bytes} of sample i: an image, and what else it has."""
+    """{name: bytes} of sample i: an image and its other files."""
     beside = {f"{i:04d}.{ending}": content for ending, content in files.items()}
     return {f"{i:04d}.png": image_bytes(i)} | beside
 
@@ -64,7 +64,7 @@ def opened(folder):
 
 
 @pytest.mark.parametrize("start, rank, world", [(0, 0, 1), (7, 0, 1), (3, 1, 2)])
-def test_a_step_gets_the_same_images_as_from_a_folder_of_the_same_files(photos, tmp_path, start, rank, world):
+def test_a_step_gets_the_same_images_from_shards_as_from_a_folder(photos, tmp_path, start, rank, world):
     folder = photos(txt=lambda i: b"number %d" % i)
     for path in folder.glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -90,7 +90,7 @@ def test_classes_are_numbers_or_names_and_classes_txt_names_the_numbers(photos):
     assert opened(folder).classes == ["ant", "cat"] and opened(folder).labels.tolist() == [1, 0] * 6
 
 
-def test_a_json_has_class_and_caption_and_the_files_of_their_own_count_more(photos):
+def test_a_json_gives_class_and_caption_unless_separate_files_do(photos):
     def about(i):
         return json.dumps({"cls": i % 2, "caption": f"no. {i}", "url": "http://..."}).encode()
     dataset = opened(photos(json=about))
@@ -99,13 +99,13 @@ def test_a_json_has_class_and_caption_and_the_files_of_their_own_count_more(phot
     assert set(dataset.labels) == {1} and set(dataset.captions) == {"another"}
 
 
-def test_of_two_names_for_one_thing_in_a_json_the_documented_first_counts(photos):
+def test_of_two_json_keys_for_one_thing_the_first_documented_counts(photos):
     both = {"label": 0, "cls": 1, "caption": "the second", "text": "the first"}
     dataset = opened(photos(json=lambda i: json.dumps(both).encode()))
     assert set(dataset.labels) == {1} and set(dataset.captions) == {"the first"}
 
 
-def test_names_of_classes_may_be_numbers_themselves(photos):
+def test_class_names_may_be_numbers(photos):
     folder = photos(cls=lambda i: [b"2001", b"1999"][i % 2])
     (folder / "classes.txt").write_text("1999\n2000\n2001\n")
     assert opened(folder).classes == ["1999", "2000", "2001"] and opened(folder).labels.tolist() == [2, 0] * 6
@@ -117,7 +117,7 @@ def test_without_labels_there_are_no_classes(photos):
     assert dataset.summary() == "12 images without classes; in 3 shards"
 
 
-def test_names_are_read_up_to_their_first_dot_whatever_the_order_of_members(tmp_path):
+def test_files_are_matched_by_name_up_to_the_first_dot_in_any_order(tmp_path):
     members = {"b/1.txt": b"one", "./a.x/2.png": image_bytes(2), "b/1.PNG": image_bytes(1), "README": b"x",
                "b/1.seg.png": b"mask", "._a.png": b"of macOS", "a.x/2.txt": b"two", "b/3.txt": b"of nothing"}
     dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
@@ -154,7 +154,7 @@ def test_a_damaged_image_is_named_and_replaced_as_in_a_folder(tmp_path, capsys):
     assert "cannot read the image 0.tar/0003.png" in err and "0.tar/0004.png: the file is empty" in err
 
 
-def test_when_one_percent_and_ten_images_are_damaged_the_run_ends(tmp_path):
+def test_the_run_ends_when_ten_images_and_one_percent_are_damaged(tmp_path):
     members = {}
     for i in range(20):
         members |= {f"{i}.png": b"no image" if i < 10 else image_bytes(i)}
@@ -164,7 +164,7 @@ def test_when_one_percent_and_ten_images_are_damaged_the_run_ends(tmp_path):
 
 
 @pytest.mark.parametrize("kept, images", [(0.5, 5), (1.0, 10)])
-def test_a_shard_that_is_cut_off_is_named_and_read_as_far_as_it_goes(tmp_path, capsys, kept, images):
+def test_a_truncated_shard_is_named_and_read_up_to_the_cut(tmp_path, capsys, kept, images):
     members = {}
     for i in range(10):
         members |= sample(i)
@@ -178,12 +178,12 @@ def test_a_shard_that_is_cut_off_is_named_and_read_as_far_as_it_goes(tmp_path, c
     assert len(dataset) == images + 1 and list(dataset.bad) == ["0.tar"]
     assert f"copy it again, the {images} images before are used" in capsys.readouterr().err
     assert "1 unreadable" in dataset.summary()
-    assert dataset.image(images)[0].shape == (SIZE, SIZE, 3)       # that of the next shard
+    assert dataset.image(images)[0].shape == (SIZE, SIZE, 3)       # from the next shard
     again = opened(tmp_path / "s")
     assert again.bad == dataset.bad                                # the index remembers
 
 
-def test_shards_that_change_under_a_run_are_named(photos, capsys):
+def test_shards_that_change_during_a_run_are_named(photos, capsys):
     folder = photos()
     dataset = opened(folder)
     os.truncate(folder / "00001.tar", 1000)
@@ -211,7 +211,7 @@ def test_damaged_labels_and_captions_are_named_and_their_images_left_out(tmp_pat
     assert "and 2 more like these" in capsys.readouterr().err
 
 
-def test_where_an_image_without_a_class_is_left_out_all_others_keep_their_class_and_caption(tmp_path):
+def test_dropping_an_unlabelled_image_keeps_the_others_classes_and_captions(tmp_path):
     members = {}
     for i in range(30):
         members |= sample(i, cls=b"%02d" % i, txt=b"number %02d" % i)
@@ -224,7 +224,7 @@ def test_where_an_image_without_a_class_is_left_out_all_others_keep_their_class_
         assert np.array_equal(dataset.image(place)[0], np.asarray(data.center_crop(whole, SIZE)))
 
 
-def test_of_a_name_that_is_in_a_shard_twice_image_and_caption_are_both_the_first(tmp_path):
+def test_of_duplicate_names_in_a_shard_the_first_image_and_caption_count(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for i, words in ((1, b"one"), (2, b"two"), (1, b"of another 1")):
             for ending, content in (("png", image_bytes(i)), ("txt", words)):
@@ -247,7 +247,7 @@ def test_many_images_without_a_class_are_refused(photos):
     (b"cat", "its class is 'cat'; wanted one of the 3 numbers from 0 on"),
     (b"-1", "its class is '-1'"), (b"99999999999", "its class is '99999999999'; wanted one of the 1000000"),
 ])
-def test_a_class_among_numbers_that_is_none_is_named(photos, text, sentence):
+def test_an_invalid_label_among_class_numbers_is_named(photos, text, sentence):
     folder = photos(cls=lambda i: text if i == 7 else label(i))
     with pytest.raises(ValueError, match=f"00001.tar/0007.png: {sentence}"):
         opened(folder)
@@ -256,7 +256,7 @@ def test_a_class_among_numbers_that_is_none_is_named(photos, text, sentence):
         opened(folder)
 
 
-def test_a_tar_that_is_none_and_shards_without_images_are_told(tmp_path):
+def test_an_invalid_tar_and_shards_without_images_are_refused(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "0.tar").write_bytes(b"no tar file" * 100)
     with pytest.raises(ValueError, match="no images in its 1 shards"):
@@ -268,12 +268,12 @@ def test_a_tar_that_is_none_and_shards_without_images_are_told(tmp_path):
 
 @pytest.mark.parametrize("place", ["s3://bucket/photos", "pipe:cat x.tar", "https://a/{000..999}.tar",
                                    "photos/{000..999}.tar"])
-def test_shards_elsewhere_are_the_user_s_to_copy(place):
+def test_shard_urls_and_patterns_are_refused(place):
     with pytest.raises(ValueError, match="read by seeking; copy or mount it first, with tools of your own"):
         opened(place)
 
 
-def test_one_tar_and_compressed_shards_are_told_what_to_do(tmp_path):
+def test_a_single_tar_and_compressed_shards_get_advice(tmp_path):
     with pytest.raises(ValueError, match="wanted the folder that it is in"):
         opened(write_tar(tmp_path / "s" / "0.tar", sample(0)))
     (tmp_path / "z").mkdir()
@@ -287,19 +287,19 @@ def test_one_tar_and_compressed_shards_are_told_what_to_do(tmp_path):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """A list that grows with each index that is made."""
+    """A list that grows with each index that is built."""
     made = []
     scan = shards.scan
 
     def counted(*args):
         made.append(1)
-        time.sleep(0.05)                                           # long enough for others to come
+        time.sleep(0.05)                                           # long enough for others to arrive
         return scan(*args)
     monkeypatch.setattr(shards, "scan", counted)
     return made
 
 
-def test_the_index_is_made_once_and_again_when_a_shard_has_changed(photos, scans):
+def test_the_index_is_built_once_and_rebuilt_when_a_shard_changes(photos, scans):
     folder = photos(cls=label)
     first = opened(folder)
     second = opened(folder)
@@ -313,7 +313,7 @@ def test_the_index_is_made_once_and_again_when_a_shard_has_changed(photos, scans
     assert len(opened(folder)) == 9 and len(scans) == 4
 
 
-def test_an_index_of_another_version_is_made_again(photos, scans, monkeypatch):
+def test_an_index_of_another_version_is_rebuilt(photos, scans, monkeypatch):
     folder = photos(cls=label)
     opened(folder)
     monkeypatch.setattr(shards, "VERSION", shards.VERSION + 1)
@@ -322,15 +322,15 @@ def test_an_index_of_another_version_is_made_again(photos, scans, monkeypatch):
     assert len(scans) == 2
 
 
-def test_an_index_made_where_other_formats_are_read_is_made_again(photos, scans, monkeypatch):
+def test_an_index_built_for_other_image_formats_is_rebuilt(photos, scans, monkeypatch):
     folder = photos(cls=label)
     opened(folder)
-    monkeypatch.setattr(data, "EXTENSIONS", (*data.EXTENSIONS, ".new"))            # of a newer Pillow
+    monkeypatch.setattr(data, "EXTENSIONS", (*data.EXTENSIONS, ".new"))            # as in a newer Pillow
     assert len(opened(folder)) == 12 and len(scans) == 2
 
 
 @pytest.mark.parametrize("spoil", [b"", b"PK\3\4 no index", None])
-def test_a_damaged_index_is_made_again(photos, scans, spoil):
+def test_a_damaged_index_is_rebuilt(photos, scans, spoil):
     folder = photos(cls=label)
     opened(folder)
     index = folder / ".shards.npz"
@@ -339,7 +339,7 @@ def test_a_damaged_index_is_made_again(photos, scans, spoil):
     assert sorted(path.name for path in folder.glob("*.tmp")) == []
 
 
-def test_a_folder_that_cannot_be_written_to_has_its_index_in_the_cache(photos, scans, tmp_path, monkeypatch):
+def test_the_index_of_a_read_only_folder_goes_into_the_cache(photos, scans, tmp_path, monkeypatch):
     folder = photos(cls=label)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
@@ -354,14 +354,14 @@ def test_a_folder_that_cannot_be_written_to_has_its_index_in_the_cache(photos, s
         opened(folder)
 
 
-def test_of_many_ranks_one_makes_the_index(photos, scans):
+def test_only_one_rank_builds_the_index(photos, scans):
     folder = photos(cls=label)
     with ThreadPoolExecutor(4) as pool:
         assert set(map(len, pool.map(opened, [folder] * 4))) == {12}
     assert len(scans) == 1
 
 
-def test_the_fingerprint_is_that_of_images_and_classes(photos):
+def test_the_fingerprint_depends_on_images_and_classes(photos):
     folder = photos(cls=label)
     prints = {opened(folder).fingerprint}
     (folder / "classes.txt").write_text("ant\nbee\ncat")
@@ -375,7 +375,7 @@ def test_the_fingerprint_is_that_of_images_and_classes(photos):
     assert opened(moved).fingerprint in prints
 
 
-def test_other_pixels_in_files_of_the_same_names_and_sizes_are_other_images(tmp_path):
+def test_changed_pixels_under_the_same_names_and_sizes_are_other_images(tmp_path):
     def bitmaps(seed):
         return {f"{i}.bmp": image_bytes(i if i < 3 else seed, "BMP") for i in range(4)}
 
@@ -387,7 +387,7 @@ def test_other_pixels_in_files_of_the_same_names_and_sizes_are_other_images(tmp_
     assert after.index.size.tolist() == before.index.size.tolist() and after.fingerprint != known
 
 
-def test_strings_in_two_arrays_are_the_list_that_was_packed():
+def test_packed_strings_unpack_to_the_same_list():
     strings = ["", "a", "", "üñ", "\udcff", "x\0y", ""]
     packed = shards.Strings.pack(strings)
     assert list(packed) == [packed[i] for i in range(7)] == strings and packed[-2] == "x\0y"

@@ -1,4 +1,4 @@
-"""support/stages.py: what a run needs before it, where that lies, and the whole of it by one command."""
+"""support/stages.py: what a run needs first, which folders that goes into, and all stages by one command."""
 import dataclasses
 from pathlib import Path
 
@@ -20,7 +20,7 @@ DIT = SMALL | dict(E=32, depth=1, A=2, N=2, sample_steps=2)
 
 @pytest.fixture
 def toys(monkeypatch, tmp_path, make_base):
-    """The presets of photos at toy size, in an empty working folder with a base VAE, base.pt, in it."""
+    """The presets of photos at toy size, in an empty working folder with a base VAE in weights/base."""
     monkeypatch.chdir(tmp_path)
     for presets, name, small in (
             (train_vae.PRESETS, "photos", VAE), (finetune.PRESETS, "photos-base", DIT | {"D": 0}),
@@ -54,13 +54,13 @@ def folders(cfg):
 # ---------------------------------------------------------------- which stages, and where
 
 
-def test_a_preset_needs_its_whole_chain_in_the_order_of_its_making_and_each_run_once(tmp_path, monkeypatch):
+def test_a_preset_needs_its_whole_chain_in_order_and_each_run_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = finetune.Config(preset="tiny", **finetune.PRESETS["tiny"])
     assert folders(tiny) == ["out/tiny-base-vae", "out/tiny-vae", "out/tiny-base", "out/tiny"]
 
 
-def test_stage_1_plans_its_base_as_well(tmp_path, monkeypatch, capsys):
+def test_stage_1_also_plans_its_base(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("tiny-base", "tiny"):
         small = dict(steps=1, images=8, stats=4, batch_size=2, save_every=0)
@@ -71,8 +71,7 @@ def test_stage_1_plans_its_base_as_well(tmp_path, monkeypatch, capsys):
     assert runs.read_summary("out/tiny-vae")["steps"] == 1
 
 
-def test_a_da_vae_starts_the_same_whether_or_not_its_base_was_made_in_the_same_job(
-        tmp_path, monkeypatch, same_weights):
+def test_a_da_vae_is_the_same_whether_or_not_its_job_made_its_base(tmp_path, monkeypatch, same_weights):
     monkeypatch.chdir(tmp_path)
     for name in ("tiny-base", "tiny"):
         small = dict(steps=1, images=8, stats=4, batch_size=2, save_every=0)
@@ -84,7 +83,7 @@ def test_a_da_vae_starts_the_same_whether_or_not_its_base_was_made_in_the_same_j
     assert same_weights(one_job, alone)
 
 
-def test_what_no_preset_makes_is_in_no_plan(finetune_config, tmp_path):
+def test_a_plan_includes_only_what_presets_make(finetune_config, tmp_path):
     assert folders(finetune_config(tmp_path / "run")) == [str(tmp_path / "run")]
 
 
@@ -95,7 +94,7 @@ def test_what_no_preset_makes_is_in_no_plan(finetune_config, tmp_path):
     ("../photos", "vae/diffusion_pytorch_model.safetensors", "out/photos-diffusion_pytorch_model"),
     (".", "taef2", "out/images-taef2"),
 ])
-def test_the_folders_of_a_whole_job_belong_to_its_images_and_its_base(data_dir, base_vae, home):
+def test_a_whole_jobs_folders_are_named_after_its_images_and_base(data_dir, base_vae, home):
     flags = [f"--data_dir={data_dir}", f"--base_vae={base_vae}", "--lpips_trunk=squeeze.pth"]
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", *flags])
     stages.settle(cfg)
@@ -105,14 +104,14 @@ def test_the_folders_of_a_whole_job_belong_to_its_images_and_its_base(data_dir, 
     assert (base.vae, base.D, base.base_vae) == (vae.out, 0, base_vae)
 
 
-def test_folders_that_the_command_line_gives_stay_where_they_are():
+def test_folders_given_on_the_command_line_are_kept():
     cfg = config.cli(finetune.Config, finetune.PRESETS,
                      ["photos", "--base_vae=taef2", "--out=out/here", "--vae=out/photos-vae"])
     stages.settle(cfg)
     assert (cfg.out, cfg.vae, cfg.base) == ("out/here", "out/photos-vae", "out/procedural-taef2/photos-base")
 
 
-def test_texts_of_a_whole_job_come_from_the_encoders_of_its_base():
+def test_a_whole_job_takes_its_text_encoders_from_its_base():
     flags = ["sd35m-1024", "--data_dir=captioned", "--base=sd35", "--base_vae=sd35"]
     cfg = config.cli(finetune.Config, finetune.PRESETS, flags)
     stages.settle(cfg)
@@ -127,7 +126,7 @@ def test_texts_of_a_whole_job_come_from_the_encoders_of_its_base():
 # ---------------------------------------------------------------- the whole job
 
 
-def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toys, capfd):
+def test_one_command_goes_from_photos_and_a_base_vae_to_da_vae_samples(toys, capfd):
     photos("mine")
     done = whole_job("--data_dir=mine")
     said, bar = capfd.readouterr()
@@ -136,7 +135,7 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     assert plan == ["DA-VAE", "base DiT", "DA-VAE DiT"]
     assert "out/mine-base/photos: 12 images in 2 classes (cats 6, dogs 6)" in said
     assert "of training in all" in said and "GB free" in said
-    assert "all stages 00:0" in bar                                # the first stage's, and what follows it
+    assert "all stages 00:0" in bar                                # the first stage and those after it
     assert "max |v - v_base| = 0.0" in said + bar
     for run in ("photos-vae", "photos-base", "photos"):
         assert runs.read_summary(f"out/mine-base/{run}")["steps"] == 2
@@ -145,9 +144,9 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     assert "python evaluate.py out/mine-base/photos --data_dir=HELD_OUT_IMAGES" in said
     assert "out/mine-base/photos needs out/mine-base/photos-vae, which does not exist yet: running\n" in said
     assert "    python train_vae.py photos --out=out/mine-base/photos-vae --data_dir=mine --base=" in said
-    assert "give more --steps" not in said                         # of a stage that is done, amid the plan
+    assert "give more --steps" not in said                         # no such hint for stages within the plan
 
-    whole_job("--data_dir=mine")                                   # there is nothing left to do, and no plan
+    whole_job("--data_dir=mine")                                   # nothing is left to do, so no plan
     said, _ = capfd.readouterr()
     assert "finished at step 2; to continue, give more --steps" in said and "to train " not in said
     assert "next: python sample.py out/mine-base/photos\n" in said
@@ -157,7 +156,7 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
     Path(done.out, "samples").mkdir()
     runs.write_json(f"{done.out}/samples/settings.json", model)
     assert figures.folder_of_samples(done.out) == ""
-    whole_job("--data_dir=mine", "--steps=3")                      # those of the next want another folder
+    whole_job("--data_dir=mine", "--steps=3")                      # those of the next need another folder
     assert figures.folder_of_samples(done.out) == f" --out={done.out}/samples_3"
 
     picture(99).save("mine/cats/new.png")
@@ -166,7 +165,7 @@ def test_one_command_leads_from_photos_and_a_base_vae_to_samples_of_a_da_vae(toy
         whole_job("--data_dir=mine", "--steps=3")
 
 
-def test_other_photos_get_other_folders_and_those_of_the_same_name_are_refused(toys, capfd):
+def test_other_photos_get_other_folders_or_are_refused_if_named_the_same(toys, capfd):
     photos("mine")
     photos("others", seed=50)
     photos("elsewhere/mine", seed=50, classes=("cats", "dogs"))
@@ -183,7 +182,7 @@ def test_other_photos_get_other_folders_and_those_of_the_same_name_are_refused(t
     assert runs.hash_of(load_davae("out/mine-base/photos-vae")) == first
 
 
-def test_a_folder_without_classes_and_one_with_captions_give_an_unconditional_model(toys, capfd):
+def test_a_folder_with_captions_but_no_classes_gives_an_unconditional_model(toys, capfd):
     Path("flat").mkdir()
     for i in range(12):
         picture(i).save(f"flat/{i}.png")
@@ -194,7 +193,7 @@ def test_a_folder_without_classes_and_one_with_captions_give_an_unconditional_mo
     assert runs.read_config(runs.latest_checkpoint("out/flat-base/photos"))["model"]["num_classes"] == 1
 
 
-def test_a_preset_whose_base_vae_is_not_here_says_by_which_flag_to_name_it(toys):
+def test_a_preset_without_its_base_vae_names_the_flag_that_gives_one(toys):
     photos("mine")
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["photos", "--data_dir=mine"])
     with pytest.raises(SystemExit, match="its base VAE, taef2, is missing; give one with --base_vae="):
@@ -215,7 +214,7 @@ def test_a_folder_of_documents_is_refused_before_anything_is_made(toys):
     assert not Path("out").exists()
 
 
-def test_a_plan_changes_nothing_in_the_training(toys, monkeypatch, same_weights):
+def test_a_plan_does_not_change_the_training(toys, monkeypatch, same_weights):
     photos("mine")
     planned = whole_job("--data_dir=mine")
     Path("out").rename("planned")
@@ -234,10 +233,10 @@ def test_the_report_is_written_at_the_end(toys, report_at_the_end, monkeypatch):
     assert "Training images" in page
 
 
-# ---------------------------------------------------------------- how long
+# ---------------------------------------------------------------- how long it takes
 
 
-def test_a_stage_is_timed_on_as_many_images_as_a_pass_of_it_has(tmp_path, monkeypatch):
+def test_a_stage_is_timed_on_as_many_images_as_one_pass_takes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {}
 
@@ -254,8 +253,8 @@ def test_a_stage_is_timed_on_as_many_images_as_a_pass_of_it_has(tmp_path, monkey
     assert tiny.after["out/tiny-vae"] == pytest.approx(0.01 * (450 + 3 * 420))
 
 
-def test_the_time_of_a_step_leaves_the_first_three_out_and_is_a_mean(monkeypatch):
-    clock = iter([70.0, 90.0, 100.0, 100.1, 100.2, 100.6, 102.0])  # after the first three, and the others
+def test_step_time_is_a_mean_without_the_first_three_steps(monkeypatch):
+    clock = iter([70.0, 90.0, 100.0, 100.1, 100.2, 100.6, 102.0])  # three warm-up calls, then timed ones
     monkeypatch.setattr(stages.time, "time", lambda: next(clock))
     passes = []
     assert stages.seconds_of(lambda: passes.append(1), torch.device("cpu")) == pytest.approx(0.2)
@@ -264,5 +263,5 @@ def test_the_time_of_a_step_leaves_the_first_three_out_and_is_a_mean(monkeypatch
 
 @pytest.mark.parametrize("seconds, told", [
     (0.1, "5 s"), (42, "40 s"), (89, "90 s"), (150, "2 min"), (7100, "118 min"), (9000, "2.5 h")])
-def test_times_are_told_no_more_exactly_than_they_are_known(seconds, told):
+def test_times_are_shown_no_more_precisely_than_they_are_known(seconds, told):
     assert stages.minutes(seconds) == told

@@ -1,4 +1,4 @@
-"""support/text.py: SD3.5's text encoders against diffusers, the cache of what they give, dropped labels."""
+"""support/text.py: SD3.5's text encoders against diffusers, the cache of their outputs, dropped labels."""
 
 import builtins
 import json
@@ -34,12 +34,12 @@ def test_text_encoding_equals_the_pipelines(sd3_folder):
     assert (without_t5[0][:, :77] == ref[:, :77]).all() and without_t5[0][:, 77:].abs().max() == 0
 
 
-def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_folder, tmp_path, capsys):
+def test_cached_text_equals_the_encoders_grows_and_is_never_mixed(sd3_folder, tmp_path, capsys):
     cpu, folder = torch.device("cpu"), tmp_path / "text"
     text.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert sorted(p.name for p in folder.iterdir()) == ["text_00000.safetensors", "text_00001.safetensors"]
     stamp = (folder / "text_00000.safetensors").stat().st_mtime_ns
-    (folder / "text_00001.safetensors").unlink()  # as if cut off
+    (folder / "text_00001.safetensors").unlink()  # as if interrupted
     text.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
     assert (folder / "text_00000.safetensors").stat().st_mtime_ns == stamp
     cache = text.TextCache(folder)
@@ -63,7 +63,7 @@ def test_cached_text_is_what_the_encoders_give_is_added_to_and_is_not_mixed(sd3_
         text.TextCache(tmp_path)
 
 
-def test_no_shard_of_texts_is_ever_written_over(sd3_folder, tmp_path):
+def test_no_shard_of_embeddings_is_ever_overwritten(sd3_folder, tmp_path):
     cpu = torch.device("cpu")
     text.cache_text(sd3_folder, ["fox", "snow"], tmp_path, cpu, t5_tokens=24, shard=1)
     (tmp_path / "text_00001.safetensors").unlink()
@@ -72,11 +72,11 @@ def test_no_shard_of_texts_is_ever_written_over(sd3_folder, tmp_path):
     assert set(text.TextCache(tmp_path).rows) == {"", "fox", "snow", "owl"}
 
 
-def test_texts_are_known_by_their_encoders_and_tokenizers_wherever_these_lie(sd3_folder, tmp_path):
+def test_fingerprints_depend_on_encoders_and_tokenizers_not_on_the_path(sd3_folder, tmp_path):
     before = text.fingerprint(sd3_folder)
     shutil.copytree(sd3_folder, tmp_path / "sd3", copy_function=shutil.copyfile)
     assert text.fingerprint(tmp_path / "sd3") == before
-    shutil.rmtree(tmp_path / "sd3/transformer")                    # which no text passes through
+    shutil.rmtree(tmp_path / "sd3/transformer")                    # not used for text
     assert text.fingerprint(tmp_path / "sd3") == before
     for name in ("tokenizer_2/tokenizer.json", "text_encoder_3/config.json"):
         file = tmp_path / "sd3" / name
@@ -85,19 +85,18 @@ def test_texts_are_known_by_their_encoders_and_tokenizers_wherever_these_lie(sd3
         before = text.fingerprint(tmp_path / "sd3")
 
 
-def test_one_rank_encodes_for_all_and_no_cache_is_begun_that_the_disk_cannot_hold(
-        sd3_folder, tmp_path, monkeypatch):
+def test_rank_0_encodes_for_all_and_only_if_the_disk_has_room(sd3_folder, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     with pytest.raises(SystemExit, match="no text_"):
-        text.text_for(sd3_folder, ["fox"], tmp_path, 1, cpu, 24)   # of which rank 0 has written nothing here
+        text.text_for(sd3_folder, ["fox"], tmp_path, 1, cpu, 24)   # rank 0 has written nothing here
     free = (77 + 24) * 40 * 4 + 24 * 4                             # bytes of one text
     monkeypatch.setattr(text.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * free - 1))
     with pytest.raises(SystemExit, match="too little space; give another --out, or fewer prompts"):
-        text.text_for(sd3_folder, ["fox"], tmp_path, 0, cpu, 24)   # and ""
+        text.text_for(sd3_folder, ["fox"], tmp_path, 0, cpu, 24)   # needs "" as well
     assert not list(tmp_path.glob("text/*.safetensors"))
 
 
-def test_the_captions_of_a_folder_and_the_prompts_are_both_encoded(tmp_path, monkeypatch):
+def test_captions_of_a_folder_and_prompts_are_both_encoded(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a caption")
     asked = []
@@ -106,7 +105,7 @@ def test_the_captions_of_a_folder_and_the_prompts_are_both_encoded(tmp_path, mon
     assert asked == [["a caption", "fox", "owl"]]
 
 
-def test_captions_of_one_batch_are_dropped_each_by_itself(tmp_path):
+def test_captions_in_a_batch_are_dropped_independently(tmp_path):
     shard(tmp_path, 0, prompts=["", "a"], context=torch.stack([torch.zeros(8, 6), torch.ones(8, 6)]))
     images = SimpleNamespace(captions=["a"] * 200)
     cfg = SimpleNamespace(text=str(tmp_path), out="", t5_tokens=None)
@@ -116,7 +115,7 @@ def test_captions_of_one_batch_are_dropped_each_by_itself(tmp_path):
     assert 120 < tokens[:, 0, 0].sum() < 180
 
 
-def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_folder, tmp_path):
+def test_a_conditioner_gives_labels_or_captions_and_can_drop_either(sd3_folder, tmp_path):
     dit = SimpleNamespace(cfg=SimpleNamespace(num_classes=7))
     words = ["a fox", "snow", "an owl"]
 
@@ -150,7 +149,7 @@ def test_a_conditioner_gives_labels_or_the_texts_of_images_and_drops_both(sd3_fo
 
 @pytest.mark.parametrize("classes,warned", [(["ant", "bee"], False), (["ant"], False), (["bee"], True),
                                             (["bee", "ant"], True)])
-def test_a_base_that_learned_other_classes_is_said_so_once(classes, warned, tmp_path, capsys):
+def test_a_base_trained_on_other_classes_is_reported_once(classes, warned, tmp_path, capsys):
     weights = {"model": {"w": torch.ones(1)}}
     runs.save_folder(tmp_path / "base/step_000001", weights, {"classes": ["ant", "bee"]})
     images = SimpleNamespace(captions=None, classes=classes)
@@ -161,7 +160,7 @@ def test_a_base_that_learned_other_classes_is_said_so_once(classes, warned, tmp_
     assert (said.out + said.err).count("learned ant, bee; these images are") == warned
 
 
-def test_prompts_are_read_off_a_line_or_a_file(tmp_path):
+def test_prompts_are_read_from_a_line_or_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\n\n snow \n")
     assert (
         text.read_prompts(str(tmp_path / "prompts.txt"))
@@ -177,33 +176,33 @@ REAL = ["a" * 350, "a lighthouse at dusk, " * 20, "x/" * 300, "v1.0 robot", "a.i
 
 
 @pytest.mark.parametrize("prompt", REAL)
-def test_a_text_is_drawn_however_long_it_is_and_whatever_it_looks_like(prompt):
+def test_prompts_may_be_long_or_resemble_file_names(prompt):
     assert text.read_prompts(prompt) == [prompt.strip()]
     assert text.read_prompts(f"|{prompt}|| b|") == [prompt.strip(), "b"]
 
 
 @pytest.mark.parametrize("prompt", ["prompt_list.txt", "prompts/list.txt", "LIST.TXT", "a.csv", "~/p.jsonl",
                                     "/home/me/my prompts.txt", "fox|prompt_list.txt"])
-def test_a_file_that_is_missing_is_not_drawn(prompt):
+def test_a_missing_file_is_not_taken_as_a_prompt(prompt):
     with pytest.raises(SystemExit, match="there is no file '.*'; wanted prompts separated by |, or a file"):
         text.read_prompts(prompt)
 
 
 @pytest.mark.parametrize("raw", [b"\xef\xbb\xbfa fox\n\nsnow\n", b"a fox\r\nsnow\r\n", b"a fox\rsnow",
                                  b"a fox\nsnow "])
-def test_a_file_of_prompts_may_have_a_mark_and_the_lines_of_any_system(tmp_path, raw):
+def test_a_prompts_file_may_have_a_byte_order_mark_and_any_line_endings(tmp_path, raw):
     (tmp_path / "p").write_bytes(raw)
     assert text.read_prompts(str(tmp_path / "p")) == ["a fox", "snow"]
 
 
 @pytest.mark.parametrize("encoding, line", [("cp1252", 2), ("utf-16", 1), ("utf-16-le", 1)])
-def test_a_file_of_prompts_in_another_encoding_is_refused_with_its_line(tmp_path, encoding, line):
+def test_a_prompts_file_in_another_encoding_is_refused_with_the_line(tmp_path, encoding, line):
     (tmp_path / "p.txt").write_text("a fox\nein Füchslein" if line == 2 else "a fox", encoding)
     with pytest.raises(SystemExit, match=f"p.txt: line {line}: .*; wanted text, save it as UTF-8"):
         text.read_prompts(str(tmp_path / "p.txt"))
 
 
-def test_nothing_to_draw_and_what_is_no_text_are_refused(tmp_path, monkeypatch, capsys):
+def test_empty_and_invalid_prompts_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text(" \n\n")
     for nothing in ("|", " ", " | ", str(tmp_path / "p.txt")):
         with pytest.raises(SystemExit, match="holds no prompt; wanted prompts separated by"):
@@ -218,19 +217,19 @@ def test_nothing_to_draw_and_what_is_no_text_are_refused(tmp_path, monkeypatch, 
     assert text.read_prompts("dog") == ["dog"] and "the folder of that name" in capsys.readouterr().out
 
 
-def test_texts_longer_than_the_encoders_read_are_counted_and_named(sd3_folder, tmp_path, capsys):
+def test_prompts_too_long_for_the_encoders_are_counted_and_named(sd3_folder, tmp_path, capsys):
     encoders = text.load_text_encoders(sd3_folder, torch.device("cpu"))
     capsys.readouterr()
     text.say_what_is_cut(encoders, ["snow", "owl " * 30, "b" * 75], t5_tokens=500)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("1 of 3 prompts are cut: CLIP reads 77 tokens: 'owl owl owl ") and "(92)" in line
-    text.say_what_is_cut([*encoders[:2], None], ["b" * 75], t5_tokens=5)         # and the marks at both ends
+    text.say_what_is_cut([*encoders[:2], None], ["b" * 75], t5_tokens=5)         # 77 with start and end
     assert not capsys.readouterr().out
     text.say_what_is_cut(encoders, ["snow"] * 5, t5_tokens=4)
     assert "5 of 5 prompts are cut: T5 reads 4 tokens" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- what is broken
+# ---------------------------------------------------------------- broken parts
 
 
 def without_transformers(monkeypatch, error):
@@ -253,13 +252,13 @@ CAUSE = RuntimeError("operator torchvision::nms does not exist")
     (CAUSE, "cannot be imported .*nms does not exist.*requirements.txt"),
     (OSError("libcudart.so.13: cannot open"), "cannot be imported .*libcudart"),
 ])
-def test_a_broken_import_says_its_cause_a_missing_package_its_command(monkeypatch, tmp_path, error, said):
+def test_import_errors_name_the_cause_or_the_missing_package(monkeypatch, tmp_path, error, said):
     without_transformers(monkeypatch, error)
     with pytest.raises(SystemExit, match=said):
         text.load_text_encoders(tmp_path, torch.device("cpu"))
 
 
-def test_the_cause_below_an_error_of_transformers_itself_is_said(monkeypatch, tmp_path):
+def test_the_cause_beneath_a_transformers_error_is_named(monkeypatch, tmp_path):
     wrapped = ModuleNotFoundError("Could not import module 'CLIPTextModelWithProjection'")
     wrapped.__cause__ = CAUSE
     without_transformers(monkeypatch, wrapped)
@@ -289,7 +288,7 @@ def lose_a_tensor(path):
     (lose_a_tensor, "text_encoder/model.safetensors", "lacks 1 tensors, the first text_model.final"),
     (shutil.rmtree, "text_encoder_2", "has no text_encoder_2; wanted a diffusers SD3.5 folder"),
 ])
-def test_a_part_of_the_encoders_that_is_missing_or_broken_is_named(sd3_folder, tmp_path, change, name, said):
+def test_a_missing_or_broken_part_of_the_encoders_is_named(sd3_folder, tmp_path, change, name, said):
     shutil.copytree(sd3_folder, tmp_path / "sd3", ignore=shutil.ignore_patterns("transformer", "vae"))
     change(tmp_path / "sd3" / name)
     with pytest.raises(SystemExit, match=said):
@@ -313,7 +312,7 @@ def shard(folder, n, prompts=("a", "b"), **changes):
     (dict(context=torch.zeros(2, 9, 6)), r"\[\[9, 6\], \[5\]\], those of text_00000.* \[\[8, 6\], \[5\]\]"),
     (dict(pooled=torch.zeros(2, 7)), r"\[\[8, 6\], \[7\]\], those of text_00000"),
 ])
-def test_a_shard_of_texts_that_is_no_whole_one_or_of_another_width_is_named(tmp_path, changes, said):
+def test_an_incomplete_shard_or_one_of_another_width_is_named(tmp_path, changes, said):
     shard(tmp_path, 0)
     assert set(text.TextCache(tmp_path).rows) == {"a", "b"}
     shard(tmp_path, 1, **changes)
@@ -321,7 +320,7 @@ def test_a_shard_of_texts_that_is_no_whole_one_or_of_another_width_is_named(tmp_
         text.TextCache(tmp_path)
 
 
-def test_embeddings_that_are_not_finite_are_not_trained_on(tmp_path):
+def test_embeddings_that_are_not_finite_are_refused(tmp_path):
     context = torch.zeros(2, 8, 6)
     context[1, 3, 2] = float("inf")
     shard(tmp_path, 0, context=context)
@@ -331,7 +330,7 @@ def test_embeddings_that_are_not_finite_are_not_trained_on(tmp_path):
         cache(["a", "b"])
 
 
-def test_shards_of_other_encoders_or_numbers_of_tokens_are_not_mixed(tmp_path):
+def test_shards_of_other_encoders_or_token_counts_are_not_mixed(tmp_path):
     tensors = {"context": torch.zeros(1, 8, 6), "pooled": torch.zeros(1, 5)}
     for n, encoders in enumerate(("e", "other")):
         header = {"encoders": encoders, "t5_tokens": "24", "prompts": json.dumps([f"text {n}"])}
@@ -345,7 +344,7 @@ def test_shards_of_other_encoders_or_numbers_of_tokens_are_not_mixed(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 50, -4])
-def test_a_shard_of_texts_that_was_cut_off_is_named_before_it_is_read_or_added_to(tmp_path, length):
+def test_a_truncated_shard_is_named_before_it_is_read_or_added_to(tmp_path, length):
     shard(tmp_path, 0)
     path = shard(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:length])
@@ -355,7 +354,7 @@ def test_a_shard_of_texts_that_was_cut_off_is_named_before_it_is_read_or_added_t
         text.cached_prompts(tmp_path, {"encoders": "e"})
 
 
-def test_a_renamed_shard_does_not_disturb_the_numbers_of_new_ones(tmp_path):
+def test_a_renamed_shard_does_not_disturb_the_numbering_of_new_ones(tmp_path):
     shard(tmp_path, 7).with_name("text_old.safetensors").write_bytes(shard(tmp_path, 3).read_bytes())
     assert text.next_number(tmp_path) == 8
 

@@ -1,4 +1,4 @@
-"""support/trackers.py: a run's lines and pictures arrive, once; what fails ends no training."""
+"""support/trackers.py: a run's log lines and pictures arrive once; a failing tracker ends no training."""
 import importlib.util
 import json
 import sys
@@ -10,7 +10,7 @@ from support import ranks, runs, trackers
 
 
 class Recorder(trackers.Tracker):
-    """Keeps what it is given in `events`; raises what `fault` has under the name of a method."""
+    """Keeps what it is given in `events`; raises the error that `fault` has for a method, if any."""
 
     name = "recorder"
     events = []
@@ -50,7 +50,7 @@ def of(events, method):
 # ---------------------------------------------------------------- what arrives
 
 
-def test_a_tracker_gets_the_lines_of_the_log_and_each_picture_once(vae_config, tmp_path, recorder, read_log):
+def test_a_tracker_gets_each_log_line_and_picture_once(vae_config, tmp_path, recorder, read_log):
     train_vae.main(vae_config(tmp_path, save_every=2, track="recorder"))
     lines = [{"step": step, **line} for step, line in of(recorder.events, "numbers")]
     assert lines == read_log(tmp_path) and [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -58,7 +58,7 @@ def test_a_tracker_gets_the_lines_of_the_log_and_each_picture_once(vae_config, t
     assert recorder.events[0] == ("open", 0) and recorder.events[-1] == ("finish",)
 
 
-def test_a_run_that_goes_on_sends_what_is_new(vae_config, tmp_path, recorder):
+def test_a_resumed_run_sends_only_what_is_new(vae_config, tmp_path, recorder):
     train_vae.main(vae_config(tmp_path, track="recorder"))
     recorder.events.clear()
     train_vae.main(vae_config(tmp_path, steps=6, track="recorder"))
@@ -66,12 +66,11 @@ def test_a_run_that_goes_on_sends_what_is_new(vae_config, tmp_path, recorder):
     assert [step for step, _ in of(recorder.events, "numbers")] == [5, 6]
     assert of(recorder.events, "picture") == [(6, "recon")]
     recorder.events.clear()
-    train_vae.main(vae_config(tmp_path, steps=6, track="recorder"))                # which is finished
+    train_vae.main(vae_config(tmp_path, steps=6, track="recorder"))                # already finished
     assert recorder.events == []
 
 
-def test_both_stages_have_the_field_and_pictures_without_a_number_are_sent_too(
-        finetune_config, tmp_path, recorder):
+def test_finetune_tracks_too_and_sends_pictures_without_a_number(finetune_config, tmp_path, recorder):
     import finetune
     finetune.main(finetune_config(tmp_path, track="recorder"))
     pictures = of(recorder.events, "picture")
@@ -80,28 +79,28 @@ def test_both_stages_have_the_field_and_pictures_without_a_number_are_sent_too(
     assert len(of(recorder.events, "numbers")) == 3
 
 
-def test_a_run_that_is_told_to_stop_draws_no_more_pictures_and_ends_the_tracker(
+def test_a_stopped_run_draws_no_more_pictures_and_closes_its_tracker(
         vae_config, tmp_path, recorder, monkeypatch):
     answers = iter([False, True])
     monkeypatch.setattr(ranks, "asked_to_stop", lambda: next(answers))
     with pytest.raises(SystemExit):
         train_vae.main(vae_config(tmp_path, track="recorder"))
     assert recorder.events[-1] == ("finish",) and ("picture", 2, "recon") not in recorder.events
-    assert runs.step_of(tmp_path) == 2                             # but saved it is
+    assert runs.step_of(tmp_path) == 2                             # but the step is saved
 
 
-def test_only_the_first_rank_tracks_and_all_check_the_name(vae_config, tmp_path, recorder):
+def test_only_rank_0_tracks_and_all_ranks_check_the_name(vae_config, tmp_path, recorder):
     cfg = vae_config(tmp_path, track="recorder")
     assert trackers.open_trackers(cfg, 0, rank=1) == [] and recorder.events == []
     with pytest.raises(SystemExit, match="--track=mlflow: wanted tensorboard or wandb or recorder"):
         trackers.open_trackers(vae_config(tmp_path, track="mlflow"), 0, rank=1)
 
 
-# ---------------------------------------------------------------- what fails
+# ---------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize("method, lines", [("open", 0), ("numbers", 0), ("picture", 1), ("finish", 4)])
-def test_a_tracker_that_fails_is_dropped_with_a_sentence_and_training_goes_on(
+def test_a_failing_tracker_is_dropped_with_one_message_and_training_continues(
         vae_config, tmp_path, recorder, read_log, capsys, method, lines):
     recorder.fault[method] = OSError(28, "No space left on device")
     train_vae.main(vae_config(tmp_path, track="recorder"))
@@ -111,7 +110,7 @@ def test_a_tracker_that_fails_is_dropped_with_a_sentence_and_training_goes_on(
     assert len(said) == 1 and "No space left on device" in said[0] and "training continues" in said[0]
 
 
-def test_a_tracker_changes_no_weight(vae_config, tmp_path, recorder, same_weights):
+def test_a_tracker_changes_no_weights(vae_config, tmp_path, recorder, same_weights):
     plain, tracked = vae_config(tmp_path / "a"), vae_config(tmp_path / "b", track="recorder")
     train_vae.main(plain)
     train_vae.main(tracked)
@@ -119,7 +118,7 @@ def test_a_tracker_changes_no_weight(vae_config, tmp_path, recorder, same_weight
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "tensorboard, wandb"])
-def test_a_missing_package_is_told_before_anything_is_written(vae_config, tmp_path, monkeypatch, name):
+def test_a_missing_package_is_named_before_anything_is_written(vae_config, tmp_path, monkeypatch, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     first = name.split(",")[0]
     with pytest.raises(SystemExit, match=f"--track={name}: {first} is not installed: pip install {first}"):
@@ -127,16 +126,16 @@ def test_a_missing_package_is_told_before_anything_is_written(vae_config, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_is_imported_unless_it_is_asked_for(vae_config, tmp_path, monkeypatch):
+def test_no_tracker_is_imported_unless_asked_for(vae_config, tmp_path, monkeypatch):
     for package in ("tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)            # an import would fail
     assert train_vae.main(vae_config(tmp_path, steps=1))["steps"] == 1
 
 
-# ---------------------------------------------------------------- the real ones, where they are installed
+# ---------------------------------------------------------------- the real ones, if installed
 
 
-def test_tensorboard_reads_lines_and_pictures_and_forgets_what_was_cut_off(vae_config, tmp_path):
+def test_tensorboard_reads_lines_and_pictures_and_drops_interrupted_steps(vae_config, tmp_path):
     pytest.importorskip("tensorboard", reason="needs pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     train_vae.main(vae_config(tmp_path, steps=2, track="tensorboard"))
@@ -154,7 +153,7 @@ def test_tensorboard_reads_lines_and_pictures_and_forgets_what_was_cut_off(vae_c
     assert found.Images("recon")[0].encoded_image_string.startswith(b"\x89PNG")
 
 
-def test_tensorboard_on_a_full_disk_ends_no_training(vae_config, tmp_path, small_disk, capsys):
+def test_training_survives_tensorboard_on_a_full_disk(vae_config, tmp_path, small_disk, capsys):
     pytest.importorskip("tensorboard", reason="needs pip install tensorboard")
     disk = small_disk(64)
     cfg = vae_config(tmp_path / "run", steps=8, save_every=2)
@@ -167,7 +166,7 @@ def test_tensorboard_on_a_full_disk_ends_no_training(vae_config, tmp_path, small
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_lines_and_pictures_of_both_parts_of_a_run(vae_config, tmp_path, monkeypatch):
+def test_wandb_offline_keeps_lines_and_pictures_of_a_resumed_run(vae_config, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -175,7 +174,7 @@ def test_wandb_offline_keeps_lines_and_pictures_of_both_parts_of_a_run(vae_confi
     train_vae.main(vae_config(tmp_path, track="wandb"))
     name = (tmp_path / "wandb_id.txt").read_text()
     parts = sorted(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
-    assert len(parts) == 2                                         # `wandb sync` makes one run of them
+    assert len(parts) == 2                                         # `wandb sync` merges them into one run
     pictures = [(b"media/images/recon_2", b"step 0"), (b"media/images/recon_4", b"step 4")]
     for part, (kept, step) in zip(parts, pictures):
         content = part.read_bytes()

@@ -1,4 +1,4 @@
-"""train_vae.py: the losses against closed forms and by hand, the discriminator, exact resume."""
+"""train_vae.py: the losses against formulas and hand counts, the discriminator, exact resume."""
 import contextlib
 import math
 import shutil
@@ -27,13 +27,13 @@ from train_vae import PRESETS, Config, PatchGAN, adaptive_weight, hinge_loss, le
 # ---------------------------------------------------------------- losses
 
 
-def test_hinge_loss_by_hand():
+def test_hinge_loss_equals_its_formula():
     real = torch.tensor([2.0, 0.0])
     fake = torch.tensor([-3.0, 1.0])
     assert hinge_loss(real, fake).item() == 0.5 * ((0 + 1) / 2 + (0 + 2) / 2)
 
 
-def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_is_clamped():
+def test_adaptive_weight_is_the_clamped_ratio_of_gradient_norms():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     a = (3 * w).sum()                                               # gradient (3, 3)
     b = (w * torch.tensor([0.0, 4.0])).sum()                        # gradient (0, 4)
@@ -43,7 +43,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms_and_is_clamped():
     assert not adaptive_weight(a, b, w, 1e4).requires_grad
 
 
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update_and_is_named():
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_is_named():
     one = torch.tensor(1.0)
     inf = torch.tensor(float("inf"))
     model = torch.nn.Linear(2, 2)
@@ -56,7 +56,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update_and_is_na
     ranks.stop_if_not_finite(one, one, model, 7)
 
 
-def test_a_discriminator_with_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_weights():
+def test_a_discriminator_loss_that_is_not_finite_stops_before_the_update():
     torch.manual_seed(0)
     judge = PatchGAN(4)
     before = {name: p.clone() for name, p in judge.named_parameters()}
@@ -68,7 +68,7 @@ def test_a_discriminator_with_a_loss_that_is_not_finite_stops_the_run_and_keeps_
     assert all(torch.equal(p, before[name]) for name, p in judge.named_parameters())
 
 
-def test_gradients_of_the_discriminator_are_averaged_over_ranks_in_its_last_backward_pass(monkeypatch):
+def test_discriminator_gradients_are_averaged_over_ranks_only_in_the_last_pass(monkeypatch):
     asked = []
     monkeypatch.setattr(ranks, "synchronise", lambda model, on: asked.append(on))
     judge = PatchGAN(4)
@@ -79,7 +79,7 @@ def test_gradients_of_the_discriminator_are_averaged_over_ranks_in_its_last_back
     assert asked == [False, False, True]
 
 
-def test_losses_are_float32_in_bfloat16_autocast(kl_config):
+def test_losses_are_float32_under_bfloat16_autocast(kl_config):
     vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     lpips = torch.nn.Conv2d(3, 1, 1)
@@ -103,7 +103,7 @@ def test_patch_discriminator_has_the_published_layers():
     assert sum(p.numel() for p in disc.parameters()) == by_hand == 2_765_633
 
 
-def test_psnr_by_hand_and_clamped():
+def test_psnr_equals_its_formula_on_clamped_images():
     x = torch.zeros(2, 3, 4, 4)
     y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 1.0)])
     assert torch.allclose(psnr(x, y), torch.tensor([20.0, 10 * math.log10(4)]), atol=1e-4)
@@ -111,7 +111,7 @@ def test_psnr_by_hand_and_clamped():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_vae_loss_and_its_gradients_are_the_sum_of_its_terms_with_adaptive_weights(kl_config, reduction):
+def test_vae_loss_and_its_gradients_are_the_adaptively_weighted_sum_of_terms(kl_config, reduction):
     torch.manual_seed(0)
     vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -138,7 +138,7 @@ def test_vae_loss_and_its_gradients_are_the_sum_of_its_terms_with_adaptive_weigh
 
     nll = terms["l1"] + terms["lpips"]
     kl = terms["kl"]
-    if reduction == "sum":                                          # of an image; theirs is half the sum
+    if reduction == "sum":                                          # over an image; VA-VAE halves the KL
         nll = nll * 3 * 32 * 32
         kl = kl * 12 * 8 * 8 / 2
     down, last = vae.down.conv, train_vae.last_conv(vae)
@@ -151,7 +151,7 @@ def test_vae_loss_and_its_gradients_are_the_sum_of_its_terms_with_adaptive_weigh
         assert (gradient(loss, layer) - wanted).norm() < 1e-4 * wanted.norm()
 
 
-def test_learning_rate_is_constant_then_falls_to_zero():
+def test_learning_rate_rises_stays_and_falls_to_zero():
     cfg = Config(lr=2.0, steps=100, cooldown=0.2)
     assert [learning_rate(n, cfg) for n in (0, 80, 90, 100)] == [2.0, 2.0, 1.0, 0.0]
     assert learning_rate(99, replace(cfg, cooldown=0.0)) == 2.0
@@ -183,7 +183,7 @@ def test_training_writes_log_pictures_statistics_and_a_whole_checkpoint(davae_ru
     out = Path(davae_run[0].out)
     rows = read_log(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert "d" not in rows[2]                                       # the discriminator begins at step 3
+    assert "d" not in rows[2]                                       # the discriminator starts after step 3
     assert {"l1", "kl", "align", "a_w", "g", "d_w", "d", "gnorm"} <= set(rows[3])
     assert all((out / name).stat().st_size > 1000 for name in ("recon.png", "loss.png"))
     vae = load_davae(out)
@@ -192,7 +192,7 @@ def test_training_writes_log_pictures_statistics_and_a_whole_checkpoint(davae_ru
     assert all(torch.equal(value, base[key]) for key, value in vae.base.state_dict().items())
 
 
-def test_the_psnrs_of_a_summary_and_the_rows_of_its_strip_are_base_only_and_whole(davae_run):
+def test_summary_psnrs_and_picture_rows_are_of_the_base_and_the_full_image(davae_run):
     cfg, summary = davae_run
     val = held_out.validation_images(cfg, None)
     base, full = train_vae.reconstruct(load_davae(cfg.out), val)
@@ -207,9 +207,8 @@ def test_the_psnrs_of_a_summary_and_the_rows_of_its_strip_are_base_only_and_whol
         assert np.abs(np.stack(cells) - figures.to_uint8(shown)).max() <= 1
 
 
-def test_training_does_as_its_flags_say_with_each_batch_each_update_and_both_players(
-        davae_config, tmp_path, monkeypatch):
-    """--crop and --flip; --clip; --warmup and --cooldown."""
+def test_training_obeys_its_flags_for_batches_and_both_optimizers(davae_config, tmp_path, monkeypatch):
+    """--crop, --flip, --clip, --warmup and --cooldown."""
     cfg = davae_config(
         tmp_path / "run", crop=(32,), flip=True, clip=1e-3, warmup=2, cooldown=0.5, disc_start=0)
     plain_loss = train_vae.vae_loss
@@ -239,7 +238,7 @@ def test_training_does_as_its_flags_say_with_each_batch_each_update_and_both_pla
 
 
 def test_latents_are_measured_on_the_images_of_all_ranks(davae_config, tmp_path, monkeypatch):
-    """Another rank is played, with as many latents as this one, which are all 0."""
+    """Simulates another rank that has as many latents as this one, all of them 0."""
     cfg = davae_config(tmp_path / "run", steps=1, image_size=16, gan=0.0)
     count_alone = torch.tensor([1.0, 0.0, 0.0])[:, None]
     monkeypatch.setattr(ranks, "sum_patiently", lambda sums: sums + count_alone * sums)
@@ -253,7 +252,7 @@ def test_latents_are_measured_on_the_images_of_all_ranks(davae_config, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, here g++")
-def test_compiled_levels_give_the_same_losses_and_the_same_names(davae_config, tmp_path, read_log):
+def test_compiled_levels_give_the_same_losses_and_weight_names(davae_config, tmp_path, read_log):
     def train(compile):
         cfg = davae_config(tmp_path / str(compile), steps=3, disc_start=2, image_size=32, compile=compile)
         train_vae.main(cfg)
@@ -285,7 +284,7 @@ def test_the_discriminator_is_untouched_before_its_start_and_trained_after(davae
     assert not torch.equal(discriminator_of(cfg)["0.weight"], start["0.weight"])
 
 
-def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(davae_config, same_weights, tmp_path):
+def test_twenty_steps_equal_ten_plus_ten_resumed_bit_for_bit(davae_config, same_weights, tmp_path):
     straight = davae_config(tmp_path / "straight", disc_start=6, steps=20, crop=(32,))
     halves = replace(straight, out=str(tmp_path / "halves"))
     train_vae.main(straight)
@@ -296,7 +295,7 @@ def test_twenty_steps_equal_ten_and_resumed_ten_bit_for_bit(davae_config, same_w
     assert all(torch.equal(value, resumed[key]) for key, value in discriminator_of(straight).items())
 
 
-def test_a_run_killed_between_its_last_checkpoint_and_its_summary_still_gets_one(davae_config, tmp_path):
+def test_a_run_killed_before_its_summary_still_gets_one(davae_config, tmp_path):
     cfg = davae_config(tmp_path / "a", steps=1, image_size=16, gan=0.0)
     first = train_vae.main(cfg)
     (tmp_path / "a" / "summary.json").unlink()
@@ -304,7 +303,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_still_gets_one
     assert again | {"seconds": 0} == first | {"seconds": 0}
 
 
-def test_the_same_command_again_says_that_it_is_finished(vae_config, base_run, capsys):
+def test_the_same_command_again_says_the_run_is_finished(vae_config, base_run, capsys):
     newest = runs.latest_checkpoint(base_run)
     before = newest.stat().st_mtime
     train_vae.main(vae_config(base_run))
@@ -318,7 +317,7 @@ def test_resuming_with_another_model_is_refused(vae_config, base_run):
         train_vae.main(vae_config(base_run, C=8, steps=9))
 
 
-def test_presets_name_fields_and_their_own_folders():
+def test_presets_have_valid_fields_and_distinct_folders():
     for name, values in PRESETS.items():
         assert Config(**{"preset": name, **values}).out == values["out"]
     assert len({v["out"] for v in PRESETS.values()}) == len(PRESETS)
@@ -327,7 +326,7 @@ def test_presets_name_fields_and_their_own_folders():
 @pytest.mark.parametrize("train,changed", [
     ("all", "detail_encoder decoder down up"), ("decoder", "decoder down up"), ("up", "decoder up"),
     ("blocks", "down up")])
-def test_only_the_parts_that_train_names_are_trained(davae_config, tmp_path, train, changed):
+def test_only_the_parts_named_by_train_are_trained(davae_config, tmp_path, train, changed):
     cfg = davae_config(tmp_path / train, train=train, adaptive_align=train != "up", steps=2, save_every=1)
     train_vae.main(cfg)
     before = load_file(Path(cfg.out) / "step_000001/model.safetensors")
@@ -337,7 +336,7 @@ def test_only_the_parts_that_train_names_are_trained(davae_config, tmp_path, tra
     assert moved - set(statistics) == set(changed.split())
 
 
-def test_a_davae_of_a_quarter_trains_resumes_and_carries_a_dit(davae_config, same_weights, tmp_path):
+def test_a_davae_with_r_4_trains_resumes_and_carries_a_dit(davae_config, same_weights, tmp_path):
     sizes = dict(r=4, D=16, steps=4, image_size=64, gan=0.0)
     straight = davae_config(tmp_path / "a", **sizes)
     broken = davae_config(tmp_path / "b", **sizes | dict(steps=2))
@@ -375,7 +374,7 @@ def test_pictures_are_drawn_after_the_checkpoint_is_written(davae_config, tmp_pa
     assert runs.step_of(cfg.out) == 3
 
 
-def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkeypatch, capsys):
+def test_a_failing_picture_costs_no_checkpoint(davae_config, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("no memory for a picture")
 
@@ -384,7 +383,8 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
     cfg = davae_config(tmp_path / "run", steps=3)
     assert train_vae.main(cfg)["psnr"] > 0
     assert runs.step_of(cfg.out) == 3
-    assert "reconstructions not drawn: no memory for a picture; training continues" in capsys.readouterr().err
+    assert ("reconstructions not drawn: no memory for a picture; nothing else is lost"
+            in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("changes,sentence", [
@@ -403,14 +403,13 @@ def test_a_picture_that_fails_costs_no_checkpoint(davae_config, tmp_path, monkey
     (dict(crop=(32, 20)), "--image_size=64, --crop: images of 20 pixels; wanted 24 or more, or --gan=0"),
     (dict(gan=0.0, perceptual="squeeze", image_size=16), "images of 16 pixels; wanted 17 or more"),
 ])
-def test_sizes_that_do_not_fit_are_one_sentence_before_the_first_save(
-        davae_config, tmp_path, changes, sentence):
+def test_invalid_settings_get_one_sentence_before_the_first_save(davae_config, tmp_path, changes, sentence):
     with pytest.raises(SystemExit, match=sentence):
         train_vae.main(davae_config(tmp_path / "run", **changes))
     assert not list(tmp_path.glob("run/step_*"))
 
 
-def test_crops_are_of_the_image_halved_as_often_as_they_fit_in_and_each_size_comes():
+def test_crops_of_each_size_come_from_every_halving_that_holds_them():
     cfg = Config(D=24, crop=(8, 16, 32), halvings=2)
     x = torch.arange(32.0).expand(2, 3, 32, 32)                    # brighter by 1 with each pixel
     torch.manual_seed(0)
@@ -422,7 +421,7 @@ def test_crops_are_of_the_image_halved_as_often_as_they_fit_in_and_each_size_com
     assert seen == {(8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (32, 1)}
 
 
-def test_one_size_of_crops_draws_no_other_random_number():
+def test_a_single_crop_size_draws_no_extra_random_number():
     x = torch.randn(2, 3, 32, 32)
     torch.manual_seed(0)
     crop = train_vae.training_batch(x, 1, Config(D=24, crop=(16,)))
@@ -430,7 +429,7 @@ def test_one_size_of_crops_draws_no_other_random_number():
     assert torch.equal(crop, data.random_crop(x, 16))
 
 
-def test_what_a_loss_of_ones_own_trains_is_saved_for_resuming_and_not_with_the_model(
+def test_networks_of_your_own_loss_are_resumed_but_not_saved_in_the_model(
         davae_config, same_weights, tmp_path, monkeypatch):
     plain_loss = train_vae.vae_loss
 

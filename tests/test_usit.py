@@ -1,4 +1,4 @@
-"""support/usit.py against U-ViT written out once more, in float64, from the names and weights of a file."""
+"""support/usit.py against a second U-ViT, in float64, with the names and weights of a file."""
 import math
 from dataclasses import asdict, replace
 
@@ -28,7 +28,7 @@ def make_usit(randomise, monkeypatch):
     return make
 
 
-# ---------------------------------------------------------------- the network, written out once more
+# ---------------------------------------------------------------- the network, implemented again
 
 
 def linear(sd, name, x):
@@ -76,7 +76,7 @@ def uvit(sd, z, t, y, A, p, mirrored=lambda i, half: half - 1 - i):
 
 @pytest.mark.parametrize("p", [1, 2])
 @torch.no_grad()
-def test_the_velocity_is_that_of_a_uvit_written_out_in_float64(make_usit, dit_inputs, error, p):
+def test_velocities_equal_uvit_reimplemented_in_float64(make_usit, dit_inputs, error, p):
     model, inputs = make_usit(p), dit_inputs(p)
     ref = uvit(export_usit(model), *inputs, A=4, p=p)
     assert ref.abs().max() > 0.5
@@ -85,7 +85,7 @@ def test_the_velocity_is_that_of_a_uvit_written_out_in_float64(make_usit, dit_in
 
 @pytest.mark.parametrize("wrong", [lambda i, half: i, lambda i, half: 0, lambda i, half: half - 1])
 @torch.no_grad()
-def test_skips_that_end_in_another_block_would_be_noticed(make_usit, dit_inputs, error, wrong):
+def test_skips_wired_to_the_wrong_block_would_be_noticed(make_usit, dit_inputs, error, wrong):
     model, inputs = make_usit(), dit_inputs(1)
     assert error(model(*inputs), uvit(export_usit(model), *inputs, A=4, p=1, mirrored=wrong)) > 1e-2
 
@@ -99,11 +99,11 @@ def test_full_size_models_have_the_published_number_of_parameters(size, count):
     assert len(model.blocks) == depth + 1
 
 
-def test_initial_weights_are_the_published_ones():
+def test_weights_are_initialised_as_published():
     torch.manual_seed(0)
     model = USiT(USiTConfig(C=4, D=6, grid=8, E=64, A=4, depth=2, num_classes=500))
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.O_new]
-    for weight in (model.pos_embed, *(m.weight for m in linear)):              # of the head, too
+    for weight in (model.pos_embed, *(m.weight for m in linear)):              # the head's too
         assert abs(weight.std() / 0.02 - 1) < 0.1
     assert all(m.bias is None or m.bias.abs().max() == 0 for m in linear)
     assert abs(model.y_embedder.weight.std() - 1) < 0.02
@@ -116,7 +116,7 @@ def test_initial_weights_are_the_published_ones():
     (dict(depth=0), "depth=0 of a USiT"),
     (dict(E=33, A=3), "E=33 with A=3 heads: E must be even"),
     (dict(A=5), "E=1152 with A=5 heads")])
-def test_sizes_that_cannot_be_are_one_sentence(changes, sentence):
+def test_impossible_sizes_get_one_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         USiTConfig(**changes)
 
@@ -127,8 +127,7 @@ def test_a_wrong_latent_is_named(make_usit):
 
 
 @torch.no_grad()
-def test_under_bfloat16_autocast_tokens_are_bfloat16_and_in_one_piece_and_the_output_float32(
-        make_usit, dit_inputs, error):
+def test_under_autocast_tokens_are_contiguous_bfloat16_and_the_output_float32(make_usit, dit_inputs, error):
     model, inputs = make_usit(D=6), dit_inputs(1, channels=10)
     exact = model(*inputs)
     seen = []
@@ -157,7 +156,7 @@ def test_checkpointing_changes_no_gradient(make_usit, dit_inputs):
 
 @pytest.mark.parametrize("p", [1, 2])
 @torch.no_grad()
-def test_the_widened_model_is_the_base_model_to_the_last_bit(make_usit, dit_inputs, randomise, p):
+def test_the_widened_model_equals_the_base_bit_for_bit(make_usit, dit_inputs, randomise, p):
     base, model = make_usit(p), make_usit(p)
     z, _, y = dit_inputs(p)
     model.expand_channels(6)
@@ -174,7 +173,7 @@ def test_gradients_reach_the_new_layers_from_the_first_step(make_usit, dit_input
     assert model.P_new.weight.grad.abs().max() > 1e-6 and model.O_new.weight.grad.abs().max() > 1e-6
 
 
-def test_a_widened_model_and_one_built_wide_have_their_parameters_in_one_order(make_usit):
+def test_a_widened_model_has_the_parameter_order_of_one_built_wide(make_usit):
     widened = make_usit()
     widened.expand_channels(6)
     names = [name for name, _ in make_usit(D=6).named_parameters()]
@@ -188,7 +187,7 @@ def test_a_widened_model_and_one_built_wide_have_their_parameters_in_one_order(m
 
 @pytest.mark.parametrize("front", ["", "uvit.", "diffusion_model."])
 @torch.no_grad()
-def test_a_uvits_file_becomes_a_usit_and_goes_back_unchanged(make_usit, dit_inputs, front):
+def test_a_uvit_file_imports_as_a_usit_and_exports_unchanged(make_usit, dit_inputs, front):
     model = make_usit(p=2)
     theirs = export_usit(model)
     loaded = load_dit({front + name: weight for name, weight in theirs.items()})
@@ -199,7 +198,7 @@ def test_a_uvits_file_becomes_a_usit_and_goes_back_unchanged(make_usit, dit_inpu
 
 
 @torch.no_grad()
-def test_merged_details_compute_the_same_as_one_wider_model(make_usit, dit_inputs, error):
+def test_merging_details_into_a_wider_model_changes_nothing(make_usit, dit_inputs, error):
     model, inputs = make_usit(p=2, D=6), dit_inputs(2, channels=10)
     merged = load_dit(export_usit(model))
     assert (merged.cfg.C, merged.cfg.D) == (10, 0)
@@ -223,7 +222,7 @@ def test_the_released_sizes_are_read_off_the_shapes():
     (lambda sd: sd.update(pos_embed=sd["pos_embed"][:, :12]), r"pos_embed is \(1, 12, 32\); wanted \(1, 11"),
     (lambda sd: sd.update({"decoder_pred.weight": sd["decoder_pred.weight"][1:]}), "its head does not"),
     (lambda sd: usit.HEADS.pop(32), "number of heads, and E=32 is not one of DC-AE's widths, 512, 1152")])
-def test_what_is_not_a_whole_uvit_is_one_sentence(make_usit, spoil, sentence):
+def test_a_broken_uvit_file_gets_one_sentence(make_usit, spoil, sentence):
     sd = export_usit(make_usit())
     spoil(sd)
     with pytest.raises(SystemExit, match=f"the given state dict: .*{sentence}"):
@@ -261,7 +260,7 @@ def test_a_usit_trains_widens_exactly_resumes_and_draws(runs_of_usit, same_weigh
 
 
 @torch.no_grad()
-def test_guidance_leads_away_from_the_null_class(make_usit, dit_inputs):
+def test_guidance_pushes_away_from_the_null_class(make_usit, dit_inputs):
     model = make_usit()
     z, _, y = dit_inputs(1)
     null = torch.full_like(y, 5)
@@ -275,7 +274,7 @@ def test_guidance_leads_away_from_the_null_class(make_usit, dit_inputs):
         x = x + (after - t) * (u + 3 * (c - u))
     assert (guided - x).abs().max() < 1e-5
     assert (guided - plain)[:2].abs().max() > 1e-3
-    assert (guided - plain)[2].abs().max() < 1e-5                # the third is of the null class
+    assert (guided - plain)[2].abs().max() < 1e-5                # the third has the null class
 
 
 @torch.no_grad()
@@ -292,7 +291,7 @@ def test_a_run_is_exported_under_uvits_names(runs_of_usit, tmp_path, monkeypatch
     assert error(exported(*inputs), ours(*inputs)) < 1e-5
 
 
-def test_uniform_times_are_uniform_and_weigh_alike():
+def test_uniform_times_are_uniform_with_equal_weights():
     torch.manual_seed(0)
     t, weight = finetune.draw_time(100_000, "uniform", torch.device("cpu"))
     assert (weight == 1).all() and 0 <= t.min() and t.max() < 1
@@ -300,12 +299,12 @@ def test_uniform_times_are_uniform_and_weigh_alike():
     assert (counts / 10_000 - 1).abs().max() < 0.05
 
 
-def test_the_learning_rate_rises_over_the_warmup_and_then_is_as_without():
+def test_the_learning_rate_rises_over_the_warmup_and_is_then_unchanged():
     cfg = finetune.Config(lr=2.0, warmup=4, steps=100, cooldown=0.2)
     assert [finetune.learning_rate(n, cfg) for n in (0, 1, 3, 4, 80, 90, 100)] == [0.5, 1, 2, 2, 2, 1, 0]
 
 
-def test_a_dry_run_costs_what_the_closed_formula_says(capsys):
+def test_dry_run_costs_match_the_closed_form(capsys):
     numbers = finetune.main(cli(finetune.Config, finetune.PRESETS, ["usit", "--dry_run=True"]))
     E, N = 1152, 64 + 2
     per_token = 4 * E * E + 2 * N * E + 8 * E * E              # attention's layers, scores and values, MLP
@@ -316,7 +315,7 @@ def test_a_dry_run_costs_what_the_closed_formula_says(capsys):
     assert math.isclose(numbers["step"], 3 * numbers["forward"], rel_tol=0.02)
 
 
-def test_kernels_and_specifications_agree_on_what_a_usit_computes(make_usit, dit_inputs, error):
+def test_kernels_and_specifications_agree_on_a_usit(make_usit, dit_inputs, error):
     model, inputs = make_usit(D=6), dit_inputs(1, channels=10)
     with kernels.specifications():
         exact = model(*inputs)

@@ -18,7 +18,7 @@ from train_vae import Config, adaptive_weight, vae_loss
 
 
 def by_positions(s, f, m1, m2):
-    """The two means as their definitions say, in float64, one pair of positions after the other."""
+    """The two means by their definitions, in float64, one pair of positions at a time."""
     s, f = s.double().flatten(2), f.double().flatten(2)
     mcos, mdms = [], []
     for b in range(len(s)):
@@ -36,7 +36,7 @@ def cosine(a, b):
 
 
 @pytest.mark.parametrize("margins", [(0.0, 0.0), (0.5, 0.25)])
-def test_both_terms_are_those_of_a_double_loop_over_positions(margins):
+def test_both_terms_equal_a_double_loop_over_positions(margins):
     torch.manual_seed(0)
     s, f = torch.randn(2, 6, 3, 2), torch.randn(2, 6, 3, 2)
     terms = vf_loss(s, f, *margins)
@@ -45,7 +45,7 @@ def test_both_terms_are_those_of_a_double_loop_over_positions(margins):
     assert terms["mdms"].item() == pytest.approx(mdms, abs=1e-6)
 
 
-def test_lengths_do_not_count_and_a_scaled_copy_of_the_teacher_has_no_loss():
+def test_lengths_do_not_matter_so_a_scaled_teacher_has_no_loss():
     torch.manual_seed(0)
     s, f = torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)
     assert all(value < 1e-6 for value in vf_loss(3 * f, f, 0.0, 0.0).values())
@@ -53,7 +53,7 @@ def test_lengths_do_not_count_and_a_scaled_copy_of_the_teacher_has_no_loss():
     assert all(torch.allclose(terms[name], longer[name], atol=1e-6) for name in terms)
 
 
-def test_where_both_margins_are_met_the_gradient_is_exactly_zero():
+def test_the_gradient_is_exactly_zero_where_both_margins_are_met():
     torch.manual_seed(0)
     f = torch.randn(1, 6, 3, 3)
     s = (f + 0.1 * torch.randn_like(f)).requires_grad_()
@@ -62,7 +62,7 @@ def test_where_both_margins_are_met_the_gradient_is_exactly_zero():
     assert not s.grad.any()
 
 
-def test_the_matrix_needs_no_common_channels_and_no_common_axes_and_the_cosine_does():
+def test_the_matrix_term_needs_no_common_channels_or_axes_but_the_cosine_does():
     torch.manual_seed(0)
     s, f = torch.randn(2, 6, 3, 3), torch.randn(2, 9, 3, 3)
     terms = vf_loss(s, f, 0.5, 0.1)
@@ -74,7 +74,7 @@ def test_the_matrix_needs_no_common_channels_and_no_common_axes_and_the_cosine_d
     assert other["mdms"] < 1e-5 and plain["mcos"] < 1e-6 < 0.1 < other["mcos"]
 
 
-def test_the_teacher_gets_no_gradient_and_autocast_no_say():
+def test_the_teacher_gets_no_gradient_and_autocast_has_no_effect():
     s, f = torch.randn(1, 6, 4, 4, requires_grad=True), torch.randn(1, 6, 4, 4, requires_grad=True)
     exact = vf_loss(s, f, 0.0, 0.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -84,7 +84,7 @@ def test_the_teacher_gets_no_gradient_and_autocast_no_say():
     assert f.grad is None and s.grad.any()
 
 
-def test_of_many_positions_some_are_drawn_the_same_for_both_and_from_a_generator_of_their_own():
+def test_many_positions_are_subsampled_alike_for_both_by_a_separate_generator():
     torch.manual_seed(5)
     s, f = torch.randn(1, 4, 33, 33), torch.randn(1, 4, 33, 33)
     torch.manual_seed(6)
@@ -102,7 +102,7 @@ def test_of_many_positions_some_are_drawn_the_same_for_both_and_from_a_generator
     assert abs(some["mcos"] - every) < 0.1
 
 
-def test_group_means_may_be_met_where_the_geometry_of_the_details_is_not():
+def test_group_means_can_match_where_the_details_geometry_does_not():
     z = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)       # two channels, two positions
     z_d = z.repeat_interleave(2, dim=1)
     assert align_loss(z, z_d) == 0 and vf_loss(z_d, z, 0.0, 0.0)["mdms"] < 1e-6
@@ -125,7 +125,7 @@ def test_a_convolution_can_read_z_where_the_group_mean_cannot():
 
 
 def losses_of(kl_config, **changes):
-    """(loss, parts, vae, rec, x, nets) of one pass of a DA-VAE of 4 base and 12 detail channels."""
+    """(loss, parts, vae, rec, nets) of one pass of a DA-VAE of 4 base and 12 detail channels."""
     torch.manual_seed(0)
     vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
     cfg = replace(Config(D=12, gan=0.0, align=0.5, kl=0.0, perceptual="none"), **changes)
@@ -138,7 +138,7 @@ def losses_of(kl_config, **changes):
 
 @pytest.mark.parametrize("project", ["mean", "conv", "raw"])
 @pytest.mark.parametrize("distance", ["mse", "vf"])
-def test_alignment_is_every_projection_by_every_distance(kl_config, project, distance):
+def test_each_projection_combines_with_each_distance(kl_config, project, distance):
     if (project, distance) == ("raw", "mse"):
         pytest.skip("12 channels against 4 have no squared distance, and are refused")
     _, parts, _, rec, nets = losses_of(kl_config, project=project, distance=distance)
@@ -156,7 +156,7 @@ def test_alignment_is_every_projection_by_every_distance(kl_config, project, dis
     assert parts["align"].item() == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_the_weight_is_a_ratio_of_gradients_so_that_twice_lambda_is_twice_the_share(kl_config):
+def test_the_weight_is_a_ratio_of_gradients_so_twice_lambda_is_twice_the_share(kl_config):
     def share(align):
         loss, parts, vae, rec, _ = losses_of(kl_config, distance="vf", align=align)
         layer = vae.down.conv.weight
@@ -169,7 +169,7 @@ def test_the_weight_is_a_ratio_of_gradients_so_that_twice_lambda_is_twice_the_sh
         return torch.rand(2, 3, 32, 32) * 2 - 1
 
     assert share(0.2).item() == pytest.approx(2 * share(0.1).item(), rel=1e-3)
-    assert share(0.2).item() == pytest.approx(0.2, rel=0.05)          # but for the 1e-4 of the denominator
+    assert share(0.2).item() == pytest.approx(0.2, rel=0.05)          # except for the 1e-4 in the denominator
 
 
 def test_the_weight_is_finite_where_the_alignment_has_no_gradient():
@@ -178,8 +178,8 @@ def test_the_weight_is_finite_where_the_alignment_has_no_gradient():
     assert weight.isfinite() and weight.item() == pytest.approx(3**0.5 / 1e-4, rel=1e-4)
 
 
-def test_sums_over_an_image_are_means_times_its_elements_and_half_of_the_KL(kl_config):
-    """VA-VAE's scale: nll a sum over 3 H W elements, KL half a sum over those of the latent."""
+def test_reduction_sum_sums_over_an_image_and_takes_half_of_the_kl(kl_config):
+    """VA-VAE's scale: nll is a sum over 3 H W elements, KL half the sum over the latent's."""
     torch.manual_seed(0)
     vae = PlainVAE(AutoencoderKL(kl_config)).train()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -198,7 +198,7 @@ def test_sums_over_an_image_are_means_times_its_elements_and_half_of_the_KL(kl_c
 
 @pytest.fixture(scope="session")
 def transformers_folder(tmp_path_factory):
-    """transformers_folder(kind) -> a folder with a small random DINOv2 (patches of 14) or MAE (of 8)."""
+    """transformers_folder(kind) -> (folder, model): a small random DINOv2 (patches of 14) or MAE (of 8)."""
     import_torchvision()
     from transformers import Dinov2Config, Dinov2Model, ViTMAEConfig, ViTMAEModel
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48)
@@ -215,41 +215,41 @@ def transformers_folder(tmp_path_factory):
     return make
 
 
-def test_a_dinov2_sees_the_vaes_own_pixels_at_patches_that_are_latent_positions(transformers_folder, error):
+def test_a_dinov2_gets_unnormalised_pixels_one_patch_per_latent_position(transformers_folder, error):
     folder, model = transformers_folder("dinov2")
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    features = Teacher(folder)(x, 5)                                  # the grid of its own table
+    features = Teacher(folder)(x, 5)                                  # the grid of its position table
     pixels = F.interpolate(x, (70, 70), mode="bilinear", align_corners=False)
     with torch.no_grad():
         tokens = model(pixels).last_hidden_state[:, 1:]
     assert error(features, tokens.transpose(1, 2).view(2, 24, 5, 5)) < 1e-6
 
 
-def test_its_table_of_positions_is_resized_with_antialiasing_as_timm_does(transformers_folder, error):
+def test_the_position_table_is_resized_with_antialiasing(transformers_folder, error):
     folder, model = transformers_folder("dinov2")
     torch.nn.init.normal_(model.embeddings.position_embeddings)
     model.save_pretrained(folder)
     teacher = Teacher(folder)
     x = torch.rand(1, 3, 42, 42) * 2 - 1
-    features = teacher(x, 3)                                          # 42 = 3 x 14: nothing is resized but it
+    features = teacher(x, 3)                                          # 42 = 3 x 14: only the table is resized
     table = model.embeddings.position_embeddings.detach()
     grid = table[:, 1:].view(1, 5, 5, 24).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (3, 3), mode="bicubic", antialias=True)
+    grid = F.interpolate(grid, (3, 3), mode="bicubic", antialias=True)       # as in timm
     smaller = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
     model.embeddings.position_embeddings = torch.nn.Parameter(smaller)
     with torch.no_grad():
         tokens = model(x).last_hidden_state[:, 1:]
     assert error(features, tokens.transpose(1, 2).view(1, 24, 3, 3)) < 1e-6
     assert torch.equal(teacher(x, 3), features)
-    assert teacher(F.interpolate(x, (70, 70)), 5).shape[-1] == 5      # and from the whole table again
+    assert teacher(F.interpolate(x, (70, 70)), 5).shape[-1] == 5      # back to the full table
 
 
-def test_an_mae_hides_and_shuffles_nothing(transformers_folder, error):
+def test_an_mae_masks_and_shuffles_nothing(transformers_folder, error):
     folder, model = transformers_folder("mae")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     features = Teacher(folder)(x, 4)
     patches = model.embeddings.patch_embeddings(x)
-    with torch.no_grad():                                             # its parts, in order and by hand
+    with torch.no_grad():                                             # its parts, called in order
         tokens = patches + model.embeddings.position_embeddings[:, 1:]
         first = model.embeddings.cls_token + model.embeddings.position_embeddings[:, :1]
         tokens = torch.cat([first.expand(2, -1, -1), tokens], dim=1)
@@ -259,7 +259,7 @@ def test_an_mae_hides_and_shuffles_nothing(transformers_folder, error):
     assert error(features, tokens.transpose(1, 2).view(2, 24, 4, 4)) < 1e-6
 
 
-def test_a_folder_that_is_no_teacher_is_one_sentence(tmp_path, transformers_folder):
+def test_a_folder_without_a_teacher_gets_one_sentence(tmp_path, transformers_folder):
     with pytest.raises(SystemExit, match="has no config.json; wanted `base`, or a folder with a DINOv2"):
         Teacher(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -271,9 +271,9 @@ def test_a_folder_that_is_no_teacher_is_one_sentence(tmp_path, transformers_fold
         Teacher(folder)
 
 
-def test_a_base_vae_is_trained_on_a_teacher_and_neither_it_nor_the_projection_is_exported(
+def test_a_base_vae_trained_with_a_teacher_exports_neither_it_nor_the_projection(
         vae_config, same_weights, transformers_folder, tmp_path):
-    """VA-VAE's own training in small: phase 2 goes on from phase 1, resumes exactly, saves a VAE alone."""
+    """VA-VAE's own training at toy size: phase 2 starts from phase 1, resumes exactly, saves only a VAE."""
     folder, _ = transformers_folder("dinov2")
     own = dict(r=1, teacher=str(folder), project="conv", distance="vf", reduction="sum", align=0.5,
                adaptive_align=True)
@@ -298,15 +298,15 @@ def test_a_base_vae_is_trained_on_a_teacher_and_neither_it_nor_the_projection_is
     assert all(torch.equal(begun[name], ended[name]) for name in learned)
 
 
-def test_the_layer_of_a_base_vaes_weight_is_the_encoders_last_convolution(kl_config):
+def test_a_base_vaes_weight_is_taken_at_the_encoders_last_convolution(kl_config):
     plain = PlainVAE(AutoencoderKL(replace(kl_config, quant=True)))
     assert train_vae.first_conv(plain) is plain.base.to_moments[0]
-    assert plain.base.to_moments[0].kernel_size == (3, 3)             # conv_out, and not quant_conv
+    assert plain.base.to_moments[0].kernel_size == (3, 3)             # conv_out, not quant_conv
 
 
-def test_the_three_phases_of_va_vae_are_those_of_its_released_model():
+def test_the_three_va_vae_presets_are_the_released_models_phases():
     phases = [train_vae.PRESETS[name] for name in ("vavae-1", "vavae-2", "vavae")]
     assert [phase["align"] for phase in phases] == [0.5, 0.1, 0.1]
     assert [(phase["m1"], phase["m2"]) for phase in phases] == [(0.0, 0.0), (0.0, 0.0), (0.5, 0.25)]
     assert [phase.get("base") for phase in phases] == [None, phases[0]["out"], phases[1]["out"]]
-    assert vf.MOST >= 16 * 16                                         # at 256 pixels all positions count
+    assert vf.MOST >= 16 * 16                                         # at 256 pixels all positions are used

@@ -1,4 +1,4 @@
-"""docs/walkthrough.ipynb runs, does what it says and copies nothing; docs/walkthrough.md is its print."""
+"""docs/walkthrough.ipynb runs, does what it says and copies nothing; walkthrough.md is printed from it."""
 import ast
 import base64
 import importlib.util
@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 
 @pytest.fixture(scope="module")
 def tool():
-    """docs/walkthrough.py, which is in no package."""
+    """docs/walkthrough.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("walkthrough", DOCS / "walkthrough.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -34,7 +34,7 @@ def code(notebook):
 
 
 def defined(source):
-    """Names of all functions and classes in a source, wherever in it."""
+    """Names of all functions and classes in a source, at any depth."""
     kinds = ast.FunctionDef | ast.ClassDef
     return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)}
 
@@ -46,7 +46,7 @@ def is_from_here(module):
 # ---------------------------------------------------------------- as it is stored
 
 
-def test_the_page_is_the_notebook_printed_and_the_pictures_are_its_own(tool, notebook):
+def test_the_page_and_its_pictures_are_printed_from_the_notebook(tool, notebook):
     again = "run: python docs/walkthrough.py --execute=False"
     assert (DOCS / "walkthrough.md").read_text() == tool.page(notebook), again
     shown = {cell["id"]: tool.picture(cell) for cell in notebook["cells"] if tool.picture(cell)}
@@ -55,7 +55,7 @@ def test_the_page_is_the_notebook_printed_and_the_pictures_are_its_own(tool, not
         assert (DOCS / f"pictures/{name}.png").read_bytes() == png, again
 
 
-def test_the_notebook_was_run_from_top_to_bottom_and_nothing_in_it_failed(notebook):
+def test_the_notebook_was_run_from_top_to_bottom_without_errors(notebook):
     assert notebook["nbformat"] == 4 and notebook["nbformat_minor"] >= 5
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
@@ -64,7 +64,7 @@ def test_the_notebook_was_run_from_top_to_bottom_and_nothing_in_it_failed(notebo
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
 
 
-def test_the_notebook_is_small_and_names_no_place_of_the_machine_it_was_run_on():
+def test_the_notebook_is_small_and_contains_no_machine_paths():
     text = (DOCS / "walkthrough.ipynb").read_text()
     assert len(text) < 1_000_000
     words = re.sub(r'"image/png": "[^"]*"', "", text)
@@ -76,12 +76,12 @@ def test_each_cell_is_short_plain_python_and_copies_no_function_of_the_project(n
     theirs = set().union(*(defined(path.read_text()) for path in sources))
     assert {"align_loss", "spectrum", "detail_weight"} <= theirs
     for name, source in code(notebook).items():
-        assert not defined(source) & theirs, name                   # ast takes no magics: "%time" would fail
+        assert not defined(source) & theirs, name                   # ast fails on magics such as "%time"
         lines = [line for line in source.splitlines() if line.strip()]
         assert len(lines) <= 15 and max(map(len, lines)) <= 110, name
 
 
-def test_each_step_names_the_functions_it_comes_from_and_imports_one(notebook):
+def test_each_step_has_a_where_line_and_names_or_imports_its_function(notebook):
     steps = {}
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -100,7 +100,7 @@ def test_each_step_names_the_functions_it_comes_from_and_imports_one(notebook):
     assert all(name in steps[step] for step, name in used.items())
 
 
-def test_five_exercises_have_a_question_a_start_a_solution_and_an_answer_out_of_sight(notebook):
+def test_five_exercises_have_a_question_a_start_and_a_hidden_solution_and_answer(notebook):
     cells = notebook["cells"]
     starts = [i for i, cell in enumerate(cells) if "".join(cell["source"]).startswith("### Exercise ")]
     assert len(starts) == 5
@@ -125,7 +125,7 @@ def cells_of(*sources):
     return {"cells": cells}
 
 
-def test_cells_share_their_names_and_keep_what_they_print_and_the_picture_at_their_end(tool):
+def test_cells_share_variables_and_keep_their_printed_text_and_last_picture(tool):
     show = "from PIL import Image\nImage.new('RGB', (3, 2), 'red')\n# a red box"
     notebook = cells_of("N = 1", "print(N)\nprint(2 * N)", show, "None")
     tool.execute(notebook, {"N": 5})
@@ -139,7 +139,7 @@ def test_cells_share_their_names_and_keep_what_they_print_and_the_picture_at_the
     assert "![a red box](pictures/cell2.png)" in page
 
 
-def test_a_cell_that_fails_stops_the_run_and_is_named(tool, tmp_path, monkeypatch):
+def test_a_failing_cell_stops_the_run_and_is_named(tool, tmp_path, monkeypatch):
     (tmp_path / "walkthrough.ipynb").write_text(json.dumps(cells_of("N = 1", "1 / 0", "print(N)")))
     monkeypatch.setattr(tool, "NOTEBOOK", tmp_path / "walkthrough.ipynb")
     with pytest.raises(ZeroDivisionError) as failed:
@@ -148,7 +148,7 @@ def test_a_cell_that_fails_stops_the_run_and_is_named(tool, tmp_path, monkeypatc
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_is_not_there_gives_the_command_that_makes_it(tool, notebook, tmp_path, monkeypatch):
+def test_a_missing_run_gives_the_command_that_makes_it(tool, notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit, match=r"^out/none is not there: run `python finetune.py` in "):
@@ -160,7 +160,7 @@ def test_a_run_that_is_not_there_gives_the_command_that_makes_it(tool, notebook,
 
 @pytest.fixture(scope="module")
 def toy(tool, tiny_run, tmp_path_factory):
-    """{cell's id: cell} of the whole notebook, run on models of a few steps."""
+    """(folder, {cell's id: cell}) of the whole notebook, run on models trained for a few steps."""
     folder = tmp_path_factory.mktemp("walkthrough")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -184,7 +184,7 @@ def test_the_whole_notebook_runs_and_draws_every_picture(toy, tool, notebook):
 
 
 @pytest.mark.slow
-def test_the_warm_start_is_exact_and_what_breaks_it_is_p_new_alone(toy, tool):
+def test_the_warm_start_is_exact_and_only_p_new_breaks_it(toy, tool):
     _, cells = toy
     assert tool.printed(cells["warm-start"]) == "max |v - v_base| = 0.0, max |v_d| = 0.0\n"
     rows = tool.printed(cells["exercise_2"]).splitlines()
@@ -200,7 +200,7 @@ def test_the_warm_start_is_exact_and_what_breaks_it_is_p_new_alone(toy, tool):
 
 
 @pytest.mark.slow
-def test_the_exercises_train_with_settings_that_differ_in_the_alignment_alone(toy, read_log):
+def test_the_exercises_trainings_differ_only_in_the_alignment(toy, read_log):
     import train_vae
     from davae import align_loss
     from support import runs
@@ -213,6 +213,6 @@ def test_the_exercises_train_with_settings_that_differ_in_the_alignment_alone(to
     changed = {key for key in settings["free"] if settings["free"][key] != settings["aligned"][key]}
     assert changed == {"out", "align"} and settings["free"]["align"] == 0
     assert settings["directed"] | {"out": ""} == settings["aligned"] | {"out": ""}
-    assert len({row["l1"] for row in last.values()}) == 3           # and still all three went their own way
+    assert len({row["l1"] for row in last.values()}) == 3           # and yet the results differ
     assert 0 < last["directed"]["align"] <= 2
-    assert train_vae.align_loss is align_loss                       # as it was before
+    assert train_vae.align_loss is align_loss                       # restored

@@ -45,7 +45,7 @@ def test_vavae_style_checkpoint_reproduces_the_original_code(error, golden):
 
 
 @torch.no_grad()
-def test_group_norm_epsilon_is_the_one_that_the_checkpoint_was_trained_with(error, golden):
+def test_another_group_norm_epsilon_would_be_noticed(error, golden):
     weights, t, _ = golden("vavae_style")
     vae = load_base_vae(weights)
     for module in vae.modules():
@@ -97,7 +97,7 @@ def test_sd3_vae_equals_diffusers(error, old_names, tmp_path):
         ("SD3 VAE single-file", 83_819_683, 8),
     ],
 )
-def test_full_size_checkpoints_fit_without_a_key_missing_or_left(full_size, name, count, f):
+def test_full_size_checkpoints_load_without_missing_or_extra_keys(full_size, name, count, f):
     vae = load_base_vae({k: torch.empty(shape, device="meta") for k, shape in full_size[name].items()})
     assert sum(p.numel() for p in vae.parameters()) == count and vae.f == f
     back = export_kl(vae, diffusers="diffusers" in name)
@@ -105,9 +105,7 @@ def test_full_size_checkpoints_fit_without_a_key_missing_or_left(full_size, name
     assert {prefix + k: list(v.shape) for k, v in back.items()} == full_size[name]
 
 
-def test_va_vaes_latent_statistics_are_read_from_the_file_beside_it_and_missed_aloud(
-    golden, tmp_path, capsys
-):
+def test_va_vaes_latent_statistics_are_read_and_their_absence_is_reported(golden, tmp_path, capsys):
     weights, t, _ = golden("vavae_style")
     torch.save({"state_dict": weights}, tmp_path / "vavae.pt")
     plain = load_base_vae(tmp_path / "vavae.pt")
@@ -125,7 +123,7 @@ def test_va_vaes_latent_statistics_are_read_from_the_file_beside_it_and_missed_a
         )
 
 
-def test_files_that_are_no_autoencoder_are_refused_in_one_sentence(tmp_path):
+def test_files_without_an_autoencoder_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="not an autoencoder .it holds blocks.0.attn.qkv.weight"):
         load_base_vae({"blocks.0.attn.qkv.weight": torch.ones(1)})
     with pytest.raises(SystemExit, match="no such file"):
@@ -141,12 +139,12 @@ def test_a_saved_davae_loads_to_the_same_function(make_davae, tmp_path):
     assert torch.equal(load_base_vae(tmp_path / "run").encode(x), vae.base.encode(x))
 
 
-# ---------------------------------------------------------------- names, containers and types of numbers
+# ---------------------------------------------------------------- names, containers and data types
 
 
 @pytest.fixture
 def vae_folder(make_base, tmp_path):
-    """vae_folder(sd=None, name="vae", **config) -> a folder of diffusers' VAE, or one with other weights."""
+    """vae_folder(sd=None, name="vae", **config) -> a folder with a diffusers VAE, of weights sd if given."""
 
     def make(sd=None, name="vae", **config):
         known = {"_class_name": "AutoencoderKL", "norm_num_groups": 4, "scaling_factor": 1.0}
@@ -186,7 +184,7 @@ def test_a_transformer_loads_whatever_wraps_it(make_dit, stock, front, kind):
 
 
 @pytest.mark.parametrize("inside", ["_orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module."])
-def test_wrappers_inside_a_name_are_taken_out_for_both_kinds(make_base, make_dit, vae_folder, inside):
+def test_wrappers_inside_a_name_are_removed_for_both_kinds(make_base, make_dit, vae_folder, inside):
     sd = {k.replace(".mid.", f".mid.{inside}"): v for k, v in export_kl(make_base()).items()}
     assert load_base_vae(vae_folder(sd)).C == 4
     sd = {k.replace("blocks.1.", f"blocks.1.{inside}"): v for k, v in export_lightningdit(make_dit()).items()}
@@ -194,12 +192,12 @@ def test_wrappers_inside_a_name_are_taken_out_for_both_kinds(make_base, make_dit
 
 
 def with_average(sd):
-    """`sd` with latent diffusion's LitEma beside it."""
+    """`sd` plus the LitEma that latent diffusion keeps of it."""
     names = {f"model_ema.{name.replace('.', '')}": weight + 1 for name, weight in sd.items()}
     return sd | names | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(7)}
 
 
-def test_latent_diffusions_average_and_loss_beside_the_weights_are_left_out(make_base, make_dit, vae_folder):
+def test_latent_diffusions_ema_and_loss_weights_are_left_out(make_base, make_dit, vae_folder):
     assert "model_ema" in formats.DROPPED
     sd = export_kl(make_base())
     loss = {"loss.discriminator.main.3.num_batches_tracked": torch.tensor(3)}
@@ -211,7 +209,7 @@ def test_latent_diffusions_average_and_loss_beside_the_weights_are_left_out(make
     assert torch.equal(load_dit(with_average(sd)).P.weight, sd["x_embedder.proj.weight"])
 
 
-def test_two_models_under_two_fronts_are_refused_by_both_names(make_base, make_dit):
+def test_two_models_in_one_file_are_refused_naming_both(make_base, make_dit):
     for load, sd in ((load_base_vae, export_kl(make_base())), (load_dit, export_lightningdit(make_dit()))):
         both = {f"{front}.{name}": weight for front in ("model", "ema_model") for name, weight in sd.items()}
         with pytest.raises(SystemExit, match="holds 2 models, whose names begin with 'ema_model.', 'model.'"):
@@ -219,7 +217,7 @@ def test_two_models_under_two_fronts_are_refused_by_both_names(make_base, make_d
 
 
 @pytest.mark.parametrize("holder", ["state_dict", "ema", "params_ema", "generator", "module", "params"])
-def test_both_kinds_are_found_under_the_same_names_in_a_checkpoint(make_base, make_dit, vae_folder, holder):
+def test_both_kinds_are_found_under_the_same_checkpoint_keys(make_base, make_dit, vae_folder, holder):
     assert load_base_vae(vae_folder({holder: export_kl(make_base()), "step": 3})).C == 4
     assert load_dit({holder: export_lightningdit(make_dit()), "step": 3}).cfg == make_dit().cfg
 
@@ -238,10 +236,10 @@ def test_weights_in_other_floats_become_float32(make_base, stock, vae_folder, dt
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.complex64])
-def test_a_quantised_weight_is_refused_under_its_name_in_the_file(make_base, stock, vae_folder, dtype):
+def test_a_quantised_weight_is_refused_by_its_name_in_the_file(make_base, stock, vae_folder, dtype):
     name = "decoder.mid_block.attentions.0.to_q.weight"
     sd = export_kl(make_base(), diffusers=True)
-    sd[name] = torch.ones(3, 1).to(dtype)                          # packed, so of another shape, too
+    sd[name] = torch.ones(3, 1).to(dtype)                          # packed, so its shape differs too
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(SystemExit, match=f"vae: {name} is {kind} "):
         load_base_vae(vae_folder(sd))
@@ -254,12 +252,12 @@ def test_a_quantised_weight_is_refused_under_its_name_in_the_file(make_base, sto
                                   "blocks.0.mlp.w3.weight", "final_layer.linear.weight",
                                   "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight"])
 @pytest.mark.parametrize("weight", [torch.tensor(1.0), torch.ones(0)])
-def test_a_weight_that_sizes_are_read_off_is_named_where_it_has_none(make_dit, name, weight):
+def test_a_weight_without_the_axes_that_give_sizes_is_named(make_dit, name, weight):
     with pytest.raises(SystemExit, match=f"{name} is .*; wanted . axes"):
         load_dit(export_lightningdit(make_dit()) | {name: weight})
 
 
-def test_parts_of_a_stacked_layer_of_two_shapes_are_named(stock):
+def test_mismatched_parts_of_a_stacked_layer_are_named(stock):
     name = "transformer_blocks.1.attn.to_k.weight"
     with pytest.raises(SystemExit, match=f"{name}.* have the shapes"):
         load_dit(stock.state_dict() | {name: torch.ones(3, 3)})
@@ -267,7 +265,7 @@ def test_parts_of_a_stacked_layer_of_two_shapes_are_named(stock):
 
 @pytest.mark.parametrize("name", ["pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_position_table_that_is_not_finite_is_not_the_one_that_is_computed(make_dit, name, value):
+def test_a_position_table_that_is_not_finite_is_refused(make_dit, name, value):
     sd = export_lightningdit(make_dit())
     sd[name] = sd[name].clone()
     sd[name].view(-1)[3] = value
@@ -293,7 +291,7 @@ def write_shards(sd, folder, name="diffusion_pytorch_model"):
 
 
 @torch.no_grad()
-def test_a_pipeline_in_shards_loads_as_one_in_whole_files(make_base, stock, sd3_inputs, tmp_path):
+def test_a_sharded_pipeline_loads_like_an_unsharded_one(make_base, stock, sd3_inputs, tmp_path):
     sd = export_kl(make_base(), diffusers=True)
     index = write_shards(sd, tmp_path / "vae")
     config = {"_class_name": "AutoencoderKL", "norm_num_groups": 4, "scaling_factor": 1.0}
@@ -311,14 +309,14 @@ def test_a_pipeline_in_shards_loads_as_one_in_whole_files(make_base, stock, sd3_
         load_dit(tmp_path)
 
 
-def test_the_statistics_beside_a_vaes_weights_are_no_weights(golden, tmp_path):
+def test_a_statistics_file_is_not_taken_for_weights(golden, tmp_path):
     torch.save({"state_dict": golden("vavae_style")[0]}, tmp_path / "vavae.pt")
     std = torch.full((1, 8, 1, 1), 2.0)
     torch.save({"mean": 0 * std, "std": std}, tmp_path / "latents_stats.pt")
     assert load_base_vae(tmp_path).std.tolist() == [2.0] * 8
 
 
-def test_a_run_stands_for_its_newest_checkpoint_and_a_folder_of_runs_for_nothing(make_dit, tmp_path):
+def test_a_run_means_its_newest_checkpoint_and_a_folder_of_runs_is_refused(make_dit, tmp_path):
     for step in (1, 2):
         model = make_dit(seed=step)
         config = {"model": asdict(model.cfg)}
@@ -332,14 +330,14 @@ def test_a_run_stands_for_its_newest_checkpoint_and_a_folder_of_runs_for_nothing
             load_base_vae(tmp_path / "out" / source)
 
 
-def test_the_vae_of_an_export_is_found_in_it(make_davae, tmp_path):
+def test_the_vae_in_an_export_is_found(make_davae, tmp_path):
     vae = make_davae()
     runs.save_folder(tmp_path / "vae", {"model": vae.state_dict()}, {"source": "x", "model": vae.config()})
     assert weights.load_davae(tmp_path).config() == vae.config()
     assert torch.equal(load_base_vae(tmp_path).mean, vae.base.mean)
 
 
-# ------------------------------------------------- diffusers' VAEs, of whatever sizes and statistics
+# ------------------------------------------------- diffusers' VAEs of any size and statistics
 
 
 @pytest.fixture
@@ -384,7 +382,7 @@ def test_a_stated_shift_and_scale_are_taken_as_stated(error, their_vae, tmp_path
 
 
 @torch.no_grad()
-def test_sd3s_numbers_are_assumed_for_a_bare_file_of_16_channels_only(their_vae, tmp_path, capsys):
+def test_sd3s_numbers_are_assumed_only_for_a_bare_16_channel_file(their_vae, tmp_path, capsys):
     theirs = their_vae(norm_num_groups=16, block_out_channels=(32, 64))
     save_file(theirs.state_dict(), tmp_path / "sd3.safetensors")
     assert load_base_vae(tmp_path / "sd3.safetensors").std[0] == torch.tensor(1 / 1.5305)
@@ -403,7 +401,7 @@ def test_sd3s_numbers_are_assumed_for_a_bare_file_of_16_channels_only(their_vae,
 
 
 @torch.no_grad()
-def test_statistics_of_each_channel_are_read_as_sdxls_pipelines_do(error, their_vae, tmp_path):
+def test_per_channel_statistics_are_read_as_in_sdxls_pipelines(error, their_vae, tmp_path):
     mean, std = [0.1 * c for c in range(4)], [1 + 0.1 * c for c in range(4)]
     theirs = their_vae(latent_channels=4, scaling_factor=0.5, latents_mean=mean, latents_std=std)
     theirs.save_pretrained(tmp_path)
@@ -446,7 +444,7 @@ def test_statistics_of_each_channel_are_read_as_sdxls_pipelines_do(error, their_
         (dict(_class_name="FluxTransformer2DModel"), "FluxTransformer2DModel; wanted AutoencoderKL"),
     ],
 )
-def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path, stated, said):
+def test_invalid_or_mismatched_configs_are_refused_by_name(their_vae, tmp_path, stated, said):
     theirs = their_vae(latent_channels=4)
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -467,7 +465,7 @@ def test_statistics_that_cannot_be_meant_are_refused_by_name(their_vae, tmp_path
         ({"mean": "0", "std": 1}, "latents_stats.pt next to it has a mean that is not a list of numbers"),
     ],
 )
-def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, said):
+def test_an_unusable_statistics_file_is_refused(golden, tmp_path, saved, said):
     torch.save(golden("vavae_style")[0], tmp_path / "vavae.pt")
     torch.save(saved, tmp_path / "latents_stats.pt")
     with pytest.raises(SystemExit, match=f"vavae.pt: .*{said}"):
@@ -477,7 +475,7 @@ def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, sa
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(block_out_channels=(16, 24)),  # no multiples of the first
+        dict(block_out_channels=(16, 24)),  # not multiples of the first
         dict(block_out_channels=(16,)),
         dict(block_out_channels=(16, 32, 32), layers_per_block=2, latent_channels=4),
         dict(use_quant_conv=True, use_post_quant_conv=True, latent_channels=4),
@@ -488,7 +486,7 @@ def test_a_statistics_file_of_another_vae_is_refused(golden, tmp_path, saved, sa
     ],
 )
 @torch.no_grad()
-def test_vaes_of_other_sizes_equal_diffusers_and_go_back(error, their_vae, tmp_path, sizes):
+def test_vaes_of_other_sizes_equal_diffusers_and_round_trip(error, their_vae, tmp_path, sizes):
     theirs, x = their_vae(scaling_factor=1.0, **sizes), torch.rand(1, 3, 16, 24) * 2 - 1
     theirs.save_pretrained(tmp_path)
     vae = load_base_vae(tmp_path)
@@ -500,7 +498,7 @@ def test_vaes_of_other_sizes_equal_diffusers_and_go_back(error, their_vae, tmp_p
 
 
 @pytest.mark.parametrize("content", ["", '{"scaling_factor": 1.5', "scaling_factor: 1.5", "[]", "null"])
-def test_a_broken_config_json_beside_the_weights_is_named(make_base, make_dit, vae_folder, content):
+def test_a_broken_config_json_is_named(make_base, make_dit, vae_folder, content):
     folder = vae_folder()
     (folder / "config.json").write_text(content)
     for load in (load_base_vae, weights.load_davae, load_dit):
@@ -534,7 +532,7 @@ def test_a_config_json_of_another_transformer_is_refused(stock, tmp_path, change
     (dict(depth=2.0), "config.json has depth=2.0; wanted a int"),
     (dict(qk_norm=1), "config.json has qk_norm=1; wanted a bool"),
 ])
-def test_a_config_json_of_ours_with_another_type_of_number_is_told(make_dit, tmp_path, changes, said):
+def test_a_value_of_the_wrong_type_in_our_config_json_is_named(make_dit, tmp_path, changes, said):
     model = make_dit()
     config = {"model": asdict(model.cfg) | changes}
     runs.save_folder(tmp_path / "own", {"ema": model.state_dict()}, config)
@@ -542,7 +540,7 @@ def test_a_config_json_of_ours_with_another_type_of_number_is_told(make_dit, tmp
         load_dit(tmp_path / "own")
 
 
-def test_vaes_that_are_left_out_get_one_sentence(their_vae, tmp_path):
+def test_unsupported_vaes_get_one_sentence(their_vae, tmp_path):
     theirs = their_vae(block_out_channels=(16, 24))
     save_file(theirs.state_dict(), tmp_path / "bare.safetensors")
     with pytest.raises(
@@ -560,7 +558,7 @@ def test_vaes_that_are_left_out_get_one_sentence(their_vae, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_missing_a_foreign_a_misshapen_and_a_broken_weight_of_a_vae_are_named(make_base):
+def test_missing_unknown_misshapen_and_broken_vae_weights_are_named(make_base):
     sd = export_kl(make_base())
     for change, said in (
         ({"decoder.norm_out.bias": None}, "it lacks decoder.norm_out.bias"),
@@ -582,14 +580,14 @@ def test_a_missing_a_foreign_a_misshapen_and_a_broken_weight_of_a_vae_are_named(
 
 
 @torch.no_grad()
-def test_a_ratio_of_four_is_kept(make_base, tmp_path):
+def test_a_saved_r_of_4_is_kept(make_base, tmp_path):
     vae, x = DAVAE(make_base(), DAVAEConfig(D=8, r=4)).eval(), torch.rand(1, 3, 16, 16)
     runs.save_checkpoint(tmp_path, 1, {"model": vae.state_dict()}, {}, {"model": vae.config()})
     loaded = weights.load_davae(tmp_path)
     assert (loaded.r, loaded.f) == (4, 8) and torch.equal(loaded.encode(x), vae.encode(x))
 
 
-def test_folders_of_ours_that_are_no_vae_or_a_spoiled_one_get_one_sentence(make_davae, make_dit, tmp_path):
+def test_our_folders_without_a_valid_vae_get_one_sentence(make_davae, make_dit, tmp_path):
     vae, sd = make_davae(), make_davae().state_dict()
     bad = sd | {"down.conv.bias": sd["down.conv.bias"] / 0}
     model, config = make_dit(), vae.config()
@@ -613,7 +611,7 @@ def test_folders_of_ours_that_are_no_vae_or_a_spoiled_one_get_one_sentence(make_
         assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
 
 
-def test_a_run_whose_latents_are_not_measured_yet_is_refused_to_those_who_train_on_them(make_davae, tmp_path):
+def test_a_vae_whose_latents_are_not_measured_yet_cannot_be_trained_on(make_davae, tmp_path):
     vae = make_davae()
     for name, about in (("unfinished", {"measured": False}), ("finished", {"measured": True}), ("older", {})):
         described = {"model": vae.config()} | about
@@ -630,9 +628,7 @@ def test_a_run_whose_latents_are_not_measured_yet_is_refused_to_those_who_train_
 # ---------------------------------------------------------------- transformers
 
 
-def test_older_checkpoints_of_either_transformer_are_told_apart_and_the_kind_is_what_newer_ones_say(
-    make_dit, widened, tmp_path
-):
+def test_a_transformers_kind_is_read_from_its_config_or_inferred_if_older(make_dit, widened, tmp_path):
     class Own(dit.LightningDiT):
         pass
 
@@ -681,7 +677,7 @@ def test_loading_leaves_the_source_alone(randomise, make_dit):
     assert torch.equal(sd["x_embedder.proj.weight"], before)
 
 
-def test_ema_is_preferred_and_the_model_can_be_insisted_on(make_dit, tmp_path):
+def test_ema_is_preferred_and_the_model_can_be_requested(make_dit, tmp_path):
     ema, model = make_dit(seed=1), make_dit(seed=2)
     wrapped = {f"module._orig_mod.{k}": v for k, v in export_lightningdit(model).items()}
     torch.save({"model": wrapped, "ema": export_lightningdit(ema), "step": 3}, tmp_path / "last.pt")
@@ -710,13 +706,13 @@ def test_our_own_checkpoint_folder_loads_unmerged(make_dit, dit_inputs, tmp_path
         assert torch.equal(load_dit(tmp_path, weights="model")(z_all, t, y), model(z_all, t, y))
     loaded = load_dit(tmp_path)
     assert loaded.cfg == ema.cfg and not loaded.training and all(p.requires_grad for p in loaded.parameters())
-    assert not any(k in loaded.state_dict() for k in ("pos_embed", "rope_cos", "rope_sin"))  # made, not saved
+    assert not any(k in loaded.state_dict() for k in ("pos_embed", "rope_cos", "rope_sin"))  # not saved
     (tmp_path / "config.json").write_text(json.dumps({"model": {"C": 4, "channel_mult": [1, 2]}}))
     with pytest.raises(SystemExit, match="another model .it has channel_mult"):
         load_dit(tmp_path)
 
 
-def test_a_lora_checkpoint_folder_finds_its_frozen_weights_beside_it(sd3_inputs, widened, tmp_path):
+def test_a_lora_checkpoint_finds_the_frozen_weights_next_to_it(sd3_inputs, widened, tmp_path):
     model = widened(spoil="_new")
     dit.add_lora(model, r=4, alpha=8)
     sd = model.state_dict()
@@ -741,7 +737,7 @@ def test_half_precision_files_become_float32_models(make_dit):
     sd = {k: v.bfloat16() for k, v in export_lightningdit(model).items()}
     loaded = load_dit(sd)
     assert all(v.dtype == torch.float32 for v in loaded.state_dict().values())
-    assert torch.equal(loaded.pos_embed, model.pos_embed)  # the table is ours, not the rounded copy
+    assert torch.equal(loaded.pos_embed, model.pos_embed)  # our table, not the rounded copy
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
@@ -776,11 +772,11 @@ def test_a_file_is_never_in_memory_twice(kind, tmp_path):
         check=True,
         timeout=120,
     )
-    size = sum(v.numel() for v in sd.values()) * 4 / 2**20  # in float32, as it is held
+    size = sum(v.numel() for v in sd.values()) * 4 / 2**20  # in float32, as in memory
     assert size > 100 and float(done.stdout) < 1.25 * size
 
 
-# ---------------------------------------------------------------- transformers that are refused
+# ---------------------------------------------------------------- refused transformers
 
 
 @pytest.mark.parametrize(
@@ -793,13 +789,13 @@ def test_a_file_is_never_in_memory_twice(kind, tmp_path):
         ("conv.weight", "it holds conv.weight"),
     ],
 )
-def test_a_wrong_file_is_told_what_it_looks_like(tmp_path, key, said):
+def test_an_error_says_what_a_wrong_file_looks_like(tmp_path, key, said):
     save_file({key: torch.zeros(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(SystemExit, match=f"weights.safetensors: .*{said}.*wanted a LightningDiT"):
         load_dit(tmp_path / "weights.safetensors")
 
 
-def test_variants_we_leave_out_are_refused_by_name(make_dit):
+def test_unsupported_variants_are_refused_by_name(make_dit):
     sd = export_lightningdit(make_dit())
     with pytest.raises(SystemExit, match="wo_shift"):
         load_dit(sd | {"blocks.0.adaLN_modulation.1.weight": torch.zeros(4 * 32, 32)})
@@ -815,7 +811,7 @@ def test_variants_we_leave_out_are_refused_by_name(make_dit):
         LightningDiTConfig(E=36, A=4)
 
 
-def test_sd3_medium_a_truncated_file_and_a_foreign_layer_are_told(stock):
+def test_sd3_medium_missing_and_unknown_layers_are_named(stock):
     sd = stock.state_dict()
     with pytest.raises(SystemExit, match="SD3-medium .its attention has no QK-norm"):
         load_dit({
