@@ -15,23 +15,19 @@ settings.json. Only images missing from --out are drawn, so an interrupted run c
 depends only on (seed, i), not on the batch size or the number of processes. Prompts are encoded first, see
 support/text.py.
 """
-import itertools
-import json
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
 from dit import merge_lora
 from kernels import choose
-from support import config, data, figures, identity, levels, ranks, runs
+from support import config, identity, image_folder, levels, ranks, runs
 from support import text as texts
 from support.config import field
 from support.weights import ExportConfig, main_export, load_run
@@ -406,22 +402,22 @@ def main(cfg):
     text = text_of(cfg, about, settings, out, rank, device)
     settings["model"] = identity.of_run(checkpoint)
     settings["texts"] = text.made_by if text else None
-    refuse_other_images(out, settings)
+    image_folder.refuse_other_images(out, settings)
 
     # the images still missing, as rank 0 sees them, since all ranks must agree
-    columns, shown = overview(about, settings, cfg.n)
-    todo = ranks.from_all(missing(out, cfg.n, shown))[0]
+    columns, shown = image_folder.overview(about, settings, cfg.n)
+    todo = ranks.from_all(image_folder.missing(out, cfg.n, shown))[0]
     if not todo:
         if rank == 0:
             print(f"{out}: all {cfg.n} images exist, nothing to draw")
-        return put_together(out, cfg.n, columns, shown, rank)
-    again = [i for i in todo if path_of(out, i).exists()]
+        return image_folder.put_together(out, cfg.n, columns, shown, rank)
+    again = [i for i in todo if image_folder.path_of(out, i).exists()]
     if again and rank == 0:
         print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again")
 
     dit, vae, _ = load_run(cfg.run, cfg.weights, device)
     flow = prepare(dit, vae, cfg, device)
-    make_folder(out, settings, rank)
+    image_folder.make_folder(out, settings, rank)
     batch = range(min(cfg.batch_size, cfg.n))
     choose.before_sampling(
         out, device, cfg.compile, lambda: generate(dit, vae, batch, settings | {"steps": 1}, text))
@@ -433,132 +429,20 @@ def main(cfg):
         for k in range(0, len(mine), cfg.batch_size):
             indices = mine[k:k + cfg.batch_size]
             images, previews = generate(dit, vae, indices, settings, text, flow, bar.update)
-            save_images(out, indices, images, previews, shown)
+            image_folder.save_images(out, indices, images, previews, shown)
 
     speed = len(mine) / max(1e-9, time.time() - start)
     ranks.wait_for_all()
     if rank == 0:
         print(f"{out}: {len(todo) - len(again)} new images, {cfg.n} in all; {speed:.2g} img/s here; look at "
               f"{out}/grid.png")
-    return put_together(out, cfg.n, columns, shown, rank)
+    return image_folder.put_together(out, cfg.n, columns, shown, rank)
 
 
 def progress_bar(title, images, cfg, rank):
     """A bar over the Euler steps of all batches of this rank's images, shown by rank 0; see `tick`."""
     batches = -(-images // cfg.batch_size)                         # rounded up
     return tqdm(total=batches * cfg.steps, desc=title, unit="step", disable=rank > 0, mininterval=1)
-
-
-# ---------------------------------------------------------------- the folder of images
-
-# Hidden, so that programs that read the folder as a data set do not take it for a class.
-PREVIEWS = ".base"
-
-
-def path_of(folder, i):
-    return folder / f"{i:06d}.png"
-
-
-def refuse_other_images(out, settings):
-    """raises: SystemExit if `out` has images of other settings or weights, or without settings.json"""
-    path = out / "settings.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
-        changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
-                   if old.get(name) != settings.get(name)]
-        if changed and old | {"model": ""} == settings | {"model": ""}:
-            raise SystemExit(f"{out} holds images of an earlier state of the run, or of another run: give "
-                             "another --out, or remove it")
-        if changed:
-            raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
-                             "another --out, or remove it")
-    elif list(out.glob("*.png")):
-        raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
-                         "another --out")
-
-
-def make_folder(out, settings, rank):
-    """Create the folders of images and of previews, and settings.json, unless they exist."""
-    runs.make_folder(out)
-    with runs.disk_may_fail(must=True):
-        (out / PREVIEWS).mkdir(exist_ok=True)
-        if rank == 0 and not (out / "settings.json").exists():
-            runs.write_json(out / "settings.json", settings)
-
-
-def overview(about, settings, n):
-    """(columns, {sample: its label}) of grid.png and base_preview.png.
-
-    Up to ten classes (or prompts), one per row, and up to eight samples of each.
-    """
-    if "prompts" in settings:
-        names = [prompt[:24] for prompt in settings["prompts"]]
-    else:
-        classes = (about["classes"] or ["image"]) + ["no class"]
-        names = [classes[k] for k in settings["classes"]]
-
-    # sample i has name i % len(names), and each row shows the samples of one name
-    columns = max(1, min(8, n // len(names)))
-    shown = {}
-    for row, name in enumerate(names[:10]):
-        for i in range(row, min(n, columns * len(names)), len(names)):
-            shown[i] = name
-    return columns, shown
-
-
-def missing(out, n, shown):
-    """Which of n samples must be drawn: those without an image or, if shown, a preview."""
-    todo = []
-    for i in range(n):
-        folders = [out, out / PREVIEWS] if i in shown else [out]
-        if not all(path_of(folder, i).exists() for folder in folders):
-            todo.append(i)
-    return todo
-
-
-def save_images(out, indices, images, previews, shown):
-    """Write a batch in [-1, 1], a shown sample's preview before its image; existing images stay."""
-    for i, image, preview in zip(indices, data.to_uint8(images), data.to_uint8(previews)):
-        if i in shown:
-            save_png(preview, path_of(out / PREVIEWS, i))
-        if not path_of(out, i).exists():
-            save_png(image, path_of(out, i))
-
-
-def save_png(image, path):
-    """Write uint8 (H, W, 3) under another name, then rename it, so that a folder holds only whole images."""
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(image).save(temporary, format="png")
-    temporary.replace(path)
-
-
-def put_together(out, n, columns, shown, rank):
-    """Write samples.npz, grid.png and base_preview.png from the folder, by rank 0.  Returns the folder."""
-    if rank == 0:
-        with runs.disk_may_fail(must=True):
-            write_npz(out, n)
-        for file, folder in (("grid.png", out), ("base_preview.png", out / PREVIEWS)):
-            with runs.picture_may_fail(f"{out}/{file}"):
-                pixels = [np.asarray(Image.open(path_of(folder, i))) for i in shown]
-                x = data.to_tensor(np.stack(pixels))
-                figures.save_grid(x, out / file, columns, max(1, 128 // x.shape[-1]), list(shown.values()))
-    return out
-
-
-def write_npz(out, n):
-    """Write samples.npz, one image at a time: 50,000 of them would not fit into memory."""
-    images = (np.asarray(Image.open(path_of(out, i))) for i in range(n))
-    first = next(images)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
-    archive = zipfile.ZipFile(out / "samples.npz.tmp", "w")
-    with archive, archive.open("arr_0.npy", "w", force_zip64=True) as f:
-        np.lib.format.write_array_header_1_0(f, header)
-        for image in itertools.chain([first], images):
-            f.write(image.tobytes())
-    (out / "samples.npz.tmp").replace(out / "samples.npz")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sample
 from dit import LightningDiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
 from finetune import flow_loss
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
-from support import data, levels, ranks, text, weights
+from support import data, image_folder, levels, ranks, text, weights
 from support.metrics import import_torchvision
 from support.weights import load_base_vae, load_dit
 
@@ -283,7 +283,7 @@ def test_the_folder_reads_as_a_data_set_without_a_class_of_previews(drawn):
     ((3, 4), 40, 8, [*range(0, 16, 2), *range(1, 16, 2)])])
 def test_overviews_have_one_row_of_up_to_eight_per_class(classes, n, columns, shown):
     about = {"classes": [f"class {k}" for k in range(10)]}
-    found, labels = sample.overview(about, {"classes": classes}, n)
+    found, labels = image_folder.overview(about, {"classes": classes}, n)
     assert (found, list(labels)) == (columns, shown)
     assert all(label == f"class {classes[i % len(classes)]}" for i, label in labels.items())
 
@@ -398,8 +398,8 @@ def test_two_processes_share_the_missing_images_and_load_the_weights_asked_for(
     for name, fake in dict(load_run=load_run, generate=generate).items():
         monkeypatch.setattr(sample, name, fake)
     monkeypatch.setattr(sample, "prepare", lambda *args: None)
-    monkeypatch.setattr(sample, "put_together", lambda *args: None)
-    monkeypatch.setattr(sample, "missing", lambda *args: [0, 2, 3, 5, 6, 7, 8])
+    monkeypatch.setattr(image_folder, "put_together", lambda *args: None)
+    monkeypatch.setattr(image_folder, "missing", lambda *args: [0, 2, 3, 5, 6, 7, 8])
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "setup", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
         sample.main(settings(tiny_run, tmp_path / "a", n=9, batch_size=3, weights="model"))

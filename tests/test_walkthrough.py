@@ -39,10 +39,6 @@ def defined(source):
     return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)}
 
 
-def is_from_here(module):
-    return (ROOT / f"{module.replace('.', '/')}.py").exists() or (ROOT / module).is_dir()
-
-
 # ---------------------------------------------------------------- as it is stored
 
 

@@ -1,0 +1,124 @@
+"""The folder of images that sample.py writes: only whole images, and only of the same settings.
+
+    000000.png ...      the images, in the order of their numbers
+    .base/              previews of those that base_preview.png shows
+    settings.json       what the images depend on, to refuse others
+    samples.npz, grid.png, base_preview.png     made of the images at the end
+"""
+import itertools
+import json
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from support import data, figures, runs
+
+# Hidden, so that programs that read the folder as a data set do not take it for a class.
+PREVIEWS = ".base"
+
+
+def path_of(folder, i):
+    return folder / f"{i:06d}.png"
+
+
+def refuse_other_images(out, settings):
+    """raises: SystemExit if `out` has images of other settings or weights, or without settings.json"""
+    path = out / "settings.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
+        changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
+                   if old.get(name) != settings.get(name)]
+        if changed and old | {"model": ""} == settings | {"model": ""}:
+            raise SystemExit(f"{out} holds images of an earlier state of the run, or of another run: give "
+                             "another --out, or remove it")
+        if changed:
+            raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
+                             "another --out, or remove it")
+    elif list(out.glob("*.png")):
+        raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
+                         "another --out")
+
+
+def make_folder(out, settings, rank):
+    """Create the folders of images and of previews, and settings.json, unless they exist."""
+    runs.make_folder(out)
+    with runs.disk_may_fail(must=True):
+        (out / PREVIEWS).mkdir(exist_ok=True)
+        if rank == 0 and not (out / "settings.json").exists():
+            runs.write_json(out / "settings.json", settings)
+
+
+def overview(about, settings, n):
+    """(columns, {sample: its label}) of grid.png and base_preview.png.
+
+    Up to ten classes (or prompts), one per row, and up to eight samples of each.
+    """
+    if "prompts" in settings:
+        names = [prompt[:24] for prompt in settings["prompts"]]
+    else:
+        classes = (about["classes"] or ["image"]) + ["no class"]
+        names = [classes[k] for k in settings["classes"]]
+
+    # sample i has name i % len(names), and each row shows the samples of one name
+    columns = max(1, min(8, n // len(names)))
+    shown = {}
+    for row, name in enumerate(names[:10]):
+        for i in range(row, min(n, columns * len(names)), len(names)):
+            shown[i] = name
+    return columns, shown
+
+
+def missing(out, n, shown):
+    """Which of n samples must be drawn: those without an image or, if shown, a preview."""
+    todo = []
+    for i in range(n):
+        folders = [out, out / PREVIEWS] if i in shown else [out]
+        if not all(path_of(folder, i).exists() for folder in folders):
+            todo.append(i)
+    return todo
+
+
+def save_images(out, indices, images, previews, shown):
+    """Write a batch in [-1, 1], a shown sample's preview before its image; existing images stay."""
+    for i, image, preview in zip(indices, data.to_uint8(images), data.to_uint8(previews)):
+        if i in shown:
+            save_png(preview, path_of(out / PREVIEWS, i))
+        if not path_of(out, i).exists():
+            save_png(image, path_of(out, i))
+
+
+def save_png(image, path):
+    """Write uint8 (H, W, 3) under another name, then rename it, so that a folder holds only whole images."""
+    temporary = path.with_suffix(".tmp")
+    Image.fromarray(image).save(temporary, format="png")
+    temporary.replace(path)
+
+
+def put_together(out, n, columns, shown, rank):
+    """Write samples.npz, grid.png and base_preview.png from the folder, by rank 0.  Returns the folder."""
+    if rank == 0:
+        with runs.disk_may_fail(must=True):
+            write_npz(out, n)
+        for file, folder in (("grid.png", out), ("base_preview.png", out / PREVIEWS)):
+            with runs.picture_may_fail(f"{out}/{file}"):
+                pixels = [np.asarray(Image.open(path_of(folder, i))) for i in shown]
+                x = data.to_tensor(np.stack(pixels))
+                figures.save_grid(x, out / file, columns, max(1, 128 // x.shape[-1]), list(shown.values()))
+    return out
+
+
+def write_npz(out, n):
+    """Write samples.npz, one image at a time: 50,000 of them would not fit into memory."""
+    images = (np.asarray(Image.open(path_of(out, i))) for i in range(n))
+    first = next(images)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
+    archive = zipfile.ZipFile(out / "samples.npz.tmp", "w")
+    with archive, archive.open("arr_0.npy", "w", force_zip64=True) as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        for image in itertools.chain([first], images):
+            f.write(image.tobytes())
+    (out / "samples.npz.tmp").replace(out / "samples.npz")
