@@ -184,12 +184,17 @@ def test_a_correct_and_faster_kernel_is_used_for_every_batch_size_but_no_other_s
     assert used(x, weight)
 
 
-def test_a_bfloat16_kernel_may_have_twice_plain_pytorchs_error_and_no_more(scaled, tries):
+def test_a_bfloat16_kernel_may_have_twice_plain_pytorchs_error_and_no_more(scaled, tries, monkeypatch):
     rounded = trial.Trial(call_of(scaled(exact), dtype=torch.bfloat16), CPU)
     plain = max(rounded.plain_errors)
     assert 0 < plain < 2**-7
     assert rounded.verdict(lambda x, w: Scaled.apply(x, w, 1 + 2**-9, 1)) == ""
     assert rounded.verdict(lambda x, w: Scaled.apply(x, w, 1.03, 1)).startswith("wrong by")
+
+    for part, said in ((0.99, ""), (1.01, "wrong by")):            # of the limit: twice, and one rounding
+        found = [part * (2 * error + 2**-8) for error in rounded.plain_errors]
+        monkeypatch.setattr(trial, "errors", lambda results, truth, found=found: found)
+        assert rounded.verdict(exact).startswith(said) and bool(rounded.verdict(exact)) == bool(said)
 
 
 def test_the_truth_is_the_specification_in_a_wider_dtype_without_tf32(tries):

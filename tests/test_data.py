@@ -214,6 +214,11 @@ def test_ten_unreadable_files_stop_a_small_set_and_one_percent_a_large_one(tmp_p
     dataset.paths = dataset.paths * 200                             # 10 of 2200 are below 1 %
     dataset.labels = np.tile(dataset.labels, 200)
     assert dataset.image(0)[0][0, 0].tolist() == list(RED) and len(dataset.bad) == 10
+    dataset.bad |= {f"more{k}": "truncated" for k in range(11)}     # 21
+    assert dataset.image(0)[0][0, 0].tolist() == list(RED)
+    dataset.bad["one more"] = "truncated"                           # 22 are 1 %
+    with pytest.raises(ValueError, match="22 of 2200 images"):
+        dataset.image(0)
 
 
 def test_a_set_with_nothing_readable_stops_at_once(tmp_path):

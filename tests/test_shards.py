@@ -368,7 +368,7 @@ def test_the_fingerprint_depends_on_images_and_classes(photos):
     prints.add(opened(folder).fingerprint)
     photos(cls=lambda i: b"2" if i == 3 else label(i))
     prints.add(opened(folder).fingerprint)
-    photos(txt=lambda i: b"x")
+    photos(txt=lambda i: b"x")                                     # without classes
     prints.add(opened(folder).fingerprint)
     assert len(prints) == 4
     moved = folder.rename(folder.with_name("moved"))
