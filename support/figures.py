@@ -1,4 +1,5 @@
 """What a run shows: grids of images, curves, and aligned tables."""
+import io
 import os
 from pathlib import Path
 
@@ -67,8 +68,10 @@ def plot(panels, path, size=(9, 4.2)):
     _, _, _, curves = panels[0]
     if len(curves) > 1:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)      # a third of the bytes
 
 
 def read_log(run):

@@ -77,19 +77,27 @@ def test_plot_draws_panels_given_as_tuples(tmp_path):
 
 def test_powers_get_a_logarithmic_scale_and_an_embedding_gets_no_ticks(tmp_path, monkeypatch):
     axes = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path: axes.extend(figure.axes))
+    savefig = matplotlib.figure.Figure.savefig
+
+    def keep(figure, file):
+        axes.extend(figure.axes)
+        savefig(figure, file)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     curves = {"a": [[1, 2, 3], [1, 10, 100]]}
-    figures.plot([("x", label, "-", curves) for label in ("power of x", "y", "")], tmp_path)
+    figures.plot([("x", label, "-", curves) for label in ("power of x", "y", "")], tmp_path / "a.png")
     assert [axis.get_yscale() for axis in axes] == ["log", "linear", "linear"]
     assert [len(axis.get_xticks()) > 0 for axis in axes] == [True, True, False]
 
 
 def test_a_curve_keeps_its_colour_in_a_panel_that_lacks_an_earlier_curve(tmp_path, monkeypatch):
     drawn = {}
+    savefig = matplotlib.figure.Figure.savefig
 
-    def keep(figure, path):
+    def keep(figure, file):
         for n, axis in enumerate(figure.axes):
             drawn.update({(n, line.get_label()): line.get_color() for line in axis.get_lines()})
+        savefig(figure, file)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     names = [f"arm {k}" for k in range(14)]
