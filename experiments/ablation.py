@@ -100,6 +100,7 @@ ARMS = {
     "ADT": Arm("or hiding channels from the DiT?", UNALIGNED, "--N=0 --keep_levels={levels}"),
     "SLS + ADT": Arm("or both, as DC-AE 1.5?", f"{UNALIGNED} --keep_levels={{levels}}",
                      "--N=0 --keep_levels={levels}"),
+    "paper + ADT": Arm("or hiding channels from the method's DiT?", dit="--keep_levels={levels}"),
     "all": Arm("and everything together?", "--keep_levels={levels}", "--keep_levels={levels}"),
 }
 OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
