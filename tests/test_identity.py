@@ -311,13 +311,3 @@ def test_samples_of_a_retrained_model_are_not_mixed_with_earlier_ones(tiny_run, 
         for file, content in before.items():
             (folder / file).write_bytes(content)
     sample.main(cfg)
-
-
-def test_unrelated_images_are_not_taken_for_samples(tiny_run, tmp_path):
-    Image.new("RGB", (64, 64)).save(tmp_path / "000000.png")
-    cfg = sample.Config(run=tiny_run, n=1, steps=1, out=str(tmp_path), device="cpu")
-    with pytest.raises(SystemExit, match="no settings.json"):
-        sample.main(cfg)
-    (tmp_path / "settings.json").write_text("")                    # a power cut
-    with pytest.raises(SystemExit, match="settings.json: damaged"):
-        sample.main(cfg)
