@@ -451,10 +451,10 @@ FLOW = ("Flow loss: mean (v − v*)² of base and detail channels; w(n), the wei
         "v* = data − noise is the velocity that the transformer learns to predict. w(n) is the weight of "
         "the details' squared error at step n (Eq. 12): it rises from 0 to 1 over N = {N:,} steps.")
 AUTOENCODER = [
-    ("DA-VAE: mean |x − x̂| and the alignment of group means to the base",
+    ("DA-VAE: mean |x − x̂| and the alignment loss",
      {"align": "align", "l1": "L1"},
-     "L1: mean absolute pixel error, on a scale from −1 to 1. align: mean squared difference between the "
-     "mean of each detail group and its base channel (Eq. 4) or, with a teacher, the teacher's features."),
+     "L1: mean absolute pixel error, on a scale from −1 to 1. align: by default the mean squared difference "
+     "between the mean of each detail group and its base channel (Eq. 4)."),
     ("DA-VAE: LPIPS",
      {"lpips": "LPIPS"},
      "How different the image and its reconstruction look to a network trained on photos; 0: no difference."),
