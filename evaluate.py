@@ -36,7 +36,7 @@ from support import checks, config, data, metrics, ranks, report, runs, weights
 from support.config import field
 from support.figures import print_table, stages_of
 from support.measurements import add_entry, check_writable, compare, davae_settings
-from support.measurements import read_entries, run_folder, seen_in_training, state_of
+from support.measurements import read_entries, run_folder, seen_in_training, state_of, unseen_seed
 from support.metrics import FeatureNetwork, distances, moments, upsampled
 from support.ranks import autocast, from_all, gather, this_rank
 from support.runs import hash_of
@@ -154,8 +154,7 @@ def held_out(run, data_dir, images, whole=False):
                          "--data_dir=")
     if images < 1:
         raise SystemExit(f"--images={images}: wanted at least 1")
-    unseen = max(own["seed"], davae_settings(own)["seed"]) + 1     # drawings new to transformer and VAE
-    dataset = data.open_dataset(data_dir or "procedural", own["image_size"], images, unseen)
+    dataset = data.open_dataset(data_dir or "procedural", own["image_size"], images, unseen_seed(own))
     n = len(dataset) if whole else min(images, len(dataset))
     return dataset, np.linspace(0, len(dataset) - 1, n).astype(int).tolist()
 

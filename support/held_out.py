@@ -5,6 +5,7 @@ import torch
 from tqdm import tqdm
 
 from support import data
+from support.measurements import unseen_seed
 
 
 def fitting_images(cfg, vae, train_set, device, rank):
@@ -49,12 +50,12 @@ def validation_images(cfg, train_set, n=64):
     """(N, 3, H, W) in [-1, 1]: evenly spaced held-out images, or training images if --val_dir is empty.
 
     At most n images and four megapixels, but at least 8 images. The built-in set needs no --val_dir: its
-    held-out images are those of another seed.
+    held-out images are those of a seed that neither this run nor its base was trained with.
     """
     n = min(n, max(8, 2048**2 // cfg.image_size**2))
     held_out = train_set
     if cfg.val_dir or cfg.data_dir == "procedural":
-        held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, cfg.seed + 1)
+        held_out = data.open_dataset(cfg.val_dir or cfg.data_dir, cfg.image_size, n, unseen_seed(vars(cfg)))
     index = torch.linspace(0, len(held_out) - 1, min(n, len(held_out))).long()
     batches = [x for x, _, _ in data.read(held_out, index.tolist())]
     if not batches:

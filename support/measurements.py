@@ -3,6 +3,7 @@
 An entry is {"settings": everything that the numbers depend on, "reconstruction": {row: {metric: number}},
 "generation": likewise, if samples were drawn}.
 """
+import itertools
 import json
 import math
 import os
@@ -40,21 +41,41 @@ def davae_settings(own):
     return own
 
 
+def lineage(own):
+    """The settings of a run and of every run that it was made from: its VAE, its base, and theirs.
+
+    own: as above; a run whose folder is gone is left out
+    """
+    found, folders = [own], set()
+    for settings in found:                                         # which grows meanwhile
+        for folder in (settings.get("vae"), settings.get("base")):
+            if folder and folder not in folders and runs.checkpoints(folder):
+                folders.add(folder)
+                found.append(runs.read_config(runs.latest_checkpoint(folder))["config"])
+    return found
+
+
 def seen_in_training(data_dir, own):
-    """Was a run, or its VAE, trained on the images of this folder?
+    """Was a run, or one that it was made from, trained on the images of this folder?
 
     Yes if data_dir is the training folder, by its real path, or lies inside it; a copy is not recognised. The
-    built-in drawings ("" or procedural) are measured with another seed, so they count as unseen.
+    built-in drawings ("" or procedural) are measured with an `unseen_seed`.
     """
     drawings = ("", "procedural")
     if data_dir in drawings:
         return False
     here = Path(data_dir).resolve()
-    for settings in (own, davae_settings(own)):
+    for settings in lineage(own):
         trained_on = settings.get("data_dir", "")
         if trained_on not in drawings and here.is_relative_to(Path(trained_on).resolve()):
             return True
     return False
+
+
+def unseen_seed(own):
+    """A seed whose drawings are new to a run and to all that it was made from: 1, or the first after it."""
+    seen = {settings["seed"] for settings in lineage(own)}
+    return next(seed for seed in itertools.count(1) if seed not in seen)
 
 
 # ---------------------------------------------------------------- the file

@@ -259,16 +259,26 @@ def test_a_photo_run_asks_for_held_out_images():
         evaluate.held_out(run, data_dir="", images=9)
 
 
-def test_held_out_drawings_are_new_to_both_the_run_and_its_vae(monkeypatch):
-    own = dict(data_dir="procedural", seed=3, image_size=16, images=40)
-    monkeypatch.setattr(evaluate, "davae_settings", lambda own: own | {"seed": 4})
+def test_held_out_drawings_are_new_to_every_stage(tmp_path):
+    """Also to the base VAE, which the run knows only through its DA-VAE."""
+    made_from = {"vae": {"seed": 4, "base": str(tmp_path / "base-vae")}, "base-vae": {"seed": 1},
+                 "base-dit": {"seed": 2, "vae": str(tmp_path / "vae"), "base": ""}}
+    for name, settings in made_from.items():
+        runs.save_folder(tmp_path / name / "step_000001", {}, {"config": settings})
+    own = dict(data_dir="procedural", seed=3, image_size=16, images=40, vae=str(tmp_path / "vae"),
+               base=str(tmp_path / "base-dit"))
     seen = set()
-    for seed in (3, 4):
+    for seed in (1, 2, 3, 4):
         trained = open_training_set(SimpleNamespace(**own | {"seed": seed}, text=""), None)
         seen |= {trained.image(i)[0].tobytes() for i in range(40)}
     dataset, index = evaluate.held_out(stand_in(config={"config": own}), "", 40)
-    assert len(seen) == 80 and len(index) == 40
+    assert len(seen) == 160 and len(index) == 40
     assert [i for i in index if dataset.image(i)[0].tobytes() in seen] == []
+
+
+def test_another_training_seed_is_measured_on_the_same_drawings(tmp_path):
+    found = {measurements.unseen_seed({"seed": seed}) for seed in (0, 2, 1000)}
+    assert found == {1} and measurements.unseen_seed({"seed": 1}) == 2
 
 
 @pytest.mark.parametrize("images,whole,index", [
@@ -348,12 +358,14 @@ def test_the_table_says_whether_the_run_was_trained_on_its_images(photo_run, tmp
         assert warned == (kind == "training")
 
 
-def test_images_only_the_vae_was_trained_on_count_as_seen_and_so_does_one_class_of_them(tmp_path):
+def test_images_only_the_vae_or_its_base_was_trained_on_count_as_seen_and_so_does_one_class_of_them(tmp_path):
     own = {"data_dir": str(tmp_path / "a"), "vae": str(tmp_path / "vae")}
-    runs.save_folder(tmp_path / "vae" / "step_000001", {}, {"config": {"data_dir": str(tmp_path / "b")}})
-    seen = [name for name in ("a", "b", "b/cat", "c", "bb", ".")
+    settings = {"data_dir": str(tmp_path / "b"), "base": str(tmp_path / "base")}
+    runs.save_folder(tmp_path / "vae" / "step_000001", {}, {"config": settings})
+    runs.save_folder(tmp_path / "base" / "step_000001", {}, {"config": {"data_dir": str(tmp_path / "d")}})
+    seen = [name for name in ("a", "b", "b/cat", "c", "d", "bb", ".")
             if measurements.seen_in_training(str(tmp_path / name), own)]
-    assert seen == ["a", "b", "b/cat"]
+    assert seen == ["a", "b", "b/cat", "d"]
     assert not measurements.seen_in_training("", {"data_dir": "procedural"})
     assert not measurements.seen_in_training("photos", {"data_dir": ""})
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import data, held_out
+from support import data, held_out, runs
 from train_vae import Config
 
 CPU = torch.device("cpu")
@@ -38,10 +38,13 @@ def test_every_use_sees_all_classes_though_folders_are_read_class_by_class(class
         assert (len(reds), len(reds.unique())) == (count, 4), use
 
 
-def test_procedural_validation_images_are_not_training_images():
-    cfg = Config(data_dir="procedural", image_size=16, images=12, seed=3)
-    train_set = data.open_dataset("procedural", 16, 12, 3)
-    trained_on = data.to_tensor(data.stack(train_set, range(12))[0])
+def test_procedural_validation_images_are_new_to_the_run_and_to_its_base(tmp_path):
+    runs.save_folder(tmp_path / "base" / "step_000001", {}, {"config": {"seed": 4}})
+    cfg = Config(data_dir="procedural", image_size=16, images=12, seed=3, base=str(tmp_path / "base"))
+    trained_on = []
+    for seed in (3, 4):
+        train_set = data.open_dataset("procedural", 16, 12, seed)
+        trained_on.extend(data.to_tensor(data.stack(train_set, range(12))[0]))
     val = held_out.validation_images(cfg, train_set, n=12)
     assert len(val) == 12
     assert not any(torch.equal(a, b) for a in val for b in trained_on)
