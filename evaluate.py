@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import sample
 from kernels import choose
-from support import checks, config, data, metrics, ranks, report, runs, weights
+from support import checks, config, data, image_folder, metrics, ranks, report, runs, weights
 from support.config import field
 from support.figures import print_table, stages_of
 from support.measurements import add_entry, check_writable, compare, davae_settings
@@ -509,7 +509,7 @@ def images_to_show(cfg, run):
 def draw_latents(cfg, run, text):
     """report.Samples of up to ten classes (or the run's prompts), drawn as finetune.py draws its pictures."""
     own = run.config["config"]
-    known = run.config["model"].get("num_classes", 0)
+    known = image_folder.trained_classes(run.config)
     classes = np.linspace(0, known - 1, min(10, known)).round().astype(int).tolist()
     chosen = sample.Config(n=cfg.n, seed=cfg.seed, weights=cfg.weights, steps=own["sample_steps"],
                            classes=tuple(classes))

@@ -557,10 +557,7 @@ def draw_samples(run, done, ema, vae, about, text):
     all ranks in every pass; at most micro_batch rows at a time, guidance included.
     """
     cfg = run.cfg
-    names = [name[:24] for name in (about.get("captions") or about["classes"])[:10]]
-    if not names:
-        known = min(10, ema.cfg.num_classes)
-        names = [f"class {k}" for k in range(known)] if known > 1 else ["image"]
+    names = [name[:24] for name in (about.get("captions") or about["classes"] or ["image"])[:10]]
     columns = len(names) if len(names) > 1 else 4
     n = 4 * columns
     chosen = dict(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(len(names))), dtype=cfg.dtype)

@@ -41,7 +41,7 @@ class Config:
     batch_size: int = field(50, "images per forward pass and process", at_least=1)
     seed: int = field(0, "seed of the noise", within=(0, 2**64 - 1))
     # what is drawn
-    classes: tuple = field((), "class ids to draw, in turn; empty: all of them", at_least=0)
+    classes: tuple = field((), "class ids to draw, in turn; empty: those of the run's images", at_least=0)
     prompts: str = field("", "SD3.5: prompts separated by |, or a file, one per line; empty: captions",
                          text=True)
     negative: str = field("", "SD3.5: the prompt that guidance steers away from", text=True)
@@ -365,7 +365,7 @@ def text_settings(cfg, about, checkpoint):
 
 def class_settings(cfg, about):
     known = about["model"]["num_classes"]
-    classes = list(cfg.classes) or list(range(known))
+    classes = list(cfg.classes) or list(range(image_folder.trained_classes(about)))
     if max(classes) > known or min(classes) < 0:
         wrong = max(classes) if max(classes) > known else min(classes)
         raise SystemExit(f"class {wrong} asked for; the model has classes 0 to {known - 1} ({known} draws "

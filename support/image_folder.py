@@ -52,6 +52,19 @@ def make_folder(out, settings, rank):
             runs.write_json(out / "settings.json", settings)
 
 
+def trained_classes(about):
+    """How many classes a run has trained; a transformer widened from a released one may have many more."""
+    return max(1, len(about["classes"]))
+
+
+def name_of(k, about):
+    """The name of class k in pictures."""
+    known = about["classes"] or ["image"]
+    if k == about["model"]["num_classes"]:
+        return "no class"
+    return known[k] if k < len(known) else f"class {k}"
+
+
 def overview(about, settings, n):
     """(columns, {sample: its label}) of grid.png and base_preview.png.
 
@@ -60,8 +73,7 @@ def overview(about, settings, n):
     if "prompts" in settings:
         names = [prompt[:24] for prompt in settings["prompts"]]
     else:
-        classes = (about["classes"] or ["image"]) + ["no class"]
-        names = [classes[k] for k in settings["classes"]]
+        names = [name_of(k, about) for k in settings["classes"]]
 
     # sample i has name i % len(names), and each row shows the samples of one name
     columns = max(1, min(8, n // len(names)))

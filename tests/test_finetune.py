@@ -512,6 +512,22 @@ def test_pictures_are_drawn_after_the_checkpoint_is_written(finetune_config, tmp
     assert runs.step_of(cfg.out) == 3
 
 
+@pytest.mark.parametrize("classes, drawn", [([], {0}), (["cat", "dog"], {0, 1})])
+def test_pictures_show_only_the_classes_of_the_images_however_many_the_base_has(
+        classes, drawn, tmp_path, monkeypatch):
+    def generate(ema, vae, indices, settings, text):
+        labels.update(sample.sample_labels(indices, settings["classes"]).tolist())
+        return torch.zeros(len(indices), 3, 8, 8), torch.zeros(len(indices), 3, 4, 4)
+
+    labels = set()
+    monkeypatch.setattr(finetune, "generate", generate)
+    cfg = Config(out=str(tmp_path), image_size=16)
+    about = {"config": asdict(cfg), "classes": classes, "model": {"C": 4, "D": 12, "num_classes": 1000}}
+    ema = SimpleNamespace(cfg=SimpleNamespace(num_classes=1000))
+    finetune.draw_samples(SimpleNamespace(cfg=cfg, rank=0), 1, ema, None, about, None)
+    assert labels == drawn and (tmp_path / "samples.png").exists()
+
+
 def test_a_failed_picture_costs_no_checkpoint(finetune_config, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("no memory for a picture")

@@ -2,11 +2,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import sample
 from support import data, image_folder, weights
 
@@ -114,10 +116,39 @@ def test_the_folder_reads_as_a_data_set_without_a_class_of_previews(drawn):
     ((3, 4), 6, 3, [0, 2, 4, 1, 3, 5]), ((3, 4, 5), 2, 1, [0, 1]),
     ((3, 4), 40, 8, [*range(0, 16, 2), *range(1, 16, 2)])])
 def test_overviews_have_one_row_of_up_to_eight_per_class(classes, n, columns, shown):
-    about = {"classes": [f"class {k}" for k in range(10)]}
+    about = {"classes": [f"class {k}" for k in range(10)], "model": {"num_classes": 10}}
     found, labels = image_folder.overview(about, {"classes": classes}, n)
     assert (found, list(labels)) == (columns, shown)
     assert all(label == f"class {classes[i % len(classes)]}" for i, label in labels.items())
+
+
+@pytest.mark.parametrize("classes, drawn", [(["cat", "dog"], ["cat", "dog"]), ([], ["image"])])
+def test_only_trained_classes_are_drawn_from_a_run_whose_base_has_more(classes, drawn):
+    about = {"classes": classes, "config": {"image_size": 64}, "model": {"num_classes": 1000}}
+    settings = sample.class_settings(sample.Config(), about)
+    _, labels = image_folder.overview(about, settings, len(drawn))
+    assert list(labels.values()) == drawn
+
+
+@pytest.mark.parametrize("classes, drawn", [([str(k) for k in range(20)], {0, 2, 4, 19}), ([], {0})])
+def test_reports_draw_only_trained_classes(classes, drawn, monkeypatch):
+    asked = []
+
+    def settings_of(cfg, *args):
+        asked.extend(cfg.classes)
+        raise KeyError("enough")
+
+    monkeypatch.setattr(sample, "settings_of", settings_of)
+    about = {"classes": classes, "config": {"sample_steps": 2}, "model": {"num_classes": 1000}}
+    with pytest.raises(KeyError, match="enough"):
+        evaluate.draw_latents(evaluate.ReportConfig(), SimpleNamespace(config=about, checkpoint=""), None)
+    assert drawn <= set(asked) <= set(range(max(1, len(classes))))
+
+
+def test_untrained_classes_have_numbers_and_only_the_null_class_is_no_class():
+    about = {"classes": ["cat", "dog"], "model": {"num_classes": 1000}}
+    _, labels = image_folder.overview(about, {"classes": (1, 2, 999, 1000)}, 4)
+    assert list(labels.values()) == ["dog", "class 2", "class 999", "no class"]
 
 
 def test_a_folder_with_other_settings_is_refused(tiny_run, tmp_path):
