@@ -19,7 +19,7 @@ TURNS = {                                   # EXIF value (other than 1) -> what 
 # What Pillow's decoders have been seen to raise on damaged files.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, struct.error,
-    Image.DecompressionBombError,
+    RuntimeError, OverflowError, Image.DecompressionBombError,             # RuntimeError: AVIF
 )
 
 
@@ -57,13 +57,15 @@ def load_image(path, raw=None):
     """
     try:
         with Image.open(path if raw is None else io.BytesIO(raw)) as file:
-            most = Image.MAX_IMAGE_PIXELS or math.inf
-            if file.width * file.height > most:                     # Pillow itself would only warn
-                raise ValueError(f"{file.width}x{file.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
+            if file.width * file.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError                  # as Pillow does above twice as many
             return to_rgb(upright(file))
     except UnidentifiedImageError:
         size = os.path.getsize(path) if raw is None else len(raw)
         reason = "its bytes are not an image" if size else "the file is empty"
+    except Image.DecompressionBombError:
+        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        reason = f"it has more than {limit:.0f} megapixels (PIL.Image.MAX_IMAGE_PIXELS); shrink it"
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
     raise ValueError(f"cannot read the image {shown(path)}: {reason}")

@@ -1,12 +1,14 @@
 """data.py: folders, custom data sets, batches that resume, pixels to tensors and back."""
+import io
 import itertools
 import json
 import os
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from support import data
 
 
@@ -186,6 +188,30 @@ def test_an_unreadable_file_is_named_once_and_the_next_takes_its_place(tmp_path,
     assert len(warnings) == 2 and "class1" in warnings[0] and "not an image" in warnings[0]
     assert list(dataset.bad) == [str(tmp_path / f"class{k}" / "a.png") for k in (1, 2)]
     assert dataset.summary().endswith(", 2 unreadable")
+
+
+def damaged(ending):
+    """A file of which a few bytes have changed, so that its decoder raises another error than most do."""
+    file = io.BytesIO()
+    if ending == "avif":                                            # a RuntimeError
+        Image.new("RGB", (12, 10)).save(file, "AVIF")
+        return file.getvalue().replace(b"pitm", b"pitx", 1)
+    Image.new("RGB", (12, 10)).save(file, "TIFF", big_tiff=True)    # an OverflowError
+    raw = file.getvalue()
+    place = raw.index(struct.pack("<HH", 273, 4))                   # the offset of its pixels, in 4 bytes
+    return raw[:place] + struct.pack("<HHQq", 273, 16, 1, -1) + raw[place + 20:]
+
+
+@pytest.mark.parametrize("ending", [
+    "tif",
+    pytest.param("avif", marks=pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")),
+])
+def test_a_damaged_avif_or_tiff_is_named_and_replaced_like_any_other_file(tmp_path, ending):
+    (tmp_path / f"a.{ending}").write_bytes(damaged(ending))
+    save(tmp_path / "b.png")
+    dataset = data.ImageFolder(tmp_path, 8)
+    assert dataset.image(0)[0][0, 0].tolist() == list(RED)
+    assert list(dataset.bad) == [str(tmp_path / f"a.{ending}")]
 
 
 def test_an_image_too_thin_to_crop_is_named_and_replaced_too(tmp_path, capsys):

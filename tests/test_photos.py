@@ -119,7 +119,7 @@ def damaged_files(folder):
 
 def test_damaged_files_are_refused_in_one_sentence_with_name_and_reason(tmp_path):
     reasons = {"truncated.jpg": "truncated", "truncated.png": "truncated", "empty.png": "the file is empty",
-               "text.png": "not an image", "bomb.png": "exceed"}
+               "text.png": "not an image", "bomb.png": "more than 89 megapixels"}
     for path in damaged_files(tmp_path):
         with pytest.raises(ValueError) as error:
             load_image(path)
@@ -129,11 +129,12 @@ def test_damaged_files_are_refused_in_one_sentence_with_name_and_reason(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_pillows_pixel_limit_is_an_error_not_a_warning(tmp_path, monkeypatch):
+def test_an_image_above_pillows_pixel_limit_is_refused_with_the_limit_in_megapixels(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
-    Image.new("RGB", (30, 20)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
-    assert load_image(path).size == (30, 20)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)             # Pillow warns, and refuses at twice this
-    with pytest.raises(ValueError, match="30x20 pixels exceed"):
-        load_image(path)
+    Image.new("1", (4000, 3000)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_000_000)
+    assert load_image(path).size == (4000, 3000)
+    for limit, shown in ((11_900_000, 12), (5_000_000, 5)):         # Pillow warns; at twice the limit, raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=rf"a.png: it has more than {shown} megapixels .*; shrink it$"):
+            load_image(path)
