@@ -11,12 +11,14 @@ and arms with the same stage 1 flags share their DA-VAE, so arms are compared in
     python experiments/ablation.py photos --base=weights/taef2 --data_dir=photos/train \\
         --eval_dir=photos/eval --lpips_trunk=squeezenet1_1_features.pth
 
-A finished cell is a line of experiments/results/<name>.jsonl, with the commands that produced it. The report
-is <name>.md there (means over the seeds, differences to the arm `paper`) and <name>.png (curves). The rule
-was fixed beforehand: a difference to `paper` counts if it has the same sign for every seed, and its mean
-exceeds the range of `paper` itself over the seeds. Anything else is "no difference". That range turned out to
-come from the base VAEs, so a second rule was written down after seeds 0 and 1 and before all others: instead
-of the range, the largest difference that chance makes on the same base (the arm `paper, again`).
+A finished cell is a line of experiments/results/<name>.jsonl, with its setting and the commands that trained
+it; a file holds cells of one setting. The report is <name>.md there (means over the seeds, differences to the
+arm `paper`) and <name>.png (curves). The rule was fixed beforehand: a difference to `paper` counts if it has
+the same sign for every seed, and its mean exceeds the range of `paper` itself over the seeds. Anything else
+is "no difference". That range turned out to come from the base VAEs, so a second rule was written down after
+seeds 0 and 1 and before all others: instead of the range, the largest difference that chance makes on the
+same base (the arm `paper, again`). For an arm that shares `paper`'s DA-VAE, that is too much; if it was run,
+`paper, DiT again`, with the same DA-VAE, takes its place.
 """
 import json
 import shlex
@@ -39,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Config:
     preset: str = field("tiny", "tiny, on built-in images, or photos")
     arms: str = field("", "names in ARMS, separated by |; empty: all", text=True)
-    seeds: tuple = field((0, 1, 2, 3, 4), "seeds for everything that a cell trains and draws", at_least=0)
+    seeds: tuple = field((0, 1, 2, 3, 4), "seeds for everything that a cell trains", at_least=0)
     n: int = field(2000, "samples per cell", within=(2, 100_000))
     out: str = field("out/ablation", "folder for the runs; those of finished cells may be deleted")
     results: str = field("", "folder for lines and report; empty: experiments/results")
@@ -71,13 +73,13 @@ class Arm:
 # bases.
 FIXED = "--train=up --align=0 --adaptive_align=False"
 UNALIGNED = "--align=0 --fit_align=0"          # neither in training nor in a closed-form start
-LEVELS = {"tiny": "0,8,16,24", "photos": "0,32,64,96"}             # for {levels}
 
-AGAIN = "paper, again"
+AGAIN, DIT_AGAIN = "paper, again", "paper, DiT again"
 
 ARMS = {
     "paper": Arm("the method"),
     AGAIN: Arm("how much is chance, on the same base?", "--seed={again}", "--seed={again}"),
+    DIT_AGAIN: Arm("and on the same DA-VAE?", dit="--seed={again}"),
     "no alignment": Arm("does alignment help generation?", UNALIGNED),
     "no schedule": Arm("does w(n) help?", dit="--N=0"),
     "random P_new, O_new": Arm("does the zero start help?", dit="--zero_init=False"),
@@ -105,6 +107,7 @@ ARMS = {
 }
 OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
 SCALES = {"tiny": (1, 2), "photos": (2,)}                          # of guidance; the last one is judged
+SETTING = ("preset", "n", "train_flags", "vae_flags", "dit_flags", "base", "data_dir", "eval_dir")
 
 
 # ---------------------------------------------------------------- a cell
@@ -139,23 +142,30 @@ def commands(cfg, name, seed):
 
     start = f"--base={base_dit}"
     if arm.base.startswith("scratch"):
-        start = from_scratch(cfg.preset, arm.base == "scratch+")
+        start = from_scratch(cfg, arm.base == "scratch+")
     run = f"{folder}/{slug(name)}"
     flags = f"{cfg.dit_flags} {start} {fill(arm.dit, cfg, seed)}"
     made.append(f"finetune.py {cfg.preset} {common} --vae={vae} --out={run} {flags}")
     return made, run
 
 
-def from_scratch(preset, longer):
+def from_scratch(cfg, longer):
     """Flags for a DiT of the base DiT's sizes, without a base; if `longer`, also with its steps added."""
-    base = finetune.PRESETS[f"{preset}-base"]
+    base = finetune.PRESETS[f"{cfg.preset}-base"]
     sizes = " ".join(f"--{key}={base[key]}" for key in ("p", "E", "depth", "A") if key in base)
-    steps = f"--steps={finetune.PRESETS[preset]['steps'] + base['steps']}" if longer else ""
+    steps = f"--steps={dit_settings(cfg).steps + base['steps']}" if longer else ""
     return f"--base= {sizes} {steps}"
 
 
+def dit_settings(cfg):
+    """The settings that the DiT of every arm starts from."""
+    return config.cli(finetune.Config, finetune.PRESETS, [cfg.preset, *shlex.split(cfg.dit_flags)])
+
+
 def fill(flags, cfg, seed):
-    return flags.format(levels=LEVELS[cfg.preset], again=seed + 1000)
+    """{levels}: none, a third, two thirds and all of the details; {again}: another seed."""
+    D = dit_settings(cfg).D
+    return flags.format(levels=",".join(str(D * k // 3) for k in range(4)), again=seed + 1000)
 
 
 def slug(text):
@@ -175,7 +185,7 @@ def run_cell(cfg, name, seed):
     if cfg.preset == "photos":
         held_out = f"--data_dir={shlex.quote(cfg.eval_dir)}"
         features = f"--features=squeeze --perceptual=squeeze --lpips_trunk={shlex.quote(cfg.lpips_trunk)}"
-    line = {"arm": name, "seed": seed, "commands": made, "curves": curves(run)}
+    line = {"arm": name, "seed": seed, "setting": setting_of(cfg), "commands": made, "curves": curves(run)}
     for scale in SCALES[cfg.preset]:
         out = f"{run}/cfg{scale}.json"
         execute(f"evaluate.py {run} {held_out} --n={cfg.n} --steps=25 --cfg={scale} {features} --out={out}")
@@ -187,6 +197,22 @@ def run_cell(cfg, name, seed):
         line["loss by time"] = json.loads(Path(run, "timebins.json").read_text())["panels"][0][3]
         line["details"] = use_of_details(run, f"{held_out} --images=500", features)
     return line | {"seconds": round(time.time() - since)}
+
+
+def setting_of(cfg):
+    """What all cells of a results file have in common."""
+    return {name: getattr(cfg, name) for name in SETTING}
+
+
+def refuse_another_setting(cells, cfg, path):
+    """raises: SystemExit if a results file holds cells of another setting, such as of other images"""
+    for line in (line for arm in cells.values() for line in arm.values()):
+        old = line["setting"]
+        changed = [f"{name} {old[name]!r} -> {value!r}" for name, value in setting_of(cfg).items()
+                   if value != old[name]]
+        if changed:
+            raise SystemExit(f"{path} holds cells of another setting ({', '.join(changed)}): give this one a "
+                             "--name= of its own")
 
 
 def use_of_details(run, held_out, features):
@@ -233,6 +259,8 @@ def number(line, metric):
     if metric == ADDED:
         return number(line, JUDGED) - number(line, "FD, reconstructions")
     group, rows, name = METRICS[metric]
+    if group == "reconstruction" and "samples" not in line["samples, cfg 2"]:          # a base model
+        rows = SAMPLES
     found = next((line[group][row] for row in rows if row in line.get(group, {})), None)
     if found is None:
         return None
@@ -279,17 +307,20 @@ def read(path):
 
 
 def verdict(cells, name):
-    """The verdict on an arm's differences to `paper` in FD (less is better), by the rules at the top."""
+    """An arm's differences to `paper` in FD (lower is better), called by the rules in the docstring."""
     found = differences(cells, name)
     if name == "paper" or len(found) < 2:
         return ""
     own = [number(cells["paper"][seed], JUDGED) for seed in found]
-    chance = [abs(d) for d in differences(cells, AGAIN).values()]
     mean = sum(found.values()) / len(found)
     below = sum(d < 0 for d in found.values())
     said = f"{mean:+.3f}, {below} of {len(found)} below: {called(found, max(own) - min(own))}"
-    if chance and name != AGAIN:
-        said += f"; beside chance: {called(found, max(chance))}"
+    if name in (AGAIN, DIT_AGAIN):
+        return said
+    same_vae = not ARMS[name].vae and DIT_AGAIN in cells
+    chance = differences(cells, DIT_AGAIN if same_vae else AGAIN).values()
+    if chance:
+        said += f"; beside chance: {called(found, max(map(abs, chance)))}"
     return said
 
 
@@ -321,9 +352,10 @@ def steps_to_paper(cells, name):
     return ", ".join(found)
 
 
-def smooth(line, n=5):
-    """(steps, base loss averaged over each row and the n - 1 before it) of a cell."""
+def smooth(line):
+    """(steps, base loss averaged over each row and the four before it, or fewer if there are) of a cell."""
     steps, losses = line["curves"]["base"]
+    n = min(5, len(losses))
     means = [sum(losses[k - n:k]) / n for k in range(n, len(losses) + 1)]
     return steps[n - 1:], means
 
@@ -377,8 +409,8 @@ def mean_curves(cells, loss):
 
 
 def main(cfg):
-    if cfg.preset not in LEVELS:
-        raise SystemExit(f"{cfg.preset}: wanted {' or '.join(LEVELS)}")
+    if cfg.preset not in SCALES:
+        raise SystemExit(f"{cfg.preset}: wanted {' or '.join(SCALES)}")
     folder = Path(cfg.results or ROOT / "experiments/results")
     name = cfg.name or cfg.preset
     path = folder / f"{name}.jsonl"
@@ -388,7 +420,10 @@ def main(cfg):
         raise SystemExit(f"--arms: {unknown[0]!r} is none of {' | '.join(ARMS)}")
 
     cells = read(path)
-    wanted = [] if cfg.report else [(seed, arm) for seed in cfg.seeds for arm in arms]
+    wanted = []
+    if not cfg.report:
+        refuse_another_setting(cells, cfg, path)
+        wanted = [(seed, arm) for seed in cfg.seeds for arm in arms]
     for seed, arm in wanted:
         if seed not in cells.get(arm, {}):
             line = run_cell(cfg, arm, seed)

@@ -31,13 +31,16 @@ class Config(shared.Config):
 
 
 @torch.no_grad()
-def sensitivity(vae, x):
-    """{row: images (B, 3, H, W)} of x (B, 3, H, W) through the VAE, with three kinds of details."""
+def sensitivity(vae, x, first=0):
+    """{row: images (B, 3, H, W)} of x (B, 3, H, W) through the VAE, with three kinds of details.
+
+    first: the number of the first image; each image has its own noise, whatever the batch
+    """
     z, z_d = vae.encode(x).split([vae.C, vae.D], dim=1)                           # (B, C, h, w), (B, D, h, w)
     details = {
         "full": z_d,
         "zero": shared.zero_details(vae).expand_as(z_d),
-        "random": sample_noise(0, range(len(x)), z_d.shape[1:]).to(x.device),
+        "random": sample_noise(0, range(first, first + len(x)), z_d.shape[1:]).to(x.device),
     }
     rows = {}
     for name, z_d in details.items():
@@ -51,10 +54,11 @@ def main(cfg):
     rulers = load_rulers(cfg, cfg.features, held.run)
     numbers = range(len(held.x))
     batches = [(held.x[k:k + 10], numbers[k:k + 10]) for k in numbers[::10]]
-    table, _, described = image_table(lambda x: sensitivity(vae, x), batches, rulers, device)
+    firsts = iter(numbers[::10])
+    table, _, described = image_table(lambda x: sensitivity(vae, x, next(firsts)), batches, rulers, device)
 
-    first = held.x[:6]
-    pictures = {"input": first, **sensitivity(vae, first.to(device))}
+    shown = held.x[:6]
+    pictures = {"input": shown, **sensitivity(vae, shown.to(device))}
     return shared.write("sensitivity", cfg, held.run, table=table, pictures=pictures,
                         held_out=described, **rulers.settings())
 

@@ -58,9 +58,11 @@ def plot(panels, path, size=(9, 4.2)):
     figure, axes = plt.subplots(1, len(panels), figsize=size, dpi=100, layout="constrained", squeeze=False)
     place = {name: k for k, name in enumerate(panels[0][3])}        # in the legend
     colours = plt.get_cmap("tab10" if len(place) <= 10 else "tab20").colors
+    others = {"-": "--", "o": "^"}                                  # styles once every colour is taken
     for axis, (xlabel, ylabel, style, curves) in zip(axes[0], panels, strict=True):
         for k, (name, (x, y)) in enumerate(curves.items()):
-            axis.plot(x, y, style, label=name, color=colours[place.get(name, k) % len(colours)])
+            again, colour = divmod(place.get(name, k), len(colours))
+            axis.plot(x, y, others.get(style, style) if again else style, label=name, color=colours[colour])
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel.startswith("power") else "linear")
         if not ylabel:
             axis.set(xticks=[], yticks=[])

@@ -1,7 +1,7 @@
 """experiments/ablation.py: which commands make an arm, what counts as a difference, and the report."""
 import json
 import shlex
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ from support import config
 def line(arm, seed, fd, psnr=19.0, row="samples", losses=None):
     """A cell's line with these numbers."""
     samples = {row: {"Probe-FD": fd, "Probe-KID": 0.01}, "base only, bicubic": {"Probe-FD": 1.5}}
-    return {"arm": arm, "seed": seed, "seconds": 60, "commands": [],
-            "reconstruction": {"DA-VAE": {"psnr": psnr, "Probe-FD": 0.5}},
+    return {"arm": arm, "seed": seed, "seconds": 60, "setting": ablation.setting_of(Config()), "commands": [],
+            "reconstruction": {"DA-VAE": {"psnr": psnr, "Probe-FD": 0.5},
+                               "base only, bilinear": {"psnr": 16.0, "Probe-FD": 1.1}},
             "samples, cfg 1": samples, "samples, cfg 2": samples,
             "loss by time": {"base": [[0.1, 0.9], [0.2, 0.6]], "detail": [[0.1, 0.9], [0.4, 0.5]]},
             "curves": {"base": [list(range(10, 90, 10)), losses or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]],
@@ -61,6 +62,16 @@ def test_the_chance_verdict_needs_a_larger_difference_than_other_seeds_on_the_sa
     assert verdict(cells, "paper, again").endswith("of 3 below: no difference")
 
 
+def test_an_arm_with_the_papers_davae_is_held_against_other_seeds_of_the_transformer_alone():
+    cells = cells_of(paper=(0.8, 0.9, 1.0), no_schedule=(0.77, 0.86, 0.97), no_alignment=(0.77, 0.86, 0.97))
+    cells["paper, again"] = cells_of(again=(0.9, 0.8, 1.0))["again"]               # chance makes 0.1
+    assert verdict(cells, "no schedule").endswith("beside chance: no difference")
+    cells["paper, DiT again"] = cells_of(again=(0.81, 0.89, 1.0))["again"]         # only 0.01
+    assert verdict(cells, "no schedule").endswith("beside chance: better than paper")
+    assert verdict(cells, "no alignment").endswith("beside chance: no difference")
+    assert verdict(cells, "paper, DiT again").endswith("of 3 below: no difference")
+
+
 def test_the_papers_own_range_covers_only_the_seeds_compared():
     cells = cells_of(paper=(0.8, 0.9, 3.0), no_alignment=(0.3, 0.4))
     assert verdict(cells, "no alignment").endswith("2 of 2 below: better than paper")
@@ -92,6 +103,8 @@ def test_every_number_in_the_table_matches_its_heading():
         del full[group]["samples"]
     assert [number(full, metric) for metric in ("FD, samples", JUDGED)] == [13, 23]
     assert number(full, "judged sharp, cfg 2") is None
+    assert [number(full, metric) for metric in ("PSNR (dB)", "FD, reconstructions", ablation.ADDED)] == [
+        1, 2, 21]
 
 
 def test_the_reports_curves_average_the_seeds_over_the_steps_they_all_have():
@@ -158,12 +171,12 @@ def test_photo_runs_are_measured_on_held_out_photos_and_the_base_has_no_details(
         assert ("--data_dir=my photos" in words, "--data_dir=others" in words) == (training, not training)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "photos"])
-def test_a_transformer_from_scratch_is_the_size_of_the_base_and_adds_its_steps_at_equal_compute(preset):
+@pytest.mark.parametrize("preset,flags", [("tiny", ""), ("photos", ""), ("photos", "--steps=200 --N=133")])
+def test_a_transformer_from_scratch_has_the_bases_size_and_adds_its_steps_at_equal_compute(preset, flags):
     def parsed(arm):
-        made = [shlex.split(command) for command in commands(Config(preset=preset), arm, 0)[0]]
+        made, _ = commands(Config(preset=preset, dit_flags=flags), arm, 0)
         return [config.cli(finetune.Config, finetune.PRESETS, argv=words)
-                for script, *words in made if script == "finetune.py"]
+                for script, *words in map(shlex.split, made) if script == "finetune.py"]
 
     base, paper = parsed("paper")
     for arm, steps in (("scratch", paper.steps), ("scratch, equal compute", paper.steps + base.steps)):
@@ -184,7 +197,7 @@ def test_every_arm_is_a_command_line_the_scripts_accept(preset, monkeypatch):
             script, *words = shlex.split(command)
             module = scripts[script]
             parsed = config.cli(module.Config, module.PRESETS, argv=words)
-            assert parsed.seed == (1003 if name == "paper, again" and "--seed=1003" in command else 3)
+            assert parsed.seed == (1003 if name.endswith("again") and "--seed=1003" in command else 3)
         assert parsed.out == run                                      # the last one is measured
         made.add((run, trained[-1]))
     assert len(made) == len(ARMS)                                     # no two arms are the same run
@@ -236,6 +249,15 @@ def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     assert Image.open(tmp_path / "tiny.png").width == 1600
 
 
+def test_a_log_of_few_rows_is_averaged_over_those():
+    cells = {"paper": {0: line("paper", 0, 0.8, losses=[0.9, 0.7])},
+             "scratch": {0: line("scratch", 0, 0.8, losses=[0.9, 0.6])},
+             "ADT": {0: line("ADT", 0, 0.8, losses=[0.9, 0.8])}}
+    for arm in cells.values():
+        arm[0]["curves"]["base"][0] = [10, 20]
+    assert [ablation.steps_to_paper(cells, name) for name in cells] == ["20", "20", "never"]
+
+
 def test_an_arm_reaches_the_papers_loss_when_its_mean_over_five_rows_does():
     fast = [0.9, 0.4, 0.4, 0.4, 0.4, 0.4, 0.3, 0.3]                   # the mean of paper's last five is 0.4
     cells = {"paper": {0: line("paper", 0, 0.8), 1: line("paper", 1, 0.8)},
@@ -270,10 +292,23 @@ def test_a_truncated_line_is_named_and_no_cell_is_lost_silently(tmp_path):
         ablation.main(Config(results=str(tmp_path), report=True))
 
 
-def test_the_arms_levels_match_the_presets():
-    for preset, given in ablation.LEVELS.items():
-        known = {f.name: f.default for f in fields(train_vae.Config)} | train_vae.PRESETS[preset]
-        assert given.endswith(f",{known['D']}") and len(given.split(",")) == 4
+@pytest.mark.parametrize("preset,flags,levels", [
+    ("tiny", "", "0,8,16,24"), ("tiny", "--D=56 --steps=140", "0,18,37,56"), ("photos", "", "0,32,64,96")])
+def test_hidden_details_come_in_thirds_of_all_that_there_are(preset, flags, levels):
+    made, _ = commands(Config(preset=preset, dit_flags=flags), "SLS + ADT", 0)
+    assert f"--keep_levels={levels}" in made[-1] and f"--keep_levels={levels}" in made[-3]
+
+
+def test_cells_of_another_setting_are_not_taken_for_this_ones(tmp_path):
+    """The repository comes with cells: of other photos, or of more steps than are asked for."""
+    path = tmp_path / "tiny.jsonl"
+    path.write_text(json.dumps(line("paper", 0, 0.8)) + "\n")
+    before = path.read_bytes()
+    cfg = Config(arms="paper", seeds=(0,), results=str(tmp_path), n=50, dit_flags="--steps=3")
+    with pytest.raises(SystemExit, match=r"another setting \(n 2000 -> 50, dit_flags '' -> '--steps=3'\)"):
+        ablation.main(cfg)
+    assert path.read_bytes() == before
+    assert ablation.main(replace(cfg, report=True))["paper"][0]["seed"] == 0       # a report runs nothing
 
 
 def test_cells_run_once_seed_by_seed_and_survive_a_later_failure(tmp_path, monkeypatch):

@@ -67,6 +67,16 @@ def test_sensitivitys_three_rows_are_true_details_raw_zeros_and_seeded_noise(mak
     assert (vae.decode(z_all, keep=0) - vae.decode(z_all * seen_of_all(0, 4, 12))).abs().max() > 1e-3
 
 
+def test_random_details_differ_from_image_to_image_whatever_the_batch(tiny_vae, tmp_path):
+    """In batches of ten, twelve images get the noise of numbers 0 to 11."""
+    Config = config_of("sensitivity")
+    found = module("sensitivity").main(Config(run=tiny_vae, out=str(tmp_path), images=12))
+    held = shared.open_run(shared.Config(run=tiny_vae, images=12))
+    together = sensitivity(held.run.vae, held.x)["random details"]
+    assert found["table"]["random details"]["psnr"] == pytest.approx(
+        psnr(held.x, together).mean().item(), abs=1e-4)
+
+
 @torch.no_grad()
 def test_experiments_look_at_the_runs_base_and_details_and_the_other_runs_details(
         tiny_vae, make_davae, monkeypatch, tmp_path, error):

@@ -90,22 +90,24 @@ def test_powers_get_a_logarithmic_scale_and_an_embedding_gets_no_ticks(tmp_path,
     assert [len(axis.get_xticks()) > 0 for axis in axes] == [True, True, False]
 
 
-def test_a_curve_keeps_its_colour_in_a_panel_that_lacks_an_earlier_curve(tmp_path, monkeypatch):
+def test_each_of_many_curves_has_a_look_of_its_own_even_in_a_panel_that_lacks_an_earlier_one(
+        tmp_path, monkeypatch):
     drawn = {}
     savefig = matplotlib.figure.Figure.savefig
 
     def keep(figure, file):
         for n, axis in enumerate(figure.axes):
-            drawn.update({(n, line.get_label()): line.get_color() for line in axis.get_lines()})
+            drawn.update({(n, line.get_label()): (line.get_color(), line.get_linestyle())
+                          for line in axis.get_lines()})
         savefig(figure, file)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    names = [f"arm {k}" for k in range(14)]
+    names = [f"arm {k}" for k in range(23)]                           # more than there are colours
     curve = [[1, 2], [1, 2]]
     panels = [("x", "y", "-", dict.fromkeys(names, curve)), ("x", "z", "-", dict.fromkeys(names[1:], curve))]
     figures.plot(panels, tmp_path / "plot.png")
     assert all(drawn[1, name] == drawn[0, name] for name in names[1:])
-    assert len({drawn[0, name] for name in names}) == 14
+    assert len({drawn[0, name] for name in names}) == 23
 
 
 def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted):
