@@ -84,10 +84,7 @@ def base_image(x, r):
 
     Differs from the paper, which has only r = 2: in one step, bicubic without antialiasing would skip pixels.
     """
-    while r > 1:
-        x = half(x)
-        r = r // 2
-    return x
+    return base_image(half(x), r // 2) if r > 1 else x
 
 
 class Posterior:
@@ -163,9 +160,8 @@ class UpBlock(nn.Module):
         super().__init__()
         self.r = r
         self.conv = nn.Conv2d(channels, width * r**2, 3, padding=1)
-        divides = width * r**2 % channels == 0
-        self.repeats = width * r**2 // channels
-        self.proj = None if divides else zero_conv(channels, width * r**2)
+        self.repeats, rest = divmod(width * r**2, channels)
+        self.proj = zero_conv(channels, width * r**2) if rest else None
 
     def shortcut(self, z_all):
         if self.proj is not None:
@@ -194,7 +190,7 @@ class DAVAE(nn.Module):
     The detail encoder starts as a copy of the base encoder, tapped before its latent head; the decoder as a
     copy of the base decoder, entered after its latent stem. The down and up blocks replace head and stem.
 
-    base: a BaseVAE; it is frozen in place, not copied
+    base: a BaseVAE; it is frozen in place, not copied, and `train` keeps it in eval mode
     Differs from the authors' code in two points. Details that survive dropout are not multiplied by 1/(1-p)
     unless `rescale`: the decoder would then see z_d at one scale in training and at another afterwards.
     Alignment and decoder use normalised base latents for every base, as in their SD3 code; their ImageNet
@@ -220,6 +216,10 @@ class DAVAE(nn.Module):
 
         self.register_buffer("mean", torch.zeros(cfg.D))           # of z_d, measured on training images
         self.register_buffer("std", torch.ones(cfg.D))
+
+    def train(self, mode=True):
+        super().train(mode).base.eval()                            # frozen: no dropout, no new statistics
+        return self
 
     def forward(self, x, keep=None):
         """One training pass, with sampled details: (B, 3, H, W) -> Reconstruction.
@@ -382,9 +382,10 @@ class BaseVAE(nn.Module):
         decoder      features -> images (B, 3, f*h, f*w)
         config()     its settings as JSON, from which `build` rebuilds the module
 
-    DAVAE copies `encoder` and `decoder`; its new blocks replace the other two. `from_latent` is a convolution
-    or a Sequential that ends in one. Any later layers belong to `decoder`: the up block, which is linear,
-    could not replace them. (So AutoencoderKL's decoder begins with Mid, and TAEF2's with a ReLU.)
+    DAVAE copies `encoder` and `decoder`, and trains the copies (in training mode: any Dropout in them is on);
+    its new blocks replace the other two. `from_latent` is a convolution or a Sequential that ends in one. Any
+    later layers belong to `decoder`: the up block, which is linear, could not replace them. (So
+    AutoencoderKL's decoder begins with Mid, and TAEF2's with a ReLU.)
     The class is found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
     mean, std (C,): the statistics with which the pretrained pipeline normalises latents
     """

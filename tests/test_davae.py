@@ -351,6 +351,27 @@ def test_r_is_a_power_of_two_and_D_fits_the_down_block(make_base):
         DAVAE(make_base(), DAVAEConfig(D=12, r=4))
 
 
+def test_batch_statistics_and_dropout_of_the_frozen_base_are_off_in_training_and_on_in_the_copies():
+    class Noisy(BaseVAE):
+        def __init__(self):
+            super().__init__(C=4, f=2, width=8)
+            self.encoder = torch.nn.Sequential(
+                torch.nn.Conv2d(3, 8, 2, stride=2), torch.nn.BatchNorm2d(8), torch.nn.Dropout(0.5))
+            self.to_moments = torch.nn.Conv2d(8, 8, 1)
+            self.from_latent = torch.nn.Conv2d(4, 8, 1)
+            self.decoder = torch.nn.ConvTranspose2d(8, 3, 2, stride=2)
+
+    base = Noisy().eval()
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        z = base.encode(half(x))
+    vae = DAVAE(base, DAVAEConfig(D=4)).eval().train()
+    assert torch.equal(vae(x).z, z) and torch.equal(vae(x).z, z)
+    assert (base.encoder[1].running_mean == 0).all() and base.encoder[1].num_batches_tracked == 0
+    assert vae.detail_encoder[1].num_batches_tracked == 2
+    assert not torch.equal(vae.detail_encoder(x), vae.detail_encoder(x))
+
+
 def test_a_custom_base_needs_four_parts_and_nothing_else():
     class Pixels(BaseVAE):
         """Averages of 2x2 pixels as the latent."""
