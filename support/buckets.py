@@ -165,8 +165,7 @@ def size_of(images, i):
 def size_in_header(source):
     """(height, width) of an image file, rotated as its EXIF data says."""
     with Image.open(source) as file:
-        exif = Image.Image.getexif(file)           # a PNG's own would decode it, to look beyond its pixels
-        quarter_turn = exif.get(photos.ORIENTATION) in (5, 6, 7, 8)
+        quarter_turn = photos.orientation(file) in (5, 6, 7, 8)
         if quarter_turn and file.format != "TIFF":                 # Pillow itself turns a TIFF, and its size
             return file.width, file.height
         return file.height, file.width

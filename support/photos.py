@@ -28,9 +28,10 @@ def to_rgb(image):
 
     raises: ValueError if its pixels are 32-bit numbers
     """
-    if image.mode in ("I", "F"):
+    pgm = image.mode == "I" and image.format == "PPM"               # 16 bits, which Pillow stores in 32
+    if image.mode in ("I", "F") and not pgm:
         raise ValueError("its 32-bit pixels have no known range; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or pgm:
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -45,8 +46,19 @@ def upright(image):
     any tag has a wrong type.
     """
     image.load()                            # a PNG may have its EXIF data after its pixels
-    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def orientation(image):
+    """The EXIF orientation of a PIL image, 1 to 8; None if it has none, or if its EXIF data is damaged.
+
+    It does not decode the image: of a PNG that is not loaded, only what comes before the pixels counts.
+    """
+    try:
+        return Image.Image.getexif(image).get(ORIENTATION)          # a PNG's own getexif would load it
+    except DECODING_ERRORS:
+        return None
 
 
 def load_image(path, raw=None):

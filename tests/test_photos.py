@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from support import buckets
 from support.photos import load_image
 
 RED = (200, 30, 40)
@@ -47,6 +48,15 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, extension):
     assert np.array_equal(grey.reshape(-1), np.arange(256))
 
 
+@pytest.mark.parametrize("magic, maxval", [("P5", 65535), ("P5", 1023), ("P2", 65535)])
+def test_netpbm_pixels_of_up_to_sixteen_bits_are_scaled_by_their_maximum(tmp_path, magic, maxval):
+    ramp = np.linspace(0, maxval, 256).round().astype(">u2")
+    pixels = ramp.tobytes() if magic == "P5" else " ".join(map(str, ramp)).encode()
+    (tmp_path / "a.pgm").write_bytes(f"{magic}\n16 16\n{maxval}\n".encode() + pixels)
+    grey = np.asarray(load_image(tmp_path / "a.pgm"))
+    assert np.array_equal(grey, np.arange(256).reshape(16, 16, 1).repeat(3, axis=2))
+
+
 def test_float_pixels_are_refused_because_their_range_is_unknown(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="a.tif.*no known range"):
@@ -78,6 +88,15 @@ def test_a_photo_is_rotated_whatever_else_its_exif_data_says(tmp_path, tag, kind
     tiff = b"II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + struct.pack("<I", 0) + value
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + tiff)
     assert load_image(tmp_path / "a.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
+def test_an_image_whose_exif_data_is_damaged_is_read_as_it_lies(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    Image.new("RGB", (40, 20), RED).save(path, exif=b"Exif\0\0garbage!")
+    image = load_image(path)
+    assert image.size == (40, 20) and np.abs(np.asarray(image).astype(int) - RED).max() <= 4
+    assert buckets.size_in_header(path) == (20, 40)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
