@@ -7,12 +7,14 @@
     unwrapped(sd)          names without what DDP, torch.compile and the like add to them
     fill(module, sd)       load the weights into a module, strictly; all must be finite
     flush(path)            wait until a file that was written is on the disk
+    one_job_at_a_time(dir) wait until no other job writes to a folder of caches
 
 The first bytes of a file say what it is, whatever its name: safetensors or torch.save's. Pickles are
 memory-mapped, and nothing in them runs. An error is one sentence: about a file, it begins with its name
 (SystemExit); about a dict, it has no name (ValueError).
 """
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -23,6 +25,7 @@ import zipfile
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten_with_path
@@ -410,3 +413,16 @@ def flush(path):
     """Wait until a file is on the disk: renamed after that, it is whole or absent, even after a power cut."""
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def one_job_at_a_time(folder):
+    """While one job is in this block, another that comes to it with the same folder waits, and says so."""
+    lock = FileLock(os.path.join(folder, ".lock"))
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{folder}: another job is writing here; waiting until it has finished")
+        held = lock.acquire()
+    with held:
+        yield

@@ -8,6 +8,7 @@
 which of them are mirrored. Cached latents are rounded to half precision; and with --detail_sample=True a
 cache holds one sample of z_d per image, where `encoded_steps` draws a new one each time.
 """
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -42,7 +43,6 @@ def latent_source(vae, train_set, cfg, device, rank, world):
     if not cfg.cache:
         return functools.partial(encoded_steps, vae, train_set, cfg, device, rank, world)
     folder = write_cache(vae, train_set, cfg, device, rank, world)
-    ranks.wait_for_all()
     in_buckets = isinstance(train_set, Buckets)
     latents = LatentsInBuckets(train_set, folder, vae, cfg.D) if in_buckets else Latents(folder, vae, cfg.D)
     return functools.partial(cached_steps, latents, cfg, device, rank, world)
@@ -276,7 +276,8 @@ def statistics(vae, channels):
 def write_cache(vae, train_set, cfg, device, rank, world):
     """Encode the shards missing from <vae or out>/latents-<hash>, for `Latents` to read; returns the folder.
 
-    Rank n mod world writes shard n; each bucket has its own subfolder.
+    Rank n mod world writes shard n; each bucket has its own subfolder. If another job writes the same cache,
+    this one waits, and then finds it there.
     Latents are stored in half precision, with cfg.flip also those of the mirrored images. The hash covers
     the VAE's weights, the images, the labels and everything else that the latents depend on, and each file's
     header holds all of that; so a cache made with another VAE or other images is never read by mistake.
@@ -291,18 +292,21 @@ def write_cache(vae, train_set, cfg, device, rank, world):
     folder = cache_folder(cfg, header)
     runs.make_folder(folder, "--cache=False")
     shards = planned_shards(train_set, folder)
-    missing = [n for n, (file, _, _) in enumerate(shards) if not is_whole(file, header)]
-    check_space(vae, sum(len(shards[n][2]) for n in missing), cfg, folder, rank)
-    ranks.wait_for_all()                                           # until all have seen what is missing
+    with files.one_job_at_a_time(folder) if rank == 0 else contextlib.nullcontext():
+        ranks.wait_for_all()                                       # until rank 0 has its turn
+        missing = [n for n, (file, _, _) in enumerate(shards) if not is_whole(file, header)]
+        check_space(vae, sum(len(shards[n][2]) for n in missing), cfg, folder, rank)
+        ranks.wait_for_all()                                       # until all have seen what is missing
 
-    mine = [n for n in missing if n % world == rank]
-    for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
-        file, images, numbers = shards[n]
-        file.parent.mkdir(exist_ok=True)
-        temporary = file.with_suffix(f".tmp{rank}")
-        save_file(encode_shard(vae, images, numbers, n, cfg, device), temporary, header)
-        files.flush(temporary)                                     # after a power cut it is whole or absent
-        temporary.replace(file)
+        mine = [n for n in missing if n % world == rank]
+        for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
+            file, images, numbers = shards[n]
+            file.parent.mkdir(exist_ok=True)
+            temporary = file.with_suffix(f".tmp{rank}")
+            save_file(encode_shard(vae, images, numbers, n, cfg, device), temporary, header)
+            files.flush(temporary)                                 # after a power cut it is whole or absent
+            temporary.replace(file)
+        ranks.wait_for_all()                                       # until all have written
     return folder
 
 

@@ -49,7 +49,8 @@ class Conditioner:
     condition(y, p): with probability p, a label becomes the null class, or a caption "".
     cfg.text: a folder of shards, or of the encoders that make them; y are then image numbers, which find the
               captions. Empty: the model is class-conditional
-    raises: SystemExit if text is wanted and the images have no captions
+    raises: SystemExit if text is wanted and the images have no captions, or embeddings have other widths than
+    the model takes
     """
 
     def __init__(self, dit, train_set, cfg, device, rank):
@@ -62,6 +63,7 @@ class Conditioner:
                                  "metadata.jsonl")
             self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
             self.text.need(["", *self.captions])
+            self.text.check_widths(vars(dit.cfg))
         elif rank == 0:
             say_if_other_classes(cfg.base, train_set.classes)
 
@@ -108,6 +110,7 @@ class TextCache:
         self.folder = folder
         self.device = device
         self.made_by = None                                        # the encoders, in words
+        self.header = {}                                           # of any shard, except its prompts
         self.rows = {}                                             # prompt: (its shard, its row there)
         sizes = {}
         for path in shards_of(folder):
@@ -120,11 +123,13 @@ class TextCache:
                 raise SystemExit(f"{path}: made with {header.get('t5_tokens')} T5 tokens, now --t5_tokens="
                                  f"{t5_tokens}: give the former number, or encode again")
             self.made_by = made_by
+            self.header = {name: value for name, value in header.items() if name != "prompts"}
             sizes[path.name] = [shard.get_slice(name).get_shape()[1:] for name in ("context", "pooled")]
             first = next(iter(sizes))
             if sizes[path.name] != sizes[first]:
                 raise SystemExit(f"{path}: context and pooled are {sizes[path.name]}, those of {first} "
                                  f"{sizes[first]}; wanted shards of the same encoders, make them again")
+            self.widths = {"context": sizes[first][0][-1], "pooled": sizes[first][1][-1]}
             for row, prompt in enumerate(prompts):
                 self.rows[prompt] = (shard, row)
         if not self.rows:
@@ -137,6 +142,20 @@ class TextCache:
         if missing:
             raise SystemExit(f"{self.folder}: has no embedding of {missing[0]!r} and {len(missing) - 1} "
                              f"more; add them with: python sample.py text ENCODERS --out={self.folder}")
+
+    def check_widths(self, model):
+        """raises: SystemExit if the embeddings have other widths than a transformer with this config"""
+        for name, width in self.widths.items():
+            wanted = model.get(name, width)                        # some models take no pooled vector
+            if width != wanted:
+                raise SystemExit(f"{self.folder}: {name} embeddings of width {width}; the transformer takes "
+                                 f"{wanted}: give its own encoders, or shards made by them (--text=)")
+
+    def keep(self, prompts, folder):
+        """Copy the embeddings of these prompts into another folder, as one shard."""
+        if Path(folder).resolve() != Path(self.folder).resolve():
+            runs.make_folder(folder)
+            write_shard(Path(folder) / "text_00000.safetensors", prompts, *self(prompts), self.header)
 
     def __call__(self, prompts):
         self.need(prompts)
@@ -154,6 +173,11 @@ class TextCache:
             raise SystemExit(f"{self.folder}: the embedding of {prompts[0]!r} or of a prompt after it is not "
                              "finite; remove the shards, and encode the prompts again")
         return embeddings.to(self.device)
+
+
+def has(folder, prompts):
+    """Does a folder have shards with embeddings of all these prompts?"""
+    return bool(shards_of(folder)) and TextCache(folder).rows.keys() >= set(prompts)
 
 
 def shards_of(folder):
@@ -183,7 +207,7 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
     """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...
 
     Each shard holds `context`, `pooled` and, as metadata, its prompts and encoders; if interrupted, this
-    resumes after the last whole shard.
+    resumes after the last whole shard. A second job that adds to the same folder waits for the first.
     encoders: a diffusers folder with text encoders, SD3.5's or one of PIPELINES, or its name on Hugging Face
     shard:    prompts per file
     raises:   SystemExit if `out` was made by other encoders or with other t5_tokens, or the disk is too small
@@ -191,32 +215,42 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
     encoders = hub.local(encoders, "text")
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
     runs.make_folder(out)
-    known = cached_prompts(out, made_by)
-    wanted = dict.fromkeys(["", *prompts])                         # each prompt once, in order
-    todo = [prompt for prompt in wanted if prompt not in known]
-    if not todo:
-        print(f"{out}: holds all {len(known)} prompts already")
-        return
+    with files.one_job_at_a_time(out):
+        known = cached_prompts(out, made_by)
+        wanted = dict.fromkeys(["", *prompts])                     # each prompt once, in order
+        todo = [prompt for prompt in wanted if prompt not in known]
+        if not todo:
+            print(f"{out}: holds all {len(known)} prompts already")
+            return
+        encode = open_encoders(encoders, device, t5_tokens)
+        encode.say_what_is_cut(todo)
+        write_shards(encode, todo, out, made_by, batch_size, shard)
 
-    encode = open_encoders(encoders, device, t5_tokens)
-    encode.say_what_is_cut(todo)
+
+def write_shards(encode, prompts, out, made_by, batch_size, shard):
+    """Encode the prompts into new files of at most `shard` prompts.  made_by: their metadata"""
     first = next_number(out)
-    starts = range(0, len(todo), shard)
+    starts = range(0, len(prompts), shard)
     for n, start in enumerate(tqdm(starts, desc=f"encoding text to {out}", mininterval=1), first):
-        chunk = todo[start:start + shard]
+        chunk = prompts[start:start + shard]
         context, pooled = [], []
         for k in range(0, len(chunk), batch_size):
             tokens, vector = encode(chunk[k:k + batch_size])
             context.append(tokens.cpu())
             pooled.append(vector.cpu())
             if start == 0 and k == 0:
-                check_space(out, len(todo), context[0].nbytes + pooled[0].nbytes)
-        tensors = {"context": torch.cat(context), "pooled": torch.cat(pooled)}
+                check_space(out, len(prompts), context[0].nbytes + pooled[0].nbytes)
         path = Path(out) / f"text_{n:05d}.safetensors"
-        temporary = path.with_name(f"{path.name}.tmp")
-        save_file(tensors, temporary, {**made_by, "prompts": json.dumps(chunk)})
-        files.flush(temporary)
-        temporary.replace(path)
+        write_shard(path, chunk, torch.cat(context), torch.cat(pooled), made_by)
+
+
+def write_shard(path, prompts, context, pooled, header):
+    """Write a shard: after a power cut it is whole or absent."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    tensors = {"context": context.cpu(), "pooled": pooled.cpu()}
+    save_file(tensors, temporary, {**header, "prompts": json.dumps(prompts)})
+    files.flush(temporary)
+    temporary.replace(path)
 
 
 def next_number(out):

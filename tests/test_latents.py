@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from dataclasses import replace
 
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 import finetune
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig
-from support import data, latents, ranks
+from support import data, files, latents, ranks
 from support.weights import load_davae
 
 
@@ -101,11 +102,34 @@ def test_ranks_share_the_shards_and_a_cache_too_large_for_the_disk_is_refused(
     with pytest.raises(SystemExit, match="GB free, .* GB of latents to write; give --cache=False"):
         write(0, size - 1)
     folder = write(1, size)
-    assert [path.name for path in folder.iterdir()] == ["00001.safetensors"]
+    assert [path.name for path in folder.glob("0*")] == ["00001.safetensors"]
     kept = (folder / "00001.safetensors").stat().st_mtime_ns
     write(0, 2 * size // 3)                            # what is still missing
-    assert sorted(path.name for path in folder.iterdir()) == [f"0000{n}.safetensors" for n in range(3)]
+    assert sorted(path.name for path in folder.glob("0*")) == [f"0000{n}.safetensors" for n in range(3)]
     assert (folder / "00001.safetensors").stat().st_mtime_ns == kept
+    assert latents.Latents(folder, vae, 12).labels.tolist() == [0, 1, 2]
+
+
+def test_a_second_job_waits_for_the_cache_that_the_first_is_writing(make_davae, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 2)
+    vae, cfg = make_davae(), known_config(out=tmp_path, image_size=16)
+    writing, waiting, encoded, encode = threading.Event(), threading.Event(), [], latents.encode_shard
+
+    def slow(*args):
+        writing.set()
+        assert waiting.wait(5)                            # until the second job has said that it waits
+        encoded.append(args[3])
+        return encode(*args)
+
+    monkeypatch.setattr(latents, "encode_shard", slow)
+    monkeypatch.setattr(files, "print", lambda line: waiting.set(), raising=False)
+    job = [vae, Halves(), cfg, torch.device("cpu"), 0, 1]
+    first = threading.Thread(target=latents.write_cache, args=job)
+    first.start()
+    assert writing.wait(5)
+    folder = latents.write_cache(*job)
+    first.join()
+    assert encoded == [0, 1]                               # each shard once
     assert latents.Latents(folder, vae, 12).labels.tolist() == [0, 1, 2]
 
 

@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import shutil
+import threading
 
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from support import runs, text
+from support import files, runs, text
 
 PROMPTS = ["a red fox, asleep", "snow"]
 
@@ -37,7 +38,7 @@ def test_text_encoding_equals_the_pipelines(sd3_folder):
 def test_cached_text_equals_the_encoders_grows_and_is_never_mixed(sd3_folder, tmp_path, capsys):
     cpu, folder = torch.device("cpu"), tmp_path / "text"
     text.cache_text(sd3_folder, ["fox", "snow", "fox"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
-    assert sorted(p.name for p in folder.iterdir()) == ["text_00000.safetensors", "text_00001.safetensors"]
+    assert [p.stem for p in text.shards_of(folder)] == ["text_00000", "text_00001"]
     stamp = (folder / "text_00000.safetensors").stat().st_mtime_ns
     (folder / "text_00001.safetensors").unlink()  # as if interrupted
     text.cache_text(sd3_folder, ["fox", "snow", "owl"], folder, cpu, t5_tokens=24, batch_size=2, shard=2)
@@ -105,11 +106,67 @@ def test_captions_of_a_folder_and_prompts_are_both_encoded(tmp_path, monkeypatch
     assert asked == [["a caption", "fox", "owl"]]
 
 
+def test_embeddings_of_another_width_than_the_model_takes_are_refused_with_both(tmp_path):
+    shard(tmp_path, 0, prompts=["", "a"])                          # context of width 6, pooled of width 5
+    cfg = SimpleNamespace(text=str(tmp_path), out="", t5_tokens=None)
+    images = SimpleNamespace(captions=["a"])
+    for takes, said in ((dict(context=6, pooled=5), ""), (dict(context=6), ""),
+                        (dict(context=7, pooled=5), "context embeddings of width 6; the transformer takes 7"),
+                        (dict(context=6, pooled=4), "pooled embeddings of width 5; the transformer takes 4")):
+        dit = SimpleNamespace(cfg=SimpleNamespace(**takes))
+        if not said:
+            text.Conditioner(dit, images, cfg, torch.device("cpu"), 0)
+            continue
+        with pytest.raises(SystemExit, match=f"{said}: give its own encoders, or shards made by them"):
+            text.Conditioner(dit, images, cfg, torch.device("cpu"), 0)
+
+
+def test_kept_embeddings_are_the_same_and_say_who_made_them(tmp_path):
+    made = shard(tmp_path, 0, prompts=["a", "b"], context=torch.randn(2, 8, 6), pooled=torch.randn(2, 5))
+    cache = text.TextCache(tmp_path)
+    cache.keep(["b"], tmp_path / "kept")
+    kept = text.TextCache(tmp_path / "kept")
+    assert list(kept.rows) == ["b"] and kept.made_by == cache.made_by
+    assert all(torch.equal(x, y) for x, y in zip(kept(["b"]), cache(["b"])))
+    assert text.has(tmp_path / "kept", ["b"]) and not text.has(tmp_path / "kept", ["a", "b"])
+    assert not text.has(tmp_path / "nowhere", ["b"])
+    before = made.read_bytes()
+    cache.keep(["b"], tmp_path)                                    # they are there already
+    assert made.read_bytes() == before
+
+
+def test_two_jobs_that_encode_into_one_folder_take_turns(sd3_folder, tmp_path, monkeypatch, capsys):
+    cpu, writing, second = torch.device("cpu"), threading.Event(), threading.Event()
+    real = text.open_encoders
+
+    def slow(*args):
+        writing.set()
+        assert second.wait(5)                                     # until the other job has found the lock
+        return real(*args)
+
+    def encode(prompts):
+        text.cache_text(sd3_folder, prompts, tmp_path, cpu, t5_tokens=24)
+
+    def said(line):
+        if "another job is writing here; waiting" in line:
+            second.set()
+
+    monkeypatch.setattr(text, "open_encoders", slow)
+    monkeypatch.setattr(files, "print", said, raising=False)
+    first = threading.Thread(target=encode, args=(["fox"],))
+    first.start()
+    assert writing.wait(5)
+    encode(["fox", "owl"])
+    first.join()
+    assert second.is_set() and len(text.shards_of(tmp_path)) == 2
+    assert [text.open_shard(path)[2] for path in text.shards_of(tmp_path)] == [["", "fox"], ["owl"]]
+
+
 def test_captions_in_a_batch_are_dropped_independently(tmp_path):
     shard(tmp_path, 0, prompts=["", "a"], context=torch.stack([torch.zeros(8, 6), torch.ones(8, 6)]))
     images = SimpleNamespace(captions=["a"] * 200)
     cfg = SimpleNamespace(text=str(tmp_path), out="", t5_tokens=None)
-    condition = text.Conditioner(None, images, cfg, torch.device("cpu"), 0)
+    condition = text.Conditioner(SimpleNamespace(cfg=SimpleNamespace()), images, cfg, torch.device("cpu"), 0)
     torch.manual_seed(0)
     tokens, _ = condition(torch.arange(200), 0.25)
     assert 120 < tokens[:, 0, 0].sum() < 180
