@@ -101,9 +101,9 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     Every rank may fit the same images: DistributedDataParallel then uses rank 0's result.
     returns {"kept": of the features' energy that z does not predict, the fraction that [z, z_d] predict;
              "told": the fraction of z's energy that the details predict linearly}
-    raises: ValueError if D > r^2 C, if D is no multiple of C and `align` is not 0, or for too few images
+    raises: ValueError if D > r^2 C, if `from_latent` ends in no convolution, or for too few images
     """
-    check_fit(vae, align)
+    check_fit(vae)
     C = vae.C
     G, M = moments(vae, images)                                    # square, 1 + 9C + 9 r^2 C and r^2 C wide
     K = features_of_patches(vae)                                   # Y = X K; needs no images
@@ -141,7 +141,7 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     return {"kept": kept.item(), "told": told.item()}
 
 
-def check_fit(vae, align):
+def check_fit(vae):
     """raises: ValueError if this DAVAE cannot start in closed form"""
     last = stem(vae.base)[-1]
     conv = last.conv if isinstance(last, Stem) else last           # DC-AE's stem also has a shortcut
@@ -152,9 +152,6 @@ def check_fit(vae, align):
     if vae.D > most:
         raise ValueError(f"--D={vae.D}: details in closed form are directions of the full-size latent, which "
                          f"has r^2 C = {most} numbers per position; give --D={most} or less, or --fit=random")
-    if align and vae.D % vae.C:
-        raise ValueError(f"--fit_align={align:g} needs C={vae.C} equal groups of details, but D={vae.D} is "
-                         "not a multiple of C; give --fit_align=0")
 
 
 def check_count(positions, unknowns):
@@ -269,7 +266,7 @@ def alignment(moments, with_z, amount):
     T = white @ (M @ groups.T + rest @ nearest_rotation(rest.T @ apart) @ apart.T)
 
     sign = torch.ones(len(M), 1).to(M)                             # V's signs are free: avoid a reflection
-    sign[-1] = torch.det(T).sign()
+    sign[-1] = torch.linalg.slogdet(T).sign                        # the determinant itself may underflow
     return sign * part_of_the_way(sign * T, amount)
 
 
