@@ -29,9 +29,10 @@ Head and Stem. Blocks before the bar are ResBlocks, after it EfficientViT.
     dc-ae-1.5-f32c128           0 5 10 4 4 4     0 5 10 4 4 4         not published      228.6    295.0
     dc-ae-1.5-f64c128           0 5 10 4 4 4 4   0 5 10 4 4 4 4       0.5935             306.5    408.3
 
-The widths are 128 256 512 512 1024 1024, then 2048 2048 (1.5: 1024). in/mix have BatchNorm and ReLU in the
-decoder's ResBlocks; everything else has RMSNorm and SiLU. Sana's attention also reads 5x5 neighbourhoods, its
-encoder downsamples by strided convolutions, its decoder upsamples to nearest neighbours (lite's does not).
+The widths are 128 256 512 512 1024 1024, then 2048 2048 (1.5: 1024). All norms are RMSNorm, all activations
+SiLU, except in decoders: those of in/mix have BatchNorm and ReLU in their ResBlocks, and those of in/mix and
+Sana (not lite) a ReLU before conv_out. Sana's attention also reads 5x5 neighbourhoods, its encoder downsamples
+by strided convolutions, its decoder upsamples to nearest neighbours (lite's does not).
 
 The autoencoder made of these parts is `support/bases.py:DCAE`; the names in files: support/dcae_names.py.
 """
