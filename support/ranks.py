@@ -157,13 +157,16 @@ ASKED = []                                 # the signals received while `heed_si
 
 
 def heed_signals(on=True):
-    """Let SIGTERM and Ctrl-C request a stop after the current step; a second one stops at once."""
+    """Let SIGTERM and Ctrl-C request a stop after the current step; a Ctrl-C after either stops at once.
+
+    A second SIGTERM changes nothing: torchrun forwards its own to ranks that may have received it themselves.
+    """
 
     def ask(number, frame):
+        if not ASKED and this_rank() == 0:     # not print: the signal may have interrupted one
+            os.write(2, b"\nstopping after the step at hand, which is saved; Ctrl-C stops at once\n")
         ASKED.append(number)
-        heed_signals(False)
-        if this_rank() == 0:                   # not print: the signal may have interrupted one
-            os.write(2, b"\nstopping after the step at hand, which is saved; once more: at once\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGTERM, ask if on else signal.SIG_DFL)
     signal.signal(signal.SIGINT, ask if on else signal.default_int_handler)

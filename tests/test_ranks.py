@@ -101,6 +101,25 @@ def test_one_ctrl_c_asks_to_stop_and_a_second_stops_at_once(monkeypatch):
         ranks.heed_signals(False)
 
 
+SIGNALLED = """
+import signal
+from support import ranks
+ranks.heed_signals()
+for _ in range(3):
+    signal.raise_signal(signal.SIGTERM)
+    assert ranks.asked_to_stop()
+print("saved")
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_second_sigterm_which_torchrun_forwards_does_not_stop_at_once_but_ctrl_c_does():
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.stdout == "saved\n" and done.stderr.endswith("KeyboardInterrupt\n")
+    assert done.stderr.count("stopping after the step at hand, which is saved; Ctrl-C stops at once") == 1
+
+
 def test_all_ranks_stop_if_one_is_asked_to(monkeypatch):
     monkeypatch.setattr(ranks, "ASKED", [])
     monkeypatch.setattr(ranks, "sum_over_ranks", lambda x: x + 1)              # another rank was asked
