@@ -31,8 +31,8 @@ Head and Stem. Blocks before the bar are ResBlocks, after it EfficientViT.
 
 The widths are 128 256 512 512 1024 1024, then 2048 2048 (1.5: 1024). All norms are RMSNorm, all activations
 SiLU, except in decoders: those of in/mix have BatchNorm and ReLU in their ResBlocks, and those of in/mix and
-Sana (not lite) a ReLU before conv_out. Sana's attention also reads 5x5 neighbourhoods, its encoder downsamples
-by strided convolutions, its decoder upsamples to nearest neighbours (lite's does not).
+Sana (not lite) a ReLU before conv_out. Sana's attention also reads 5x5 neighbourhoods, its encoder
+downsamples by strided convolutions, its decoder upsamples to nearest neighbours (lite's does not).
 
 The autoencoder made of these parts is `support/bases.py:DCAE`; the names in files: support/dcae_names.py.
 """
