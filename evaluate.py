@@ -134,7 +134,10 @@ def provenance(run):
 def load_rulers(cfg, features, run):
     """The Rulers that cfg's flags ask for.   features: which network, as in cfg.features."""
     own = run.config["config"]
-    network = metrics.feature_network(features, own["data_dir"], own["image_size"], run.device,
+    images = own["data_dir"]
+    if features == "auto" and cfg.data_dir not in ("", "procedural"):
+        images = cfg.data_dir                          # drawings saved as files: --features=probe
+    network = metrics.feature_network(features, images, own["image_size"], run.device,
                                       cfg.inception_weights, cfg.lpips_trunk)
     lpips = None
     if cfg.perceptual != "none":
@@ -259,8 +262,6 @@ def plan_generation(cfg, run, rulers, captions):
     if cfg.graph and run.device.type != "cuda":
         raise SystemExit("--graph=True needs a GPU; leave it out")
     text = sample.text_of(cfg, run.config, settings, run_folder(cfg.run), run.rank, run.device)
-    if text is not None:
-        text.need(settings["prompts"])
     settings["reference_kind"] = "images"
     plan = Plan(settings, text, clip=None, reference=None, real=None)
     if cfg.clip:
@@ -511,8 +512,8 @@ def draw_latents(cfg, run, text):
     own = run.config["config"]
     known = image_folder.trained_classes(run.config)
     classes = np.linspace(0, known - 1, min(10, known)).round().astype(int).tolist()
-    chosen = sample.Config(n=cfg.n, seed=cfg.seed, weights=cfg.weights, steps=own["sample_steps"],
-                           classes=tuple(classes))
+    chosen = sample.Config(run=cfg.run, n=cfg.n, seed=cfg.seed, weights=cfg.weights,
+                           steps=own["sample_steps"], classes=tuple(classes))
     settings = sample.settings_of(chosen, run.config, run.checkpoint)
     if text is None:
         text = sample.text_of(chosen, run.config, settings, run_folder(cfg.run), run.rank, run.device)

@@ -241,8 +241,8 @@ class FeatureNetwork:
 def feature_network(kind, data_dir, image_size, device, inception_weights="", lpips_trunk=""):
     """The requested FeatureNetwork.
 
-    kind: inception, squeeze, probe, none; or auto, the best that the given weights and training data allow.
-    data_dir, image_size: what the run was trained on; the probe needs the built-in drawings ("procedural").
+    kind: inception, squeeze, probe, none; or auto, the best that the given weights and the images allow.
+    data_dir, image_size: of the images; the probe needs the built-in drawings ("procedural")
     raises: SystemExit if that network is not available.
     """
     if kind == "auto":

@@ -449,7 +449,7 @@ def reduced(x, side):
 FLOW = ("Flow loss: mean (v − v*)² of base and detail channels; w(n), the weight of the details",
         {"base": "base", "detail": "detail", "w": "w(n)"},
         "v* = data − noise is the velocity that the transformer learns to predict. w(n) is the weight of "
-        "the details' squared error at step n (Eq. 12): it rises from 0 to 1 over N = {N:,} steps.")
+        "the details' squared error at step n (Eq. 12): {rise}.")
 AUTOENCODER = [
     ("DA-VAE: mean |x − x̂| and the alignment loss",
      {"align": "align", "l1": "L1"},
@@ -472,7 +472,8 @@ def losses_section(report):
     if report.samples:
         own = report.about["config"]
         title, names, note = FLOW
-        charts.append(chart(title, logged(davae, names), wide=True, note=note.format(N=own["N"])))
+        rise = f"it rises from 0 to 1 over N = {own['N']:,} steps" if own["N"] else "here 1 from the start"
+        charts.append(chart(title, logged(davae, names), wide=True, note=note.format(rise=rise)))
         davae = Path(own["vae"])
     for title, names, note in AUTOENCODER:
         charts.append(chart(title, logged(davae, names), note=note))

@@ -194,11 +194,19 @@ def photos(tmp_path):
     return make
 
 
+def test_the_probe_of_drawings_does_not_judge_other_images_unless_told_to(tiny_run, photos):
+    run, folder = evaluate.load(tiny_run, device="cpu"), photos(2)
+    for data_dir, features, name in (("", "auto", "Probe"), ("procedural", "auto", "Probe"),
+                                     (folder, "auto", ""), (folder, "probe", "Probe")):
+        cfg = evaluate.Config(data_dir=data_dir)
+        assert evaluate.load_rulers(cfg, features, run).features.name == name
+
+
 def test_two_processes_measure_the_same_as_one_even_if_one_can_read_none_of_its_images(
         tiny_run, tmp_path, photos):
     """Samples and images are shared out; rows come back in order, so that labels match their samples."""
     flags = [tiny_run, "--n=11", "--images=13", "--steps=2", "--batch_size=4", "--device=cpu",
-             f"--data_dir={photos(13, unreadable=(1, 2, 3, 5, 7, 9, 11))}"]
+             "--features=probe", f"--data_dir={photos(13, unreadable=(1, 2, 3, 5, 7, 9, 11))}"]
     script, entries = [str(Path(evaluate.__file__))], []
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     for name, launch in (("one", []), ("two", torchrun)):
@@ -548,8 +556,8 @@ def test_a_folder_of_unreadable_images_counts_as_empty(tiny_vae, tmp_path, photo
 def test_one_readable_image_is_enough_for_psnr_but_too_few_for_a_distance(tiny_vae, tmp_path, photos):
     cfg = dict(run=tiny_vae, out=str(tmp_path / "m.json"), data_dir=photos(3, unreadable=(0, 1)))
     with pytest.raises(SystemExit, match="1 images can be measured, wanted at least 2"):
-        evaluate.main(evaluate.Config(**cfg))
-    assert evaluate.main(evaluate.Config(**cfg, features="none"))["reconstruction"]["DA-VAE"]["images"] == 1
+        evaluate.main(evaluate.Config(**cfg, features="probe"))
+    assert evaluate.main(evaluate.Config(**cfg))["reconstruction"]["DA-VAE"]["images"] == 1
 
 
 class Narrow(torch.nn.Module):

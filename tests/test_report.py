@@ -176,15 +176,17 @@ def test_curves_show_the_logged_values(parsed):
     assert plot["aria-valuetext"] == "step 40 · base 0.125 · detail 0.312 · w(n) 1"
 
 
-def test_a_note_below_each_chart_explains_it(made, tmp_path):
+@pytest.mark.parametrize("N,said", [(1234, "it rises from 0 to 1 over N = 1,234 steps."),
+                                    (0, "here 1 from the start.")])
+def test_a_note_below_each_chart_explains_it(made, tmp_path, N, said):
     about = made()
     rows = [{"step": k, "l1": 0.5, "align": 0.25, "lpips": 0.125, "kl": 2.0} for k in (1, 2)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    about.about["config"] |= {"vae": str(tmp_path), "N": 1234}
+    about.about["config"] |= {"vae": str(tmp_path), "N": N}
     source = report.losses_section(about)["charts"]
     notes = re.findall(r'<p class="note">(.*?)</p>\n</figure>', source)
     assert [note.split(" ")[0] for note in notes] == ["v*", "L1:", "How", "How"]
-    assert "it rises from 0 to 1 over N = 1,234 steps." in notes[0] and "(Eq. 4)" in notes[1]
+    assert f"(Eq. 12): {said}" in notes[0] and "(Eq. 4)" in notes[1]
 
 
 def test_curves_skip_values_that_are_not_finite_and_empty_charts_are_omitted():
