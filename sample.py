@@ -30,13 +30,14 @@ from kernels import choose
 from support import config, identity, image_folder, levels, ranks, runs
 from support import text as texts
 from support.config import field
+from support.measurements import run_folder
 from support.weights import ExportConfig, main_export, load_run
 
 
 @dataclass
 class Config:
     run: str = field("", "a run of finetune.py, or one of its step folders; empty: the newest in out/")
-    out: str = field("", "folder for the images; empty: <run>/samples")
+    out: str = field("", "folder for the images; empty: <run>/samples, or <run>/samples-<step folder>")
     n: int = field(50, "number of images", within=(1, 10_000_000))
     batch_size: int = field(50, "images per forward pass and process", at_least=1)
     seed: int = field(0, "seed of the noise", within=(0, 2**64 - 1))
@@ -287,9 +288,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
     raises: SystemExit where height or width do not fit the model
     """
     device = dit.P.weight.device
-    side = vae.f * dit.cfg.p
-    if min(s["height"], s["width"]) < side or s["height"] % side or s["width"] % side:
-        raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
+    check_size(dit, vae, s)
     noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, s["height"] // vae.f, s["width"] // vae.f))
     keep = s.get("keep")
     mask = None if keep is None else levels.seen_of_all(keep, vae.C, dit.cfg.D).to(device)
@@ -311,6 +310,13 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
             return base, base
         full = torch.cat([vae.decode(z, keep) for z in parts]).float().clamp(-1, 1)
     return full, base
+
+
+def check_size(dit, vae, s):
+    """raises: SystemExit where height or width do not fit the model"""
+    side = vae.f * dit.cfg.p
+    if min(s["height"], s["width"]) < side or s["height"] % side or s["width"] % side:
+        raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
 
 
 def conditions(dit, indices, s, text=None):
@@ -375,12 +381,25 @@ def class_settings(cfg, about):
 
 
 def text_of(cfg, about, settings, out, rank, device):
-    """The `text` of `generate`: a TextCache of the prompts, or None for a class-conditional model."""
+    """The `text` of `generate`: a TextCache of the first cfg.n prompts; None for a class-conditional model.
+
+    Without --text=, it is the run's own copy if that has all the prompts, else what the run was trained with.
+    raises: SystemExit if a prompt is missing, or has an embedding of another width than the model takes
+    """
     own = about["config"]
     if not own.get("text"):
         return None
-    prompts = [*settings["prompts"], settings["negative"]]
-    return texts.text_for(cfg.text or own["text"], prompts, out, rank, device, own["t5_tokens"])
+    prompts = [*settings["prompts"][:cfg.n], settings["negative"]]
+    kept = run_folder(cfg.run) / "text"
+    folder = cfg.text or (kept if texts.has(kept, prompts) else own["text"])
+    text = texts.text_for(folder, prompts, out, rank, device, own["t5_tokens"])
+    text.need(prompts)
+    text.check_widths(about["model"])
+    trained_with = about.get("made_of", {}).get("texts")
+    if rank == 0 and trained_with not in (None, text.made_by):
+        print(f"WARNING: {text.folder} was made by {text.made_by}; the run was trained with {trained_with}: "
+              "expect poor images")
+    return text
 
 
 # ---------------------------------------------------------------- the script
@@ -389,14 +408,15 @@ def text_of(cfg, about, settings, out, rank, device):
 def main(cfg):
     """Draw cfg.n images into a folder.  Returns that folder."""
     rank, world, device = ranks.setup(cfg.device)
-    cfg.run = cfg.run or runs.newest_run()
-    checkpoint = runs.latest_checkpoint(cfg.run)
+    # looked up once, by rank 0: a run that is still training adds checkpoints meanwhile, and removes old ones
+    run = cfg.run or runs.newest_run()
+    cfg.run, checkpoint = ranks.from_all((run, runs.latest_checkpoint(run)))[0]
     about = runs.read_config(checkpoint)
     if about.get("script") != "finetune.py":
         script = about.get("script")
         raise SystemExit(f"{cfg.run}: holds a checkpoint of {script}; wanted a run of finetune.py")
     settings = settings_of(cfg, about, checkpoint)
-    out = Path(cfg.out or Path(cfg.run) / "samples")
+    out = Path(cfg.out or image_folder.default_folder(cfg.run))
 
     # encode text before loading the transformer: T5 is the larger of the two
     text = text_of(cfg, about, settings, out, rank, device)
@@ -415,12 +435,13 @@ def main(cfg):
     if again and rank == 0:
         print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again")
 
-    dit, vae, _ = load_run(cfg.run, cfg.weights, device)
+    dit, vae, _ = load_run(checkpoint, cfg.weights, device)
+    check_size(dit, vae, settings)
     flow = prepare(dit, vae, cfg, device)
     image_folder.make_folder(out, settings, rank)
     batch = range(min(cfg.batch_size, cfg.n))
-    choose.before_sampling(
-        out, device, cfg.compile, lambda: generate(dit, vae, batch, settings | {"steps": 1}, text))
+    guided = settings | {"steps": 1, "cfg_start": 0.0}             # guidance doubles the rows of a step
+    choose.before_sampling(out, device, cfg.compile, lambda: generate(dit, vae, batch, guided, text))
 
     # each rank takes every world-th image
     mine = todo[rank::world]

@@ -8,14 +8,22 @@
 import itertools
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from support import data, figures, runs
+from support.measurements import run_folder
 
 # Hidden, so that programs that read the folder as a data set do not take it for a class.
 PREVIEWS = ".base"
+
+
+def default_folder(run):
+    """<run>/samples; for a step folder, one next to it, because training removes old steps."""
+    folder = run_folder(run)
+    return folder / "samples" if folder == Path(run) else folder / f"samples-{Path(run).name}"
 
 
 def path_of(folder, i):
@@ -25,30 +33,31 @@ def path_of(folder, i):
 def refuse_other_images(out, settings):
     """raises: SystemExit if `out` has images of other settings or weights, or without settings.json"""
     path = out / "settings.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
-        changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
-                   if old.get(name) != settings.get(name)]
-        if changed and old | {"model": ""} == settings | {"model": ""}:
-            raise SystemExit(f"{out} holds images of an earlier state of the run, or of another run: give "
-                             "another --out, or remove it")
-        if changed:
-            raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
-                             "another --out, or remove it")
-    elif list(out.glob("*.png")):
+    if not [*out.glob("*.png"), *out.glob(f"{PREVIEWS}/*.png")]:   # none yet: an attempt failed before them
+        return
+    if not path.exists():
         raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
                          "another --out")
+    try:
+        old = json.loads(path.read_text())
+    except ValueError:
+        raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
+    changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
+               if old.get(name) != settings.get(name)]
+    if changed and old | {"model": ""} == settings | {"model": ""}:
+        raise SystemExit(f"{out} holds images of an earlier state of the run, or of another run: give "
+                         "another --out, or remove it")
+    if changed:
+        raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
+                         "another --out, or remove it")
 
 
 def make_folder(out, settings, rank):
-    """Create the folders of images and of previews, and settings.json, unless they exist."""
+    """Create the folders of images and of previews, and write settings.json."""
     runs.make_folder(out)
     with runs.disk_may_fail(must=True):
         (out / PREVIEWS).mkdir(exist_ok=True)
-        if rank == 0 and not (out / "settings.json").exists():
+        if rank == 0:
             runs.write_json(out / "settings.json", settings)
 
 

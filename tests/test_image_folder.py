@@ -158,6 +158,47 @@ def test_a_folder_with_other_settings_is_refused(tiny_run, tmp_path):
     assert json.loads((out / "settings.json").read_text())["steps"] == 2
 
 
+def fail(*args):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("fault", ["generate", "save_images"])
+def test_settings_may_be_corrected_until_there_are_images(tiny_run, tmp_path, monkeypatch, fault):
+    out = tmp_path / "a"
+    with monkeypatch.context() as broken:
+        broken.setattr(sample if fault == "generate" else image_folder, fault, fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            draw(tiny_run, out, n=1, steps=3)
+    assert (out / "settings.json").exists()
+    draw(tiny_run, out, n=1, steps=2)
+    assert json.loads((out / "settings.json").read_text())["steps"] == 2
+
+
+def test_previews_alone_lock_their_settings(tiny_run, tmp_path):
+    out = draw(tiny_run, tmp_path / "a", n=1)
+    for path in out.glob("*.png"):
+        path.unlink()
+    with pytest.raises(SystemExit, match="other settings .steps 2 -> 3"):
+        draw(tiny_run, out, n=1, steps=3)
+
+
+def test_a_size_that_does_not_fit_leaves_no_folder(tiny_run, tmp_path, monkeypatch):
+    size = {"height": 60, "width": 64}
+    real = sample.settings_of
+    monkeypatch.setattr(sample, "settings_of", lambda *args: real(*args) | size)
+    with pytest.raises(SystemExit, match="60x64 pixels: both must be multiples of 16"):
+        draw(tiny_run, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_samples_of_a_step_folder_outlive_the_step(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = sample.Config(run=str(run / "step_000003"), n=1, steps=2)
+    out = sample.main(config)
+    assert out == run / "samples-step_000003" and (out / "000000.png").exists()
+    assert image_folder.default_folder(run) == run / "samples"
+
+
 def test_unrelated_images_are_not_taken_for_samples(tiny_run, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "000000.png")
     with pytest.raises(SystemExit, match="no settings.json"):

@@ -2,6 +2,9 @@
 import itertools
 import json
 import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,13 +272,71 @@ def test_samples_get_their_own_prompt_the_negative_one_and_skip_layer_guidance(m
     assert torch.allclose(images, vae.decode(noise).clamp(-1, 1), atol=1e-5)
 
 
+def test_the_recorded_checkpoint_is_drawn_from_even_if_training_adds_one(tiny_run, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    loaded = []
+
+    def text_of(*args):                                            # takes minutes, and the run trains on
+        shutil.copytree(run / "step_000003", run / "step_000099")
+
+    def load_run(source, *args):
+        loaded.append(source)
+        return weights.load_run(source, *args)
+
+    monkeypatch.setattr(sample, "text_of", text_of)
+    monkeypatch.setattr(sample, "load_run", load_run)
+    sample.main(settings(str(run), tmp_path / "a", n=1))
+    assert loaded == [run / "step_000003"]
+
+
+def test_all_ranks_draw_from_the_run_and_checkpoint_that_rank_0_finds(tiny_run, tmp_path, monkeypatch):
+    run, asked = shutil.copytree(tiny_run, tmp_path / "run"), []
+    (run / "step_000003").rename(run / "step_000007")              # what this rank sees, a moment later
+
+    def from_all(x):
+        asked.append(x)
+        return [(tiny_run, Path(tiny_run) / "step_000003") if len(asked) == 1 else x]
+
+    def load_run(source, *args):
+        raise KeyError(source)
+
+    monkeypatch.setattr(image_folder, "missing", lambda *args: [0])
+    monkeypatch.setattr(sample, "load_run", load_run)
+    monkeypatch.setattr(ranks, "from_all", from_all)
+    monkeypatch.setattr(ranks, "setup", lambda device: (1, 2, torch.device("cpu")))
+    with pytest.raises(KeyError, match="runs.*/run/step_000003"):
+        sample.main(settings(str(run), tmp_path / "a", n=1))
+    assert asked[0] == (str(run), run / "step_000007")
+
+
+def test_the_rehearsal_has_the_rows_of_a_guided_step(tiny_run, tmp_path, monkeypatch):
+    rows = []
+
+    def before_sampling(out, device, compiled, forward):
+        real = sample.sample_flow
+
+        def flow(model, noise, *args, **options):
+            model.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+            return real(model, noise, *args, **options)
+
+        with monkeypatch.context() as watched:
+            watched.setattr(sample.generate, "__defaults__", (None, flow, None))
+            forward()
+        raise KeyError("enough")
+
+    monkeypatch.setattr(sample.choose, "before_sampling", before_sampling)
+    with pytest.raises(KeyError, match="enough"):
+        sample.main(settings(tiny_run, tmp_path / "a", cfg=2.0, cfg_start=0.2))
+    assert rows == [8]                                             # twice the batch of four, in one step
+
+
 def test_two_processes_share_the_missing_images_and_load_the_weights_asked_for(
         tiny_run, tmp_path, monkeypatch):
     loaded, drawn = [], []
 
     def load_run(run, weights, device):
         loaded.append(weights)
-        return None, None, None
+        return SimpleNamespace(cfg=SimpleNamespace(p=1)), SimpleNamespace(f=4), None
 
     def generate(dit, vae, indices, *rest):
         drawn.append(indices)
@@ -291,6 +352,77 @@ def test_two_processes_share_the_missing_images_and_load_the_weights_asked_for(
         sample.main(settings(tiny_run, tmp_path / "a", n=9, batch_size=3, weights="model"))
     assert drawn == [[0, 3, 6], [8], [2, 5, 7]]
     assert loaded == ["model", "model"]
+
+
+# ---------------------------------------------------------------- text for samples
+
+
+@pytest.fixture
+def text_of(tmp_path):
+    """text_of(prompts, made_of=(), model=(), **flags) -> sample.text_of of a run trained on "", a and b.
+
+    Its text was in <tmp_path>/shards; the run itself is <tmp_path>/run.
+    """
+    def shard(folder, prompts, encoders="e"):
+        folder.mkdir(parents=True)
+        vectors = [torch.full((len(prompts), *size), 1.0) for size in ((8, 6), (5,))]
+        header = {"encoders": encoders, "t5_tokens": "24"}
+        text.write_shard(folder / "text_00000.safetensors", prompts, *vectors, header)
+        return str(folder)
+
+    def find(prompts, made_of=(), model=(), **flags):
+        about = {"config": {"text": str(tmp_path / "shards"), "t5_tokens": 24}, "model": dict(model),
+                 "made_of": dict(made_of)}
+        cfg = sample.Config(run=str(tmp_path / "run"), **flags)
+        return sample.text_of(cfg, about, {"prompts": prompts, "negative": ""}, "", 0, torch.device("cpu"))
+
+    shard(tmp_path / "shards", ["", "a", "b"])
+    find.shard = shard
+    return find
+
+
+def test_a_prompt_without_embedding_is_refused_at_once_but_only_if_it_is_drawn(text_of):
+    with pytest.raises(SystemExit, match="no embedding of 'c' and 0 more"):
+        text_of(["a", "b", "c"])
+    assert text_of(["a", "b", "c"], n=2)(["a"])[0].shape == (1, 8, 6)
+
+
+def test_only_the_prompts_that_are_drawn_and_the_negative_one_are_encoded(text_of, monkeypatch):
+    asked = []
+
+    def text_for(folder, prompts, *rest):
+        asked.append(prompts)
+        return text.TextCache(folder)
+
+    monkeypatch.setattr(text, "text_for", text_for)
+    text_of(["a", "b"] * 1000, n=1)
+    assert asked == [["a", ""]]
+
+
+@pytest.mark.parametrize("trained_with, warned", [
+    (None, False), ("encoders e, 24 T5 tokens", False), ("encoders x, 24 T5 tokens", True)])
+def test_text_of_other_encoders_than_the_runs_causes_a_warning(text_of, trained_with, warned, capsys):
+    text_of(["a"], {"texts": trained_with})
+    said = capsys.readouterr().out
+    assert ("made by encoders e, 24 T5 tokens; the run was trained with encoders x, 24 T5" in said) == warned
+    assert said.count("\n") == warned
+
+
+def test_text_of_another_width_than_the_model_takes_is_refused(text_of):
+    with pytest.raises(SystemExit, match="context embeddings of width 6; the transformer takes 4096"):
+        text_of(["a"], model={"context": 4096})
+
+
+def test_a_run_draws_its_own_prompts_when_the_folder_of_its_text_is_gone(text_of, tmp_path):
+    kept = text_of.shard(tmp_path / "run" / "text", ["", "a"])
+    assert text_of(["a"]).folder == Path(kept)
+    assert text_of(["a", "b"]).folder == str(tmp_path / "shards")          # b is there alone
+    shutil.rmtree(tmp_path / "shards")
+    assert text_of(["a"]).folder == Path(kept)
+    with pytest.raises(SystemExit, match="shards: no text_"):
+        text_of(["a", "b"])
+    other = text_of.shard(tmp_path / "other", ["", "a"], encoders="f")
+    assert text_of(["a"], text=other).folder == other
 
 
 # ---------------------------------------------------------------- SD3.5 against diffusers
