@@ -325,8 +325,7 @@ def main(cfg):
     if not run.checkpoint:
         stages.make_missing(cfg, [MAKER])
     vae = load_davae(run.checkpoint) if run.checkpoint else initial_vae(cfg)
-    run.must_be_made_of(images=train_set.fingerprint, base=identity.of_source(cfg.base, "vae"),
-                teacher=identity.of_source(cfg.teacher) or cfg.teacher)
+    run.must_be_made_of(**identity.of_vae_parts(cfg, train_set))
     if run.done:
         return run.summary()
     checks.before_training(cfg, vae)

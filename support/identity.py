@@ -21,6 +21,9 @@ ALL_BYTES = 512 << 20      # up to this many bytes, everything is read; beyond, 
 PIECE = 64 << 10
 AT_MOST = 1000             # the most files that pieces are read from
 
+# What config.json next to a base VAE may say about the statistics of its latents.
+STATISTICS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "model_name")
+
 
 def of_files(paths, root):
     """Sixteen-digit digest of files: their names relative to the folder `root`, sizes and contents.
@@ -76,6 +79,21 @@ def of_source(source, part=""):
             Face, which is downloaded: the digest is that of the downloaded files
     part:   the subfolder of a diffusers pipeline to look at: vae or transformer
     """
+    path = place_of(source, part)
+    if path is None:
+        return None
+    if path.is_file():
+        return of_files([path], path.parent)
+    sums = path / "SHA256SUMS"
+    if sums.exists():                                              # a checkpoint of ours has them already
+        lines = sums.read_text().splitlines()
+        return of_text("\n".join(line for line in lines if line.endswith(".safetensors")))
+    weights = [file for file in sorted(path.iterdir()) if files.is_weights(file) or files.is_shard(file)]
+    return of_files(weights, path)
+
+
+def place_of(source, part=""):
+    """The weight file, or the folder of weights, that `of_source` looks at; None if there is none."""
     try:
         path = Path(hub.local(source, part))
     except SystemExit:                                             # loading it will say why
@@ -86,14 +104,31 @@ def of_source(source, part=""):
         path = runs.checkpoints(path)[-1]
     if part and (path / part).is_dir() and not (path / "SHA256SUMS").exists():
         path = path / part
-    if path.is_file():
-        return of_files([path], path.parent)
-    sums = path / "SHA256SUMS"
-    if sums.exists():                                              # a checkpoint of ours has them already
-        lines = sums.read_text().splitlines()
-        return of_text("\n".join(line for line in lines if line.endswith(".safetensors")))
-    weights = [file for file in sorted(path.iterdir()) if files.is_weights(file) or files.is_shard(file)]
-    return of_files(weights, path)
+    return path
+
+
+def of_statistics(source):
+    """Sixteen-digit digest of what files next to a base VAE's weights say about normalising its latents.
+
+    See support/weights.py:latent_statistics.   None if there are no weights
+    """
+    path = place_of(source, "vae")
+    if path is None:
+        return None
+    folder = path if path.is_dir() else path.parent
+    config = files.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    stated = [config.get(name) for name in STATISTICS]
+    return of_text(json.dumps(stated) + of_files([folder / "latents_stats.pt"], folder))
+
+
+def of_vae_parts(cfg, train_set):
+    """What a run of train_vae.py is made of: {part: digest}, for support/runs.py:Run.must_be_made_of."""
+    return {
+        "images": train_set.fingerprint,
+        "base": of_source(cfg.base, "vae"),
+        "statistics": of_statistics(cfg.base),
+        "teacher": of_source(cfg.teacher) or cfg.teacher,
+    }
 
 
 def of_parts(cfg, vae, train_set):

@@ -44,6 +44,7 @@ PARTS = {
     "classes": "data_dir",
     "vae": "vae",
     "base": "base",
+    "statistics": "base",
     "teacher": "teacher",
     "texts": "text",
 }

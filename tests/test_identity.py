@@ -113,6 +113,29 @@ def test_a_source_is_identified_by_its_weights(base_run, tmp_path):
     assert identity.of_source(tmp_path / "pipeline", "vae") != one
 
 
+def test_statistics_of_latents_are_identified_by_what_lies_next_to_the_weights(tmp_path):
+    folder = tmp_path / "pipeline" / "vae"
+    folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(2)}, folder / "diffusion_pytorch_model.safetensors")
+    weights = identity.of_source(tmp_path / "pipeline", "vae")
+    assert identity.of_statistics(tmp_path / "nowhere") is None and identity.of_statistics("") is None
+
+    def digest(**config):
+        runs.write_json(folder / "config.json", config)
+        assert identity.of_statistics(folder / "diffusion_pytorch_model.safetensors") \
+            == identity.of_statistics(folder) == identity.of_statistics(tmp_path / "pipeline")
+        return identity.of_statistics(folder)
+
+    none = identity.of_statistics(folder)
+    assert none is not None and digest(_diffusers_version="0.42.1") == none
+    known = {none, digest(scaling_factor=0.5), digest(scaling_factor=1.5, shift_factor=0.06),
+             digest(scaling_factor=1.5), digest(latents_mean=[0, 0]), digest(model_name="dc-ae-f64c128")}
+    for std in (1.0, 2.0):
+        torch.save({"mean": torch.zeros(2), "std": torch.full((2,), std)}, folder / "latents_stats.pt")
+        known.add(digest(scaling_factor=0.5))
+    assert len(known) == 8 and identity.of_source(tmp_path / "pipeline", "vae") == weights
+
+
 def test_a_run_is_identified_by_its_trained_frozen_and_vae_weights(tmp_path):
     places = ("step_000001", "frozen", "vae")
 
@@ -232,6 +255,24 @@ def test_a_run_resumes_only_with_its_own_base(finetune_config, tiny_base, class_
     with pytest.raises(SystemExit, match="started with other base than --base="):
         finetune.main(replace(cfg, steps=2, base=class_run.out))
     finetune.main(replace(cfg, steps=2, base="out/not-there"))     # it is in the checkpoint
+
+
+def test_a_vae_resumes_only_with_the_statistics_of_its_base(golden, davae_config, tmp_path):
+    """They are read once, at the start; a file that is added later would have no effect, without a word."""
+    torch.save(golden("vavae_style")[0], tmp_path / "vavae.pt")
+    base = str(tmp_path / "vavae.pt")
+    cfg = davae_config(tmp_path / "run", base=base, D=8, image_size=32, perceptual="none", gan=0.0, steps=1)
+    train_vae.main(cfg)
+    torch.save({"mean": torch.zeros(8), "std": torch.full((8,), 2.0)}, tmp_path / "latents_stats.pt")
+    for steps in (1, 2):                                           # finished, or to be resumed
+        with pytest.raises(SystemExit, match="started with other statistics than --base=.*vavae.pt has now"):
+            train_vae.main(replace(cfg, steps=steps))
+    last = runs.latest_checkpoint(cfg.out)
+    config = runs.read_config(last)
+    del config["made_of"]["statistics"]                            # a run from before they were recorded
+    runs.write_json(last / "config.json", config)
+    (last / "SHA256SUMS").unlink()
+    train_vae.main(replace(cfg, steps=2))
 
 
 def test_a_run_resumes_wherever_it_was_moved_and_however_its_path_is_written(
