@@ -10,9 +10,10 @@
 
 Reconstruction: the base channels alone, enlarged; DA-VAE; and the base VAE on the full-size image, with r^2
 times the tokens (r = 2: four times). Generation: samples, and the same latents through the base decoder
-alone, enlarged (bilinear: Tab. S2's row). Both go to <run>/metrics.json, each as soon as it is known, with
-all settings and hashes of weights and images. Impossible requests are refused at the start, because measuring
-may take hours; unreadable images are left out, named and counted; samples that no metric needs are not drawn.
+alone, enlarged (for Tab. S2's baseline, measure the base DiT). Both go to <run>/metrics.json, each as soon as
+it is known, with all settings and hashes of weights and images. Impossible requests are refused at the start,
+because measuring may take hours; unreadable images are left out, named and counted; samples that no metric
+needs are not drawn.
 The metrics are in support/metrics.py, metrics.json and `compare` in support/measurements.py; the paper's
 analyses are separate scripts in experiments/.
 """
