@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import train_vae
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, align_loss
 from support import data, fit, levels, ranks, runs
-from support.bases import TAEF2
+from support.bases import TAEF2, AutoencoderKLFlux2
 from support.metrics import psnr
 from support.weights import load_davae
 
@@ -17,12 +17,14 @@ VAVAE = KLConfig(C=4, widths=(8, 16), blocks=1, groups=4, attn=(1,), quant=True)
 SD3 = KLConfig(C=4, widths=(8, 16), blocks=1, groups=4)
 
 
-def make(config, D, r=2):
+def make(config, D, r=2, kind=AutoencoderKL):
     """A DAVAE with random weights and statistics, in float64."""
     torch.manual_seed(0)
-    base = AutoencoderKL(config)
-    base.mean.uniform_(-1, 1)
-    base.std.uniform_(0.5, 2)
+    base = kind(config)
+    for module in base.modules():
+        if hasattr(module, "std"):                                      # the base; FLUX.2's also has layers
+            module.mean.uniform_(-1, 1)
+            module.std.uniform_(0.5, 2)
     return DAVAE(base, DAVAEConfig(D=D, r=r, latent_shortcut=True)).double().eval()
 
 
@@ -98,10 +100,11 @@ def test_moments_do_not_depend_on_the_batches():
 # ---------------------------------------------------------------- the fitted blocks
 
 
-@pytest.mark.parametrize("r", [2, 4])
-@pytest.mark.parametrize("config", [VAVAE, SD3], ids=["VA-VAE", "SD3"])
-def test_with_all_directions_decoding_equals_the_base_at_full_size(config, r):
-    vae = make(config, D=r * r * 4, r=r)
+@pytest.mark.parametrize("kind, config, r", [
+    (AutoencoderKL, VAVAE, 2), (AutoencoderKL, VAVAE, 4), (AutoencoderKL, SD3, 2), (AutoencoderKL, SD3, 4),
+    (AutoencoderKLFlux2, VAVAE, 2)])
+def test_with_all_directions_decoding_equals_the_base_at_full_size(kind, config, r):
+    vae = make(config, D=r * r * 4, r=r, kind=kind)
     fit.fit_new_blocks(vae, images(16, 16 * r).split(8), strength=1e-13)
     x = images(4, 16 * r)
     found, target = features(vae, x)
