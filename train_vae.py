@@ -48,7 +48,7 @@ class Config:
     halvings: int = field(0, "before cropping, halve images up to this many times, at random", within=(0, 6))
     flip: bool = field(True, "mirror half of the images")
     # model (Sec. 3.1, Fig. S1)
-    base: str = field("", "the frozen base VAE: a path or org/name; D = 0: the initial weights, or empty")
+    base: str = field("", "the frozen base VAE, no DA-VAE: path or org/name; D = 0: initial weights or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
     train: str = field("all", "all; decoder: freezes the detail encoder (the authors' SD3 script); up: also "
@@ -132,17 +132,18 @@ PRESETS = {
         out="out/imagenet512-vae", base="vavae-imagenet256-f16d32-dinov2.pt", D=96, image_size=512,
         data_dir="imagenet/train", fit="random", micro_batch=8),
 
-    # Tab. S1; kl: its 1e-7 times half of 16 x 64 x 64, as SD3's KL is a sum; clip: authors' code; not run
+    # Tab. S1; kl: its 1e-7 times half of D x 64 x 64, as SD3's KL is a sum; clip: authors' code; not run
     "sd35m": dict(
         out="out/sd35m-vae", base="sd3.5-medium", D=16, image_size=1024, data_dir="captioned", flip=False,
         kl=3.3e-3, align=1.0, adaptive_align=False, steps=10_000, batch_size=16, micro_batch=2, beta1=0.9,
         beta2=0.999, clip=1.0, detail_dropout=0.0, fit="random"),
 }
-# FLUX.2's VAE, trained like sd35m; not run
+# FLUX.2's VAE, trained like sd35m: the same 1e-7, but six times the details; not run
 PRESETS["klein"] = PRESETS["sd35m"] | dict(
-    out="out/klein-vae", base="FLUX.2-klein-base-4B", D=96, fit="closed")
-# 2,048 pixels, with latents as large as those of 512; not run
-PRESETS["klein-2048"] = PRESETS["klein"] | dict(out="out/klein-2048-vae", image_size=2048, r=4, crop=(1024,))
+    out="out/klein-vae", base="FLUX.2-klein-base-4B", D=96, fit="closed", kl=2.0e-2)
+# 2,048 pixels, with latents as large as those of 512; kl: those of its crops are 32 x 32; not run
+PRESETS["klein-2048"] = PRESETS["klein"] | dict(
+    out="out/klein-2048-vae", image_size=2048, r=4, crop=(1024,), kl=4.9e-3)
 # only the closed-form start of `photos`: the one step changes nothing
 PRESETS["photos-quick"] = PRESETS["photos"] | dict(
     out="out/photos-quick-vae", perceptual="none", steps=1, lr=0.0)
@@ -288,9 +289,7 @@ class LossNetworks:
         self.lpips = None
         if cfg.perceptual != "none":
             self.lpips = make_lpips(cfg.perceptual, cfg.lpips_trunk).to(device)
-        self.teacher = None
-        if checks.is_aligned(cfg) and cfg.teacher != "base":
-            self.teacher = Teacher(cfg.teacher).to(device)
+        self.teacher = Teacher(cfg.teacher).to(device) if cfg.teacher != "base" else None
         self.own = nn.ModuleDict()
         if checks.is_aligned(cfg) and cfg.project == "conv":
             width = self.teacher.width if self.teacher else vae.C
@@ -464,7 +463,9 @@ def initial_vae(cfg, known=()):
     if cfg.D == 0 and not cfg.base:
         sizes = KLConfig(cfg.C, cfg.widths, cfg.blocks, cfg.attn, cfg.quant, cfg.groups)
         return PlainVAE(AutoencoderKL(sizes))
-    base = (known[cfg.base] if cfg.base in known else load_measured(cfg.base)).base
+    given = known[cfg.base] if cfg.base in known else load_measured(cfg.base)
+    checks.check_base_vae(cfg, given)
+    base = given.base
     if cfg.D == 0:
         return PlainVAE(base)
     return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale,
@@ -519,10 +520,9 @@ def adamw(parameters, cfg):
 
 
 def set_learning_rate(lr, *optimizers):
-    for opt in optimizers:
-        if opt is not None:
-            for group in opt.param_groups:
-                group["lr"] = lr
+    for opt in filter(None, optimizers):
+        for group in opt.param_groups:
+            group["lr"] = lr
 
 
 # ---------------------------------------------------------------- saving, validation, the end

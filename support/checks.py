@@ -1,7 +1,7 @@
 """Settings that conflict with each other or with the models: one sentence each, before the first step."""
 from pathlib import Path
 
-from support import buckets, levels, metrics, plan
+from support import buckets, levels, metrics, plan, runs
 from support.measurements import check_writable
 
 # ---------------------------------------------------------------- train_vae.py
@@ -40,8 +40,22 @@ def multiple(cfg, vae):
     return side if cfg.D else side * cfg.r
 
 
+def check_base_vae(cfg, vae):
+    """raises: SystemExit if the VAE that cfg.base leads to is a DA-VAE: all that it learned would be lost"""
+    if vae.D == 0:
+        return
+    own = ""
+    if runs.checkpoints(cfg.base):
+        own = f", {runs.read_config(runs.latest_checkpoint(cfg.base))['config']['base']}"
+    raise SystemExit(f"{cfg.base}: a DA-VAE, of which only its own base would be used, and nothing that it "
+                     f"learned; wanted a base VAE, such as the one that it was trained on{own}")
+
+
 def check_sizes(cfg, vae):
     """raises: SystemExit with one sentence if images, or crops of them, do not fit the VAE."""
+    if cfg.halvings and not cfg.crop:
+        raise SystemExit(f"--halvings={cfg.halvings} halves only images that are then cropped; give sides of "
+                         "crops by --crop=, or --halvings=0")
     side = multiple(cfg, vae)
     for name, pixels in [("image_size", cfg.image_size)] + [("crop", side) for side in cfg.crop]:
         if pixels % side:

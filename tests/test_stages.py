@@ -14,7 +14,7 @@ from support import config, figures, identity, runs, stages
 from support.weights import load_davae, save_base_vae
 
 SMALL = dict(image_size=16, flip=False, steps=2, batch_size=4, micro_batch=4, save_every=0, dtype="float32")
-VAE = SMALL | dict(D=12, perceptual="none", gan=0.0, crop=(), stats=8, cooldown=0.0)
+VAE = SMALL | dict(D=12, perceptual="none", gan=0.0, crop=(), halvings=0, stats=8, cooldown=0.0)
 DIT = SMALL | dict(E=32, depth=1, A=2, N=2, sample_steps=2)
 
 

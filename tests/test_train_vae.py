@@ -323,6 +323,13 @@ def test_presets_have_valid_fields_and_distinct_folders():
     assert len({v["out"] for v in PRESETS.values()}) == len(PRESETS)
 
 
+@pytest.mark.parametrize("name", ["sd35m", "klein", "klein-2048"])
+def test_presets_weight_the_kl_summed_over_a_latent_by_1e_7(name):
+    cfg = Config(**{"preset": name, **PRESETS[name]})
+    side = min([cfg.image_size, *cfg.crop]) // (8 * cfg.r)         # of a latent in training
+    assert cfg.kl == pytest.approx(1e-7 * 0.5 * cfg.D * side**2, rel=0.02)
+
+
 @pytest.mark.parametrize("train,changed", [
     ("all", "detail_encoder decoder down up"), ("decoder", "decoder down up"), ("up", "decoder up"),
     ("blocks", "down up")])
@@ -331,7 +338,7 @@ def test_only_the_parts_named_by_train_are_trained(davae_config, tmp_path, train
     train_vae.main(cfg)
     before = load_file(Path(cfg.out) / "step_000001/model.safetensors")
     after = load_file(Path(cfg.out) / "step_000002/model.safetensors")
-    statistics = ("mean", "std")                                   # measured anew at each save
+    statistics = ("mean", "std")                                   # measured after the last step
     moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
     assert moved - set(statistics) == set(changed.split())
 
@@ -389,6 +396,7 @@ def test_a_failing_picture_costs_no_checkpoint(davae_config, tmp_path, monkeypat
 
 @pytest.mark.parametrize("changes,sentence", [
     (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
+    (dict(halvings=2), "--halvings=2 halves only images that are then cropped; give sides of crops by"),
     (dict(crop=(10,)), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
     (dict(crop=(32, 128)), "--crop=128 is larger than --image_size=64; give less"),
     (dict(D=0, base="", image_size=64, crop=(40,)), "--crop=40 is larger than --image_size=64 / 2; give"),
@@ -407,6 +415,16 @@ def test_invalid_settings_get_one_sentence_before_the_first_save(davae_config, t
     with pytest.raises(SystemExit, match=sentence):
         train_vae.main(davae_config(tmp_path / "run", **changes))
     assert not list(tmp_path.glob("run/step_*"))
+
+
+@pytest.mark.parametrize("D", [0, 12])
+def test_a_davae_is_refused_as_a_base_and_its_own_base_is_named(davae_run, davae_config, tmp_path, D):
+    made = davae_run[0]
+    cfg = davae_config(tmp_path / "run", base=made.out, D=D)
+    with pytest.raises(SystemExit, match=f"^{made.out}: a DA-VAE, .* that it was trained on, {made.base}$"):
+        train_vae.main(cfg)
+    with pytest.raises(SystemExit, match="such as the one that it was trained on$"):
+        train_vae.initial_vae(replace(cfg, base=str(runs.latest_checkpoint(made.out))))
 
 
 def test_crops_of_each_size_come_from_every_halving_that_holds_them():
