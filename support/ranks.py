@@ -385,9 +385,9 @@ def load_optimizer(opt, state):
     for i, p in enumerate(parameters):
         moments = state["state"].get(i, {})
         for name, value in moments.items():
-            if not value.dim():                                # the step counter
-                continue
-            if isinstance(p, DTensor):
+            if not value.dim():                                # the step counter; itself, it maps the file
+                moments[name] = value.clone()
+            elif isinstance(p, DTensor):
                 moments[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
             else:
                 moments[name] = torch.empty_like(p).copy_(value)

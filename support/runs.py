@@ -271,7 +271,7 @@ def mend(run):
     """Repair step folders that a killed job left half replaced; see `save_folder`."""
     for aside in Path(run).glob("step_*.old"):
         if aside.with_suffix("").exists():
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.replace(aside.with_suffix(""))
 
@@ -439,7 +439,12 @@ def save_checkpoint(run, step, weights, train_state, config, keep=2):
     """Write <run>/step_<step>/; then remove all but the `keep` newest, and leftovers of killed saves."""
     save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
     for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
-        shutil.rmtree(old)
+        try:
+            aside = old.with_suffix(".tmp")                    # so that half of it is not a checkpoint
+            os.replace(old, aside)
+            shutil.rmtree(aside)
+        except OSError as error:                               # such as NFS's, while it is being read
+            tqdm.write(f"{old}: not removed ({error.strerror}); the next save tries again", file=sys.stderr)
 
 
 def save_folder(final, weights, config, train_state=None):
@@ -473,8 +478,8 @@ def save_folder(final, weights, config, train_state=None):
 
 
 def checkpoints(run):
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
+    """The complete checkpoints of a run, oldest first: those with a config.json, see `save_folder`."""
+    found = [path.parent for path in Path(run).glob("step_*/config.json") if path.parent.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 

@@ -79,6 +79,21 @@ def test_an_optimizer_saved_in_one_memory_layout_resumes_in_another(saved, now):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which files are mapped")
+def test_a_resumed_optimizer_does_not_keep_the_checkpoints_file_open(tmp_path):
+    layer = torch.nn.Linear(3, 5)
+    opt, resumed = [torch.optim.AdamW(layer.parameters()) for _ in range(2)]
+    layer(torch.ones(3)).sum().backward()
+    opt.step()
+    torch.save(opt.state_dict(), tmp_path / "train_state.pt")
+    state = runs.read_state_dict(tmp_path / "train_state.pt")
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()    # weight files are mapped, not read
+    ranks.load_optimizer(resumed, state)
+    del state
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert resumed.state_dict()["state"][0]["step"] == 1
+
+
 def test_sigterm_finishes_the_step_saves_and_exits_with_zero(davae_config, same_weights, tmp_path, interrupt):
     straight = davae_config(tmp_path / "a", steps=300, image_size=16, gan=0.0)
     stopped = replace(straight, out=str(tmp_path / "b"))

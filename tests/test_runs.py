@@ -35,6 +35,29 @@ def test_the_two_newest_checkpoints_are_kept_whole(tmp_path):
     assert runs.read_config(newest) == {"a": 1}
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_reported_and_removed_by_the_next_save(
+        tmp_path, monkeypatch, capsys):
+    def busy(path):
+        (path / "config.json").unlink()                            # half of it is gone
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    for step in (1, 2):
+        runs.save_checkpoint(tmp_path, step, {}, {}, {})
+    with monkeypatch.context() as nfs:
+        nfs.setattr(shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or busy(path))
+        runs.save_checkpoint(tmp_path, 3, {}, {}, {})
+    assert "step_000001: not removed (Directory not empty); the next" in capsys.readouterr().err
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step_000002", "step_000003"]
+    runs.save_checkpoint(tmp_path, 4, {}, {}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000004"]
+
+
+def test_a_folder_without_a_config_is_not_a_checkpoint(tmp_path):
+    runs.save_checkpoint(tmp_path, 1, {}, {}, {})
+    (tmp_path / "step_000002").mkdir()                             # such as one that is still being copied
+    assert runs.step_of(tmp_path) == 1 and runs.latest_checkpoint(tmp_path).name == "step_000001"
+
+
 def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     runs.save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {"step": 1}, {})
 
@@ -106,6 +129,18 @@ def test_changing_any_setting_that_affects_training_is_refused(script, tmp_path)
             runs.resume(replace(cfg, **{name: OTHER[type(settings[name])]}), free=())
             passed.add(name)
     assert passed == (PLACES | HOW) & settings.keys()
+
+
+@pytest.mark.parametrize("detail_sample", [True, False])
+def test_another_cache_is_refused_only_where_it_decides_how_details_are_sampled(detail_sample, tmp_path):
+    cfg = finetune.Config(out=str(tmp_path), detail_sample=detail_sample)
+    runs.save_checkpoint(tmp_path, 1, {}, {}, {"config": asdict(cfg)})
+    assert runs.resume(cfg, free=()).name == "step_000001"
+    if not detail_sample:
+        assert runs.resume(replace(cfg, cache=False), free=()).name == "step_000001"
+        return
+    with pytest.raises(SystemExit, match="started with cache=True, now cache=False is asked for: give"):
+        runs.resume(replace(cfg, cache=False), free=())
 
 
 def test_a_resumed_run_keeps_the_seconds_and_results_of_earlier_jobs(tmp_path):
@@ -350,7 +385,7 @@ os.replace = replace
     "before the old one is pruned": f"""
 remove = runs.shutil.rmtree
 def rmtree(path, **kw):
-    if str(path).endswith('step_000000') and os.path.isdir(str(path)[:-1] + '2'):
+    if 'step_000000' in str(path) and os.path.isdir(str(path).replace('0.tmp', '2')):
         {DIE}
     remove(path, **kw)
 runs.shutil.rmtree = rmtree
