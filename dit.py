@@ -409,7 +409,7 @@ class MMDiT(DiT):
         # Saved, unlike LightningDiT's: it is not known whether the released table matches the formula.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
         if not table.is_meta:
-            table = sincos_table(cfg.pos_size, cfg.E, spacing=64 / cfg.pos_size)
+            table = sincos_table(cfg.pos_size, cfg.E, spacing=64 / cfg.pos_size).to(table.device)
         self.register_buffer("pos_embed", table)
         if cfg.lora:
             add_lora(self, cfg.lora, cfg.alpha)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import dit
@@ -277,6 +278,16 @@ def test_a_fresh_widened_model_starts_with_zero_new_layers():
     model = LightningDiT(LightningDiTConfig(C=4, D=6, grid=4, E=32, A=4, depth=1, num_classes=5))
     assert all(p.abs().max() == 0 for n, p in model.named_parameters() if "_new" in n)
     assert model.P.weight.abs().max() > 0
+
+
+def test_an_mmdits_position_table_is_on_the_default_device_like_its_parameters(monkeypatch):
+    """Fake tensors need no GPU, but nothing can be drawn at random on one."""
+    for name in ("uniform_", "normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda x, *args, **options: x)
+    cfg = dit.MMDiTConfig(C=4, E=48, A=3, depth=2, dual=1, context=12, pooled=8, pos_size=6)
+    with FakeTensorMode(), torch.device("cuda"):
+        model = dit.MMDiT(cfg)
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"cuda"}
 
 
 # ---------------------------------------------------------------- cost, counted
