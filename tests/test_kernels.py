@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -568,6 +569,28 @@ def test_under_autocast_the_tokens_are_bfloat16_with_and_without_kernels(device,
     assert set(seen) == {torch.bfloat16}
     assert on.dtype == off.dtype == torch.float32
     assert 0 < errors([on], [off.double()])[0] < 0.05
+
+
+@ordinary
+@torch.no_grad()
+def test_a_compiled_model_computes_its_specification_to_the_last_bit_where_that_is_asked_for():
+    """As the warm-start proof does, in bfloat16, with a compiled DiT and a base that is not compiled."""
+    cfg = dit.LightningDiTConfig(C=4, grid=4, E=72, A=1, depth=2, num_classes=3)
+    base = randomise(dit.LightningDiT(cfg))
+    model = deepcopy(base)
+    for block in model.blocks:
+        block.compile(backend=rounds_elsewhere, dynamic=False)
+    z = randn(2, 4, 4, 4, dtype=torch.float32, device="cpu")
+    inputs = (z, torch.tensor([0.2, 0.8]), torch.tensor([0, 2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        with kernels.specifications():
+            assert torch.equal(model(*inputs), base(*inputs))
+        assert not torch.equal(model(*inputs), base(*inputs))
+
+
+def rounds_elsewhere(graph, inputs):
+    """A compiler's backend: the same, but not to the last bit."""
+    return lambda *args: [x * 1.01 for x in graph(*args)]
 
 
 # ---------------------------------------------------------------- what a block costs
