@@ -33,12 +33,6 @@ EXTENSIONS = (
 if features.check("avif"):                  # some builds of Pillow lack it
     EXTENSIONS += (".avif",)
 
-# What operating systems put into folders next to the user's files, besides names that begin with a dot.
-OF_SYSTEMS = (
-    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "lost+found", "$recycle.bin",
-    "system volume information",
-)
-
 SMALLEST = 11                               # pixels, the side of SSIM's window: no smaller image is measured
 
 
@@ -176,13 +170,13 @@ def center_crop(image, height, width=None):
 def find_files(folder, above=frozenset()):
     """The files below a folder, {"": those in itself, sub-folder: all those below it}, sorted by name.
 
-    Hidden files and folders, and those OF_SYSTEMS, are left out. Links are followed, except to a folder that
+    Hidden ones, and those of operating systems, are left out. Links are followed, except to a folder that
     contains them (`above`: the real paths of those), which would be an endless loop.
     """
     above = above | {os.path.realpath(folder)}
     found = {"": []}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or entry.name.lower() in OF_SYSTEMS:
+        if shards.is_hidden(entry.name):
             continue
         # for a link to itself, is_dir would raise, and isdir does not
         is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()

@@ -10,11 +10,12 @@
 A tar file is a sequence of headers and contents. Its headers are read once, into an index of offsets and
 sizes, and of the labels and captions, which are small. After that, image i is one seek and one read: any
 order costs the same, a resumed run continues where it was, and ranks share the images, all as with a folder.
-The index is stored next to the shards as .shards.npz, or in ~/.cache/da-vae if their folder is read-only, and
-is rebuilt when the size or time of a shard has changed.
+The index is stored next to the shards as .shards.npz, or in ~/.cache/da-vae if that cannot be written, and is
+rebuilt when the size or time of a shard has changed.
 
 Nothing is downloaded: copy or mount remote shards yourself first (`aws s3 sync`, `rclone mount`).
 """
+import contextlib
 import json
 import math
 import os
@@ -32,7 +33,8 @@ from tqdm import tqdm
 from support.captions import read_text, shown
 from support.identity import of_text
 
-VERSION = 2                                # of the index; another version is rebuilt
+BESIDE = ".shards.npz"                     # the index, next to the shards
+VERSION = 3                                # of the index; another version is rebuilt
 SMALL = 1 << 20                            # bytes: larger labels, captions or jsons are ignored
 
 # Within a tar file, the directory and name up to the first dot, and what follows it.
@@ -40,6 +42,12 @@ NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)")
 
 LABELS = ("cls", "label")                  # keys of a json, preferred ones first
 CAPTIONS = ("text", "caption")
+
+# What operating systems put into folders next to the user's files, besides names that begin with a dot.
+OF_SYSTEMS = (
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "lost+found", "$recycle.bin",
+    "system volume information",
+)
 
 # The most classes that numeric labels may ask for.
 MOST_CLASSES = 1_000_000
@@ -122,17 +130,24 @@ def read_index(folder, endings):
     """
     paths = sorted(path for path in Path(folder).glob("*.tar") if not path.name.startswith("."))
     tars = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    place = place_of_index(folder)
-    with FileLock(f"{place}.lock"):
-        found = load(place, tars, endings)
-        if found is None:
-            found = scan(folder, tars, endings)
-            try:
-                save(place, *found)
-            except OSError as error:
-                print(f"{place}: the index was not saved ({error.strerror}), and is made again next time",
-                      file=sys.stderr)
+    found = load(Path(folder) / BESIDE, tars, endings)
+    if found is None:
+        place, lock = place_to_write(folder)
+        with lock:
+            found = load(place, tars, endings)
+            if found is None:
+                found = scan(folder, tars, endings)
+                try:
+                    save(place, *found)
+                except OSError as error:
+                    print(f"{place}: the index was not saved ({error.strerror}), and is made again next time",
+                          file=sys.stderr)
     return Index(folder, *found)
+
+
+def is_hidden(name):
+    """Is a file or folder of this name hidden, or put there by an operating system?"""
+    return name.startswith(".") and name not in (".", "..") or name.lower() in OF_SYSTEMS
 
 
 # ---------------------------------------------------------------- making the index
@@ -175,7 +190,7 @@ def read_tar(path, tar, endings, faults, left_out):
     """{key: sample} of one shard, in the order of its images; adds to faults and left_out.
 
     A sample has "image", (name, offset, size), and the contents of "cls", "txt" and "json", if present; of
-    duplicate names, the first counts.
+    duplicate names, the first counts. Hidden files, and those in hidden folders, are skipped.
     A truncated shard is read as far as it goes.
     """
     samples = {}
@@ -184,8 +199,10 @@ def read_tar(path, tar, endings, faults, left_out):
             for member in members(file):
                 name = member.name.removeprefix("./")
                 match = NAME.fullmatch(name)
+                if any(map(is_hidden, name.split("/"))):
+                    continue
                 if not member.isreg() or member.issparse() or match is None:
-                    if not member.isdir() and "/." not in f"/{name}":              # hidden files
+                    if not member.isdir():
                         left_out[os.path.splitext(name)[1].lower() or "without an ending"] += 1
                     continue
                 ending = match["ending"].lower()
@@ -281,17 +298,23 @@ def drop_unlabelled(columns, without, faults, folder):
 # ---------------------------------------------------------------- storing the index
 
 
-def place_of_index(folder):
-    """The index file: next to the shards, or in the user's cache.   raises: ValueError if neither works"""
+def place_to_write(folder):
+    """(index file, its lock, held by this process): next to the shards, or in the user's cache.
+
+    raises: ValueError if neither works
+    """
     if os.access(folder, os.W_OK):
-        return Path(folder) / ".shards.npz"
+        place = Path(folder) / BESIDE
+        with contextlib.suppress(OSError):                         # the lock may be another user's
+            return place, FileLock(f"{place}.lock").acquire()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "da-vae"
+    place = cache / f"shards-{of_text(os.path.realpath(folder))}.npz"
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        return place, FileLock(f"{place}.lock").acquire()
     except OSError as error:
         raise ValueError(f"{cache}: {error.strerror}; wanted a place for the index of {shown(folder)}, give "
                          "one with XDG_CACHE_HOME") from None
-    return cache / f"shards-{of_text(os.path.realpath(folder))}.npz"
 
 
 def save(place, about, arrays):

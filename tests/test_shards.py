@@ -1,4 +1,5 @@
 """support/shards.py: webdataset's layout as a data set, like a folder; damage; the index."""
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from support import data, shards
@@ -123,6 +125,18 @@ def test_files_are_matched_by_name_up_to_the_first_dot_in_any_order(tmp_path):
     dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
     assert dict(zip(dataset.paths, dataset.captions)) == {"0.tar/b/1.PNG": "one", "0.tar/a.x/2.png": "two"}
     assert dataset.left_out == {".seg.png": 1, ".txt without an image": 1, "without an ending": 1}
+
+
+def test_hidden_and_system_files_and_folders_in_a_shard_are_left_out_as_in_a_folder(tmp_path):
+    names = ["a/1.png", "a/.ipynb_checkpoints/1.png", "@eaDir/2.png", "__MACOSX/a/3.png", "a/._1.png",
+             ".b/4.txt", "$RECYCLE.BIN/5.png", "a/Thumbs.db"]
+    write_tar(tmp_path / "tar" / "0.tar", {f"./{name}": image_bytes(i) for i, name in enumerate(names)})
+    with tarfile.open(tmp_path / "tar" / "0.tar") as tar:
+        tar.extractall(tmp_path / "loose", filter="data")
+    sharded, loose = opened(tmp_path / "tar"), opened(tmp_path / "loose")
+    assert list(sharded.paths) == ["0.tar/a/1.png"]
+    assert loose.paths == [str(tmp_path / "loose" / "a" / "1.png")]
+    assert sharded.left_out == loose.left_out == {}
 
 
 def test_whole_images_are_read_at_their_own_sizes(photos):
@@ -354,6 +368,22 @@ def test_the_index_of_a_read_only_folder_goes_into_the_cache(photos, scans, tmp_
         opened(folder)
 
 
+def test_the_index_and_the_lock_of_another_user_are_read_not_written(photos, scans, tmp_path, monkeypatch):
+    def lock(path):
+        if os.path.dirname(path) == str(folder):                   # as where its owner alone may write
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return FileLock(path)
+
+    folder = photos(cls=label)
+    opened(folder)
+    monkeypatch.setattr(shards, "FileLock", lock)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(opened(folder)) == 12 and len(scans) == 1 and not (tmp_path / "cache").exists()
+    os.utime(folder / "00001.tar", (1, 1))
+    for _ in range(2):
+        assert len(opened(folder)) == 12 and len(scans) == 2       # then there is one in the cache, too
+
+
 def test_only_one_rank_builds_the_index(photos, scans):
     folder = photos(cls=label)
     with ThreadPoolExecutor(4) as pool:
@@ -361,16 +391,19 @@ def test_only_one_rank_builds_the_index(photos, scans):
     assert len(scans) == 1
 
 
-def test_the_fingerprint_depends_on_images_and_classes(photos):
+def test_the_fingerprint_depends_on_images_classes_and_captions(photos):
+    def one(i):
+        return b"x" if i == 3 else b"y"
+
     folder = photos(cls=label)
     prints = {opened(folder).fingerprint}
     (folder / "classes.txt").write_text("ant\nbee\ncat")
     prints.add(opened(folder).fingerprint)
-    photos(cls=lambda i: b"2" if i == 3 else label(i))
-    prints.add(opened(folder).fingerprint)
-    photos(txt=lambda i: b"x")                                     # without classes
-    prints.add(opened(folder).fingerprint)
-    assert len(prints) == 4
+    for beside in ({"cls": lambda i: b"2" if i == 3 else label(i)}, {}, {"txt": one}, {"txt": lambda i: b"y"},
+                   {"json": lambda i: json.dumps({"text": "x"}).encode()}):
+        photos(**beside)                                           # the same images, each with other files
+        prints.add(opened(folder).fingerprint)
+    assert len(prints) == 7
     moved = folder.rename(folder.with_name("moved"))
     assert opened(moved).fingerprint in prints
 
