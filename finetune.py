@@ -196,7 +196,8 @@ def flow_loss(model, z_all, cond, w, cfg):
 
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
     cfg:   D, cosine, weighting, keep_levels and keep_mean are read
-    returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights)
+    returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights, as
+    means over the channels that are shown)
     Differs from the paper, as the authors' code does: w(n) does not scale the cosine: details learn at once.
     """
     D = cfg.D
@@ -210,8 +211,9 @@ def flow_loss(model, z_all, cond, w, cfg):
     target = z_all - noise                                                    # v*
 
     weight = weight.view(-1, 1, 1, 1)
+    mask = torch.ones_like(target[:, :, :1, :1])
     if cfg.keep_levels:                                                       # DC-AE 1.5: support/levels.py
-        model, target, weight = levels.hide_some(model, target, weight, w, cfg)
+        model, target, weight, mask = levels.hide_some(model, target, weight, w, cfg)
 
     v = model(x_t, t, *cond).float()
     error = (v - target).square()                                             # (B, C+D, h, w)
@@ -220,9 +222,9 @@ def flow_loss(model, z_all, cond, w, cfg):
     if cfg.cosine:
         loss = loss + cfg.cosine * (1 - F.cosine_similarity(v, target, dim=1, eps=COSINE_EPS)).mean()
 
-    parts = {"loss": loss.detach(), "base": error[:, :C].mean().detach()}
+    parts = {"loss": loss.detach(), "base": levels.mean_of_shown(error[:, :C], mask[:, :C]).detach()}
     if D:
-        parts["detail"] = error[:, C:].mean().detach()
+        parts["detail"] = levels.mean_of_shown(error[:, C:], mask[:, C:]).detach()
     return loss, parts
 
 
@@ -273,8 +275,7 @@ def main(cfg):
     # where this runs, on which images, in which latent
     rank, world, device = ranks.setup(cfg.device)
     accumulate = ranks.accumulation(cfg.batch_size, cfg.micro_batch, world)
-    if cfg.shard and world == 1:
-        raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
+    checks.before_finetuning(cfg, world)
     stages.plan(cfg, makers(), rank, device)
     run = runs.Run(cfg, MAY_CHANGE, rank)
     vae = load_vae(cfg, run).to(device, memory_format=torch.channels_last).requires_grad_(False)
@@ -323,7 +324,7 @@ def main(cfg):
             check_statistics(z_all, vae.C, cfg.out)
         if base is not None and cfg.D and cfg.zero_init:
             prove_warm_start(base.to(device), dit, vae, z_all, y, condition, run)
-        save_what_stays(run, vae, dit)
+        save_what_stays(run, vae, dit, condition.text, about)
         save(run, 0, dit, ema, opt, about)               # a disk that is too small shows now, not after hours
     del base                                                       # to free its memory
     if not cfg.shard:
@@ -535,8 +536,8 @@ def kept_weights(model, dit, cfg):
     return {name: value for name, value in model.state_dict().items() if name in trained or not cfg.lora}
 
 
-def save_what_stays(run, vae, dit):
-    """Save once what no step changes: vae/ and, with adapters, frozen/."""
+def save_what_stays(run, vae, dit, text, about):
+    """Save once what no step changes: vae/, with adapters frozen/, with text the pictures' embeddings."""
     kept = kept_weights(dit, dit, run.cfg)
     frozen = {name: value for name, value in dit.state_dict().items() if name not in kept}
     frozen = ranks.whole(frozen, keep=run.rank == 0)
@@ -544,10 +545,12 @@ def save_what_stays(run, vae, dit):
         return
     folder = Path(run.cfg.out)
     with runs.disk_may_fail(must=True):
-        about = {"source": run.cfg.vae, "model": vae.config()}
-        runs.save_folder(folder / "vae", {"model": vae.state_dict()}, about)
+        made_of = {"source": run.cfg.vae, "model": vae.config()}
+        runs.save_folder(folder / "vae", {"model": vae.state_dict()}, made_of)
         if frozen:
             runs.save_folder(folder / "frozen", {"model": frozen}, {"source": run.cfg.base})
+        if text is not None:
+            text.keep(["", *about["captions"]], folder / "text")
 
 
 def draw_samples(run, done, ema, vae, about, text):

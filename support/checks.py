@@ -95,6 +95,15 @@ def check_alignment(cfg, vae):
 # ---------------------------------------------------------------- finetune.py
 
 
+def before_finetuning(cfg, world):
+    """raises: SystemExit with one sentence, before anything is loaded or trained"""
+    if cfg.shard and world == 1:
+        raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
+    if not cfg.base and (cfg.lora or not cfg.zero_init):
+        flag = f"--lora={cfg.lora}" if cfg.lora else "--zero_init=False"
+        raise SystemExit(f"{flag} is for a pretrained model, and there is none: give --base=, or omit it")
+
+
 def check_base(cfg, vae, base, num_classes):
     """raises: SystemExit with one sentence if the base model does not fit the VAE, the images or flags."""
     if (base.cfg.C, base.cfg.D) != (vae.C, 0):

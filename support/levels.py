@@ -62,12 +62,20 @@ def masked(model, mask):
 
 
 def hide_some(model, target, weight, w, cfg):
-    """flow_loss's (model, target, weight) with some channels of each image hidden (Eq. 2)."""
+    """flow_loss's (model, target, weight) with some channels of each image hidden (Eq. 2), and their mask."""
     channels = target.shape[1]
     mask = seen_of_all(draw(cfg.keep_levels, len(target), target.device), channels - cfg.D, cfg.D)
     if cfg.keep_mean == "shown":
         weight = weight * share(mask, cfg.D, w)
-    return masked(model, mask), target * mask, weight
+    return masked(model, mask), target * mask, weight, mask
+
+
+def mean_of_shown(error, mask):
+    """Mean of an error (B, c, h, w) over the channels that are shown; it is 0 where mask (B, c, 1, 1) is.
+
+    0 if none is shown.
+    """
+    return error.mean() / mask.mean().clamp_min(1e-9)
 
 
 def share(mask, D, w):

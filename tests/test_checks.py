@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import finetune
 import train_vae
 from support import checks
 
@@ -15,6 +16,19 @@ def test_a_base_with_fewer_classes_than_the_images_is_refused(make_dit):
         checks.check_base(cfg, vae, make_dit(), classes)
     with pytest.raises(SystemExit, match="base: has 5 classes; photos has 6"):
         checks.check_base(cfg, vae, make_dit(), 6)
+
+
+@pytest.mark.parametrize("changes, refused", [
+    (dict(lora=4), "--lora=4 is for a pretrained model, and there is none: give --base=, or omit it"),
+    (dict(zero_init=False), "--zero_init=False is for a pretrained model"), (dict(), ""),
+    (dict(base="b", lora=4), ""), (dict(base="b", zero_init=False), ""),
+    (dict(shard=True), "--shard=True splits the model over several processes: start it with torchrun")])
+def test_flags_that_would_do_nothing_are_refused(changes, refused):
+    cfg = finetune.Config(**changes)
+    if not refused:
+        return checks.before_finetuning(cfg, world=1)
+    with pytest.raises(SystemExit, match=refused):
+        checks.before_finetuning(cfg, world=1)
 
 
 @pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])

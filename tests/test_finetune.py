@@ -444,10 +444,19 @@ def test_sd3_goes_from_captions_to_a_diffusers_folder(sd3_folder, photos, tmp_pa
     finetune.main(replace(cfg, steps=4))                           # resumes, adapters and all
     assert [row["step"] for row in read_log(cfg.out)] == [1, 2, 3, 4]
 
+    check_that_the_run_keeps_the_text_of_its_pictures(cfg, captions.out)
     check_training_of_every_weight(replace(cfg, out=str(tmp_path / "whole"), lora=0, steps=1))
     check_sampling(cfg, tmp_path)
     check_evaluation(cfg)
     check_export(cfg, tmp_path / "exported")
+
+
+def check_that_the_run_keeps_the_text_of_its_pictures(cfg, folder):
+    gone = Path(folder).rename(f"{folder}, gone")
+    out = sample.main(sample.Config(run=cfg.out, n=3, steps=1))
+    assert set(text.TextCache(Path(cfg.out) / "text").rows) == {"", "a fox", "snow", "an owl"}
+    assert len(list(out.glob("0*.png"))) == 3
+    gone.rename(folder)
 
 
 def check_training_of_every_weight(cfg):
@@ -570,7 +579,8 @@ def test_a_run_shorter_than_log_every_logs_its_last_step_and_prints_its_table(
     (dict(D=28), "--D=28, but .* has 12 detail channels; give that, or 0"),
     (dict(base="", model="Lightning"), "--model='Lightning': wanted LightningDiT or MMDiT"),
     (dict(base="", model="MMDiT"), "--model=MMDiT is conditioned on text; give it with --text="),
-    (dict(base="", lora=4), "--model=LightningDiT takes neither text nor adapters; leave"),
+    (dict(base="", lora=4), "--lora=4 is for a pretrained model, and there is none: give --base="),
+    (dict(base="", zero_init=False), "--zero_init=False is for a pretrained model, and there is none"),
     (dict(lora=4), "a LightningDiT takes neither text nor adapters; leave"),
 ])
 def test_sizes_and_flags_that_do_not_fit_are_refused_before_encoding(

@@ -252,6 +252,29 @@ def test_levels_combine_with_the_detail_weight(mean, w):
     assert torch.allclose(loss, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("D, given", [(12, (0, 4, 12)), (12, (4,)), (0, (1, 3))])
+def test_logged_errors_are_means_over_the_channels_that_were_shown(D, given):
+    """With levels a model logs the same numbers as without; here it is off by 3 everywhere."""
+    cfg = Config(D=D, keep_levels=given)
+
+    def off_by_three(x, t, y):
+        torch.manual_seed(7)
+        z_all = torch.randn(4, 4 + D, 4, 4)
+        torch.manual_seed(3)
+        torch.randn(4)
+        return z_all - torch.randn_like(z_all) + 3
+
+    for levels_given in (given, ()):
+        _, parts = loss_of(off_by_three, replace(cfg, keep_levels=levels_given))
+        assert {name: part.item() for name, part in parts.items() if name != "loss"} == {
+            name: pytest.approx(9, rel=1e-5) for name in (("base", "detail") if D else ("base",))}
+
+
+def test_without_any_shown_detail_the_logged_error_is_zero_not_nan():
+    _, parts = loss_of(lambda x, t, y: x, Config(D=12, keep_levels=(0,)))
+    assert parts["detail"] == 0 and parts["base"] > 0
+
+
 def test_neither_model_nor_cosine_sees_hidden_channels_or_their_noise():
     given = {}
 
