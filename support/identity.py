@@ -127,7 +127,8 @@ def of_vae_parts(cfg, train_set):
         "images": train_set.fingerprint,
         "base": of_source(cfg.base, "vae"),
         "statistics": of_statistics(cfg.base),
-        "teacher": of_source(cfg.teacher) or cfg.teacher,
+        "teacher": "base" if cfg.teacher == "base" else of_source(cfg.teacher),
+        "lpips": of_source(cfg.lpips_trunk) if cfg.perceptual != "none" else None,
     }
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file, save_file
 import finetune
 import sample
 import train_vae
-from support import data, identity, latents, runs
+from support import data, identity, latents, metrics, runs
 from support.weights import load_davae
 
 
@@ -255,6 +255,32 @@ def test_a_run_resumes_only_with_its_own_base(finetune_config, tiny_base, class_
     with pytest.raises(SystemExit, match="started with other base than --base="):
         finetune.main(replace(cfg, steps=2, base=class_run.out))
     finetune.main(replace(cfg, steps=2, base="out/not-there"))     # it is in the checkpoint
+
+
+def test_a_vae_resumes_only_with_its_own_lpips_weights(vae_config, tmp_path):
+    metrics.import_torchvision()
+    from torchvision.models import squeezenet1_1
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        torch.save(squeezenet1_1(weights=None).state_dict(), tmp_path / name / "net.pth")
+    cfg = vae_config(tmp_path / "run", r=1, image_size=24, perceptual="squeeze", steps=1,
+                     lpips_trunk=str(tmp_path / "mine" / "net.pth"))
+    train_vae.main(cfg)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    train_vae.main(replace(cfg, steps=2, lpips_trunk=str(tmp_path / "moved" / "net.pth")))
+    other = replace(cfg, steps=3, lpips_trunk=str(tmp_path / "other" / "net.pth"))
+    with pytest.raises(SystemExit, match="started with other lpips than --lpips_trunk=.*net.pth has now"):
+        train_vae.main(other)
+    unused = replace(other, perceptual="none")
+    assert identity.of_vae_parts(unused, SimpleNamespace(fingerprint=""))["lpips"] is None
+
+
+def test_a_folder_named_base_is_not_taken_for_the_teacher(vae_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = vae_config("base", steps=1)
+    train_vae.main(cfg)
+    train_vae.main(replace(cfg, steps=2))                          # base/ has other weights now
+    assert runs.step_of("base") == 2
 
 
 def test_a_vae_resumes_only_with_the_statistics_of_its_base(golden, davae_config, tmp_path):
