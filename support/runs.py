@@ -1,7 +1,7 @@
 """Run folders: atomic checkpoints, resuming, one job at a time, the log, disks that fail.
 
     out/tiny/   step_000300/ step_000600/ (the two newest checkpoints), log.jsonl, pictures, summary.json once
-                it is finished, .lock while a job trains in it; with finetune.py also vae/, and frozen/ (LoRA)
+                it is finished, .lock while a job trains in it; of finetune.py also vae/, frozen/ and text/
     step_*/     model.safetensors, ema.safetensors, train_state.pt, config.json, SHA256SUMS
 
 `Run` is how the two training scripts handle their folder. It does not own the training loop: it says which
@@ -30,11 +30,11 @@ from support import files, hub, ranks, trackers
 
 # ---------------------------------------------------------------- a run, as a training script sees it
 
-# Fields of a Config that do not change the trained model, except by rounding: never compared.
+# Fields of a Config that are not compared: they change a model by rounding, micro_batch also by other draws.
 NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile",
              "log_every", "save_every", "track", "dry_run"}
 
-# Fields with the location of what a run is made of: its content is compared (`made_of`). val_dir: nothing is.
+# Fields that name what a run is made of: compared by content (`made_of`), not by location.
 SOURCES = {"data_dir", "val_dir", "vae", "base", "base_vae", "text", "lpips_trunk", "teacher"}
 
 # What a run is made of, and the field with its location.
@@ -46,7 +46,6 @@ PARTS = {
     "base": "base",
     "statistics": "base",
     "teacher": "teacher",
-    "lpips": "lpips_trunk",
     "texts": "text",
 }
 
@@ -290,9 +289,10 @@ def resume(cfg, free):
     latest = checkpoints(cfg.out)[-1]
     saved = read_config(latest)["config"]
     before = {f.name: f.default for f in dataclasses.fields(cfg)}      # for fields newer than the run
+    sampled = {"cache"} if saved.get("detail_sample") else set()       # it decides how often z_d is sampled
     for name, new in dataclasses.asdict(cfg).items():
         old = saved.get(name, before[name])
-        if name in NO_EFFECT | SOURCES or json.dumps(old) == json.dumps(new):
+        if name in (NO_EFFECT | SOURCES) - sampled or json.dumps(old) == json.dumps(new):
             continue
         if name not in free:
             afresh = "" if getattr(cfg, "needed_by", "") else ", or another --out to start afresh"
