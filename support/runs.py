@@ -34,7 +34,7 @@ from support import files, hub, ranks, trackers
 NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkpointing", "shard", "compile",
              "log_every", "save_every", "track", "dry_run"}
 
-# Fields that name what a run is made of: compared by content (`made_of`), not by location.
+# Fields with the location of what a run is made of: its content is compared (`made_of`). val_dir: nothing is.
 SOURCES = {"data_dir", "val_dir", "vae", "base", "base_vae", "text", "lpips_trunk", "teacher"}
 
 # What a run is made of, and the field with its location.
@@ -46,6 +46,7 @@ PARTS = {
     "base": "base",
     "statistics": "base",
     "teacher": "teacher",
+    "lpips": "lpips_trunk",
     "texts": "text",
 }
 
