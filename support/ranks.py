@@ -280,8 +280,8 @@ def accumulation(batch_size, micro_batch, world):
 def micro_batches(model, count, *batch, seed, step):
     """The micro-batches of this rank's batch, in order: tuples with a chunk of each tensor in `batch`.
 
-    Each has its own random numbers, so that these depend on neither resuming nor the number of ranks. The
-    model's gradients are averaged over the ranks only in the last one's backward pass.
+    Each has its own random numbers: at one size of micro-batches, these depend on neither resuming nor the
+    number of ranks. The model's gradients are averaged over the ranks only in the last one's backward pass.
     """
     chunks = [x.chunk(count) for x in batch]
     for i, part in enumerate(zip(*chunks)):
