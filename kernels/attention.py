@@ -447,7 +447,7 @@ def _flops(qkv, *_, **__):
 
 
 def _flops_backward(dout, qkv, *_, **__):
-    """Four products; recomputed scores are not counted, as PyTorch does not count its own."""
+    """Four products; recomputed scores are not counted, though PyTorch's counter does count its own."""
     B, N, _, A, K = qkv
     return 8 * B * N**2 * A * K
 

@@ -35,6 +35,9 @@ FILES = (attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swi
 LARGEST = 2**28        # elements of a first argument: of a larger batch, only a part is tried, to save memory
 ROUNDS = 5             # of timing; 1 in the interpreter, which is slow
 ROUND_MS = 3           # a variant's launches in one round take about this long
+REPEATS = 20           # the most calls in one round: at most some 1000 launches wait in a GPU's queue
+SLEEP = 1_000_000      # a GPU's cycles, 0.6 ms: Python's launches of a call, forward and backward, take less
+SLEEPS = 5             # the most tries; a variant that waits for the GPU can never queue up
 PATIENCE = 180         # seconds per variant, in the process that tries; more counts as failed
 SLOW = "did not end within"
 PROCESSES = 4          # the most that are started, one after another
@@ -288,12 +291,12 @@ def times(trial, functions):
                 failed[name] = why
                 continue
             found[name].append(ms)
-            repeats[name] = max(1, min(50, int(ROUND_MS / max(ms, 1e-3))))
+            repeats[name] = max(1, min(REPEATS, int(ROUND_MS / max(ms, 1e-3))))
     return {name: statistics.median(ms[1:]) for name, ms in found.items() if name not in failed}, failed
 
 
 def launches(trial, function, repeats):
-    """ms per call, over `repeats` in a row."""
+    """ms per call, over `repeats` in a row; on a GPU, of its own time, without Python's."""
     if trial.device.type != "cuda":
         since = time.perf_counter()
         for _ in range(repeats):
@@ -301,11 +304,20 @@ def launches(trial, function, repeats):
         return (time.perf_counter() - since) / repeats * 1e3
     begin = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeats):
-        trial.call(function)
-    end.record()
-    end.synchronize()
+    cycles = SLEEP * repeats
+    for _ in range(SLEEPS):
+        # The GPU sleeps first, so that the launches queue up: it is often faster than Python, and would wait
+        # for each. If it has reached `begin` before all are queued, it did wait, and sleeps twice as long.
+        torch.cuda._sleep(cycles)
+        begin.record()
+        for _ in range(repeats):
+            trial.call(function)
+        end.record()
+        waited = begin.query()
+        end.synchronize()
+        if not waited:
+            break
+        cycles *= 2
     return begin.elapsed_time(end) / repeats
 
 

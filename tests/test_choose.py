@@ -278,6 +278,51 @@ def test_times_are_medians_of_alternating_rounds_after_a_first_that_sets_the_rep
     assert trial.launches(one, "f", repeats=4) == 250.0 and calls == ["f"] * 4
 
 
+class Gpu:
+    """A GPU's queue, in ms: what Python launches starts when Python has launched it and the GPU is free."""
+
+    def __init__(self):
+        self.python = 0.0
+        self.done = 0.0                                    # when the GPU has finished all launches so far
+
+    def launch(self, ms):
+        self.done = max(self.done, self.python) + ms
+
+    def event(self, **_):
+        made = SimpleNamespace(at=None, synchronize=lambda: setattr(self, "python", self.done))
+        made.record = lambda: setattr(made, "at", max(self.done, self.python))
+        made.query = lambda: made.at <= self.python
+        made.elapsed_time = lambda other: other.at - made.at
+        return made
+
+
+@pytest.mark.parametrize("python,gpu", [(0.3, 0.01), (3.0, 0.01), (0.3, 2.0)])
+def test_on_a_gpu_a_variants_time_is_the_gpus_even_if_python_launches_more_slowly(python, gpu, monkeypatch):
+    queue = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", queue.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.launch(cycles / 1.7e6))
+
+    def call(function):
+        queue.python += python
+        queue.launch(gpu)
+
+    on_a_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), call=call)
+    assert trial.launches(on_a_gpu, "f", repeats=20) == pytest.approx(gpu)
+
+
+def test_a_variant_that_waits_for_the_gpu_is_timed_after_a_few_tries(monkeypatch):
+    queue = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", queue.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.launch(cycles / 1.7e6))
+
+    def call(function):
+        queue.launch(0.5)
+        queue.python = queue.done
+
+    on_a_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), call=call)
+    assert trial.launches(on_a_gpu, "f", repeats=2) == pytest.approx(0.5)
+
+
 def call_of(op, **changes):
     found = []
 
@@ -588,13 +633,15 @@ def test_the_time_limit_is_per_variant(monkeypatch):
     assert rows == [["good", {}], ["good", {}]]
 
 
-@pytest.mark.parametrize("why,kept", [
-    ("OutOfMemoryError: tried to allocate 2 GiB", False), ("did not end within 180 s", False),
-    ("its process ended with -9", False), ("its process ended with 1: illegal memory access", True),
-    ("wrong by 0.1", True)])
-def test_failures_that_may_not_recur_are_not_cached(why, kept, scaled, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name,why,kept", [
+    ("kernel", "OutOfMemoryError: tried to allocate 2 GiB", False),
+    ("math", "OutOfMemoryError: tried to allocate 600 GiB", True),         # always, of large attention
+    ("kernel", "did not end within 180 s", False), ("math", "did not end within 180 s", False),
+    ("kernel", "its process ended with -9", False),
+    ("kernel", "its process ended with 1: illegal memory access", True), ("kernel", "wrong by 0.1", True)])
+def test_failures_that_may_not_recur_are_not_cached(name, why, kept, scaled, monkeypatch, tmp_path):
     def tried(calls, rows, device, compiled):
-        rows[:] = [{"call": call, "ms": {"plain": 1.0}, "left_out": {"kernel": why}, "chosen": "plain"}
+        rows[:] = [{"call": call, "ms": {"plain": 1.0}, "left_out": {name: why}, "chosen": "plain"}
                    for call in calls]
         return ""
 
