@@ -41,6 +41,8 @@ SHARD = re.compile(r"-\d{5}-of-(\d{5})")                # model-00001-of-00003.s
 BESIDE = re.compile(r"(optimizer|optim|opt|scheduler|lr_scheduler|scaler|sampler|random_states|rng_state"
                     r"|training_args|train_state|trainer_state|latents_stats)(?![a-z])|.*_optim_states\.")
 
+FORBIDDEN = "this user may not read it; change its permissions, or those of the folders that it is in"
+
 # Words in the names of variants of one model (diffusion_pytorch_model.fp16.safetensors), the best first;
 # "" if the name says nothing
 AVERAGES = ("ema", "", "non_ema")
@@ -54,12 +56,14 @@ def weight_file(path):
     file over shards, and says so.
     raises: SystemExit if there is nothing, or more than one model
     """
-    if not path.exists():
-        raise SystemExit(f"{path}: {absent(path)}")
-    if not path.is_dir():
-        return index_of(path) if is_shard(path) else path
     try:
+        if not path.exists():
+            raise SystemExit(f"{path}: {absent(path)}")
+        if not path.is_dir():
+            return index_of(path) if is_shard(path) else path
         chosen, names = one_model(sorted(path.iterdir()))
+    except PermissionError:
+        raise SystemExit(f"{path}: {FORBIDDEN}") from None
     except ValueError as error:
         raise SystemExit(f"{path}: {error}") from None
     if chosen is None:
@@ -201,6 +205,8 @@ def read(path):
             raise SystemExit(f"{path}: {kind}")
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except PermissionError:
+        raise SystemExit(f"{path}: {FORBIDDEN}") from None
     except pickle.UnpicklingError:
         raise SystemExit(f"{path}: holds more than tensors (a pickle that may run code), or is damaged, and "
                          "is not opened; save its state dict as safetensors where it is trusted") from None
@@ -281,6 +287,8 @@ def read_json(path):
     """The dict in a JSON file, with or without a byte order mark.   raises: SystemExit if there is none"""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except PermissionError:
+        raise SystemExit(f"{path}: {FORBIDDEN}") from None
     except (OSError, ValueError) as error:                 # bad encoding and syntax: ValueErrors
         raise SystemExit(f"{path}: not a whole JSON file ({error}); copy it again") from None
     if not isinstance(found, dict):

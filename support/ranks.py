@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_map
 def launch(main, cfg):
     """Run a script's `main(cfg)` as a program, under torchrun or not.
 
-    Running out of GPU or machine memory, Ctrl-C, and any ValueError raised by this project end it with one
-    sentence instead of a traceback.
+    Running out of GPU or machine memory, Ctrl-C, missing permissions, and any ValueError raised by this
+    project end it with one sentence instead of a traceback.
     """
 
     def program(cfg):
@@ -38,6 +38,9 @@ def launch(main, cfg):
                 raise SystemExit(f"{reason}\nTry, in this order: {smaller(cfg)}") from None
             if isinstance(error, ValueError) and raised_here(error):
                 raise SystemExit(str(error)) from None
+            if isinstance(error, PermissionError) and error.filename:
+                raise SystemExit(f"{error.filename}: {error.strerror}; wanted a file or folder that this "
+                                 "user may use: change its permissions, or name another") from None
             raise
         except KeyboardInterrupt:
             print("\nstopped; what was saved is intact", file=sys.stderr)
@@ -385,7 +388,7 @@ def load_optimizer(opt, state):
     for i, p in enumerate(parameters):
         moments = state["state"].get(i, {})
         for name, value in moments.items():
-            if not value.dim():                                # the step counter; itself, it maps the file
+            if not value.dim():                                # the step counter: a copy, not mapped
                 moments[name] = value.clone()
             elif isinstance(p, DTensor):
                 moments[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)

@@ -1,7 +1,10 @@
 """support/files.py: which file is meant, what is wrong with an invalid one, and the state dict inside."""
 import argparse
+import contextlib
 import io
 import json
+import os
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -47,6 +50,26 @@ def refused(path):
     sentence = str(caught.value)
     assert sentence.startswith(str(path)[:-1]) and "\n" not in sentence
     return sentence
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of POSIX")
+def test_weights_without_permission_to_read_them_are_not_called_damaged():
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        folder = Path(folder)
+        save(folder / "a.pt"), save(folder / "closed" / "a.pt")
+        (folder / "config.json").write_text("{}")
+        folder.chmod(0o755)                                        # pytest's own are closed to others
+        for name in ("a.pt", "config.json", "closed"):
+            (folder / name).chmod(0)
+        if os.geteuid() == 0:                                      # root may read all
+            stack.callback(os.seteuid, 0)
+            os.seteuid(65534)
+        for name in ("a.pt", "closed/a.pt", "closed"):
+            assert refused(folder / name).endswith(f"{name}: {files.FORBIDDEN}")
+        with pytest.raises(SystemExit, match="config.json: this user may not read it; change its perm"):
+            files.read_json(folder / "config.json")
+        stack.close()
+        (folder / "closed").chmod(0o700)                           # so that it can be removed
 
 
 # ---------------------------------------------------------------- shards

@@ -1,7 +1,9 @@
 """support/ranks.py: batches and seeds for any number of ranks, signals, memory, several processes."""
 import copy
+import errno
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -323,6 +325,14 @@ def test_our_own_value_errors_become_a_sentence_and_others_keep_their_traceback(
         ranks.launch(lambda cfg: davae.group_mean(torch.zeros(1, 7, 1, 1), 2), None)
     with pytest.raises(json.JSONDecodeError):
         ranks.launch(lambda cfg: json.loads("{"), None)
+
+
+def test_a_file_that_may_not_be_read_or_written_gives_one_sentence_with_its_name():
+    def main(cfg):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "weights/vae")
+
+    with pytest.raises(SystemExit, match="^weights/vae: Permission denied; wanted .* this user may use"):
+        ranks.launch(main, None)
 
 
 def test_ctrl_c_outside_training_gives_one_sentence_and_no_traceback(capsys):
