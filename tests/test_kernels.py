@@ -246,6 +246,7 @@ CASES = [
     ("attention", dict(B=2, N=16, A=1, K=64, norm=False)),
     ("attention", dict(B=1, N=5, A=2, K=24, rope=False, spare=8)),
     ("attention", dict(B=1, N=70, A=1, K=72, norm=False, rope=False)),
+    ("attention", dict(B=1, N=37, A=2, K=72)),     # of these sizes, a GPU takes float32 up to 64 tokens
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("norm_modulate", dict(B=2, L=7, E=64)),
     ("norm_modulate", dict(B=2, L=3, E=24, rms=False)),
@@ -358,6 +359,8 @@ def test_float32_outputs_and_gradients_are_within_1e_6_of_the_float64_specificat
     op, sizes = case
     kernel, ref = both(op)
     inputs = MAKE[op](**sizes, dtype=torch.float32, device=device)
+    if not kernels.OPERATIONS[op].takes(*inputs):
+        pytest.skip("on a GPU, only in bfloat16")
     results = run(kernel, op, inputs)
     assert {r.dtype for r in results} == {torch.float32}
     assert max(errors(results, run(ref, op, inputs, torch.float64))) <= 1e-6
@@ -448,6 +451,18 @@ def test_triton_is_off_with_kernels_ref_or_if_nothing_was_chosen(op, mode, devic
     monkeypatch.setattr(kernels, "KERNELS", mode)
     plain = kernels.OPERATIONS[op].variants["plain"]
     assert all(map(torch.equal, run(kernel, op, inputs), run(plain, op, inputs)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpu_takes_the_last_float32_case_of_each_kernel_and_every_bfloat16_case(op, monkeypatch):
+    """So that no test compares PyTorch with itself there."""
+    for file in FILES:
+        monkeypatch.setattr(importlib.import_module(f"kernels.{file}"), "INTERPRETED", False, raising=False)
+    both(op)                                       # registers the operation
+    takes = kernels.OPERATIONS[op].takes
+    assert takes(*MAKE[op](**dict(CASES)[op], dtype=torch.float32, device="cpu"))
+    for other, sizes in CASES:
+        assert other != op or takes(*MAKE[op](**sizes, dtype=torch.bfloat16, device="cpu"))
 
 
 def test_every_kernel_has_cases():
