@@ -314,20 +314,24 @@ HOLDERS = {
 }
 
 
-def pick_weights(state, weights=None):
+def pick_weights(state, weights=None, name="the checkpoint"):
     """The state dict in a checkpoint: the entry under a name of HOLDERS, or `state` itself.
 
-    weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one
+    weights: "ema" or "model" to insist on one of them; None takes the EMA if there is one, and says so
+    name:    what a printed line calls the checkpoint
     raises:  ValueError if there is none, or more than one of a kind
     """
     if not isinstance(state, dict):
         raise ValueError(f"holds one {type(state).__name__}, wanted a state dict")
+    held = {kind: [key for key in HOLDERS[kind] if holds_tensors(state.get(key))] for kind in HOLDERS}
     for kind in [weights] if weights else HOLDERS:
-        found = [name for name in HOLDERS[kind] if holds_tensors(state.get(name))]
+        found = held[kind]
         if len(found) > 1:
             raise ValueError(f"holds weights under {' and '.join(found)}; wanted one: save it by itself")
         if found:
-            return pick_weights(state[found[0]])
+            if not weights and kind == "ema" and held["model"]:
+                print(f"{name}: takes {found[0]!r} of {', '.join(found + held['model'])}")
+            return pick_weights(state[found[0]], name=name)
     if weights:
         raise ValueError(f"no {weights!r} weights in here, the file holds {some(state)}")
     strange = [name for name, weight in state.items()

@@ -2,7 +2,7 @@
 
     --base=stabilityai/stable-diffusion-3.5-medium                  of a folder, the files that a load reads
     --base=hustvl/vavae-imagenet256-f16d32-dinov2/NAME.pt           one file, and what describes it
-    --base=org/name@3f2a9c1                                         a branch, a tag or a commit of it
+    --base=org/name@v1.0                                            a branch, a tag or a full commit hash
 
 A path that exists on this disk is never a name. huggingface_hub does the downloads, with its cache (HF_HOME),
 token (`hf auth login`, HF_TOKEN), offline mode (HF_HUB_OFFLINE=1) and address (HF_ENDPOINT). A repository may

@@ -110,7 +110,8 @@ def read_vae(source):
     if isinstance(source, dict):
         return pick_weights(source), None
     if not (source / "taef2_encoder.pth").exists():
-        return pick_weights(read_state_dict(source)), source if source.is_dir() else source.parent
+        sd = pick_weights(read_state_dict(source), name=source)
+        return sd, source if source.is_dir() else source.parent
     sd = {}
     for half in ("encoder", "decoder"):
         part = pick_weights(read_state_dict(source / f"taef2_{half}.pth"))
@@ -401,7 +402,7 @@ def read_our_dit(folder, weights):
 
 def read_public_dit(where, weights):
     """(kind, fields of its config, state dict in our names) of released weights."""
-    sd = pick_weights(read_state_dict(where), weights)
+    sd = pick_weights(read_state_dict(where), weights, name_of(where))
     if is_usit(sd):
         ours, sizes = import_usit(sd)
         return "USiT", sizes, ours

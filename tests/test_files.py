@@ -330,10 +330,14 @@ def test_weights_are_found_under_the_usual_names(name):
     assert files.pick_weights({"checkpoint": 1, name: {"state_dict": WEIGHTS}}) is WEIGHTS
 
 
-def test_the_ema_is_taken_unless_the_trained_weights_are_requested():
+def test_the_ema_is_taken_unless_the_trained_weights_are_requested_and_the_choice_is_printed(capsys):
     for ema, model in (("ema", "model"), ("params_ema", "params"), ("ema", "state_dict")):
         state = {model: OTHER, ema: WEIGHTS}
-        assert files.pick_weights(state) is WEIGHTS and files.pick_weights(state, "model") is OTHER
+        assert files.pick_weights(state, name="a.pt") is WEIGHTS
+        assert capsys.readouterr().out == f"a.pt: takes {ema!r} of {ema}, {model}\n"
+        assert files.pick_weights(state, "model") is OTHER
+        assert files.pick_weights({"step": 1, ema: WEIGHTS}) is WEIGHTS
+        assert capsys.readouterr().out == ""                       # as requested; no choice
     with pytest.raises(ValueError, match="no 'ema' weights in here, the file holds model"):
         files.pick_weights({"model": OTHER}, "ema")
 
