@@ -72,7 +72,7 @@ class Run:
         self.checkpoint = resume(cfg, () if self.done else free)   # the step folder to resume from, or None
         self.start = 0                                 # the first step of this job
         self.results = {}                              # numbers for the summary; saved in each checkpoint
-        self.parts = parts_of(self.checkpoint)         # see `must_be_made_of`
+        self.parts = read_config(self.checkpoint).get("made_of", {}) if self.checkpoint else {}
         self.seconds = 0.0                             # of training, before this job
         self.since = time.time()
         self.needed_by = getattr(cfg, "needed_by", "")     # the run that this is a stage of, or ""
@@ -225,13 +225,6 @@ class Run:
 def is_due(done, every):
     """Is something that happens every `every` steps (0: never) due after `done` steps?"""
     return every > 0 and done % every == 0
-
-
-def parts_of(checkpoint):
-    """What a checkpoint's run is made of, see `Run.must_be_made_of`; {} for None."""
-    if checkpoint is None:
-        return {}
-    return read_config(checkpoint).get("made_of", {})
 
 
 def is_finished(cfg):
@@ -442,9 +435,8 @@ def save_checkpoint(run, step, weights, train_state, config, keep=2):
     save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
     for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
         try:
-            aside = old.with_suffix(".tmp")                    # so that half of it is not a checkpoint
-            os.replace(old, aside)
-            shutil.rmtree(aside)
+            os.replace(old, old.with_suffix(".tmp"))           # so that half of it is not a checkpoint
+            shutil.rmtree(old.with_suffix(".tmp"))
         except OSError as error:                               # such as NFS's, while it is being read
             tqdm.write(f"{old}: not removed ({error.strerror}); the next save tries again", file=sys.stderr)
 
