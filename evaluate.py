@@ -101,16 +101,16 @@ def load(folder, which="ema", device="auto"):
     raises: SystemExit if it is not a run of either script
     """
     rank, world, device = ranks.setup(device)
-    checkpoint = runs.latest_checkpoint(folder)
+    checkpoint = from_all(runs.latest_checkpoint(folder))[0]       # a run in training adds newer ones
     saved = runs.read_config(checkpoint)
     script = saved.get("script")
     if script not in ("finetune.py", "train_vae.py"):
         raise SystemExit(f"{folder}: weights of {script}; wanted a run of finetune.py or of train_vae.py")
     if script == "finetune.py":
-        dit, vae, _ = weights.load_run(folder, which, device)
+        dit, vae, _ = weights.load_run(checkpoint, which, device)
     else:
         dit = None
-        vae = weights.load_davae(folder).to(device, memory_format=torch.channels_last)
+        vae = weights.load_davae(checkpoint).to(device, memory_format=torch.channels_last)
     return Run(folder, checkpoint, saved, vae, dit, rank, world, device)
 
 

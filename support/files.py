@@ -430,7 +430,7 @@ def flush(path):
 @contextlib.contextmanager
 def one_job_at_a_time(folder):
     """While one job is in this block, another that comes to it with the same folder waits, and says so."""
-    lock = FileLock(os.path.join(folder, ".lock"))
+    lock = FileLock(os.path.join(folder, ".lock"), mode=0o666)         # also for other users of the folder
     try:
         held = lock.acquire(blocking=False)
     except Timeout:

@@ -194,6 +194,26 @@ def photos(tmp_path):
     return make
 
 
+def test_the_recorded_checkpoint_is_measured_even_if_training_adds_one(tiny_run, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    recorded = runs.latest_checkpoint(run)
+
+    def read_config(folder):
+        if not (run / "step_000099").exists():
+            shutil.copytree(recorded, run / "step_000099")
+        return json.loads((folder / "config.json").read_text())
+
+    def load_run(source, *args):
+        loaded.append(source)
+        return None, None, {}
+
+    loaded = []
+    monkeypatch.setattr(runs, "read_config", read_config)
+    monkeypatch.setattr(weights, "load_run", load_run)
+    assert evaluate.load(str(run), device="cpu").checkpoint == recorded == loaded[0]
+    assert runs.latest_checkpoint(run).name == "step_000099"
+
+
 def test_the_probe_of_drawings_does_not_judge_other_images_unless_told_to(tiny_run, photos):
     run, folder = evaluate.load(tiny_run, device="cpu"), photos(2)
     for data_dir, features, name in (("", "auto", "Probe"), ("procedural", "auto", "Probe"),
