@@ -209,7 +209,7 @@ def test_the_recorded_checkpoint_is_measured_even_if_training_adds_one(tiny_run,
 
     loaded = []
     monkeypatch.setattr(runs, "read_config", read_config)
-    monkeypatch.setattr(weights, "load_run", load_run)
+    monkeypatch.setattr(evaluate.weights, "load_run", load_run)
     assert evaluate.load(str(run), device="cpu").checkpoint == recorded == loaded[0]
     assert runs.latest_checkpoint(run).name == "step_000099"
 
