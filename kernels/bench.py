@@ -5,20 +5,25 @@
     python -m kernels.bench --rehearse               on a CPU, at toy size: its times mean nothing
 
 In this order: the tests marked `gpu` (their last line is a row of the table); operations, each kernel against
-its specification, plain and compiled; 200 training steps of LightningDiT-XL/1 at batch 128 for each variant;
+its specification, plain and compiled; 30 training steps of LightningDiT-XL/1 at batch 128 for each variant;
 sampling at SD3.5 Medium's sizes; a verdict on each goal of goals.py. Weights and data are random.
 
 The variants of a row alternate, in one process, after a warm-up; medians and quartiles are printed.
 The ceilings are measured first: a bfloat16 product of 8192 x 8192 matrices, and a copy. Operations are timed
 as CUDA graphs of ten calls. A section that runs out of time skips the rest; a failure becomes a line of text
-in the table and does not end the run. Variants of models: plain is KERNELS=ref; auto is what choose.py chose
-for this model; each also with compiled blocks.
+in the table and does not end the run. Each row is printed, and bench.json written, as soon as it is measured:
+a run that is killed leaves what it has found. For what did not fit, --only=training or --only=sampling.
+
+Variants of models: plain is KERNELS=ref, as it is and with compiled blocks; auto is what choose.py chose for
+this model, with compiled blocks. Estimate: as it is, a training step keeps 60 GiB of activations for its
+backward pass, next to 11 GB of weights and moments: on an H100 it may run out of memory, and says so.
 
 In a rehearsal, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are
 replaced by their specifications.
 Not run on a GPU.
 """
 import argparse
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -45,9 +50,10 @@ from kernels.swiglu import swiglu, swiglu_ref
 # Sections import project modules locally, because kernels/ itself does not depend on these.
 
 PEAK = 989e12              # bfloat16 FLOP/s of H100 and H200 as stated by the vendor, for MFU
-MINUTES = 8.5              # for everything; a measurement in progress is finished
-TESTS = 240                # seconds for the tests, 108 of them to compile their kernels on one core
-TRAINING_STEPS = 200       # per variant
+# Seconds after the start at which a part ends; what it spares goes to the next. Then no model is built and
+# no round of measurements begun, but a round in progress, which may have to compile, takes up to a minute.
+ENDS = {"tests": 120, "operations": 200, "training": 350, "sampling": 480}
+TRAINING_STEPS = 30        # per variant
 GRAPH_CALLS = 10           # calls of an operation in one CUDA graph
 REPEAT_MS = 5              # one measurement lasts at least this long
 STEPS = 30                 # sampling steps per image, of which MEASURED are timed
@@ -68,49 +74,76 @@ def main():
     begin = time.time()
     torch._dynamo.config.recompile_limit = 64
 
-    rows = [run_tests()] if cuda and args.only in ("", "tests") else []
-    known = {}                                             # ceilings, and seconds of earlier rows
-    for section, limit in ((operations, 90), (training, 230), (sampling, 999)):               # seconds
-        if args.only not in ("", section.__name__):
-            continue
-        deadline = min(time.time() + limit, begin + 60 * MINUTES)
-        torch.set_default_device(device)
-        for what, variants, work in section(cuda):
-            torch.set_default_device(None)                 # it would slow down every operation
-            steps = TRAINING_STEPS if cuda and section is training else 11
-            measured = measure(variants, cuda, deadline, cuda and section is operations, steps)
-            for name, row in measured.items():
-                row = {"section": section.__name__, "what": what, "variant": name} | row
-                if "ms" in row:
-                    row |= rates(what, name, row["ms"][0] / 1e3, work, known)
-                rows.append(row)
-            torch.set_default_device(device)
-    torch.set_default_device(None)
-
     machine = torch.cuda.get_device_name() if cuda else "a CPU at toy size: a rehearsal, not a measurement"
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     head = f"{machine}; {versions}; {time.strftime('%Y-%m-%d')}"
-    verdicts = goals.verdicts(rows if cuda else [], machine)
-    found = {"machine": head, "rows": rows, "goals": verdicts}
-    pathlib.Path(args.out).write_text(json.dumps(found, indent=1))
-    print_table(f"{head}, {time.time() - begin:.0f} s", rows)
-    print(goals.table(verdicts))
+    print(f"{head}\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|", flush=True)
+    rows = []
+    for row in measurements(args.only, cuda, begin):
+        print(line_of(row), flush=True)
+        rows.append(row)
+        found = {"machine": head, "rows": rows, "goals": goals.verdicts(rows if cuda else [], machine)}
+        pathlib.Path(args.out).write_text(json.dumps(found, indent=1))
+    print(goals.table(goals.verdicts(rows if cuda else [], machine)))
+    print(f"\n{args.out}: {time.time() - begin:.0f} s")
+
+
+def measurements(only, cuda, begin):
+    """The rows of the table, one after another.
+
+    only: the name of a part, or "" for all;  begin: time.time() at the start
+    """
+    if cuda and only in ("", "tests"):
+        yield run_tests()
+    known = {}                                             # ceilings, and seconds of earlier rows
+    for section in (operations, training, sampling):
+        part = section.__name__
+        if only in ("", part):
+            yield from rows_of(section, cuda, begin + ENDS[part], known)
+
+
+def rows_of(section, cuda, deadline, known):
+    """The rows of a section, up to its deadline, or to a failure outside of a measurement."""
+    name = section.__name__
+    device = torch.device("cuda" if cuda else "cpu")
+    steps = TRAINING_STEPS if cuda and section is training else 11
+    cases = section(cuda)
+    try:
+        while time.time() < deadline:
+            with device:                                   # only here: it would slow down every operation
+                case = next(cases, None)
+            if case is None:
+                return
+            what, variants, work = case
+            measured = measure(variants, cuda, deadline, cuda and section is operations, steps)
+            for variant, row in measured.items():
+                row = {"section": name, "what": what, "variant": variant} | row
+                if "ms" in row:
+                    row |= rates(what, variant, row["ms"][0] / 1e3, work, known)
+                yield row
+        why = "skipped: out of time"
+    except trial.failures() as error:
+        why = reason(error)
+    yield {"section": name, "what": f"the rest of {name}", "variant": "", "error": why}
 
 
 def run_tests():
     """The row for the tests that need a GPU: pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    if importlib.util.find_spec("xdist"):                  # most of the time, they compile
+        command += ["-n", "4"]
     row = {"section": "tests", "what": "tests marked gpu", "variant": ""}
     root = pathlib.Path(__file__).parent.parent
+    seconds = ENDS["tests"]
     try:
-        done = subprocess.run(command, cwd=root, timeout=TESTS, text=True, stdin=subprocess.DEVNULL,
+        done = subprocess.run(command, cwd=root, timeout=seconds, text=True, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         lines = done.stdout.strip().splitlines() or ["pytest said nothing"]
         failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
         return row | {"error": lines[-1], "failed": failed, "passed": done.returncode == 0}
     except subprocess.TimeoutExpired as late:
         said = (late.output or b"").decode(errors="replace").strip().rpartition("\n")[2]
-        return row | {"error": f"not finished in {TESTS} s: {said}", "failed": [], "passed": False}
+        return row | {"error": f"not finished in {seconds} s: {said}", "failed": [], "passed": False}
 
 
 def rates(what, name, seconds, work, known):
@@ -140,13 +173,16 @@ def rates(what, name, seconds, work, known):
     return found
 
 
-def print_table(head, rows):
-    print(f"{head}\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")
-    for row in rows:
-        ms = "{:.3f} ({:.3f} to {:.3f})".format(*row["ms"]) if "ms" in row else row["error"]
-        shown = [key for key in row if key in ("MFU", "of the ceiling") or "/s" in key]
-        rate = ", ".join(f"{row[key]:.3g} {key}" for key in shown) + ", ".join(row.get("failed", []))
-        print(f"| {row['what']} | {row['variant']} | {ms} | {rate} | {row.get('GiB', 0):.1f} |")
+def line_of(row):
+    """The row as a line of the table."""
+    ms = "{:.3f} ({:.3f} to {:.3f})".format(*row["ms"]) if "ms" in row else row["error"]
+    shown = [key for key in row if key in ("MFU", "of the ceiling") or "/s" in key]
+    rate = ", ".join(f"{row[key]:.3g} {key}" for key in shown) + ", ".join(row.get("failed", []))
+    return f"| {row['what']} | {row['variant']} | {ms} | {rate} | {row.get('GiB', 0):.1f} |"
+
+
+def reason(error):
+    return f"{type(error).__name__}: {str(error)[:90]!r}"
 
 
 # ---------------------------------------------------------------- measuring
@@ -218,8 +254,8 @@ def measure(variants, cuda, deadline, graphs=False, rounds=11):
                 variant.time(cuda)
                 if graphs and n == 0:
                     variant.record()
-            except (RuntimeError, ValueError, TypeError, AssertionError, triton.errors.TritonError) as error:
-                variant.error = f"{type(error).__name__}: {str(error)[:90]!r}"
+            except trial.failures() as error:
+                variant.error = reason(error)
     return {name: variant.row() for name, variant in variants.items()}
 
 
@@ -247,13 +283,11 @@ class Case(NamedTuple):
 
 
 def operations(cuda):
-    """The ceilings; three backends of PyTorch's attention; each kernel, its specification, that compiled."""
+    """The ceilings; each kernel, its specification, that compiled; three backends of PyTorch's attention."""
     kernels.KERNELS = "triton"
     sizes = Sizes(B=128, L=256, E=1152, A=16, S=1024) if cuda else Sizes(B=2, L=16, E=72, A=1, S=32)
     yield from ceilings(8192 if cuda else 256)
-    yield from pytorch_attention(sizes)
     for case in cases(sizes):
-        name = case.kernel.__name__
         variants = {
             "ref": case.ref,
             "ref, compiled": torch.compile(case.ref, backend=backend(cuda), dynamic=False),
@@ -261,10 +295,11 @@ def operations(cuda):
         }
         if case.kernel is attention:
             for f in (attention_by_flash, attention_by_cudnn):
-                name = f.__name__.removeprefix("attention_by_")
-                variants[f"{name}, compiled"] = torch.compile(f, backend=backend(cuda), dynamic=False)
-        what = f"{name} {tuple(case.inputs[0].shape)}"
+                library = f.__name__.removeprefix("attention_by_")
+                variants[f"{library}, compiled"] = torch.compile(f, backend=backend(cuda), dynamic=False)
+        what = f"{case.kernel.__name__} {tuple(case.inputs[0].shape)}"
         yield from both_ways(what, variants, case.inputs, case.unit, case.forward, case.backward)
+    yield from pytorch_attention(sizes)
 
 
 def backend(cuda):
@@ -326,22 +361,18 @@ def cases(s):
     image = randn(4, 128, S, S).to(memory_format=torch.channels_last)
     pixels = 2 * image.numel()
     z, z_d = randn(B, 128, 16, 16).split([32, 96], dim=1)
-    P, P_new = randn(E, 128, 1, 1).split([32, 96], dim=1)
     tables = [randn(L, 72).float(), randn(L, 72).float()]
     norms = [randn(72), randn(72)]
     return [
+        Case(attention, attention_by_pytorch,
+             [randn(B, L, 3, A, 72), *norms, *tables],
+             "GFLOP/s", 2 * tokens * L, 4 * tokens * L),
         Case(add_norm_modulate, add_norm_modulate_ref,
              [randn(B, L, E), randn(B, L, E), randn(B, E), randn(B, E), randn(B, E), randn(E)],
              "GB/s", 4 * tokens, 6 * tokens),
         Case(norm_modulate, norm_modulate_ref,
              [randn(20, S, 1536), randn(20, 1536), randn(20, 1536)],
              "GB/s", 2 * tokens_sd3, 3 * tokens_sd3),
-        Case(swiglu, swiglu_ref,
-             [randn(B, L, E), randn(hidden, E), randn(hidden)],
-             "GFLOP/s", tokens * hidden, 2 * tokens * hidden),
-        Case(attention, attention_by_pytorch,
-             [randn(B, L, 3, A, 72), *norms, *tables],
-             "GFLOP/s", 2 * tokens * L, 4 * tokens * L),
         Case(qknorm_rope, qknorm_rope_ref,
              [randn(B, L, 3, A, 72), *norms, *tables],
              "GB/s", 4 * tokens, 12 * tokens),
@@ -352,8 +383,11 @@ def cases(s):
              [image, randn(128), randn(128)],
              "GB/s", 3 * pixels, 5 * pixels),
         Case(patch_embed, patch_embed_ref,
-             [z, z_d, P, P_new, randn(E), randn(1, 256, E)],
+             [z, z_d, randn(E, 32, 1, 1), randn(E, 96, 1, 1), randn(E), randn(1, 256, E)],
              "GB/s", 512 * B * (128 + E), 512 * B * (128 + 3 * E)),
+        Case(swiglu, swiglu_ref,
+             [randn(B, L, E), randn(hidden, E), randn(hidden)],
+             "GFLOP/s", tokens * hidden, 2 * tokens * hidden),
     ]
 
 
@@ -362,9 +396,13 @@ def both_ways(what, variants, inputs, unit, forward, backward):
     leaves = [t.detach().requires_grad_(t.dtype == torch.bfloat16) for t in inputs]
     trained = [t for t in leaves if t.requires_grad]
 
+    douts = {}                                             # of a variant's outputs: made in its first call
+
     def step(f):
         outputs = [t for t in tree_leaves(f(*leaves)) if t.grad_fn]
-        torch.autograd.grad(outputs, trained, [torch.ones_like(t) for t in outputs])
+        if f not in douts:
+            douts[f] = [torch.randn_like(t) for t in outputs]
+        torch.autograd.grad(outputs, trained, douts[f])
 
     once = {name: partial(f, *inputs) for name, f in variants.items()}
     yield what, once, {"unit": unit, "work": forward}
@@ -377,14 +415,14 @@ def both_ways(what, variants, inputs, unit, forward, backward):
 KINDS = {                                                  # variant: (KERNELS, are `parts` compiled?)
     "plain": ("ref", False),
     "plain, compiled": ("ref", True),
-    "auto": ("auto", False),
-    "auto, compiled": ("auto", True),
+    "auto, compiled": ("auto", True),                      # not compiled, it would be chosen for once more
 }
 
 
-def models(parts, f, cuda, kinds=tuple(KINDS), recorded=None):
-    """Variants of f(): plain PyTorch and what choose.py chooses, each also with `parts` compiled.
+def models(parts, f, cuda, kinds=tuple(KINDS), forward=None, recorded=None):
+    """Variants of f(): plain PyTorch and what choose.py chooses, with `parts` compiled or not.
 
+    forward:  what f() computes before any backward pass, if it has one: choose.py runs this
     recorded: makes an argument for f with which it runs as one CUDA graph; this adds as many variants again
     """
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
@@ -406,7 +444,7 @@ def models(parts, f, cuda, kinds=tuple(KINDS), recorded=None):
         for op in kernels.OPERATIONS.values():
             op.chosen.clear()
         if compiled not in tables and choose.possible(device):
-            tables[compiled] = choose.choose(f, None, device, compiled)
+            tables[compiled] = choose.choose(forward or f, None, device, compiled)
         trial.adopt(tables.get(compiled, []))
 
     for part in parts:
@@ -433,68 +471,73 @@ def training(cuda):
     t = torch.rand(B)
     y = torch.randint(1000, (B,))
 
+    def forward():
+        return (model(z_all, t, y) - target).square().mean()
+
     def step():
-        (model(z_all, t, y) - target).square().mean().backward()
+        forward().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema_update(ema, model, 0.999)
 
     work = {"images": B, "flops": 712e9 if cuda else 0}
-    yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda), work
+    yield f"LightningDiT, batch {B}", models(model.blocks, step, cuda, forward=forward), work
 
 
 def sampling(cuda):
     """DA-VAE on SD3's VAE; then SD3.5-M with guidance, on its latent (D = 16) and on the original's.
 
-    2 of 30 Euler steps; for a single image, also as a CUDA graph.
+    2 of 30 Euler steps; for a single image, also as a CUDA graph. What goals.py judges comes first.
     """
     import davae
     sizes = davae.KLConfig() if cuda else davae.KLConfig(widths=(32, 32, 32, 32), blocks=1)
     vae = davae.DAVAE(davae.AutoencoderKL(sizes), davae.DAVAEConfig(D=16))
     vae = vae.to(memory_format=torch.channels_last)
-    for side, batch in ((1024, 10), (2048, 2)) if cuda else ((32, 1),):
-        yield from decoding(vae, side, cuda)
-        yield from sampling_sd3(side, D=16, h=side // 16, batch=batch, cuda=cuda)
-        yield from sampling_sd3(side, D=16, h=side // 16, batch=1, cuda=cuda)
-        yield from sampling_sd3(side, D=0, h=side // 8, batch=batch, cuda=cuda)
-        yield from encoding(vae, side, cuda)
-
-
-# Choosing for an eager "auto" as well would compile for another minute per row.
-SAMPLED = ("plain", "plain, compiled", "auto, compiled")
+    side = 1024 if cuda else 32
+    batch = 10 if cuda else 3
+    yield from decoding(vae, side, cuda)
+    yield from sampling_sd3(side, D=16, batch=batch, cuda=cuda)
+    yield from sampling_sd3(side, D=16, batch=1, cuda=cuda)
+    yield from decoding(vae, 2 * side, cuda)
+    yield from sampling_sd3(2 * side, D=16, batch=2, cuda=cuda)
+    yield from sampling_sd3(2 * side, D=0, batch=2, cuda=cuda)
+    yield from sampling_sd3(side, D=0, batch=batch, cuda=cuda)
+    yield from encoding(vae, side, cuda)
+    yield from encoding(vae, 2 * side, cuda)
 
 
 def encoding(vae, side, cuda):
     x = torch.randn(1, 3, side, side)
     encoders = [vae.detail_encoder, vae.base.encoder]
-    yield f"encode {side} px", models(encoders, partial(vae.encode, x), cuda, SAMPLED), {"images": 1}
+    yield f"encode {side} px", models(encoders, partial(vae.encode, x), cuda), {"images": 1}
 
 
 def decoding(vae, side, cuda):
     z_all = torch.randn(1, 32, side // 16, side // 16)
     decode = torch.no_grad()(partial(vae.decode, z_all))
-    yield f"decode {side} px", models([vae.decoder], decode, cuda, SAMPLED), {"images": 1}
+    yield f"decode {side} px", models([vae.decoder], decode, cuda), {"images": 1}
 
 
-def sampling_sd3(side, D, h, batch, cuda):
+def sampling_sd3(side, D, batch, cuda):
     """Time MEASURED of STEPS steps; with the time to decode, they give an estimate per image."""
     import dit
     import sample
     small = {} if cuda else dict(E=64, A=1, depth=2, dual=1, context=32)
     model = sample.for_sampling(dit.MMDiT(dit.MMDiTConfig(D=D, **small)))
     grid = sample.time_grid(STEPS, 1 / 3)[:MEASURED + 1]
+    h = side // 16 if D else side // 8
     noise = torch.randn(batch, 16 + D, h, h)
     cond = [torch.randn(batch, 333, model.cfg.context), torch.randn(batch, 2048)]
 
     def run(flow=sample.sample_flow):
         flow(model, noise, grid, cond, cond, scale=4.0, ahead=sample.AHEAD)
 
-    kinds, recorded = SAMPLED, None
+    kinds, recorded = tuple(KINDS), None
     if cuda and batch == 1:
-        kinds, recorded = SAMPLED[1:], sample.Recorded
+        kinds, recorded = kinds[1:], sample.Recorded
     what = f"SD3.5-M {side} px, {h * h // 4} tokens, {MEASURED} steps of {batch}"
     work = {"batch": batch, "decode": f"decode {side} px"}
-    yield what, models(model.blocks, run, cuda, kinds, recorded), work
+    yield what, models(model.blocks, run, cuda, kinds, recorded=recorded), work
 
 
 if __name__ == "__main__":

@@ -3,17 +3,14 @@
 Triton reads TRITON_INTERPRET when it is imported, so the interpreted tests run in their own process, started
 by one test of an ordinary session. To run them directly: TRITON_INTERPRET=1 pytest tests/test_kernels.py
 """
-import contextlib
 import importlib
 import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,44 +131,6 @@ def compile_for_hopper(function, args, constants, num_warps):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature | {n: "constexpr" for n in constants}, constants, aligned)
     return compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
-
-
-@ordinary
-def test_the_benchmark_times_ten_recorded_calls_at_once_and_reports_failures(monkeypatch):
-    from kernels import bench
-    calls = []
-    replays = []
-
-    def replay():
-        replays.append(1)
-        time.sleep(0.01)
-
-    def fails():
-        raise RuntimeError("no kernel image")
-
-    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
-
-    variants = {"works": lambda: calls.append(1), "fails": fails}
-    rows = bench.measure(variants, True, time.time() + 60, graphs=True)
-    assert len(calls) == 1 + 10                        # compiling, recording
-    assert len(replays) == 10                          # ten rounds of one replay
-    assert 1.0 <= rows["works"]["ms"][0] < 5           # 10 ms for ten calls
-    assert "no kernel image" in rows["fails"]["error"]
-
-
-@ordinary
-@pytest.mark.parametrize("section,rows", [("operations", 24), ("training", 1), ("sampling", 5)])
-def test_the_benchmarks_plain_variants_run_at_toy_size(section, rows):
-    from kernels import bench
-    found = 0
-    for _, variants, _ in getattr(bench, section)(False):
-        plain = next(iter(variants.values()))          # plain PyTorch: nothing is compiled here
-        plain()
-        found += 1
-    assert found == rows
 
 
 # ---------------------------------------------------------------- inputs, by kernel

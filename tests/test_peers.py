@@ -1,5 +1,4 @@
 """kernels/peers.py: both sides of a row compute the same, and whatever slows both down cancels out."""
-import json
 import subprocess
 import sys
 import time
@@ -7,7 +6,7 @@ import time
 import pytest
 import torch
 
-from kernels import bench, peers
+from kernels import peers
 from support import metrics
 
 metrics.import_torchvision()                       # as peers.main does; the peers import it
@@ -83,21 +82,3 @@ def test_both_sides_of_a_row_compute_the_same(section, peer, float32, bfloat16):
     for what, ours, theirs in getattr(peers, section)():
         most = bfloat16 if what.endswith("bfloat16") else float32
         assert float(peers.difference(ours(), theirs())) <= most, what
-
-
-def test_bench_on_a_cpu_runs_the_peers_and_rehearses_only_on_request(monkeypatch, tmp_path):
-    called = []
-
-    def training(cuda):
-        called.append(("training", cuda))
-        yield "a step", {"plain": lambda: None}, {}
-
-    monkeypatch.setattr(peers, "main", lambda: called.append("peers"))
-    monkeypatch.setattr(bench, "training", training)
-    out = tmp_path / "bench.json"
-    for arguments in (["--device=cpu"], ["--rehearse", "--only=training", f"--out={out}"]):
-        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-        bench.main()
-    assert called == ["peers", ("training", False)]
-    found = json.loads(out.read_text())
-    assert "a rehearsal" in found["machine"] and [row["what"] for row in found["rows"]] == ["a step"]
