@@ -77,15 +77,20 @@ def main():
     machine = torch.cuda.get_device_name() if cuda else "a CPU at toy size: a rehearsal, not a measurement"
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     head = f"{machine}; {versions}; {time.strftime('%Y-%m-%d')}"
-    print(f"{head}\n\n| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|", flush=True)
+    print(head, flush=True)
     rows = []
     for row in measurements(args.only, cuda, begin):
         print(line_of(row), flush=True)
         rows.append(row)
         found = {"machine": head, "rows": rows, "goals": goals.verdicts(rows if cuda else [], machine)}
         pathlib.Path(args.out).write_text(json.dumps(found, indent=1))
+
+    # once more, without what was printed in between
+    print(f"\n{head}, {time.time() - begin:.0f} s\n")
+    print("| what | variant | ms (quartiles) | rate | GiB |\n|---|---|---|---|---|")
+    for row in rows:
+        print(line_of(row))
     print(goals.table(goals.verdicts(rows if cuda else [], machine)))
-    print(f"\n{args.out}: {time.time() - begin:.0f} s")
 
 
 def measurements(only, cuda, begin):
