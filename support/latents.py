@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +104,24 @@ def encoded_steps(vae, train_set, cfg, device, rank, world, start):
 
 
 def cached_steps(latents, cfg, device, rank, world, start):
-    """Read the latents, one step after another: the same images and flips as in `encoded_steps`."""
-    for step in itertools.count(start):
+    """Read the latents, one step after another: the same images and flips as in `encoded_steps`.
+
+    A thread reads one step ahead. From its pinned memory, a GPU copies while Python goes on.
+    """
+    def read(step):
         plan = latents.plan(cfg.batch_size, cfg.seed, step, rank, world, cfg.flip)
-        z_all, y = latents.batch(*plan)
-        yield z_all.to(device), y.to(device)
+        batch = latents.batch(*plan)
+        return [x.pin_memory() for x in batch] if device.type == "cuda" else batch
+
+    pool = ThreadPoolExecutor(1)
+    ahead = pool.submit(read, start)
+    try:
+        for step in itertools.count(start + 1):
+            z_all, y = ahead.result()              # or the error of this step
+            ahead = pool.submit(read, step)
+            yield z_all.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def encode(vae, images, cfg, device):

@@ -312,7 +312,7 @@ def stop_if_not_finite(norm, loss, model, step):
 
     Ranks share gradients, so they stop together; if only one rank's loss is bad, its exit takes the others
     down.
-    This is the only place where a step waits for the device.
+    A step waits for the device only here, and where images, unlike cached latents, are copied to it.
     raises: SystemExit naming the first bad parameter
     """
     if torch.isfinite(norm + loss):

@@ -35,6 +35,28 @@ def test_latents_encoded_on_the_fly_equal_cached_ones_up_to_half_precision(
         assert torch.equal(y, y2) and (z - z2).abs().max() < 2e-3 * z.abs().max()
 
 
+def test_cached_latents_are_read_one_step_ahead_in_order_and_an_error_stops_its_own_step():
+    read = []
+    begun = {step: threading.Event() for step in range(3, 9)}
+
+    def batch(step):
+        read.append((step, threading.current_thread() is threading.main_thread()))
+        begun[step].set()
+        if step == 6:
+            raise SystemExit("row 5 is not finite")
+        return torch.full((1, 2), float(step)), torch.tensor([step])
+
+    cached = SimpleNamespace(plan=lambda batch_size, seed, step, *rest: (step,), batch=batch)
+    stream = latents.cached_steps(cached, known_config(), torch.device("cpu"), 0, 1, start=3)
+    for step in (3, 4, 5):
+        z_all, y = next(stream)
+        assert z_all.tolist() == [[step, step]] and y.tolist() == [step]
+        assert begun[step + 1].wait(5)                     # while this step is computed
+    with pytest.raises(SystemExit, match="row 5 is not finite"):
+        next(stream)
+    assert read == [(step, False) for step in (3, 4, 5, 6)]
+
+
 def test_large_images_are_encoded_a_few_at_a_time_to_the_same_latents(finetune_config, tiny_vae, monkeypatch):
     vae = load_davae(tiny_vae)
     images, _ = data.stack(data.open_dataset("procedural", 64, 8, 0), range(8))
