@@ -28,6 +28,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from typing import NamedTuple
@@ -134,21 +135,25 @@ def rows_of(section, cuda, deadline, known):
 
 def run_tests():
     """The row for the tests that need a GPU: pytest's last line."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    root = pathlib.Path(__file__).parent.parent
+    files = [path for path in (root / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *sorted(files)]
     if importlib.util.find_spec("xdist"):                  # most of the time, they compile
         command += ["-n", "4"]
     row = {"section": "tests", "what": "tests marked gpu", "variant": ""}
-    root = pathlib.Path(__file__).parent.parent
     seconds = ENDS["tests"]
-    try:
-        done = subprocess.run(command, cwd=root, timeout=seconds, text=True, stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        lines = done.stdout.strip().splitlines() or ["pytest said nothing"]
-        failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
-        return row | {"error": lines[-1], "failed": failed, "passed": done.returncode == 0}
-    except subprocess.TimeoutExpired as late:
-        said = (late.output or b"").decode(errors="replace").strip().rpartition("\n")[2]
-        return row | {"error": f"not finished in {seconds} s: {said}", "failed": [], "passed": False}
+    with tempfile.TemporaryFile("w+", errors="replace") as said:           # a pipe stays open till all end
+        try:
+            done = subprocess.run(command, cwd=root, timeout=seconds, stdin=subprocess.DEVNULL,
+                                  stdout=said, stderr=said)
+            code = done.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        said.seek(0)
+        lines = said.read().strip().splitlines() or ["pytest said nothing"]
+    failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    last = lines[-1] if code is not None else f"not finished in {seconds} s: {lines[-1]}"
+    return row | {"error": last, "failed": failed, "passed": code == 0}
 
 
 def rates(what, name, seconds, work, known):

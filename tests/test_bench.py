@@ -113,6 +113,25 @@ def test_a_training_step_is_timed_with_what_was_chosen_from_its_forward_pass(mon
     assert {"patch_embed", "norm_modulate", "attention", "add_norm_modulate", "swiglu"} <= set(tried)
 
 
+@pytest.mark.parametrize("script,said,passed", [
+    ("echo 5 passed", "5 passed", True),
+    ("echo FAILED tests/test_x.py::test_y; echo 1 failed; exit 1", "1 failed", False),
+    ("echo half of them; sleep 4 & sleep 4", "not finished in 1 s: half of them", False),
+])
+def test_the_tests_are_a_row_with_their_last_line_even_if_they_do_not_end(
+        script, said, passed, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(bench, "ENDS", {"tests": 1})
+    since = time.time()
+    row = bench.run_tests()
+    assert time.time() - since < 3                         # does not wait for what the tests have started
+    assert (row["error"], row["passed"]) == (said, passed)
+    assert row["failed"] == (["FAILED tests/test_x.py::test_y"] if "FAILED" in script else [])
+
+
 # ---------------------------------------------------------------- a whole run
 
 
