@@ -104,7 +104,7 @@ TOY = {
     "python finetune.py klein-2048 --dry_run=True": "",
 }
 
-EXEMPT = r"pip install|pytest|python -m kernels.bench --device=cpu"      # test_peers.py runs kernels.bench
+EXEMPT = r"pip install|pytest|python -m kernels.bench --device=cpu"      # test_bench.py runs kernels.bench
 COMMAND = r"(\w+=\w+ )*(python|torchrun|pip|pytest) .*"
 
 
