@@ -5,7 +5,7 @@
     python -m kernels.bench --rehearse               on a CPU, at toy size: its times mean nothing
 
 In this order: the tests marked `gpu` (their last line is a row of the table); operations, each kernel against
-its specification, plain and compiled; 30 training steps of LightningDiT-XL/1 at batch 128 for each variant;
+its specification, plain and compiled; 200 training steps of LightningDiT-XL/1 at batch 128, three variants;
 sampling at SD3.5 Medium's sizes; a verdict on each goal of goals.py. Weights and data are random.
 
 The variants of a row alternate, in one process, after a warm-up; medians and quartiles are printed.
@@ -54,7 +54,7 @@ PEAK = 989e12              # bfloat16 FLOP/s of H100 and H200 as stated by the v
 # Seconds after the start at which a part ends; what it spares goes to the next. Then no model is built and
 # no round of measurements begun, but a round in progress, which may have to compile, takes up to a minute.
 ENDS = {"tests": 120, "operations": 200, "training": 350, "sampling": 480}
-TRAINING_STEPS = 30        # per variant
+TRAINING_STEPS = 67        # per variant
 GRAPH_CALLS = 10           # calls of an operation in one CUDA graph
 REPEAT_MS = 5              # one measurement lasts at least this long
 STEPS = 30                 # sampling steps per image, of which MEASURED are timed
