@@ -94,14 +94,15 @@ class Rulers:
         return {"features": self.features.described, "lpips_hash": lpips_hash}
 
 
-def load(folder, which="ema", device="auto"):
+def load(folder, which="ema", device="auto", checkpoint=None):
     """The Run in a folder.
 
     which: "ema" or "model", of the transformer's weights.   device: auto, cpu or cuda.
+    checkpoint: one of its step folders; None: the newest
     raises: SystemExit if it is not a run of either script
     """
     rank, world, device = ranks.setup(device)
-    checkpoint = from_all(runs.latest_checkpoint(folder))[0]       # a run in training adds newer ones
+    checkpoint = checkpoint or runs.latest_checkpoint(folder)
     saved = runs.read_config(checkpoint)
     script = saved.get("script")
     if script not in ("finetune.py", "train_vae.py"):
@@ -375,10 +376,12 @@ def sample_rows(dit, vae, full, base):
 
 def main(cfg):
     """Measure, print two tables, add them to metrics.json; ranks share the images.  Returns the new entry."""
-    cfg.run = cfg.run or runs.newest_run()
+    ranks.setup(cfg.device)
+    folder = cfg.run or runs.newest_run()
+    cfg.run, checkpoint = from_all((folder, runs.latest_checkpoint(folder)))[0]    # rank 0's: a run may go on
     out = Path(cfg.out or run_folder(cfg.run) / "metrics.json")
     read_entries(out)                                         # a damaged file is refused now, not after hours
-    run = load(cfg.run, cfg.weights, cfg.device)
+    run = load(cfg.run, cfg.weights, cfg.device, checkpoint)
     dataset, index = held_out(run, cfg.data_dir, cfg.images, cfg.whole)
     rulers = load_rulers(cfg, "none" if cfg.whole else cfg.features, run)
     may_draw = run.dit is not None and not cfg.whole

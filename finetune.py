@@ -550,7 +550,7 @@ def save_what_stays(run, vae, dit, text, about):
         if frozen:
             runs.save_folder(folder / "frozen", {"model": frozen}, {"source": run.cfg.base})
         if text is not None:
-            text.keep(["", *about["captions"]], folder / "text")
+            text.keep(["", *about["captions"]], folder / "captions")
 
 
 def draw_samples(run, done, ema, vae, about, text):

@@ -390,7 +390,7 @@ def text_of(cfg, about, settings, out, rank, device):
     if not own.get("text"):
         return None
     prompts = [*settings["prompts"][:cfg.n], settings["negative"]]
-    kept = run_folder(cfg.run) / "text"
+    kept = run_folder(cfg.run) / "captions"
     folder = cfg.text or (kept if texts.has(kept, prompts) else own["text"])
     text = texts.text_for(folder, prompts, out, rank, device, own["t5_tokens"])
     text.need(prompts)
@@ -408,7 +408,7 @@ def text_of(cfg, about, settings, out, rank, device):
 def main(cfg):
     """Draw cfg.n images into a folder.  Returns that folder."""
     rank, world, device = ranks.setup(cfg.device)
-    # looked up once, by rank 0: a run that is still training adds checkpoints meanwhile, and removes old ones
+    # what rank 0 found counts: a run that is still training adds checkpoints meanwhile, and removes old ones
     run = cfg.run or runs.newest_run()
     cfg.run, checkpoint = ranks.from_all((run, runs.latest_checkpoint(run)))[0]
     about = runs.read_config(checkpoint)

@@ -207,9 +207,9 @@ def setting_of(cfg):
 def refuse_another_setting(cells, cfg, path):
     """raises: SystemExit if a results file holds cells of another setting, such as of other images"""
     for line in (line for arm in cells.values() for line in arm.values()):
-        old = line["setting"]
-        changed = [f"{name} {old[name]!r} -> {value!r}" for name, value in setting_of(cfg).items()
-                   if value != old[name]]
+        old = line.get("setting", {})
+        changed = [f"{name} {old.get(name)!r} -> {value!r}" for name, value in setting_of(cfg).items()
+                   if value != old.get(name)]
         if changed:
             raise SystemExit(f"{path} holds cells of another setting ({', '.join(changed)}): give this one a "
                              "--name= of its own")

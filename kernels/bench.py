@@ -25,7 +25,9 @@ Not run on a GPU.
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -143,12 +145,14 @@ def run_tests():
     row = {"section": "tests", "what": "tests marked gpu", "variant": ""}
     seconds = ENDS["tests"]
     with tempfile.TemporaryFile("w+", errors="replace") as said:           # a pipe stays open till all end
+        tests = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                                 start_new_session=True)
         try:
-            done = subprocess.run(command, cwd=root, timeout=seconds, stdin=subprocess.DEVNULL,
-                                  stdout=said, stderr=said)
-            code = done.returncode
+            code = tests.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
+            os.killpg(tests.pid, signal.SIGKILL)           # pytest's workers too, which would use the GPU
+            tests.wait()
         said.seek(0)
         lines = said.read().strip().splitlines() or ["pytest said nothing"]
     failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]

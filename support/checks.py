@@ -53,7 +53,7 @@ def check_base_vae(cfg, vae):
 
 def check_sizes(cfg, vae):
     """raises: SystemExit with one sentence if images, or crops of them, do not fit the VAE."""
-    if cfg.halvings and not cfg.crop:
+    if cfg.halvings and not cfg.crop and not runs.checkpoints(cfg.out):
         raise SystemExit(f"--halvings={cfg.halvings} halves only images that are then cropped; give sides of "
                          "crops by --crop=, or --halvings=0")
     side = multiple(cfg, vae)
@@ -99,9 +99,11 @@ def before_finetuning(cfg, world):
     """raises: SystemExit with one sentence, before anything is loaded or trained"""
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
-    if not cfg.base and (cfg.lora or not cfg.zero_init):
-        flag = f"--lora={cfg.lora}" if cfg.lora else "--zero_init=False"
-        raise SystemExit(f"{flag} is for a pretrained model, and there is none: give --base=, or omit it")
+    if not cfg.base and (cfg.lora or not cfg.zero_init) and not runs.checkpoints(cfg.out):
+        flag, instead = "--zero_init=False", "--zero_init=True"
+        if cfg.lora:
+            flag, instead = f"--lora={cfg.lora}", "--lora=0"
+        raise SystemExit(f"{flag} is for a pretrained model, and there is none: give --base=, or {instead}")
 
 
 def check_base(cfg, vae, base, num_classes):

@@ -30,6 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten_with_path
 
+from support.ranks import this_rank
+
 # ---------------------------------------------------------------- which file
 
 
@@ -329,7 +331,7 @@ def pick_weights(state, weights=None, name="the checkpoint"):
         if len(found) > 1:
             raise ValueError(f"holds weights under {' and '.join(found)}; wanted one: save it by itself")
         if found:
-            if not weights and kind == "ema" and held["model"]:
+            if not weights and kind == "ema" and held["model"] and this_rank() == 0:
                 print(f"{name}: takes {found[0]!r} of {', '.join(found + held['model'])}")
             return pick_weights(state[found[0]], name=name)
     if weights:

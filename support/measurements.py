@@ -46,12 +46,15 @@ def lineage(own):
 
     own: as above; a run whose folder is gone is left out
     """
-    found, folders = [own], set()
-    for settings in found:                                         # which grows meanwhile
+    found, todo = [], [own]
+    while todo:
+        settings = todo.pop(0)
+        if settings in found:
+            continue
+        found.append(settings)
         for folder in (settings.get("vae"), settings.get("base")):
-            if folder and folder not in folders and runs.checkpoints(folder):
-                folders.add(folder)
-                found.append(runs.read_config(runs.latest_checkpoint(folder))["config"])
+            if folder and runs.checkpoints(run_folder(folder)):
+                todo.append(runs.read_config(runs.latest_checkpoint(folder))["config"])
     return found
 
 

@@ -121,7 +121,8 @@ def show(cfg, model, inputs, r, forward, step, kept):
     saved = 8 * (trained + (trained if cfg.lora else total)) / 2**30
 
     reads = [path for path in (cfg.data_dir, cfg.vae, cfg.base, cfg.text) if path]
-    writes = "log.jsonl, pictures, vae/, " + ("frozen/, " if cfg.lora else "") + "and the two newest step_*/"
+    folders = "vae/, " + ("frozen/, " if cfg.lora else "") + ("captions/, " if cfg.text else "")
+    writes = f"log.jsonl, pictures, {folders}and the two newest step_*/"
     print("\n".join(flags(cfg)))
     print(f"model   {type(model).__name__}: {total:,} parameters, {trained:,} trained, {frozen:,} frozen")
     print(f"tokens  {tokens} for {cfg.image_size} x {cfg.image_size} pixels (the original {r * r * tokens}), "

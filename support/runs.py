@@ -1,7 +1,7 @@
 """Run folders: atomic checkpoints, resuming, one job at a time, the log, disks that fail.
 
     out/tiny/   step_000300/ step_000600/ (the two newest checkpoints), log.jsonl, pictures, summary.json once
-                it is finished, .lock while a job trains in it; of finetune.py also vae/, frozen/ and text/
+                it is finished, .lock while a job trains in it; of finetune.py also vae/, frozen/, captions/
     step_*/     model.safetensors, ema.safetensors, train_state.pt, config.json, SHA256SUMS
 
 `Run` is how the two training scripts handle their folder. It does not own the training loop: it says which
@@ -498,7 +498,8 @@ def newest_run(parent="out"):
     steps = [*Path(parent).glob("*/step_*/config.json"), *Path(parent).glob("*/*/step_*/config.json")]
     for path in sorted(steps, key=os.path.getmtime, reverse=True):
         if read_config(path.parent).get("script") == "finetune.py":
-            print(f"the newest run in {parent}: {path.parent.parent}")
+            if ranks.this_rank() == 0:
+                print(f"the newest run in {parent}: {path.parent.parent}")
             return str(path.parent.parent)
     raise SystemExit(f"{parent}: no run of finetune.py here; make one (python finetune.py), or name one")
 

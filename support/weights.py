@@ -114,7 +114,7 @@ def read_vae(source):
         return sd, source if source.is_dir() else source.parent
     sd = {}
     for half in ("encoder", "decoder"):
-        part = pick_weights(read_state_dict(source / f"taef2_{half}.pth"))
+        part = pick_weights(read_state_dict(source / f"taef2_{half}.pth"), name=source)
         sd |= {f"{half}.{key}": weight for key, weight in part.items()}
     return sd, source
 

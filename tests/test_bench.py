@@ -3,6 +3,7 @@ import contextlib
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,12 +117,12 @@ def test_a_training_step_is_timed_with_what_was_chosen_from_its_forward_pass(mon
 @pytest.mark.parametrize("script,said,passed", [
     ("echo 5 passed", "5 passed", True),
     ("echo FAILED tests/test_x.py::test_y; echo 1 failed; exit 1", "1 failed", False),
-    ("echo half of them; sleep 4 & sleep 4", "not finished in 1 s: half of them", False),
+    ("echo half of them; sleep 9 & echo $! > worker; sleep 9", "not finished in 1 s: half of them", False),
 ])
 def test_the_tests_are_a_row_with_their_last_line_even_if_they_do_not_end(
         script, said, passed, monkeypatch, tmp_path):
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.write_text(f"#!/bin/sh\ncd {tmp_path}\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(bench, "ENDS", {"tests": 1})
@@ -130,6 +131,11 @@ def test_the_tests_are_a_row_with_their_last_line_even_if_they_do_not_end(
     assert time.time() - since < 3                         # does not wait for what the tests have started
     assert (row["error"], row["passed"]) == (said, passed)
     assert row["failed"] == (["FAILED tests/test_x.py::test_y"] if "FAILED" in script else [])
+    if "worker" in script:                                 # which would go on to use the GPU
+        worker = Path(f"/proc/{(tmp_path / 'worker').read_text().strip()}")
+        while worker.exists() and time.time() - since < 8:
+            time.sleep(0.1)                                # a killed process takes a moment
+        assert time.time() - since < 8                     # and did not sleep on
 
 
 # ---------------------------------------------------------------- a whole run

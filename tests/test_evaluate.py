@@ -214,6 +214,20 @@ def test_the_recorded_checkpoint_is_measured_even_if_training_adds_one(tiny_run,
     assert runs.latest_checkpoint(run).name == "step_000099"
 
 
+def test_all_ranks_measure_the_run_and_checkpoint_that_rank_0_finds(tiny_run, monkeypatch):
+    def from_all(x):
+        return [("run of rank 0", Path("step of rank 0"))]
+
+    def load(*args):
+        raise KeyError(args)
+
+    monkeypatch.setattr(evaluate, "from_all", from_all)
+    monkeypatch.setattr(evaluate, "load", load)
+    with pytest.raises(KeyError) as found:
+        evaluate.main(evaluate.Config(run=tiny_run, device="cpu"))
+    assert found.value.args[0] == ("run of rank 0", "ema", "cpu", Path("step of rank 0"))
+
+
 def test_the_probe_of_drawings_does_not_judge_other_images_unless_told_to(tiny_run, photos):
     run, folder = evaluate.load(tiny_run, device="cpu"), photos(2)
     for data_dir, features, name in (("", "auto", "Probe"), ("procedural", "auto", "Probe"),
@@ -293,8 +307,8 @@ def test_held_out_drawings_are_new_to_every_stage(tmp_path):
                  "base-dit": {"seed": 2, "vae": str(tmp_path / "vae"), "base": ""}}
     for name, settings in made_from.items():
         runs.save_folder(tmp_path / name / "step_000001", {}, {"config": settings})
-    own = dict(data_dir="procedural", seed=3, image_size=16, images=40, vae=str(tmp_path / "vae"),
-               base=str(tmp_path / "base-dit"))
+    own = dict(data_dir="procedural", seed=3, image_size=16, images=40, base=str(tmp_path / "base-dit"),
+               vae=str(tmp_path / "vae" / "step_000001"))
     seen = set()
     for seed in (1, 2, 3, 4):
         trained = open_training_set(SimpleNamespace(**own | {"seed": seed}, text=""), None)

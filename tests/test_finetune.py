@@ -454,7 +454,7 @@ def test_sd3_goes_from_captions_to_a_diffusers_folder(sd3_folder, photos, tmp_pa
 def check_that_the_run_keeps_the_text_of_its_pictures(cfg, folder):
     gone = Path(folder).rename(f"{folder}, gone")
     out = sample.main(sample.Config(run=cfg.out, n=3, steps=1))
-    assert set(text.TextCache(Path(cfg.out) / "text").rows) == {"", "a fox", "snow", "an owl"}
+    assert set(text.TextCache(Path(cfg.out) / "captions").rows) == {"", "a fox", "snow", "an owl"}
     assert len(list(out.glob("0*.png"))) == 3
     gone.rename(folder)
 

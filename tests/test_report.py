@@ -454,6 +454,19 @@ def test_a_command_is_preset_plus_changes_and_the_settings_rebuild_the_config(
 
 # ---- evaluate.py report ----
 
+def test_one_rank_can_write_the_report_alone(tiny_run, tmp_path, monkeypatch):
+    """As at the end of finetune.py, where the others have already gone."""
+    def unanswered(*args):
+        raise AssertionError("waits for other ranks")
+
+    for module in (evaluate, evaluate.sample.ranks):
+        monkeypatch.setattr(module, "from_all", unanswered)
+    monkeypatch.setattr(evaluate.sample.ranks, "wait_for_all", unanswered)
+    path = tmp_path / "page.html"
+    evaluate.main_report(evaluate.ReportConfig(run=tiny_run, out=str(path), images=2, n=10, device="cpu"))
+    assert path.exists()
+
+
 def test_the_report_shows_the_samples_and_stages_of_the_run(tiny_run, tmp_path, capsys):
     path = tmp_path / "new" / "page.html"
     evaluate.main_report(evaluate.ReportConfig(run=tiny_run, out=str(path), images=2, n=10, device="cpu"))

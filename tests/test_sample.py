@@ -414,7 +414,7 @@ def test_text_of_another_width_than_the_model_takes_is_refused(text_of):
 
 
 def test_a_run_draws_its_own_prompts_when_the_folder_of_its_text_is_gone(text_of, tmp_path):
-    kept = text_of.shard(tmp_path / "run" / "text", ["", "a"])
+    kept = text_of.shard(tmp_path / "run" / "captions", ["", "a"])
     assert text_of(["a"]).folder == Path(kept)
     assert text_of(["a", "b"]).folder == str(tmp_path / "shards")          # b is there alone
     shutil.rmtree(tmp_path / "shards")
