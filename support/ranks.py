@@ -312,7 +312,8 @@ def stop_if_not_finite(norm, loss, model, step):
 
     Ranks share gradients, so they stop together; if only one rank's loss is bad, its exit takes the others
     down.
-    A step waits for the device only here, and where images, unlike cached latents, are copied to it.
+    A step waits for the device only here, where images, unlike cached latents, are copied to it, and where
+    captions are read, at the start of each micro-batch.
     raises: SystemExit naming the first bad parameter
     """
     if torch.isfinite(norm + loss):

@@ -168,11 +168,12 @@ class TextCache:
         for prompt in prompts:
             shard, row = self.rows[prompt]
             rows.append(shard.get_slice(name)[row:row + 1])
-        embeddings = torch.cat(rows).float()
-        if not torch.isfinite(embeddings).all():
+        embeddings = torch.cat(rows)
+        extremes = torch.stack(embeddings.aminmax())               # NaN if any is: faster than to ask of each
+        if not torch.isfinite(extremes).all():
             raise SystemExit(f"{self.folder}: the embedding of {prompts[0]!r} or of a prompt after it is not "
                              "finite; remove the shards, and encode the prompts again")
-        return embeddings.to(self.device)
+        return embeddings.to(self.device).float()
 
 
 def has(folder, prompts):

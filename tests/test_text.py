@@ -377,12 +377,15 @@ def test_an_incomplete_shard_or_one_of_another_width_is_named(tmp_path, changes,
         text.TextCache(tmp_path)
 
 
-def test_embeddings_that_are_not_finite_are_refused(tmp_path):
-    context = torch.zeros(2, 8, 6)
-    context[1, 3, 2] = float("inf")
+@pytest.mark.parametrize("bad", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_that_are_not_finite_are_refused(tmp_path, dtype, bad):
+    context = torch.randn(2, 8, 6).to(dtype)
+    context[1, 3, 2] = float(bad)
     shard(tmp_path, 0, context=context)
     cache = text.TextCache(tmp_path)
-    cache(["a"])
+    tokens, _ = cache(["a"])
+    assert torch.equal(tokens, context[:1].float()) and tokens.dtype == torch.float32
     with pytest.raises(SystemExit, match="the embedding of 'a' or of a prompt after it is not finite"):
         cache(["a", "b"])
 
