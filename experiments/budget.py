@@ -226,13 +226,15 @@ def stages(job, cfg):
     images = IMAGENET if job.vae == "imagenet512" else cfg.captioned
     found = [("raw images", 0, 0, 0, images * job.image_bytes(cfg))]
 
+    def texts(what, count):                                        # on one GPU; the others idle, but cost
+        return what, count, MACHINE * count * job.text, 0, count * job.text_bytes
+
     if run.preset != "sd35m-2048":                                 # it reuses those of 1,024 pixels
         trained_on = vae.batch_size * vae.steps
         saved = 4 * job.vae_total + 8 * job.vae_trained
         found.append((f"`train_vae.py {job.vae}`", trained_on, 0, trained_on * job.vae_step, 3 * saved))
         if job.text:
-            alone = MACHINE * images * job.text                    # on one GPU; the others idle, but cost
-            found.append(("`sample.py text`", images, alone, 0, images * job.text_bytes))
+            found.append(texts("`sample.py text`", images))
 
     encoded = images * (1 + run.flip)
     found.append(("`finetune.py`, encoding", encoded, 0, encoded * job.encode, images * job.latent_bytes()))
@@ -244,6 +246,8 @@ def stages(job, cfg):
     n = job.measured
     if n:                                                          # in four rows: at most twice the DA-VAE's
         found.append(("`evaluate.py`, reconstructions", n, 0, 2 * n * (job.encode + job.decode), 0))
+        if job.text:
+            found.append(texts("`evaluate.py`, prompts", n))
         found.append(("`evaluate.py`, samples", n, n * job.passes * job.forward, n * job.decode, 0))
     return found
 

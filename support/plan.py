@@ -118,6 +118,7 @@ def show(cfg, model, inputs, r, forward, step, kept):
     start = total * 4 * (3 if cfg.base else 2) / 2**30         # model, EMA and base, before they share
     activations = 2 * kept * cfg.micro_batch / 2**30           # bfloat16
     latents = channels * side**2 * 2 * (1 + cfg.flip) / 2**20  # float16, with mirrored ones
+    text = 2 * sum(x.numel() for x in inputs[2:]) / 2**20      # of a caption: bfloat16, as a GPU encodes it
     saved = 8 * (trained + (trained if cfg.lora else total)) / 2**30
 
     reads = [path for path in (cfg.data_dir, cfg.vae, cfg.base, cfg.text) if path]
@@ -135,6 +136,8 @@ def show(cfg, model, inputs, r, forward, step, kept):
     print(f"disk    {latents:.2f} MiB of cached latents an image; {saved:.1f} GiB a checkpoint{once}")
     print(f"        {latents * 2**20 / 1e6:.2f} TB of latents for a million images; {3 * saved:.1f} GiB of "
           "checkpoints, three while one is written")
+    if cfg.text:
+        print(f"        {text:.2f} MiB of encoded text a caption, {text * 2**20 / 1e6:.2f} TB for a million")
     print(f"hours   {hours_line(cfg, forward, step)}")
     print(f"reads   {', '.join(reads)}")
     print(f"writes  {cfg.out}/: {writes}")

@@ -83,6 +83,16 @@ def test_latents_and_text_take_the_bytes_that_the_caches_write():
     assert SD1024.text_bytes == 2 * (333 * 4096 + 2048)
 
 
+def test_the_prompts_of_an_evaluation_are_encoded_and_stored_like_captions():
+    for job in JOBS:
+        found = {what: rest for what, *rest in budget.stages(job, CFG)}
+        of_a_prompt = [8 * job.text, 0, job.text_bytes]                          # on one GPU of eight
+        assert ("`evaluate.py`, prompts" in found) == (job is SD1024)
+        if job is SD1024:
+            assert found["`evaluate.py`, prompts"] == [30_000, *(30_000 * x for x in of_a_prompt)]
+            assert found["`sample.py text`"] == [100_000, *(100_000 * x for x in of_a_prompt)]
+
+
 def test_sampling_an_image_takes_the_passes_of_the_papers_grid_and_interval():
     ts = [k / 249 for k in range(249)]
     shifted = [0.3 * t / (1 - 0.7 * t) for t in ts]

@@ -36,6 +36,8 @@ def test_a_dry_run_counts_the_models_true_cost(preset, changes, forward, paramet
     assert f"the original {4 * numbers['tokens']}" in shown
     assert f"--out={PRESETS[preset]['out']}" in shown
     assert "GiB of states" in shown
+    of_text = "2.61 MiB of encoded text a caption, 2.73 TB for a million\n"
+    assert (of_text in shown) == preset.startswith("sd35m") and shown.count("encoded text") < 2
     if not changes:
         assert HOURS[preset] in shown
         job, = [job for job in budget.JOBS if job.preset == preset]
