@@ -23,7 +23,7 @@ from kernels import choose
 from support import buckets, checks, config, data, figures, held_out, identity, levels, ranks, runs, stages
 from support.bases import compile_levels
 from support.config import field
-from support.fit import fit_new_blocks
+from support.fit import check_fit, fit_new_blocks
 from support.metrics import make_lpips, psnr
 from support.vf import Teacher, vf_loss
 from support.weights import load_davae, load_measured
@@ -237,7 +237,8 @@ def adaptive_weight(nll, loss, weight, limit):
 
 def first_conv(vae):
     """The layer that makes the latent; the alignment's adaptive weight compares gradients there."""
-    return vae.down.conv if vae.D else vae.base.to_moments[0]
+    layer = vae.down.conv if vae.D else vae.base.to_moments
+    return next(m for m in layer.modules() if isinstance(m, nn.Conv2d))
 
 
 def last_conv(vae):
@@ -455,21 +456,20 @@ def learning_rate(step, cfg):
 
 
 def initial_vae(cfg, known=()):
-    """The VAE at step 0.
-
-    known: {folder: a VAE to use instead of the run there}
-    """
+    """The VAE at step 0.   known: {folder: a VAE to use instead of the run there}"""
     torch.manual_seed(cfg.seed)
     if cfg.D == 0 and not cfg.base:
         sizes = KLConfig(cfg.C, cfg.widths, cfg.blocks, cfg.attn, cfg.quant, cfg.groups)
         return PlainVAE(AutoencoderKL(sizes))
     given = known[cfg.base] if cfg.base in known else load_measured(cfg.base)
     checks.check_base_vae(cfg, given)
-    base = given.base
     if cfg.D == 0:
-        return PlainVAE(base)
-    return DAVAE(base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout, rescale=cfg.rescale,
-                                   latent_shortcut=cfg.fit != "random"))
+        return PlainVAE(given.base)
+    vae = DAVAE(given.base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout,
+                                        rescale=cfg.rescale, latent_shortcut=cfg.fit != "random"))
+    if cfg.fit != "random":
+        check_fit(vae)
+    return vae
 
 
 def freeze(vae, train):
@@ -557,10 +557,7 @@ def reconstruct(vae, x):
 
 
 def validate(run, done, vae, val):
-    """PSNR on `val` (N, 3, H, W), base only and full, and a strip of its first images.
-
-    The ranks split the images among them.
-    """
+    """PSNR on `val` (N, 3, H, W), base only and full, and a strip of images.  The ranks share the work."""
     vae.eval()
     mine = torch.arange(len(val)).tensor_split(ranks.world_size())[run.rank]
     images = val[mine]
@@ -577,6 +574,8 @@ def validate(run, done, vae, val):
     scores = ranks.gather(scores, mine.tolist() if scores else [])
     if len(scores) == len(val):
         run.results["psnr_base"], run.results["psnr"] = scores.mean(0).tolist()
+        if done:                                       # the next line of the log has them
+            run.log.add(dict(zip(("psnr_base", "psnr"), scores.mean(0).to(val))))
 
 
 def draw(cfg, done, vae, val, base, full):

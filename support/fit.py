@@ -101,7 +101,7 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     Every rank may fit the same images: DistributedDataParallel then uses rank 0's result.
     returns {"kept": of the features' energy that z does not predict, the fraction that [z, z_d] predict;
              "told": the fraction of z's energy that the details predict linearly}
-    raises: ValueError if D > r^2 C, if `from_latent` ends in no convolution, or for too few images
+    raises: ValueError for too few images, or what `check_fit` refuses
     """
     check_fit(vae)
     C = vae.C
@@ -143,6 +143,10 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
 
 def check_fit(vae):
     """raises: ValueError if this DAVAE cannot start in closed form"""
+    copy, original = vae.detail_encoder.state_dict(), vae.base.encoder.state_dict()
+    if copy.keys() != original.keys() or not all(torch.equal(copy[name], original[name]) for name in copy):
+        raise ValueError("the closed form reads the base's own features, but the detail encoder is no copy "
+                         "of the base's encoder; give --fit=random")
     last = stem(vae.base)[-1]
     conv = last.conv if isinstance(last, Stem) else last           # DC-AE's stem also has a shortcut
     if not isinstance(conv, nn.Conv2d) or max(conv.kernel_size) > 2 * vae.r + 1:

@@ -122,6 +122,17 @@ def test_too_many_details_and_a_nonlinear_stem_are_refused():
         fit.fit_new_blocks(vae, [images(1)])
 
 
+@torch.no_grad()
+def test_a_detail_encoder_that_is_no_copy_of_the_bases_is_refused():
+    changed = make(SD3, D=8)
+    next(changed.detail_encoder.parameters()).add_(0.1)
+    other = make(SD3, D=8)
+    other.detail_encoder = torch.nn.Conv2d(3, 16, 2, stride=2).double()     # images -> as many features
+    for vae in (changed, other):
+        with pytest.raises(ValueError, match="is no copy of the base's encoder; give --fit=random"):
+            fit.fit_new_blocks(vae, images().split(8))
+
+
 def test_more_directions_keep_more_of_the_features():
     left = []
     for D in (4, 8, 12, 16):
@@ -301,6 +312,12 @@ def test_a_larger_fit_align_aligns_a_runs_closed_form_more(davae_config, tmp_pat
         with torch.no_grad():
             losses.append(align_loss(vae.encode_base(x), vae.detail_posterior(x).mean).item())
     assert losses[0] > 1.1 * losses[1] > 1.21 * losses[2], losses
+
+
+def test_more_details_than_the_closed_form_makes_are_refused_before_a_step_is_timed(davae_config, tmp_path):
+    cfg = davae_config(tmp_path / "a", fit="closed", D=20)
+    with pytest.raises(ValueError, match="--D=20: .*; give --D=16 or less, or --fit=random"):
+        train_vae.trial(cfg, 1, torch.device("cpu"), {}, 0)
 
 
 def test_too_few_images_are_refused_rather_than_memorised(kl_config):

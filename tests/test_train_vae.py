@@ -19,6 +19,7 @@ import sample
 import train_vae
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, align_loss
 from support import data, figures, held_out, metrics, ranks, runs
+from support.dcae import Head
 from support.metrics import psnr
 from support.weights import load_davae
 from train_vae import PRESETS, Config, PatchGAN, adaptive_weight, hinge_loss, learning_rate, vae_loss
@@ -54,6 +55,13 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_is_named():
     with pytest.raises(SystemExit, match="loss inf, gradient norm 1.0"):
         ranks.stop_if_not_finite(one, inf, torch.nn.Linear(2, 2), 7)
     ranks.stop_if_not_finite(one, one, model, 7)
+
+
+def test_the_layer_that_makes_the_latent_is_the_first_convolution_of_any_head():
+    conv = torch.nn.Conv2d(8, 4, 3)
+    for head in (conv, torch.nn.Sequential(conv, torch.nn.Conv2d(4, 4, 1)), Head(8, 4, True)):
+        vae = SimpleNamespace(D=0, base=SimpleNamespace(to_moments=head))
+        assert train_vae.first_conv(vae) is getattr(head, "conv", conv)
 
 
 def test_a_discriminator_loss_that_is_not_finite_stops_before_the_update():
@@ -293,6 +301,16 @@ def test_twenty_steps_equal_ten_plus_ten_resumed_bit_for_bit(davae_config, same_
     assert same_weights(straight, halves)
     resumed = discriminator_of(halves)
     assert all(torch.equal(value, resumed[key]) for key, value in discriminator_of(straight).items())
+
+
+def test_the_psnr_of_a_checkpoint_is_in_the_next_line_of_the_log(davae_config, tmp_path, read_log):
+    cfg = davae_config(tmp_path / "a", steps=4, save_every=2, image_size=16, gan=0.0)
+    train_vae.main(cfg)
+    at_two = train_vae.main(replace(cfg, out=str(tmp_path / "b"), steps=2))
+    rows = read_log(cfg.out)
+    assert [row["step"] for row in rows if "psnr" in row] == [3]
+    for name in ("psnr", "psnr_base"):
+        assert rows[2][name] == pytest.approx(at_two[name], abs=1e-4)
 
 
 def test_a_run_killed_before_its_summary_still_gets_one(davae_config, tmp_path):
