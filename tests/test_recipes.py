@@ -164,6 +164,17 @@ def test_a_projection_in_the_loss_is_trained_resumed_averaged_and_not_exported(f
     with safe_open(copy.checkpoint("out/projection") / "model.safetensors", "pt") as file:
         assert not [key for key in file.keys() if "project" in key]            # noqa: SIM118  (not a dict)
 
+    # onto a teacher's features, it has the teacher's width
+    copy.run(sys.executable, "-c", """
+from types import SimpleNamespace
+import torch
+import train_vae
+train_vae.Teacher = lambda folder: SimpleNamespace(to=lambda device: SimpleNamespace(width=20))
+cfg = train_vae.Config(project="mlp", teacher="dino", gan=0.0, perceptual="none")
+project = train_vae.LossNetworks(cfg, SimpleNamespace(D=24, C=8), "cpu").own["project"]
+assert project(torch.zeros(1, 24, 4, 4)).shape[1] == 20
+""")
+
     # a resumed run continues training it
     copy.script(f"{single} --micro_batch=2", trained["base"], steps=6)
     now = copy.own("out/projection")
