@@ -105,7 +105,7 @@ ARMS = {
     "paper + ADT": Arm("or hiding channels from the method's DiT?", dit="--keep_levels={levels}"),
     "all": Arm("and everything together?", "--keep_levels={levels}", "--keep_levels={levels}"),
 }
-OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS + ADT"]
+OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS", "SLS + ADT", "paper + ADT"]
 SCALES = {"tiny": (1, 2), "photos": (2,)}                          # of guidance; the last one is judged
 SETTING = ("preset", "n", "train_flags", "vae_flags", "dit_flags", "base", "data_dir", "eval_dir")
 
