@@ -196,8 +196,7 @@ def flow_loss(model, z_all, cond, w, cfg):
 
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
     cfg:   D, cosine, weighting, keep_levels and keep_mean are read
-    returns (loss, {"loss", "base", "detail"}: () float32, detached; base and detail without their weights, as
-    means over the channels that are shown)
+    returns (loss, {"loss", "base", "detail"}: () float32, detached; the errors unweighted, of shown channels)
     Differs from the paper, as the authors' code does: w(n) does not scale the cosine: details learn at once.
     """
     D = cfg.D
@@ -211,9 +210,8 @@ def flow_loss(model, z_all, cond, w, cfg):
     target = z_all - noise                                                    # v*
 
     weight = weight.view(-1, 1, 1, 1)
-    mask = torch.ones_like(target[:, :, :1, :1])
     if cfg.keep_levels:                                                       # DC-AE 1.5: support/levels.py
-        model, target, weight, mask = levels.hide_some(model, target, weight, w, cfg)
+        model, target, weight, shown = levels.hide_some(model, target, weight, w, cfg)
 
     v = model(x_t, t, *cond).float()
     error = (v - target).square()                                             # (B, C+D, h, w)
@@ -222,9 +220,11 @@ def flow_loss(model, z_all, cond, w, cfg):
     if cfg.cosine:
         loss = loss + cfg.cosine * (1 - F.cosine_similarity(v, target, dim=1, eps=COSINE_EPS)).mean()
 
-    parts = {"loss": loss.detach(), "base": levels.mean_of_shown(error[:, :C], mask[:, :C]).detach()}
+    parts = {"loss": loss.detach(), "base": error[:, :C].mean().detach()}
     if D:
-        parts["detail"] = levels.mean_of_shown(error[:, C:], mask[:, C:]).detach()
+        parts["detail"] = error[:, C:].mean().detach()
+    if cfg.keep_levels:                                                       # the hidden ones' error is 0
+        parts |= levels.means_of_shown(parts, shown, C)
     return loss, parts
 
 

@@ -70,12 +70,13 @@ def hide_some(model, target, weight, w, cfg):
     return masked(model, mask), target * mask, weight, mask
 
 
-def mean_of_shown(error, mask):
-    """Mean of an error (B, c, h, w) over the channels that are shown; it is 0 where mask (B, c, 1, 1) is.
+def means_of_shown(parts, mask, C):
+    """flow_loss's "base" and "detail" errors as means over the channels that are shown; 0 if none is.
 
-    0 if none is shown.
+    parts: their means over all channels; mask: (B, C+D, 1, 1), 0 where a channel, and so its error, is hidden
     """
-    return error.mean() / mask.mean().clamp_min(1e-9)
+    channels = {"base": mask[:, :C], "detail": mask[:, C:]}
+    return {name: parts[name] / channels[name].mean().clamp_min(1e-9) for name in channels if name in parts}
 
 
 def share(mask, D, w):
