@@ -343,7 +343,9 @@ def main(cfg):
     if cfg.compile:
         compile_levels(vae)
     model = DistributedDataParallel(vae) if world > 1 else vae
-    judge = DistributedDataParallel(nets.disc) if world > 1 and nets.disc else nets.disc
+    judge = nets.disc
+    if world > 1 and judge is not None:
+        judge = DistributedDataParallel(judge, broadcast_buffers=False)
     if nets.disc:
         nets.disc.requires_grad_(False)            # except in its own step
 

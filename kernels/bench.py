@@ -15,8 +15,10 @@ in the table and does not end the run. Each row is printed, and bench.json writt
 a run that is killed leaves what it has found. For what did not fit, --only=training or --only=sampling.
 
 Variants of models: plain is KERNELS=ref, as it is and with compiled blocks; auto is what choose.py chose for
-this model, with compiled blocks. Estimate: as it is, a training step keeps 60 GiB of activations for its
-backward pass, next to 11 GB of weights and moments: on an H100 it may run out of memory, and says so.
+this model, with compiled blocks. diffusers, if it is installed, is its SD3 transformer and AutoencoderKL at
+the same sizes, with bfloat16 weights, as it is and compiled. Estimate: plain, as it is, a training step keeps
+60 GiB of activations for its backward pass, next to 11 GB of weights and moments: on an H100 it may run out of
+memory, and says so.
 
 In a rehearsal, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are
 replaced by their specifications.
@@ -59,6 +61,8 @@ ENDS = {"tests": 120, "operations": 200, "training": 350, "sampling": 480}
 TRAINING_STEPS = 67        # per variant
 GRAPH_CALLS = 10           # calls of an operation in one CUDA graph
 REPEAT_MS = 5              # one measurement lasts at least this long
+ROUNDS = 11                # of measurements; the first two are warm-up
+SLOW_ROUNDS = 7            # of images that take seconds
 STEPS = 30                 # sampling steps per image, of which MEASURED are timed
 MEASURED = 2
 
@@ -114,7 +118,7 @@ def rows_of(section, cuda, deadline, known):
     """The rows of a section, up to its deadline, or to a failure outside of a measurement."""
     name = section.__name__
     device = torch.device("cuda" if cuda else "cpu")
-    steps = TRAINING_STEPS if cuda and section is training else 11
+    rounds = {"training": TRAINING_STEPS, "sampling": SLOW_ROUNDS}.get(name, ROUNDS)
     cases = section(cuda)
     try:
         while time.time() < deadline:
@@ -123,7 +127,7 @@ def rows_of(section, cuda, deadline, known):
             if case is None:
                 return
             what, variants, work = case
-            measured = measure(variants, cuda, deadline, cuda and section is operations, steps)
+            measured = measure(variants, cuda, deadline, cuda and section is operations, rounds)
             for variant, row in measured.items():
                 row = {"section": name, "what": what, "variant": variant} | row
                 if "ms" in row:
@@ -251,7 +255,7 @@ class Variant:
         return row
 
 
-def measure(variants, cuda, deadline, graphs=False, rounds=11):
+def measure(variants, cuda, deadline, graphs=False, rounds=ROUNDS):
     """{name: function} -> {name: {"ms": [median, quartiles], "GiB", ...}}, or "error" instead of "ms".
 
     graphs: time CUDA graphs of ten calls, without Python.
@@ -431,6 +435,7 @@ KINDS = {                                                  # variant: (KERNELS, 
     "plain, compiled": ("ref", True),
     "auto, compiled": ("auto", True),                      # not compiled, it would be chosen for once more
 }
+COMPILED = ("plain, compiled",)
 
 
 def models(parts, f, cuda, kinds=tuple(KINDS), forward=None, recorded=None):
@@ -440,18 +445,16 @@ def models(parts, f, cuda, kinds=tuple(KINDS), forward=None, recorded=None):
     recorded: makes an argument for f with which it runs as one CUDA graph; this adds as many variants again
     """
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    compilers = {}
+    compile_parts = peers.switch(parts, backend(cuda))
     tables = {}                                            # compiled? -> rows, see choose.py
 
     def run(mode, compiled, *flow):
         kernels.KERNELS = mode
-        for part in parts:
-            part._compiled_call_impl = None
+        compile_parts(False)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             if mode == "auto":
                 use_table(compiled)
-            for part in parts:
-                part._compiled_call_impl = compilers[part] if compiled else None
+            compile_parts(compiled)
             f(*flow)
 
     def use_table(compiled):
@@ -461,9 +464,6 @@ def models(parts, f, cuda, kinds=tuple(KINDS), forward=None, recorded=None):
             tables[compiled] = choose.choose(forward or f, None, device, compiled)
         trial.adopt(tables.get(compiled, []))
 
-    for part in parts:
-        part.compile(backend=backend(cuda), dynamic=False)
-        compilers[part] = part._compiled_call_impl
     variants = {name: partial(run, *KINDS[name]) for name in kinds}
     if recorded:
         for name in kinds:
@@ -514,8 +514,8 @@ def sampling(cuda):
     yield from sampling_sd3(side, D=16, batch=1, cuda=cuda)
     yield from decoding(vae, 2 * side, cuda)
     yield from sampling_sd3(2 * side, D=16, batch=2, cuda=cuda)
-    yield from sampling_sd3(2 * side, D=0, batch=2, cuda=cuda)
-    yield from sampling_sd3(side, D=0, batch=batch, cuda=cuda)
+    yield from sampling_sd3(side, D=0, batch=batch, cuda=cuda, kinds=COMPILED)
+    yield from sampling_sd3(2 * side, D=0, batch=1, cuda=cuda, kinds=COMPILED)
     yield from encoding(vae, side, cuda)
     yield from encoding(vae, 2 * side, cuda)
 
@@ -529,10 +529,11 @@ def encoding(vae, side, cuda):
 def decoding(vae, side, cuda):
     z_all = torch.randn(1, 32, side // 16, side // 16)
     decode = torch.no_grad()(partial(vae.decode, z_all))
-    yield f"decode {side} px", models([vae.decoder], decode, cuda), {"images": 1}
+    variants = models([vae.decoder], decode, cuda) | peers.decoding(side // 8, z_all.device, backend(cuda))
+    yield f"decode {side} px", variants, {"images": 1}
 
 
-def sampling_sd3(side, D, batch, cuda):
+def sampling_sd3(side, D, batch, cuda, kinds=tuple(KINDS)):
     """Time MEASURED of STEPS steps; with the time to decode, they give an estimate per image."""
     import dit
     import sample
@@ -546,12 +547,13 @@ def sampling_sd3(side, D, batch, cuda):
     def run(flow=sample.sample_flow):
         flow(model, noise, grid, cond, cond, scale=4.0, ahead=sample.AHEAD)
 
-    kinds, recorded = tuple(KINDS), None
-    if cuda and batch == 1:
+    recorded = None
+    if cuda and D and batch == 1:
         kinds, recorded = kinds[1:], sample.Recorded
+    variants = models(model.blocks, run, cuda, kinds, recorded=recorded)
+    variants |= peers.sampling(grid, noise, cond, backend(cuda))
     what = f"SD3.5-M {side} px, {h * h // 4} tokens, {MEASURED} steps of {batch}"
-    work = {"batch": batch, "decode": f"decode {side} px"}
-    yield what, models(model.blocks, run, cuda, kinds, recorded=recorded), work
+    yield what, variants, {"batch": batch, "decode": f"decode {side} px"}
 
 
 if __name__ == "__main__":

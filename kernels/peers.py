@@ -18,6 +18,7 @@ import time
 from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,88 @@ def tiny_autoencoder():
     z = torch.randn(1, 32, 18, 18)
     yield from both_types("TAE, decode 144 px", lambda: vae.decoder(vae.from_latent(z)),
                           lambda: peer.decode(z).sample)
+
+
+# ---------------------------------------------------------------- on a GPU: variants of bench.py's rows
+# diffusers at SD3.5 Medium's sizes, with random bfloat16 weights.
+
+
+def switch(parts, backend):
+    """A function of a bool: are these modules compiled, from now on?"""
+    compilers = {}
+    for part in parts:
+        part.compile(backend=backend, dynamic=False)
+        compilers[part] = part._compiled_call_impl
+
+    def compiled(yes):
+        for part in parts:
+            part._compiled_call_impl = compilers[part] if yes else None
+
+    return compiled
+
+
+def of_diffusers(build, backend):
+    """{name: function}, as it is and with compiled parts.
+
+    build: -> (parts, function). Called by the first call, so that a missing diffusers is a line in the table
+    """
+    made = []
+
+    def run(yes):
+        if not made:
+            parts, function = build()
+            made.extend([switch(parts, backend), torch.no_grad()(function)])
+        compiled, function = made
+        compiled(yes)
+        function()
+
+    return {"diffusers": partial(run, False), "diffusers, compiled": partial(run, True)}
+
+
+def sampling(grid, noise, cond, backend):
+    """Euler steps with guidance of the SD3 transformer.
+
+    grid: times from 0, noise, up to 1;  noise (B, C, h, w);  cond: text (B, tokens, K), pooled (B, K)
+    """
+    def build():
+        from diffusers import SD3Transformer2DModel
+        text, pooled = [torch.cat([x, x]).bfloat16() for x in cond]
+        heads, depth, dual = (24, 24, 13) if noise.is_cuda else (1, 2, 1)
+        with noise.device:
+            model = SD3Transformer2DModel(
+                sample_size=128, in_channels=noise.shape[1], out_channels=noise.shape[1], num_layers=depth,
+                dual_attention_layers=tuple(range(dual)), attention_head_dim=64, num_attention_heads=heads,
+                caption_projection_dim=64 * heads, joint_attention_dim=text.shape[2],
+                pooled_projection_dim=pooled.shape[1], pos_embed_max_size=384, qk_norm="rms_norm")
+        model = model.to(noise.device, torch.bfloat16).eval()
+
+        def run():
+            x = noise.bfloat16()
+            for t, t_next in pairwise(grid):
+                sigma = torch.full((2 * len(x),), 1000 * (1 - t), device=x.device)
+                uncond, cond = model(torch.cat([x, x]), text, pooled, sigma).sample.chunk(2)
+                x = x - (t_next - t) * (uncond + 4.0 * (cond - uncond))
+
+        return model.transformer_blocks, run
+
+    return of_diffusers(build, backend)
+
+
+def decoding(h, device, backend):
+    """The decoder of SD3's autoencoder, for one latent (1, 16, h, h)."""
+    def build():
+        from diffusers import AutoencoderKL
+        widths = (128, 256, 512, 512) if device.type == "cuda" else (32, 32, 32, 32)
+        with device:
+            vae = AutoencoderKL(
+                block_out_channels=widths, down_block_types=4 * ("DownEncoderBlock2D",),
+                up_block_types=4 * ("UpDecoderBlock2D",), layers_per_block=2, latent_channels=16,
+                use_quant_conv=False, use_post_quant_conv=False)
+            z = torch.randn(1, 16, h, h, dtype=torch.bfloat16)
+        vae = vae.bfloat16().eval()
+        return [vae.decoder], partial(vae.decode, z)
+
+    return of_diffusers(build, backend)
 
 
 # ---------------------------------------------------------------- metrics
