@@ -30,7 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention, sdpa
+from kernels.attention import sdpa
+from kernels.linear_gelu import linear_gelu
 from kernels.norm_modulate import add_norm_modulate, norm_modulate, norm_modulate_twice
 from kernels.patch_embed import patch_embed
 from kernels.qknorm_rope import qknorm_rope
@@ -540,16 +541,14 @@ class Attention(nn.Module):
         self.k_norm = Norm(E // A, qk_norm)
         self.proj = nn.Linear(E, E) if proj else None
 
-    def heads(self, x):
-        """(B, L, E) -> q, k, v, each (B, A, L, K), q and k normalised."""
+    def heads(self, x, cos=None, sin=None):
+        """(B, L, E) -> q, k, v, each (B, A, L, K), q and k normalised, and rotated by RoPE's tables."""
         qkv = self.qkv(x).unflatten(-1, (3, self.A, -1))                       # (B, L, 3, A, K)
-        return qknorm_rope(qkv, self.q_norm.weight, self.k_norm.weight)
+        return qknorm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin)
 
     def forward(self, x, cos=None, sin=None):
-        """softmax(q k^T / sqrt(K)) v: (B, L, E) -> (B, L, E); cos, sin: RoPE's tables, if any."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.A, -1))                       # (B, L, 3, A, K)
-        y = attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin)   # (B, L, A, K)
-        return self.proj(y.flatten(2))
+        """softmax(q k^T / sqrt(K)) v: (B, L, E) -> (B, L, E)."""
+        return self.proj(sdpa(*self.heads(x, cos, sin)).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -574,7 +573,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, E)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+        h = linear_gelu(x, self.fc1.weight, self.fc1.bias) if self.gelu == "tanh" else F.gelu(self.fc1(x))
+        return self.fc2(h)
 
 
 def timestep_embedding(t, width=256):

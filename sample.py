@@ -65,7 +65,7 @@ class Config:
     slg: float = field(0.0, "SD3.5: scale of skip-layer guidance (blocks 7, 8, 9); Stability AI uses 2.5",
                        at_least=0)
     # hardware, speed and weights
-    compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU; not run")
+    compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU")
     graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))

@@ -99,7 +99,7 @@ class Config:
     warmup: int = field(0, "first steps, over which lr rises from 0", at_least=0)
     cooldown: float = field(0.0, "last fraction of the steps, over which lr falls to 0", within=(0, 1))
     clip: float = field(0.0, "gradient norm limit of the VAE; 0: none, as on ImageNet", at_least=0)
-    compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; not run on a GPU")
+    compile: bool = field(False, "torch.compile the VAE's levels: minutes at the start; on a GPU: not run")
     stats: int = field(10_000, "training images for the latent statistics", at_least=1)
     log_every: int = field(100, "steps between lines of the log; 0: only the last", at_least=0)
     save_every: int = field(5000, "steps between checkpoints with pictures; 0: first and last", at_least=0)

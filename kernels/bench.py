@@ -16,13 +16,14 @@ a run that is killed leaves what it has found. For what did not fit, --only=trai
 
 Variants of models: plain is KERNELS=ref, as it is and with compiled blocks; auto is what choose.py chose for
 this model, with compiled blocks. diffusers, if it is installed, is its SD3 transformer and AutoencoderKL at
-the same sizes, with bfloat16 weights, as it is and compiled. Estimate: plain, as it is, a training step keeps
-60 GiB of activations for its backward pass, next to 11 GB of weights and moments: on an H100 it may run out of
-memory, and says so.
+the same sizes, with bfloat16 weights, as it is and compiled. Estimate: plain, not compiled, a training step
+keeps 60 GiB of activations for its backward pass, next to 11 GB of weights and moments: on an H100 it may run
+out of memory, and says so.
 
 In a rehearsal, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are
 replaced by their specifications.
-Not run on a GPU.
+Run on an H200 in parts (2026-11-26), never as a whole: docs/results.md has what they found. Choosing takes 30
+to 40 s for each model there, so in nine minutes sampling does not get far.
 """
 import argparse
 import importlib.util
@@ -38,14 +39,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_leaves
 
 import kernels
 from kernels import choose, goals, peers, trial
-from kernels.attention import attention, by
+from kernels.attention import by
 from kernels.groupnorm_silu import groupnorm_silu, groupnorm_silu_ref
 from kernels.norm_modulate import add_norm_modulate, add_norm_modulate_ref, norm_modulate, norm_modulate_ref
 from kernels.patch_embed import patch_embed, patch_embed_ref
@@ -301,7 +301,7 @@ class Case(NamedTuple):
 
 
 def operations(cuda):
-    """The ceilings; each kernel, its specification, that compiled; three backends of PyTorch's attention."""
+    """The ceilings; each kernel, its specification, that compiled; PyTorch's attention by three backends."""
     kernels.KERNELS = "triton"
     sizes = Sizes(B=128, L=256, E=1152, A=16, S=1024) if cuda else Sizes(B=2, L=16, E=72, A=1, S=32)
     yield from ceilings(8192 if cuda else 256)
@@ -311,13 +311,10 @@ def operations(cuda):
             "ref, compiled": torch.compile(case.ref, backend=backend(cuda), dynamic=False),
             "kernel": case.kernel,
         }
-        if case.kernel is attention:
-            for f in (attention_by_flash, attention_by_cudnn):
-                library = f.__name__.removeprefix("attention_by_")
-                variants[f"{library}, compiled"] = torch.compile(f, backend=backend(cuda), dynamic=False)
         what = f"{case.kernel.__name__} {tuple(case.inputs[0].shape)}"
         yield from both_ways(what, variants, case.inputs, case.unit, case.forward, case.backward)
-    yield from pytorch_attention(sizes)
+    yield from norm_and_attention(sizes, cuda)
+    yield from attention(sizes)
 
 
 def backend(cuda):
@@ -333,42 +330,47 @@ def ceilings(n):
     b = randn(n, n)
     yield "bfloat16 product", {"": lambda: a @ b}, {"unit": "GFLOP/s", "work": 2 * n**3}
 
-    source = torch.empty(16 * n * n, dtype=torch.int8)
-    target = torch.empty_like(source)
-    yield "copy", {"": lambda: target.copy_(source)}, {"unit": "GB/s", "work": 2 * len(source)}
+    source = randn(8 * n * n)
+    target = torch.empty_like(source)                      # negated: of a copy, the driver makes a slower one
+    yield "copy", {"": lambda: torch.neg(source, out=target)}, {"unit": "GB/s", "work": 4 * len(source)}
 
 
-def pytorch_attention(s):
+BACKENDS = {
+    "flash": by(SDPBackend.FLASH_ATTENTION),
+    "cudnn": by(SDPBackend.CUDNN_ATTENTION),
+    "efficient": by(SDPBackend.EFFICIENT_ATTENTION),
+}
+
+
+def norm_and_attention(s, cuda):
+    """QK-norm, rotation and attention at LightningDiT's sizes: compiled, or the kernel and then a library."""
+    B, L, _, A, _ = s
+    inputs = [randn(B, L, 3, A, 72), randn(72), randn(72), randn(L, 72).float(), randn(L, 72).float()]
+    variants = {}
+    for name in ("flash", "cudnn"):
+        def by_pytorch(*qkv_and_tables, attend=BACKENDS[name]):
+            return attend(*qknorm_rope_ref(*qkv_and_tables))
+
+        def by_kernel(*qkv_and_tables, attend=BACKENDS[name]):
+            return attend(*qknorm_rope(*qkv_and_tables))
+
+        variants[f"{name}, compiled"] = torch.compile(by_pytorch, backend=backend(cuda), dynamic=False)
+        variants[f"kernel, {name}"] = by_kernel
+    flops = 4 * B * A * L**2 * 72
+    yield from both_ways(f"norm, rotation, attention {(B, L, 3, A, 72)}", variants, inputs,
+                         "GFLOP/s", flops, 2 * flops)
+
+
+def attention(s):
     """At LightningDiT's sizes, SD3.5's, and SD3.5's at twice the side."""
     for B, A, L, K in (
         (s.B, s.A, s.L, 72),
         (max(s.B // 6, 1), 24, s.S + 333, 64),
         (max(s.B // 32, 1), 24, 4 * s.S + 333, 64),
     ):
-        variants = {}
-        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-            variants[name] = partial(sdpa_by, getattr(SDPBackend, name))
-        what = f"PyTorch's attention {(B, A, L, K)}"
-        qkv = [randn(B, A, L, K) for _ in range(3)]
+        qkv = [randn(B, L, A, K).transpose(1, 2) for _ in range(3)]
         flops = 4 * B * A * L**2 * K
-        yield from both_ways(what, variants, qkv, "GFLOP/s", flops, 2 * flops)
-
-
-def sdpa_by(which, q, k, v):
-    with sdpa_kernel(which):
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-def attention_by_pytorch(qkv, *norm_rope):
-    return F.scaled_dot_product_attention(*qknorm_rope_ref(qkv, *norm_rope)).transpose(1, 2)
-
-
-def attention_by_flash(qkv, *norm_rope):
-    return by(SDPBackend.FLASH_ATTENTION)(*qknorm_rope_ref(qkv, *norm_rope))
-
-
-def attention_by_cudnn(qkv, *norm_rope):
-    return by(SDPBackend.CUDNN_ATTENTION)(*qknorm_rope_ref(qkv, *norm_rope))
+        yield from both_ways(f"attention {(B, A, L, K)}", BACKENDS, qkv, "GFLOP/s", flops, 2 * flops)
 
 
 def cases(s):
@@ -382,9 +384,6 @@ def cases(s):
     tables = [randn(L, 72).float(), randn(L, 72).float()]
     norms = [randn(72), randn(72)]
     return [
-        Case(attention, attention_by_pytorch,
-             [randn(B, L, 3, A, 72), *norms, *tables],
-             "GFLOP/s", 2 * tokens * L, 4 * tokens * L),
         Case(add_norm_modulate, add_norm_modulate_ref,
              [randn(B, L, E), randn(B, L, E), randn(B, E), randn(B, E), randn(B, E), randn(E)],
              "GB/s", 4 * tokens, 6 * tokens),
@@ -393,10 +392,10 @@ def cases(s):
              "GB/s", 2 * tokens_sd3, 3 * tokens_sd3),
         Case(qknorm_rope, qknorm_rope_ref,
              [randn(B, L, 3, A, 72), *norms, *tables],
-             "GB/s", 4 * tokens, 12 * tokens),
+             "GB/s", 4 * tokens, 8 * tokens),
         Case(qknorm_rope, qknorm_rope_ref,
              [randn(20, S, 3, 24, 64), randn(64), randn(64)],
-             "GB/s", 4 * tokens_sd3, 12 * tokens_sd3),
+             "GB/s", 4 * tokens_sd3, 8 * tokens_sd3),
         Case(groupnorm_silu, groupnorm_silu_ref,
              [image, randn(128), randn(128)],
              "GB/s", 3 * pixels, 5 * pixels),

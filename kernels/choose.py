@@ -4,15 +4,17 @@ On a GPU, before anything is trained or sampled (KERNELS=auto, the default):
 
     1. the model runs once, and its calls of each operation are recorded: shapes, strides, dtypes, and which
        arguments are trained. A choice is made per operation, dtype and shape, but not per batch size: the
-       usual one decides for all. Nothing is chosen for shapes that did not occur
+       usual one decides for all. Nothing is chosen for shapes that did not occur, nor for small ones: under
+       SMALLEST elements, which take a GPU some microseconds, launching is what takes time
     2. each variant runs forward, and backward where something is trained; correct variants are timed, and the
        fastest is chosen: trial.py, in a separate process, on rank 0. The variants are
            plain       PyTorch, as in the specification
            compiled    the same through torch.compile, as one operation
            kernel      this project's Triton
            flash, cudnn, efficient, math       the backends of PyTorch's attention
-       With --compile, the model around an operation is compiled, and so is each variant when it is timed:
-       plain is then what the compiler makes of the specification, kernel an operator in compiled code
+           cublas      GELU inside the matrix product
+       With --compile, the model around an operation is compiled: plain is then what the compiler makes of the
+       specification; the others are opaque to it
     3. every process runs each chosen variant once more, and checks it. One that fails anywhere becomes plain
        everywhere
 
@@ -20,7 +22,8 @@ The table is printed, and saved as kernels.json in the run's folder. Times are a
 folder, da-vae/kernels.json: the same call on the same card, with the same driver, torch, triton and kernels,
 is not timed again. Step 3 is never skipped.
 
-Not run on a GPU. Estimate: 20 s for LightningDiT-XL's six operations, most of it in compilers.
+On an H200 (2026-11-26), LightningDiT-XL's six operations took 33 s, most of it in compilers, and the eight of
+SD3's decoder 40 s.
 """
 import hashlib
 import json
@@ -34,6 +37,8 @@ import torch
 import kernels
 from kernels.trial import SLOW, Trial, adopt, guarded, judge
 from kernels.trial import key_of, names_of, try_apart, untried, variants_of
+
+SMALLEST = 2**22       # elements of a call's first argument
 
 # ---------------------------------------------------------------- called by the scripts
 
@@ -77,6 +82,8 @@ def choose(forward, out, device, compiled=False):
 
     # the model's calls; rank 0 makes the table
     calls = recorded(forward, device)
+    if not calls:
+        return []
     rows = look_up_or_try(calls, device, compiled) if ranks.this_rank() == 0 else None
     rows = ranks.from_all(rows)[0]
     adopt(rows)
@@ -108,7 +115,7 @@ def recorded(forward, device):
     calls = {}
 
     def watch(op, arguments):
-        if len(names_of(op, arguments)) == 1:
+        if arguments[0].numel() < SMALLEST or len(names_of(op, arguments)) == 1:
             return
         call = described(op, arguments)
         which = (op.name, key_of(call))

@@ -5,8 +5,8 @@
     out = u * sigmoid(u)
 
 Forward and backward each make two passes over memory. The first computes statistics per tile and channel,
-which a few small PyTorch operations combine into those of a group; the second applies them. A tile is all
-channels of a few pixels, so that memory is read in order.
+which a small kernel (in the backward a few PyTorch operations) combines into those of a group; the second
+applies them. A tile is all channels of a few pixels, so that memory is read in order.
 
 Shapes:    x, out (B, C, H, W), C fastest in memory (other layouts are first copied into this one);
            weight, bias (C,)
@@ -15,7 +15,9 @@ Bytes, U = B*C*H*W elements:
     forward   reads x twice, writes out: 3 U.
               Separate PyTorch operations: 6 U, with a strided GroupNorm for channels_last
     backward  reads x, dout twice, writes dx: 5 U; only x and the statistics are kept, u is recomputed
-Measured:  not run on a GPU.
+Measured:  4 x 128 x 1024 x 1024, H200, bfloat16, graphs of ten calls, where a copy runs at 4.25 TB/s
+           (2026-11-26): forward 0.79 ms, 4.1 TB/s; backward 1.8 ms, 2.9 TB/s. Without a backward, compiled
+           PyTorch takes 0.80 ms for one such image, the kernel 0.21; for 512 x 128 x 128, 52 and 23 us
 """
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ from kernels import at_least_float32, cdiv, jit, operation, operator, power_of_2
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
-TILES = 4          # per program that computes statistics
-ELEMENTS = 8192    # per tile, padding included
+ELEMENTS = 4096    # per tile, padding included
+TILES = 8          # the fewest per program that computes statistics; more, if a batch has more than
+PROGRAMS = 512     # times as many: every program leaves statistics, which have to be merged
+MERGED = 2048      # statistics that are merged at once
 
 
 def groupnorm_silu_ref(x, weight, bias, groups=32, eps=1e-6):
@@ -46,42 +50,77 @@ def groupnorm_silu_ref(x, weight, bias, groups=32, eps=1e-6):
 def _moments(
     x_ptr,                                                 # read: (B, N, C)
     mean_ptr, m2_ptr,                                      # written: (B, parts, C)
-    N, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
+    N, tiles, C: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    """One program: mean and m2, the sum of squared deviations from it, of TILES * PIXELS pixels, per channel.
+    """One program: mean and m2, the sum of squared deviations from it, of tiles * PIXELS pixels, per channel.
 
-    Deviations are taken from each tile's own mean: sum(x^2) - N mean^2 would cancel where the mean is large.
-    Tiles are merged as in Chan et al. (1979).
+    Sums are of d = x - the mean of its first tile: sum(x^2) - N mean^2 would cancel where the mean is large.
+    They stay apart for each pixel of a tile until the end, because a sum over pixels has to go through memory
+    that the threads share.
     """
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)[None, :]
-    count = tl.zeros((1, 1), ACC)                          # pixels merged so far
-    mean = tl.zeros((1, BLOCK), ACC)
-    m2 = tl.zeros((1, BLOCK), ACC)
+    first = part * tiles * PIXELS
+    count = tl.minimum(N - first, tiles * PIXELS)          # pixels of this program
+    pixel = first + tl.arange(0, PIXELS)[:, None]
+    x = tl.load(x_ptr + (b * N + pixel) * C + c, (pixel < N) & (c < C), 0.0).to(ACC)
+    shift = tl.sum(x, axis=0, keep_dims=True) / tl.minimum(count, PIXELS).to(ACC)
+    sum_d = tl.zeros((PIXELS, BLOCK), ACC)
+    sum_dd = tl.zeros((PIXELS, BLOCK), ACC)
 
-    for i in range(TILES):
-        first = (part * TILES + i) * PIXELS
-        pixel = first + tl.arange(0, PIXELS)[:, None]
+    for i in range(tiles):
+        pixel = first + i * PIXELS + tl.arange(0, PIXELS)[:, None]
         inside = (pixel < N) & (c < C)
-        new = tl.minimum(tl.maximum(N - first, 0), PIXELS).to(ACC)     # pixels of this tile
         x = tl.load(x_ptr + (b * N + pixel) * C + c, inside, 0.0).to(ACC)
+        d = tl.where(inside, x - shift, 0.0)
+        sum_d += d
+        sum_dd += d * d
 
-        # this tile's own moments
-        tile_mean = tl.sum(x, axis=0, keep_dims=True) / tl.maximum(new, 1.0)
-        d = tl.where(inside, x - tile_mean, 0.0)
-        tile_m2 = tl.sum(d * d, axis=0, keep_dims=True)
-
-        # merged with those before
-        total = tl.maximum(count + new, 1.0)
-        d_mean = tile_mean - mean
-        m2 += tile_m2 + d_mean * d_mean * (count * new / total)
-        mean += d_mean * (new / total)
-        count += new
-
+    d_mean = tl.sum(sum_d, axis=0, keep_dims=True) / count.to(ACC)
+    m2 = tl.sum(sum_dd, axis=0, keep_dims=True) - d_mean * d_mean * count.to(ACC)
     at = (b * tl.num_programs(0) + part) * C + c
-    tl.store(mean_ptr + at, mean, c < C)
+    tl.store(mean_ptr + at, shift + d_mean, c < C)
     tl.store(m2_ptr + at, m2, c < C)
+
+
+@jit
+def _merge(
+    part_mean_ptr, part_m2_ptr,                            # read: (B, parts, C)
+    mean_ptr, rstd_ptr,                                    # written: (B, GROUPS)
+    N, per_part, parts, eps, C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program: mean and 1 / std of one group of an image, from the moments of all parts and channels.
+
+    per_part: pixels of a part; the last part has the rest of N.  Merged as in Chan et al. (1979).
+    """
+    group = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, BLOCK)[None, :]                       # of the group's C // GROUPS channels
+    total = tl.zeros((ROWS, BLOCK), ACC)
+    for first in range(0, parts, ROWS):
+        part = first + tl.arange(0, ROWS)[:, None]
+        inside = (part < parts) & (c < C // GROUPS)
+        at = (b * parts + part) * C + group * (C // GROUPS) + c
+        count = tl.minimum(N - part * per_part, per_part).to(ACC)
+        total += tl.load(part_mean_ptr + at, inside, 0.0) * count
+    size = N * (C // GROUPS)
+    mean = tl.sum(tl.sum(total, axis=1, keep_dims=True), axis=0, keep_dims=True) / size
+
+    total = tl.zeros((ROWS, BLOCK), ACC)
+    for first in range(0, parts, ROWS):
+        part = first + tl.arange(0, ROWS)[:, None]
+        inside = (part < parts) & (c < C // GROUPS)
+        at = (b * parts + part) * C + group * (C // GROUPS) + c
+        count = tl.minimum(N - part * per_part, per_part).to(ACC)
+        d = tl.where(inside, tl.load(part_mean_ptr + at, inside, 0.0) - mean, 0.0)
+        total += tl.load(part_m2_ptr + at, inside, 0.0) + d * d * count
+    var = tl.sum(tl.sum(total, axis=1, keep_dims=True), axis=0, keep_dims=True) / size
+
+    at = b * GROUPS + group + tl.zeros((1, 1), tl.int32)   # a tile of one
+    tl.store(mean_ptr + at, mean)
+    tl.store(rstd_ptr + at, tl.rsqrt(var + eps))
 
 
 @jit
@@ -116,10 +155,10 @@ def _apply(
 def _backward_sums(
     dout_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,  # read
     sum_du_ptr, sum_dun_ptr,                                    # written: (B, parts, C)
-    N, C: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    N, tiles, C: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program: TILES * PIXELS pixels, the sums of du and of du * n over them, per channel."""
+    """One program: tiles * PIXELS pixels, the sums of du and of du * n over them, per channel."""
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)[None, :]
@@ -127,11 +166,11 @@ def _backward_sums(
     rstd = _of_group(rstd_ptr, b, c, C, GROUPS)
     weight = tl.load(weight_ptr + c, c < C, 0.0).to(ACC)
     bias = tl.load(bias_ptr + c, c < C, 0.0).to(ACC)
-    sum_du = tl.zeros((1, BLOCK), ACC)
-    sum_dun = tl.zeros((1, BLOCK), ACC)
+    sum_du = tl.zeros((PIXELS, BLOCK), ACC)                # apart for each pixel of a tile, as in `_moments`
+    sum_dun = tl.zeros((PIXELS, BLOCK), ACC)
 
-    for i in range(TILES):
-        pixel = (part * TILES + i) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    for i in range(tiles):
+        pixel = (part * tiles + i) * PIXELS + tl.arange(0, PIXELS)[:, None]
         at = (b * N + pixel) * C + c
         inside = (pixel < N) & (c < C)
         n = (tl.load(x_ptr + at, inside, 0.0).to(ACC) - mean) * rstd
@@ -140,12 +179,12 @@ def _backward_sums(
         # SiLU(u) = u s,  derivative s (1 + u (1 - s));  dout, and so du, is 0 outside
         s = 1 / (1 + tl.exp(-u))
         du = tl.load(dout_ptr + at, inside, 0.0).to(ACC) * s * (1 + u * (1 - s))
-        sum_du += tl.sum(du, axis=0, keep_dims=True)
-        sum_dun += tl.sum(du * n, axis=0, keep_dims=True)
+        sum_du += du
+        sum_dun += du * n
 
     at = (b * tl.num_programs(0) + part) * C + c
-    tl.store(sum_du_ptr + at, sum_du, c < C)
-    tl.store(sum_dun_ptr + at, sum_dun, c < C)
+    tl.store(sum_du_ptr + at, tl.sum(sum_du, axis=0, keep_dims=True), c < C)
+    tl.store(sum_dun_ptr + at, tl.sum(sum_dun, axis=0, keep_dims=True), c < C)
 
 
 @jit
@@ -192,28 +231,13 @@ def _empty_channels_last(x):
 
 
 def _tiling(x):
-    """(tiles per image, parts of TILES tiles, constants that all kernels are compiled for)"""
-    _, C, H, W = x.shape
+    """(tiles of an image, tiles of a part, constants that all kernels are compiled for)"""
+    B, C, H, W = x.shape
     block = power_of_2(C)
     pixels = min(max(ELEMENTS // block, 1), power_of_2(H * W))
     tiles = cdiv(H * W, pixels)
-    return tiles, cdiv(tiles, TILES), dict(C=C, PIXELS=pixels, BLOCK=block, ACC=precision(x), num_warps=8)
-
-
-def _merge(mean, m2, per_part, N, groups, eps):
-    """Moments of each part and channel, (B, parts, C), to mean and 1 / std of each group, (B, groups).
-
-    per_part: pixels per part; the last part has the rest of N.
-    """
-    parts = mean.shape[1]
-    count = (N - per_part * torch.arange(parts, device=mean.device)).clamp(max=per_part)
-    count = count.to(mean.dtype)[:, None, None]            # (parts, 1, 1)
-    mean = mean.unflatten(2, (groups, -1))                 # (B, parts, groups, C/groups)
-    m2 = m2.unflatten(2, (groups, -1))
-    size = N * mean.shape[3]
-    group_mean = (count * mean).sum((1, 3), keepdim=True) / size           # (B, 1, groups, 1)
-    var = (m2 + count * (mean - group_mean).square()).sum((1, 3)) / size   # (B, groups)
-    return group_mean[:, 0, :, 0].contiguous(), torch.rsqrt(var + eps)
+    per_part = max(TILES, cdiv(B * tiles, PROGRAMS))
+    return tiles, per_part, dict(C=C, PIXELS=pixels, BLOCK=block, ACC=precision(x))
 
 
 def _shapes(x, weight, bias, groups, eps):
@@ -229,13 +253,16 @@ def _op(out, mean, rstd, x, weight, bias, groups, eps):
     B, C, H, W = x.shape
     N = H * W
     x = _channels_last(x)
-    tiles, parts, sizes = _tiling(x)
+    tiles, per_part, sizes = _tiling(x)
+    parts = cdiv(tiles, per_part)
 
     part_mean, part_m2 = mean.new_empty(2, B, parts, C).unbind()
-    _moments[(parts, B)](x, part_mean, part_m2, N, TILES=TILES, **sizes)
-    group_mean, group_rstd = _merge(part_mean, part_m2, TILES * sizes["PIXELS"], N, groups, eps)
-    mean.copy_(group_mean)
-    rstd.copy_(group_rstd)
+    _moments[(parts, B)](x, part_mean, part_m2, N, per_part, **sizes)
+    block = power_of_2(C // groups)
+    rows = min(max(MERGED // block, 1), power_of_2(parts))
+    _merge[(groups, B)](
+        part_mean, part_m2, mean, rstd, N, per_part * sizes["PIXELS"], parts, eps,
+        C=C, GROUPS=groups, ROWS=rows, BLOCK=block, ACC=sizes["ACC"])
 
     _apply[(tiles, B)](x, mean, rstd, weight.contiguous(), bias.contiguous(), out, N, GROUPS=groups, **sizes)
 
@@ -252,11 +279,12 @@ def _op_backward(dx, dweight, dbias, dout, x, mean, rstd, weight, bias):
     B, C, H, W = x.shape
     N = H * W
     groups = mean.shape[1]
-    tiles, parts, sizes = _tiling(x)
+    tiles, per_part, sizes = _tiling(x)
+    parts = cdiv(tiles, per_part)
     inputs = (_channels_last(dout), _channels_last(x), mean, rstd, weight.contiguous(), bias.contiguous())
 
     sums = mean.new_empty(2, B, parts, C)
-    _backward_sums[(parts, B)](*inputs, sums[0], sums[1], N, GROUPS=groups, TILES=TILES, **sizes)
+    _backward_sums[(parts, B)](*inputs, sums[0], sums[1], N, per_part, GROUPS=groups, **sizes)
     sums = sums.sum(2)                                     # (2, B, C), of du and du * n
     means = (sums * weight).unflatten(2, (groups, -1)).sum(3)
     means = means / (N * C // groups)                      # (2, B, groups), of dn and dn * n

@@ -17,7 +17,8 @@ Bytes:     the forward reads the latents and the weights and writes B L E tokens
 Backward:  plain PyTorch, matrix products on the latents cut into patches: the weights' gradients reduce over
            all B L tokens, and the library does such a matrix product best. It reads dtokens once for bias and
            pos and once for each weight; dz and dz_d are computed only if needed.
-Measured:  not run on a GPU.
+Measured:  LightningDiT at batch 128, H200, bfloat16, graphs of ten calls (2026-11-26): 55 us, 2.7 times what
+           its bytes take. The position embedding and the weights are read again for every 64 tokens
 """
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ from kernels import FLOPS, INTERPRETED, cdiv, jit, operation, operator, power_of
 if TYPE_CHECKING:                                          # else at the first launch, see kernels.jit
     import triton.language as tl
 
-BLOCK = 64         # tokens, and outputs, per tile
+BLOCK_L = 64       # tokens of a program
+BLOCK_E = 64       # outputs of a tile
+STAGES = 3         # tiles: while one is multiplied, the weights of the next two are already being loaded
 
 
 def patch_embed_ref(z, z_d, weight, weight_new, bias, pos):
@@ -54,46 +57,46 @@ def _forward(
     z_d_stride_b, z_d_stride_c, z_d_stride_h, z_d_stride_w,
     C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
 ):
-    """One program: BLOCK_L tokens of one image times BLOCK_E outputs.
-
-    For each pixel of a patch, two products: (BLOCK_L, C) x (C, BLOCK_E) and (BLOCK_L, D) x (D, BLOCK_E).
-    """
-    b = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
-    inside = (token < L) & (e < E)
-    row = token // columns * P                             # of the patch's first pixel
-    column = token % columns * P
-    c = tl.arange(0, BLOCK_C)
+    """One program: BLOCK_L tokens of one image, all outputs, BLOCK_E at a time. Latents are read once."""
+    b = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    c = tl.arange(0, BLOCK_C)                              # of the C P P numbers of a patch of z
     d = tl.arange(0, BLOCK_D)
+    z = _patches_of(z_ptr + b * z_stride_b, token, c[None, :], L, columns,
+                    z_stride_c, z_stride_h, z_stride_w, C, P)
+    z_d = _patches_of(z_d_ptr + b * z_d_stride_b, token, d[None, :], L, columns,
+                      z_d_stride_c, z_d_stride_h, z_d_stride_w, D, P)
 
-    # bias + pos, then the products
-    acc = tl.load(bias_ptr + e, e < E, 0.0).to(ACC) + tl.load(pos_ptr + token * E + e, inside, 0.0).to(ACC)
-    for i in tl.static_range(P):
-        for j in tl.static_range(P):
-            # z and weight at pixel (i, j) of each patch: (BLOCK_L, BLOCK_C) and (BLOCK_C, BLOCK_E)
-            pixel = z_ptr + b * z_stride_b + (row + i) * z_stride_h + (column + j) * z_stride_w
-            z = tl.load(pixel + c[None, :] * z_stride_c, (token < L) & (c[None, :] < C), 0.0)
-            at = ((e * C + c[:, None]) * P + i) * P + j
-            weight = tl.load(weight_ptr + at, (e < E) & (c[:, None] < C), 0.0)
+    for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+        e = first + tl.arange(0, BLOCK_E)[None, :]
+        weight = tl.load(weight_ptr + e * (C * P * P) + c[:, None], (e < E) & (c[:, None] < C * P * P), 0.0)
+        weight_new = tl.load(
+            weight_new_ptr + e * (D * P * P) + d[:, None], (e < E) & (d[:, None] < D * P * P), 0.0)
+        if UPCAST:                                         # tl.dot on bfloat16 is wrong in the interpreter
+            product = tl.dot(z.to(ACC), weight.to(ACC), input_precision="ieee", out_dtype=ACC)
+            product = tl.dot(z_d.to(ACC), weight_new.to(ACC), product, input_precision="ieee", out_dtype=ACC)
+        else:
+            product = tl.dot(z, weight, input_precision="ieee", out_dtype=ACC)
+            product = tl.dot(z_d, weight_new, product, input_precision="ieee", out_dtype=ACC)
 
-            # z_d and weight_new: (BLOCK_L, BLOCK_D) and (BLOCK_D, BLOCK_E)
-            pixel = z_d_ptr + b * z_d_stride_b + (row + i) * z_d_stride_h + (column + j) * z_d_stride_w
-            z_d = tl.load(pixel + d[None, :] * z_d_stride_c, (token < L) & (d[None, :] < D), 0.0)
-            at = ((e * D + d[:, None]) * P + i) * P + j
-            weight_new = tl.load(weight_new_ptr + at, (e < E) & (d[:, None] < D), 0.0)
+        inside = (token < L) & (e < E)
+        bias = tl.load(bias_ptr + e, e < E, 0.0).to(ACC)
+        pos = tl.load(pos_ptr + token * E + e, inside, 0.0).to(ACC)
+        out = product + bias + pos
+        tl.store(out_ptr + (b * L + token) * E + e, out.to(out_ptr.dtype.element_ty), inside)
 
-            if UPCAST:                                     # tl.dot on bfloat16 is wrong in the interpreter
-                z = z.to(ACC)
-                weight = weight.to(ACC)
-                z_d = z_d.to(ACC)
-                weight_new = weight_new.to(ACC)
-            acc = tl.dot(z, weight, acc, input_precision="ieee", out_dtype=ACC)
-            acc = tl.dot(z_d, weight_new, acc, input_precision="ieee", out_dtype=ACC)
 
-    tl.store(out_ptr + (b * L + token) * E + e, acc.to(out_ptr.dtype.element_ty), inside)
+@jit
+def _patches_of(
+    x_ptr, token, number, L, columns, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr,
+):
+    """(BLOCK_L, BLOCK_C): each token's P x P patch of an image x, in the order of a convolution's weight."""
+    row = token // columns * P + number // P % P
+    column = token % columns * P + number % P
+    at = number // (P * P) * stride_c + row * stride_h + column * stride_w
+    return tl.load(x_ptr + at, (token < L) & (number < C * P * P), 0.0)
 
 
 # ---------------------------------------------------------------- PyTorch operators
@@ -118,12 +121,13 @@ def _op(out, z, z_d, weight, weight_new, bias, pos):
     z_d = z_d.to(dtype)
     weight = weight.contiguous().to(dtype)
     weight_new = weight_new.contiguous().to(dtype)
-    _forward[(cdiv(E, BLOCK), cdiv(L, BLOCK), B)](
+    _forward[(cdiv(L, BLOCK_L), B)](
         z, z_d, weight, weight_new, bias.contiguous(), pos.contiguous(), out,
         L, z.shape[3] // p, *z.stride(), *z_d.stride(),
         C=C, D=D, E=E, P=p,
-        BLOCK_L=BLOCK, BLOCK_E=BLOCK, BLOCK_C=max(16, power_of_2(C)), BLOCK_D=max(16, power_of_2(D)),
-        UPCAST=INTERPRETED, ACC=precision(z))
+        BLOCK_L=BLOCK_L, BLOCK_E=BLOCK_E,
+        BLOCK_C=max(16, power_of_2(C * p * p)), BLOCK_D=max(16, power_of_2(D * p * p)),
+        STAGES=STAGES, UPCAST=INTERPRETED, ACC=precision(z))
 
 
 def _patches(z, p):

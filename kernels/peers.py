@@ -207,10 +207,13 @@ def of_diffusers(build, backend):
 
     build: -> (parts, function). Called by the first call, so that a missing diffusers is a line in the table
     """
+    from support.metrics import import_torchvision         # which diffusers imports, see its docstring
     made = []
 
     def run(yes):
         if not made:
+            with contextlib.suppress(ImportError):
+                import_torchvision()
             parts, function = build()
             made.extend([switch(parts, backend), torch.no_grad()(function)])
         compiled, function = made

@@ -4,14 +4,19 @@
     (a, b) -> (a cos - b sin, b cos + a sin)      each adjacent pair in u; skipped if cos is None
 
 Shapes:    qkv (B, L, 3, A, K), any strides with the last one 1;  weights (K,);  cos, sin (L, K) float32
-           -> q, k, v (B, A, L, K);  q and k are new tensors, v is a view of qkv
+           -> q, k, v (B, A, L, K); in memory a token's heads stand side by side, as in qkv
 Used by:   dit.Attention.heads: LightningDiT rotates and may normalise, SD3.5 normalises and does not rotate.
 Rounding:  once, at the end; the norm's result stays in float32 between norm and rotation.
 Bytes, U = B*L*A*K elements:
-    forward   reads q, k from qkv, writes q, k: 4 U. Separate PyTorch operations: about 30 U
-    backward  reads q, k, dq, dk, writes dq, dk: 6 U; the same pass sums the gradients of the norms'
-              weights. Autograd then stacks dq, dk, dv into dqkv: 6 U more, a copy at full bandwidth
-Measured:  not run on a GPU.
+    forward   reads q, k from qkv, writes q, k: 4 U; v is a view of qkv. Separate PyTorch operations: 30 U
+    backward  reads dq, dk, dv, writes dqkv: 6 U; with a norm, it reads q and k again: 8 U. The same pass sums
+              the gradients of the norms' weights. Separate operations stack dqkv in a pass of its own
+Measured:  H200, bfloat16, graphs of ten calls, where a copy runs at 4.25 TB/s (2026-11-26; U's bytes / time):
+                                                   forward              backward
+           128 x 256 x 16 x 72, rotation           76 us, 4.0 TB/s      119 us, 3.8 TB/s
+           the same, norm and rotation            102 us, 3.0 TB/s      304 us, 2.0 TB/s
+           20 x 1024 x 24 x 64, norm               62 us, 4.0 TB/s      157 us, 3.2 TB/s
+           72 channels are padded to 128: half the threads compute nothing, which a norm shows
 """
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ if TYPE_CHECKING:                                          # else at the first l
     import triton.language as tl
 
 EPS = 1e-6
-TOKENS = 8         # per program of the backward: one partial sum of K float32 for every TOKENS*A*K elements
+TOKENS = 8         # per program of the backward with norms, which leaves two sums of K float32
 
 
 def rope(x, cos, sin):
@@ -54,17 +59,18 @@ def qknorm_rope_ref(qkv, q_weight, k_weight, cos=None, sin=None):
 
 
 # ---------------------------------------------------------------- Triton
+# A tile is all heads of a token, BLOCK_A x BLOCK_K; memory is read and written in order.
 
 
 @jit
-def rotate(u, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _rotate(u, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rotate each pair of columns of a tile (ROWS, COLUMNS) by its angle."""
     even, odd = tl.split(tl.reshape(u, (ROWS, COLUMNS // 2, 2)))
     return u * cos + tl.reshape(tl.join(-odd, even), (ROWS, COLUMNS)) * sin
 
 
 @jit
-def rotate_back(du, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _rotate_back(du, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The transposed rotation, for gradients."""
     even, odd = tl.split(tl.reshape(du * sin, (ROWS, COLUMNS // 2, 2)))
     return du * cos + tl.reshape(tl.join(odd, -even), (ROWS, COLUMNS))
@@ -72,139 +78,188 @@ def rotate_back(du, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit
 def _forward(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr,                   # read: q or k as laid out in qkv, (B, L, A, K)
-    out_ptr,                                               # written: (B, A, L, K)
-    L, stride_b, stride_l: tl.constexpr, stride_a: tl.constexpr,
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,     # read
+    q_ptr, k_ptr,                                              # written: (B, L, A, K)
+    L, stride_b, stride_l: tl.constexpr, stride_part: tl.constexpr, stride_a: tl.constexpr,
     A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
     EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr,
 ):
-    """One program: all heads of one token, in a tile of BLOCK_A x BLOCK_K."""
+    """One program: q and k of one token."""
     row = tl.program_id(0)                                 # the first axis: there may be more than 65,535
     b = tl.program_id(1).to(tl.int64)
     a = tl.arange(0, BLOCK_A)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     inside = (a < A) & (k < K)
-    u = tl.load(x_ptr + b * stride_b + row * stride_l + a * stride_a + k, inside, 0.0).to(ACC)
+    at = qkv_ptr + b * stride_b + row * stride_l + a * stride_a + k
+    q_head = tl.load(at, inside, 0.0).to(ACC)
+    k_head = tl.load(at + stride_part, inside, 0.0).to(ACC)
 
     if NORM:
-        r = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) / K + EPS)  # of each head
-        u = u * r * tl.load(weight_ptr + k, k < K, 0.0).to(ACC)
+        q_head, _ = _normalise(q_head, K, EPS)
+        k_head, _ = _normalise(k_head, K, EPS)
+        q_head = q_head * tl.load(q_weight_ptr + k, k < K, 0.0).to(ACC)
+        k_head = k_head * tl.load(k_weight_ptr + k, k < K, 0.0).to(ACC)
 
     if ROPE:
         cos = tl.load(cos_ptr + row * K + k, k < K, 0.0).to(ACC)
         sin = tl.load(sin_ptr + row * K + k, k < K, 0.0).to(ACC)
-        u = rotate(u, cos, sin, BLOCK_A, BLOCK_K)
+        q_head = _rotate(q_head, cos, sin, BLOCK_A, BLOCK_K)
+        k_head = _rotate(k_head, cos, sin, BLOCK_A, BLOCK_K)
 
-    tl.store(out_ptr + ((b * A + a) * L + row) * K + k, u.to(out_ptr.dtype.element_ty), inside)
+    at = ((b * L + row) * A + a) * K + k
+    tl.store(q_ptr + at, q_head.to(q_ptr.dtype.element_ty), inside)
+    tl.store(k_ptr + at, k_head.to(k_ptr.dtype.element_ty), inside)
+
+
+@jit
+def _normalise(u, K: tl.constexpr, EPS: tl.constexpr):
+    """(n, r) of each head: n = r u, without the weight, and r = 1 / sqrt(mean(u^2) + eps)."""
+    r = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) / K + EPS)
+    return u * r, r
 
 
 @jit
 def _backward(
-    dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr,         # read
-    dx_ptr, dweight_ptr,                                   # written: (B, L, A, K), and sums (B, parts, K)
-    L, stride_b, stride_l: tl.constexpr, stride_a: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr,                                    # read: (B, L, A, K)
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,     # read
+    dqkv_ptr, dweights_ptr,                                    # written: (B, L, 3, A, K), (2, B, parts, K)
+    L, stride_b, stride_l: tl.constexpr, stride_part: tl.constexpr, stride_a: tl.constexpr,
     A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr,
     EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr,
 ):
-    """One program: dx of all heads of TOKENS tokens, one after another, and the sum over them of du * n."""
+    """One program: dqkv of TOKENS tokens, one after another, and the sums over them for dweight."""
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     a = tl.arange(0, BLOCK_A)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     if NORM:
-        weight = tl.load(weight_ptr + k, k < K, 0.0).to(ACC)
-        dweight = tl.zeros((1, BLOCK_K), ACC)
+        q_weight = tl.load(q_weight_ptr + k, k < K, 0.0).to(ACC)
+        k_weight = tl.load(k_weight_ptr + k, k < K, 0.0).to(ACC)
+        sum_q = tl.zeros((BLOCK_A, BLOCK_K), ACC)
+        sum_k = tl.zeros((BLOCK_A, BLOCK_K), ACC)
 
     for i in range(TOKENS):
         row = part * TOKENS + i
         width = tl.where(row < L, K, 0)                    # nothing, past the last token
         inside = (a < A) & (k < width)
-        du = tl.load(dout_ptr + ((b * A + a) * L + row) * K + k, inside, 0.0).to(ACC)
+        at = ((b * L + row) * A + a) * K + k
+        dq = tl.load(dq_ptr + at, inside, 0.0).to(ACC)
+        dk = tl.load(dk_ptr + at, inside, 0.0).to(ACC)
+        dv = tl.load(dv_ptr + at, inside, 0.0)
 
         if ROPE:
             cos = tl.load(cos_ptr + row * K + k, k < width, 0.0).to(ACC)
             sin = tl.load(sin_ptr + row * K + k, k < width, 0.0).to(ACC)
-            du = rotate_back(du, cos, sin, BLOCK_A, BLOCK_K)
-
-        # u = weight * n,  n = r x,  dx = r (dn - n mean(dn * n))
+            dq = _rotate_back(dq, cos, sin, BLOCK_A, BLOCK_K)
+            dk = _rotate_back(dk, cos, sin, BLOCK_A, BLOCK_K)
         if NORM:
-            n = tl.load(x_ptr + b * stride_b + row * stride_l + a * stride_a + k, inside, 0.0).to(ACC)
-            r = tl.rsqrt(tl.sum(n * n, axis=1, keep_dims=True) / K + EPS)
-            n = n * r
-            dweight += tl.sum(du * n, axis=0, keep_dims=True)
-            dn = du * weight
-            du = r * (dn - n * (tl.sum(dn * n, axis=1, keep_dims=True) / K))
+            at = qkv_ptr + b * stride_b + row * stride_l + a * stride_a + k
+            dq, dqn = _through_norm(dq, tl.load(at, inside, 0.0).to(ACC), q_weight, K, EPS)
+            dk, dkn = _through_norm(dk, tl.load(at + stride_part, inside, 0.0).to(ACC), k_weight, K, EPS)
+            sum_q += dqn
+            sum_k += dkn
 
-        tl.store(dx_ptr + ((b * L + row) * A + a) * K + k, du.to(dx_ptr.dtype.element_ty), inside)
+        at = ((b * L + row) * 3 * A + a) * K + k
+        tl.store(dqkv_ptr + at, dq.to(dqkv_ptr.dtype.element_ty), inside)
+        tl.store(dqkv_ptr + at + A * K, dk.to(dqkv_ptr.dtype.element_ty), inside)
+        tl.store(dqkv_ptr + at + 2 * A * K, dv, inside)
 
     if NORM:
-        tl.store(dweight_ptr + (b * tl.num_programs(1) + part) * K + k, dweight, k < K)
+        at = (b * tl.num_programs(1) + part) * K + k
+        tl.store(dweights_ptr + at, tl.sum(sum_q, axis=0, keep_dims=True), k < K)
+        at += tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * K
+        tl.store(dweights_ptr + at, tl.sum(sum_k, axis=0, keep_dims=True), k < K)
+
+
+@jit
+def _through_norm(dout, u, weight, K: tl.constexpr, EPS: tl.constexpr):
+    """(du, dout * n) of heads u (BLOCK_A, BLOCK_K), from dout, the gradient of weight * n.
+
+    n = r u,  dn = weight * dout,  du = r (dn - n mean(dn * n)),  dweight = sum of dout * n
+    """
+    n, r = _normalise(u, K, EPS)
+    dn = dout * weight
+    return r * (dn - n * (tl.sum(dn * n, axis=1, keep_dims=True) / K)), dout * n
 
 
 # ---------------------------------------------------------------- PyTorch operators
-# One operator, called for q and then for k.
 
 
-def _sizes(x, weight, cos):
+def _sizes(qkv, q_weight, cos):
     """The constants that both kernels are compiled for.
 
     Strides are constants too: 72 is not a multiple of 16, and the compiler would otherwise load 2 bytes at a
     time instead of 16.
     """
-    _, _, A, K = x.shape
+    _, stride_l, stride_part, stride_a, _ = qkv.stride()
+    _, _, _, A, K = qkv.shape
     return dict(
-        stride_l=x.stride(1), stride_a=x.stride(2),
+        stride_l=stride_l, stride_part=stride_part, stride_a=stride_a,
         A=A, K=K, BLOCK_A=power_of_2(A), BLOCK_K=power_of_2(K),
-        EPS=EPS, NORM=weight is not None, ROPE=cos is not None, ACC=precision(x))
+        EPS=EPS, NORM=q_weight is not None, ROPE=cos is not None, ACC=precision(qkv))
 
 
-def _shape(x, weight, cos, sin):
-    B, L, A, K = x.shape
-    return x.new_empty(B, A, L, K)
-
-
-@operator("norm_rope(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> Tensor", _shape)
-def _op(out, x, weight, cos, sin):
-    B, L, _, _ = x.shape
-    x = contiguous_rows(x)
-    tables = [pointer(t, unused=x) for t in (weight, cos, sin)]
-    _forward[(L, B)](x, *tables, out, L, x.stride(0), **_sizes(x, weight, cos))
-
-
-def _backward_shapes(dout, x, weight, cos, sin):
-    """dx (B, L, A, K) and dweight (K,) in float32, empty without a weight."""
-    K = 0 if weight is None else x.shape[3]
-    return x.new_empty(x.shape), x.new_empty(K, dtype=at_least_float32(x.dtype))
+def _shapes(qkv, q_weight, k_weight, cos, sin):
+    """q and k, both (B, L, A, K)."""
+    B, L, _, A, K = qkv.shape
+    return qkv.new_empty(B, L, A, K), qkv.new_empty(B, L, A, K)
 
 
 @operator(
-    "norm_rope_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",
+    "qknorm_rope(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin)"
+    " -> (Tensor, Tensor)",
+    _shapes)
+def _op(q, k, qkv, q_weight, k_weight, cos, sin):
+    B, L, _, _, _ = qkv.shape
+    qkv = contiguous_rows(qkv)
+    tables = [pointer(t, unused=qkv) for t in (q_weight, k_weight, cos, sin)]
+    _forward[(L, B)](qkv, *tables, q, k, L, qkv.stride(0), num_warps=8, **_sizes(qkv, q_weight, cos))
+
+
+def _backward_shapes(dq, dk, dv, qkv, q_weight, k_weight, cos, sin):
+    """dqkv (B, L, 3, A, K), and both weights' gradients (2, K) in float32, empty without weights."""
+    K = 0 if q_weight is None else qkv.shape[4]
+    return qkv.new_empty(qkv.shape), qkv.new_empty(2, K, dtype=at_least_float32(qkv.dtype))
+
+
+@operator(
+    "qknorm_rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor? q_weight, Tensor? k_weight,"
+    " Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",
     _backward_shapes)
-def _op_backward(dx, dweight, dout, x, weight, cos, sin):
-    B, L, _, K = x.shape
-    x = contiguous_rows(x)
-    tables = [pointer(t, unused=x) for t in (weight, cos, sin)]
-    parts = cdiv(L, TOKENS)
-    dweights = dweight.new_empty(B, parts, K)              # partial sums
+def _op_backward(dqkv, dweights, dq, dk, dv, qkv, q_weight, k_weight, cos, sin):
+    B, L, _, _, _ = qkv.shape
+    qkv = contiguous_rows(qkv)
+    douts = [t.to(qkv.dtype).contiguous() for t in (dq, dk, dv)]
+    tables = [pointer(t, unused=qkv) for t in (q_weight, k_weight, cos, sin)]
+    tokens = 1 if q_weight is None else TOKENS
+    parts = cdiv(L, tokens)
+    partial = dweights.new_empty(2, B, parts, dweights.shape[1])
     _backward[(B, parts)](
-        dout.contiguous(), x, *tables, dx, dweights, L, x.stride(0), TOKENS=TOKENS, **_sizes(x, weight, cos))
-    if weight is not None:
-        torch.sum(dweights, (0, 1), out=dweight)
+        *douts, qkv, *tables, dqkv, partial, L, qkv.stride(0),
+        TOKENS=tokens, num_warps=1 if q_weight is None else 2, **_sizes(qkv, q_weight, cos))
+    if q_weight is not None:
+        torch.sum(partial, (1, 2), out=dweights)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+class QKNormRope(torch.autograd.Function):
+    """As one function, because v is a view of qkv, which no operator may return, and its gradient is copied
+    into dqkv by the same kernel as those of q and k.
+    """
 
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin):
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        q, k = _op(qkv, q_weight, k_weight, cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
 
-def _grads(ctx, dout):
-    """Gradients of x, weight, cos, sin; None for the tables."""
-    x, weight, cos, sin = ctx.saved_tensors
-    dx, dweight = _op_backward(dout, x, weight, cos, sin)
-    dweight = None if weight is None else dweight.to(weight.dtype)
-    return dx, dweight, None, None
-
-
-_op.register_autograd(_grads, setup_context=_save)
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        douts = [t.transpose(1, 2) for t in (dq, dk, dv)]
+        dqkv, dweights = _op_backward(*douts, qkv, q_weight, k_weight, cos, sin)
+        if q_weight is None:
+            return dqkv, None, None, None, None
+        return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None
 
 
 @operation(qknorm_rope_ref)
@@ -213,5 +268,4 @@ def qknorm_rope(qkv, q_weight, k_weight, cos=None, sin=None):
 
     q and k are normalised if they have a weight, and rotated if cos is given.
     """
-    q, k, v = qkv.unbind(2)
-    return _op(q, q_weight, cos, sin), _op(k, k_weight, cos, sin), v.transpose(1, 2)
+    return QKNormRope.apply(qkv, q_weight, k_weight, cos, sin)

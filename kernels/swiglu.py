@@ -14,7 +14,9 @@ Bytes, U = tokens * E elements, H = 8/3 E:
     forward   reads the product, writes out: 8 U. Separate PyTorch operations: 13 U
     backward  reads the product and dout, writes the product's gradient: 13 U.
               Separate operations, with the bias': 40 U
-Measured:  not run on a GPU.
+Measured:  32,768 tokens, H = 3072, H200, bfloat16, graphs of ten calls, where a copy runs at 4.25 TB/s
+           (2026-11-26): forward 140 us, 4.3 TB/s; backward 285 us, 3.5 TB/s. What torch.compile makes of
+           them in a training step takes 137 us and, with the bias, 540 us
 """
 from __future__ import annotations
 
@@ -29,8 +31,7 @@ if TYPE_CHECKING:                                          # else at the first l
     import triton.language as tl
 
 ROWS = 64              # tokens per program of the backward: its sums cost 3 % of the bytes
-ROWS_AT_ONCE = 8       # tokens in registers, in both kernels
-COLUMNS = 256          # of the H channels, in both kernels
+COLUMNS = 1024         # of the H channels, in both kernels
 
 
 def swiglu_ref(x, weight, bias):
@@ -46,18 +47,17 @@ def swiglu_ref(x, weight, bias):
 def _forward(
     ab_ptr, bias_ptr,                                      # read: the product (N, 2 H), and (2 H,)
     out_ptr,                                               # written: (N, H)
-    N, H: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    blocks, H: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):
-    """One program: ROWS tokens times COLUMNS channels of out."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < N) & (h < H)
+    """One program: COLUMNS channels of one token. Neighbours have the same token."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    h = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = h < H
     at = row * (2 * H) + h                                 # of a; b is H further on
 
     # [a, b] = x weight^T + bias
-    a = tl.load(ab_ptr + at, inside, 0.0).to(ACC) + tl.load(bias_ptr + h, h < H, 0.0).to(ACC)
-    b = tl.load(ab_ptr + at + H, inside, 0.0).to(ACC) + tl.load(bias_ptr + H + h, h < H, 0.0).to(ACC)
+    a = tl.load(ab_ptr + at, inside, 0.0).to(ACC) + tl.load(bias_ptr + h, inside, 0.0).to(ACC)
+    b = tl.load(ab_ptr + at + H, inside, 0.0).to(ACC) + tl.load(bias_ptr + H + h, inside, 0.0).to(ACC)
 
     # out = SiLU(a) * b
     out = a / (1 + tl.exp(-a)) * b
@@ -68,20 +68,19 @@ def _forward(
 def _backward(
     dout_ptr, ab_ptr, bias_ptr,                            # read
     dab_ptr, sums_ptr,                                     # written: (N, 2 H), and (parts, 2 H)
-    N, H: tl.constexpr,
-    ROWS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    N, blocks, H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):
     """One program: da and db of ROWS tokens times COLUMNS channels, and the sums of both over the tokens."""
-    part = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    part = (tl.program_id(0) // blocks).to(tl.int64)
+    h = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     bias_a = tl.load(bias_ptr + h, h < H, 0.0).to(ACC)
     bias_b = tl.load(bias_ptr + H + h, h < H, 0.0).to(ACC)
-    sum_da = tl.zeros((1, COLUMNS), ACC)
-    sum_db = tl.zeros((1, COLUMNS), ACC)
+    sum_da = tl.zeros((COLUMNS,), ACC)
+    sum_db = tl.zeros((COLUMNS,), ACC)
 
-    for i in range(0, ROWS, ROWS_AT_ONCE):
-        row = part * ROWS + i + tl.arange(0, ROWS_AT_ONCE)[:, None]
-        inside = (row < N) & (h < H)
+    for i in range(ROWS):
+        row = part * ROWS + i
+        inside = h < tl.where(row < N, H, 0)               # nothing, past the last token
         at = row * (2 * H) + h
         a = tl.load(ab_ptr + at, inside, 0.0).to(ACC) + bias_a
         b = tl.load(ab_ptr + at + H, inside, 0.0).to(ACC) + bias_b
@@ -93,11 +92,12 @@ def _backward(
         db = dout * a * s
         tl.store(dab_ptr + at, da.to(dab_ptr.dtype.element_ty), inside)
         tl.store(dab_ptr + at + H, db.to(dab_ptr.dtype.element_ty), inside)
-        sum_da += tl.sum(da, axis=0, keep_dims=True)
-        sum_db += tl.sum(db, axis=0, keep_dims=True)
+        sum_da += da
+        sum_db += db
 
-    tl.store(sums_ptr + part * (2 * H) + h, sum_da, h < H)
-    tl.store(sums_ptr + part * (2 * H) + H + h, sum_db, h < H)
+    at = part * (2 * H) + h
+    tl.store(sums_ptr + at, sum_da, h < H)
+    tl.store(sums_ptr + at + H, sum_db, h < H)
 
 
 # ---------------------------------------------------------------- PyTorch operators
@@ -118,8 +118,7 @@ def _shape(ab, bias):
 @operator("swiglu(Tensor ab, Tensor bias) -> Tensor", _shape)
 def _op(out, ab, bias):
     N, blocks, sizes = _sizes(ab)
-    _forward[(cdiv(N, ROWS_AT_ONCE), blocks)](
-        ab.contiguous(), bias.contiguous(), out, N, ROWS=ROWS_AT_ONCE, **sizes)
+    _forward[(N * blocks,)](ab.contiguous(), bias.contiguous(), out, blocks, **sizes)
 
 
 def _backward_shapes(dout, ab, bias):
@@ -132,9 +131,9 @@ def _op_backward(dab, dbias, dout, ab, bias):
     N, blocks, sizes = _sizes(ab)
     parts = cdiv(N, ROWS)
     sums = torch.empty(parts, ab.shape[-1], dtype=at_least_float32(ab.dtype), device=ab.device)
-    _backward[(parts, blocks)](
-        dout.contiguous(), ab.contiguous(), bias.contiguous(), dab, sums, N,
-        ROWS=ROWS, ROWS_AT_ONCE=ROWS_AT_ONCE, **sizes)
+    _backward[(parts * blocks,)](
+        dout.contiguous(), ab.contiguous(), bias.contiguous(), dab, sums, N, blocks,
+        ROWS=ROWS, **sizes)
     dbias.copy_(sums.sum(0))
 
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 
 import kernels
-from kernels import attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swiglu
+from kernels import attention, groupnorm_silu, linear_gelu, norm_modulate, patch_embed, qknorm_rope, swiglu
 
-FILES = (attention, groupnorm_silu, norm_modulate, patch_embed, qknorm_rope, swiglu)   # with the operations
+FILES = (attention, groupnorm_silu, linear_gelu, norm_modulate, patch_embed, qknorm_rope, swiglu)
 
 LARGEST = 2**28        # elements of a first argument: of a larger batch, only a part is tried, to save memory
 ROUNDS = 5             # of timing; 1 in the interpreter, which is slow
@@ -95,7 +95,8 @@ class Trial:
         self.inputs = made(call, self.op.images, self.device)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             self.names = names_of(self.op, self.inputs)
-        self.douts = []
+        self.douts = []                                    # gradients of the outputs
+        self.laid_out = {}                                 # the same, in the layouts of a function's outputs
 
         # one unit in the last place of the coarsest dtype; the kernels round at other points
         dtypes = [x.dtype for x in self.inputs if isinstance(x, torch.Tensor)]
@@ -110,7 +111,10 @@ class Trial:
         self.plain_errors = errors(plain, self.truth)
 
     def run(self, function, inputs, autocast):
-        """[outputs, gradients of trained inputs]; the outputs' gradients are random, but always the same."""
+        """[outputs, gradients of trained inputs]; the outputs' gradients are random, but always the same.
+
+        Their layout is that of the outputs, as what PyTorch's attention and products give.
+        """
         leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
         context = torch.autocast(self.device.type, autocast, enabled=autocast is not None)
         with context, torch.set_grad_enabled(bool(leaves)):
@@ -121,13 +125,13 @@ class Trial:
         if not self.douts:
             for i, x in enumerate(outputs):
                 self.douts.append(random(x.shape, autocast or x.dtype, self.device, seed=1 + i))
-        heads = []
-        douts = []
-        for x, dout in zip(outputs, self.douts, strict=True):
-            if x.requires_grad:
-                heads.append(x)
-                douts.append(dout.to(x.dtype))
-        grads = torch.autograd.grad(heads, leaves, douts, materialize_grads=True)
+        heads = [x for x in outputs if x.requires_grad]
+        which = (function, outputs[0].dtype)
+        if which not in self.laid_out:                     # once, so that it is not timed
+            self.laid_out[which] = [
+                torch.empty_like(x).copy_(dout)
+                for x, dout in zip(outputs, self.douts, strict=True) if x.requires_grad]
+        grads = torch.autograd.grad(heads, leaves, self.laid_out[which], materialize_grads=True)
         return [x.detach() for x in (*outputs, *grads)]
 
     def call(self, function):
@@ -233,7 +237,7 @@ def attempt(call, device, compiled, known, say):
             continue
         say(name)
         function = trial.op.variants[name]
-        if compiled:
+        if compiled and name == "plain":                   # the others compute the same inside compiled code
             function = by_compiler(function)
         why = judge(trial, function)
         if why:
@@ -395,11 +399,13 @@ def read_lines(path):
 
 def main(file):
     """The process that tries: writes a line before each variant, and one with the row of each call."""
+    from torch._inductor import config as inductor         # here, because the import takes a second
     job = json.loads(Path(file).read_text())
     device = torch.device(job["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     allow_tf32(*job["tf32"])
+    inductor.compile_threads = 1                           # starting others would take longer than they save
     with open(Path(file).parent / "lines", "w", buffering=1) as lines:
 
         def write(number, **what):
