@@ -66,7 +66,7 @@ class Config:
                        at_least=0)
     # hardware, speed and weights
     compile: bool = field(False, "torch.compile blocks and decoder: for many images on a GPU")
-    graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not run")
+    graph: bool = field(False, "record the Euler loop as one CUDA graph, for small batches; not timed")
     weights: str = field("ema", "which weights of the run", choices=("ema", "model"))
     device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = field("auto", "for autocast; auto: bfloat16 if the hardware has instructions for it",

@@ -1,6 +1,6 @@
 """What the paper's runs would take, on eight GPUs and on more: hours, disk, traffic, dollars.  docs/paper.md.
 
-Nothing here was run on a GPU. FLOPs are counted from the models' shapes; the fraction of a GPU's peak that is
+None of these runs was run. FLOPs are counted from the models' shapes; the fraction of a GPU's peak that is
 reached, prices and bandwidths are assumptions, and each is a flag: give your own figures.
 
     python experiments/budget.py

@@ -16,9 +16,8 @@ a run that is killed leaves what it has found. For what did not fit, --only=trai
 
 Variants of models: plain is KERNELS=ref, as it is and with compiled blocks; auto is what choose.py chose for
 this model, with compiled blocks. diffusers, if it is installed, is its SD3 transformer and AutoencoderKL at
-the same sizes, with bfloat16 weights, as it is and compiled. Estimate: plain, not compiled, a training step
-keeps 60 GiB of activations for its backward pass, next to 11 GB of weights and moments: on an H100 it may run
-out of memory, and says so.
+the same sizes, with bfloat16 weights, as it is and compiled. Plain, not compiled, a training step takes 73
+GiB: on an H100 it may run out of memory, and says so.
 
 In a rehearsal, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are
 replaced by their specifications.

@@ -146,7 +146,7 @@ def memory(rows, h100):
     return None if GiB is None else at_most(GiB * 2**30 / 1e9, 50, "{:.1f} GB")
 
 
-elsewhere("G8", "LightningDiT's sampler of 250 steps against the original: 1.6x",
+elsewhere("G8", "LightningDiT's sampler of 250 steps with an interval against the original: 1.6x",
           "the original code is not part of this")
 
 
