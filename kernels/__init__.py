@@ -56,7 +56,7 @@ class Operation:
 
 
 OPERATIONS = {}                # name -> Operation
-WATCH = None                   # called after each operation, while choose.py watches a model
+WATCH = None                   # called with each operation, its inputs and result, while choose.py watches
 
 
 def operation(ref=None, images=1, plain=None, takes=None, **others):
@@ -84,7 +84,7 @@ def operation(ref=None, images=1, plain=None, takes=None, **others):
                 compute = variants["plain"]
             result = compute(x, *others)
             if WATCH is not None:
-                WATCH(op, (x, *others))
+                WATCH(op, (x, *others), result)
             return result
 
         return run

@@ -4,8 +4,8 @@ On a GPU, before anything is trained or sampled (KERNELS=auto, the default):
 
     1. the model runs once, and its calls of each operation are recorded: shapes, strides, dtypes, and which
        arguments are trained. A choice is made per operation, dtype and shape, but not per batch size: the
-       usual one decides for all. Nothing is chosen for shapes that did not occur, nor for small ones: under
-       SMALLEST elements, which take a GPU some microseconds, launching is what takes time
+       usual one decides for all. Nothing is chosen for shapes that did not occur, nor for small ones: below
+       SMALLEST, a GPU takes some microseconds and trying takes longer than it could ever save
     2. each variant runs forward, and backward where something is trained; correct variants are timed, and the
        fastest is chosen: trial.py, in a separate process, on rank 0. The variants are
            plain       PyTorch, as in the specification
@@ -22,8 +22,8 @@ The table is printed, and saved as kernels.json in the run's folder. Times are a
 folder, da-vae/kernels.json: the same call on the same card, with the same driver, torch, triton and kernels,
 is not timed again. Step 3 is never skipped.
 
-On an H200 (2026-11-26), LightningDiT-XL's six operations took 33 s, most of it in compilers, and the eight of
-SD3's decoder 40 s.
+If all are small, there is no table. On an H200 (2026-11-26), LightningDiT-XL's six operations took 33 s, and
+the eight of SD3's decoder 40 s.
 """
 import hashlib
 import json
@@ -38,7 +38,7 @@ import kernels
 from kernels.trial import SLOW, Trial, adopt, guarded, judge
 from kernels.trial import key_of, names_of, try_apart, untried, variants_of
 
-SMALLEST = 2**22       # elements of a call's first argument
+SMALLEST = 2 * 1024 * 1536     # elements of a result: of one image of 1,024 pixels in SD3.5, with guidance
 
 # ---------------------------------------------------------------- called by the scripts
 
@@ -114,8 +114,9 @@ def recorded(forward, device):
     """The calls (see trial.py) that forward() makes to operations with several variants, inner ones first."""
     calls = {}
 
-    def watch(op, arguments):
-        if arguments[0].numel() < SMALLEST or len(names_of(op, arguments)) == 1:
+    def watch(op, arguments, result):
+        first = result if isinstance(result, torch.Tensor) else result[0]
+        if first.numel() < SMALLEST or len(names_of(op, arguments)) == 1:
             return
         call = described(op, arguments)
         which = (op.name, key_of(call))
@@ -297,7 +298,7 @@ def confirm(rows, device):
 
 def table(about, rows, compiled):
     """The rows as text, with a line for each kernel that is not used."""
-    names = ["plain", "compiled", "kernel", "flash", "cudnn", "efficient", "math"]
+    names = ["plain", "compiled", "kernel", "cublas", "flash", "cudnn", "efficient", "math"]
     lines = [f"operations, ms of a call{' inside compiled code' if compiled else ''}: {about}",
              f"  {'':17} {'':30} " + " ".join(f"{name:>9}" for name in names) + "  used"]
     for row in rows:
@@ -318,7 +319,8 @@ def notes(row):
     for name, why in row["left_out"].items():
         if op != "sdpa" or name == "all" or why.startswith(("wrong", "not finite")):
             lines.append(f"  {op}: {name} is left out: {why}")
-    if "kernel" in ms and row["chosen"] != "kernel" and "kernel" not in row["left_out"]:
-        lines.append(f"  {op}: kernel is left out: it takes {ms['kernel']:.3f} ms, {row['chosen']} "
-                     f"{ms[row['chosen']]:.3f}")
+    for name in ("kernel", "cublas"):
+        if name in ms and row["chosen"] != name and name not in row["left_out"]:
+            lines.append(f"  {op}: {name} is left out: it takes {ms[name]:.3f} ms, {row['chosen']} "
+                         f"{ms[row['chosen']]:.3f}")
     return lines

@@ -29,9 +29,13 @@ def linear_gelu_ref(x, weight, bias):
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
+def no_gradients(*inputs):
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs)
+
+
 def by_cublas(x, weight, bias):
     """Where something needs a gradient, the specification."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
+    if not no_gradients(x, weight, bias):
         return linear_gelu_ref(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -39,7 +43,7 @@ def by_cublas(x, weight, bias):
     return _op(x.contiguous(), weight, bias)
 
 
-@operation(cublas=by_cublas)
+@operation(takes=no_gradients, cublas=by_cublas)
 def linear_gelu(x, weight, bias):
     """GELU(x weight^T + bias): (..., E) -> (..., H)."""
     return linear_gelu_ref(x, weight, bias)

@@ -35,7 +35,9 @@ if TYPE_CHECKING:                                          # else at the first l
 
 BLOCK_L = 64       # tokens of a program
 BLOCK_E = 64       # outputs of a tile
-STAGES = 3         # tiles: while one is multiplied, the weights of the next two are already being loaded
+STAGES = 3         # tiles: while one is multiplied, the weights of the next two are already being loaded,
+STAGED = 256       # if a patch has at most this many numbers; for more, there is no memory on the chip
+LARGEST = 640      # numbers of a patch, both latents' padded, of which one tile of weights still fits
 
 
 def patch_embed_ref(z, z_d, weight, weight_new, bias, pos):
@@ -121,13 +123,18 @@ def _op(out, z, z_d, weight, weight_new, bias, pos):
     z_d = z_d.to(dtype)
     weight = weight.contiguous().to(dtype)
     weight_new = weight_new.contiguous().to(dtype)
+    block_c, block_d = _blocks(z, z_d, p)
     _forward[(cdiv(L, BLOCK_L), B)](
         z, z_d, weight, weight_new, bias.contiguous(), pos.contiguous(), out,
         L, z.shape[3] // p, *z.stride(), *z_d.stride(),
         C=C, D=D, E=E, P=p,
-        BLOCK_L=BLOCK_L, BLOCK_E=BLOCK_E,
-        BLOCK_C=max(16, power_of_2(C * p * p)), BLOCK_D=max(16, power_of_2(D * p * p)),
-        STAGES=STAGES, UPCAST=INTERPRETED, ACC=precision(z))
+        BLOCK_L=BLOCK_L, BLOCK_E=BLOCK_E, BLOCK_C=block_c, BLOCK_D=block_d,
+        STAGES=STAGES if block_c + block_d <= STAGED else 1, UPCAST=INTERPRETED, ACC=precision(z))
+
+
+def _blocks(z, z_d, p):
+    """The numbers of a p x p patch of each latent, padded to what a product takes."""
+    return [max(16, power_of_2(x.shape[1] * p * p)) for x in (z, z_d)]
 
 
 def _patches(z, p):
@@ -196,9 +203,12 @@ def takes(z, z_d, weight, *_):
     Float32 products do not use tensor cores: 128 channels with 2x2 patches would spill 72 kB per thread to
     local memory (Triton 3.6, as compiled).
     """
-    casts = not z.is_meta and torch.is_autocast_enabled(z.device.type)
-    small = (z.shape[1] + z_d.shape[1]) * weight.shape[-1]**2 <= 64
-    return INTERPRETED or small or casts or z.element_size() == 2
+    p = weight.shape[-1]
+    if INTERPRETED:
+        return True
+    if z.element_size() == 2 or not z.is_meta and torch.is_autocast_enabled(z.device.type):
+        return sum(_blocks(z, z_d, p)) <= LARGEST
+    return (z.shape[1] + z_d.shape[1]) * p * p <= 64
 
 
 @operation(patch_embed_ref, images=2, takes=takes)

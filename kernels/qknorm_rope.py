@@ -120,16 +120,17 @@ def _normalise(u, K: tl.constexpr, EPS: tl.constexpr):
 
 @jit
 def _backward(
-    dq_ptr, dk_ptr, dv_ptr,                                    # read: (B, L, A, K)
+    dq_ptr, dk_ptr, dv_ptr,                                    # read: (B, L, A, K), with `dstrides`
     qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,     # read
     dqkv_ptr, dweights_ptr,                                    # written: (B, L, 3, A, K), (2, B, parts, K)
-    L, stride_b, stride_l: tl.constexpr, stride_part: tl.constexpr, stride_a: tl.constexpr,
+    L, stride_b, dstride_b, dstride_l: tl.constexpr, dstride_a: tl.constexpr,
+    stride_l: tl.constexpr, stride_part: tl.constexpr, stride_a: tl.constexpr,
     A: tl.constexpr, K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr,
     EPS: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr,
 ):
     """One program: dqkv of TOKENS tokens, one after another, and the sums over them for dweight."""
-    b = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
     a = tl.arange(0, BLOCK_A)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     if NORM:
@@ -142,7 +143,7 @@ def _backward(
         row = part * TOKENS + i
         width = tl.where(row < L, K, 0)                    # nothing, past the last token
         inside = (a < A) & (k < width)
-        at = ((b * L + row) * A + a) * K + k
+        at = b * dstride_b + row * dstride_l + a * dstride_a + k
         dq = tl.load(dq_ptr + at, inside, 0.0).to(ACC)
         dk = tl.load(dk_ptr + at, inside, 0.0).to(ACC)
         dv = tl.load(dv_ptr + at, inside, 0.0)
@@ -165,9 +166,9 @@ def _backward(
         tl.store(dqkv_ptr + at + 2 * A * K, dv, inside)
 
     if NORM:
-        at = (b * tl.num_programs(1) + part) * K + k
+        at = (b * tl.num_programs(0) + part) * K + k
         tl.store(dweights_ptr + at, tl.sum(sum_q, axis=0, keep_dims=True), k < K)
-        at += tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * K
+        at += tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * K
         tl.store(dweights_ptr + at, tl.sum(sum_k, axis=0, keep_dims=True), k < K)
 
 
@@ -229,14 +230,18 @@ def _backward_shapes(dq, dk, dv, qkv, q_weight, k_weight, cos, sin):
 def _op_backward(dqkv, dweights, dq, dk, dv, qkv, q_weight, k_weight, cos, sin):
     B, L, _, _, _ = qkv.shape
     qkv = contiguous_rows(qkv)
-    douts = [t.to(qkv.dtype).contiguous() for t in (dq, dk, dv)]
+    douts = [contiguous_rows(t.to(qkv.dtype)) for t in (dq, dk, dv)]
+    if len({t.stride() for t in douts}) > 1:
+        douts = [t.contiguous() for t in douts]
+    dstride_b, dstride_l, dstride_a, _ = douts[0].stride()
     tables = [pointer(t, unused=qkv) for t in (q_weight, k_weight, cos, sin)]
     tokens = 1 if q_weight is None else TOKENS
     parts = cdiv(L, tokens)
     partial = dweights.new_empty(2, B, parts, dweights.shape[1])
-    _backward[(B, parts)](
-        *douts, qkv, *tables, dqkv, partial, L, qkv.stride(0),
-        TOKENS=tokens, num_warps=1 if q_weight is None else 2, **_sizes(qkv, q_weight, cos))
+    _backward[(parts, B)](
+        *douts, qkv, *tables, dqkv, partial, L, qkv.stride(0), dstride_b,
+        dstride_l=dstride_l, dstride_a=dstride_a, TOKENS=tokens, num_warps=1 if q_weight is None else 2,
+        **_sizes(qkv, q_weight, cos))
     if q_weight is not None:
         torch.sum(partial, (1, 2), out=dweights)
 

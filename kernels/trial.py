@@ -96,7 +96,7 @@ class Trial:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             self.names = names_of(self.op, self.inputs)
         self.douts = []                                    # gradients of the outputs
-        self.laid_out = {}                                 # the same, in the layouts of a function's outputs
+        self.laid_out = {}                                 # the same, in the layouts of outputs
 
         # one unit in the last place of the coarsest dtype; the kernels round at other points
         dtypes = [x.dtype for x in self.inputs if isinstance(x, torch.Tensor)]
@@ -110,10 +110,11 @@ class Trial:
         self.truth = self.exactly(torch.float64 if self.rounding == 1e-6 else torch.float32)
         self.plain_errors = errors(plain, self.truth)
 
-    def run(self, function, inputs, autocast):
+    def run(self, function, inputs, autocast, keep=True):
         """[outputs, gradients of trained inputs]; the outputs' gradients are random, but always the same.
 
         Their layout is that of the outputs, as what PyTorch's attention and products give.
+        keep: these, so that a second run does not make them again
         """
         leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
         context = torch.autocast(self.device.type, autocast, enabled=autocast is not None)
@@ -126,12 +127,14 @@ class Trial:
             for i, x in enumerate(outputs):
                 self.douts.append(random(x.shape, autocast or x.dtype, self.device, seed=1 + i))
         heads = [x for x in outputs if x.requires_grad]
-        which = (function, outputs[0].dtype)
-        if which not in self.laid_out:                     # once, so that it is not timed
-            self.laid_out[which] = [
-                torch.empty_like(x).copy_(dout)
-                for x, dout in zip(outputs, self.douts, strict=True) if x.requires_grad]
-        grads = torch.autograd.grad(heads, leaves, self.laid_out[which], materialize_grads=True)
+        layouts = tuple((x.dtype, x.stride()) for x in heads)
+        douts = self.laid_out.get(layouts)
+        if douts is None:
+            douts = [torch.empty_like(x).copy_(dout)
+                     for x, dout in zip(outputs, self.douts, strict=True) if x.requires_grad]
+        if keep:
+            self.laid_out[layouts] = douts
+        grads = torch.autograd.grad(heads, leaves, douts, materialize_grads=True)
         return [x.detach() for x in (*outputs, *grads)]
 
     def call(self, function):
@@ -147,7 +150,7 @@ class Trial:
         flags = tf32()
         allow_tf32(False, False)
         try:
-            return self.run(self.op.ref, inputs, None)
+            return self.run(self.op.ref, inputs, None, keep=False)
         finally:
             allow_tf32(*flags)
 

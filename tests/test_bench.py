@@ -42,7 +42,7 @@ def test_every_goal_finds_its_rows_among_those_of_the_benchmark(monkeypatch):
 def test_the_benchmarks_plain_variants_run_at_toy_size(section, rows):
     found = 0
     for _, variants, _ in getattr(bench, section)(False):
-        plain = next(iter(variants.values()))              # plain PyTorch: nothing is compiled here
+        plain = next(iter(variants.values()))
         plain()
         found += 1
     assert found == rows

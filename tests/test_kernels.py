@@ -22,7 +22,7 @@ import dit
 import kernels
 from kernels import linear_gelu
 from kernels.choose import described
-from kernels.trial import Trial
+from kernels.trial import Trial, names_of
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -197,10 +197,10 @@ MAKE = {op: globals()[f"make_{op}"] for op in OPS}
 NO_GRAD = {"qknorm_rope": (3, 4), "groupnorm_silu": (3,)}                          # tables and numbers
 CASES = [
     ("norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
-    ("norm_modulate", dict(B=2, L=7, E=64)),
+    ("norm_modulate", dict(B=2, L=37, E=64)),      # 37 tokens: two programs of the backward, one not full
     ("norm_modulate", dict(B=2, L=3, E=24, rms=False)),
     ("norm_modulate_twice", dict(B=2, L=5, E=40)),
-    ("add_norm_modulate", dict(B=2, L=19, E=72)),  # 19 tokens: the last program of the backward is not full
+    ("add_norm_modulate", dict(B=2, L=37, E=72)),
     ("add_norm_modulate", dict(B=1, L=5, E=33, transposed=True)),
     ("add_norm_modulate", dict(B=2, L=7, E=40, rms=False)),
     ("qknorm_rope", dict(B=2, L=9, A=3, K=72)),    # 9 tokens: one more than a program of the backward takes
@@ -210,7 +210,7 @@ CASES = [
     ("patch_embed", dict(B=2, C=5, D=19, h=9, w=10, p=1, E=72)),       # 90 tokens: the second tile not full
     ("patch_embed", dict(B=1, C=4, D=12, h=6, w=8, p=2, E=33)),
     ("swiglu", dict(B=2, L=37, E=24, H=64)),       # 74 tokens: the second program of the backward is not full
-    ("swiglu", dict(B=1, L=9, E=16, H=300, transposed=True)),          # 300 channels: two programs
+    ("swiglu", dict(B=1, L=9, E=16, H=1030, transposed=True)),         # 1030 channels: two programs
     ("groupnorm_silu", dict(B=2, C=96, H=25, W=21, groups=32)),        # 525 pixels: the third part not full
     ("groupnorm_silu", dict(B=1, C=64, H=5, W=3, groups=32, channels_last=False)),
     ("groupnorm_silu", dict(B=2, C=6, H=3, W=4, groups=2)),
@@ -370,12 +370,55 @@ def test_gelu_inside_the_product_is_as_accurate_as_after_it():
 
 
 @ordinary
+def test_gelu_inside_the_product_passes_opcheck():
+    inputs = [randn(*shape, dtype=torch.float32, device="cpu") for shape in ((2, 5, 8), (6, 8), (6,))]
+    torch.library.opcheck(torch.ops.davae.linear_gelu, tuple(inputs))
+
+
+@ordinary
+def test_gelu_inside_the_product_is_not_chosen_where_a_gradient_is_needed():
+    op = kernels.OPERATIONS["linear_gelu"]
+    x, weight, bias = [torch.zeros(*shape) for shape in ((5, 8), (6, 8), (6,))]
+    assert names_of(op, (x, weight, bias)) == ["plain", "cublas"]
+    assert names_of(op, (x, weight.requires_grad_(), bias)) == ["plain"]
+    with torch.no_grad():
+        assert names_of(op, (x, weight, bias)) == ["plain", "cublas"]
+
+
+@ordinary
 def test_gelu_has_its_gradients_where_they_are_needed():
     like = dict(dtype=torch.float32, device="cpu")
     inputs = [randn(*shape, **like).requires_grad_() for shape in ((5, 8), (6, 8), (6,))]
     found = [torch.autograd.grad(f(*inputs).sum(), inputs)
              for f in (linear_gelu.by_cublas, linear_gelu.linear_gelu_ref)]
     assert all(map(torch.equal, *found))
+
+
+def test_groupnorm_merges_many_moments(device, monkeypatch):
+    """Several tiles per program, several programs per image, and several passes over what they leave."""
+    module = importlib.import_module("kernels.groupnorm_silu")
+    for name, value in dict(ELEMENTS=128, TILES=2, BACK_TILES=2, PROGRAMS=4, MERGED=4).items():
+        monkeypatch.setattr(module, name, value)
+    kernel, ref = both("groupnorm_silu")
+    inputs = make_groupnorm_silu(B=2, C=32, H=7, W=9, groups=8, dtype=torch.float32, device=device)
+    results = run(kernel, "groupnorm_silu", inputs)
+    truth = run(ref, "groupnorm_silu", inputs, torch.float64)
+    assert max(errors(results, truth)) <= 3e-6
+
+
+@pytest.mark.parametrize("head_major", [True, False])
+def test_qknorm_rope_takes_gradients_of_any_layout(head_major, device):
+    """Head-major is what attention gives for tokens of two kinds, which are concatenated first."""
+    kernel, ref = both("qknorm_rope")
+    inputs = make_qknorm_rope(B=2, L=5, A=3, K=16, dtype=torch.float32, device=device)
+    douts = [randn(2, 3, 7, 16, dtype=torch.float32, device=device, seed=i)[:, :, :5] for i in range(3)]
+    if not head_major:
+        douts[1] = douts[1].transpose(1, 2).contiguous().transpose(1, 2)       # one like no other
+    found = []
+    for f, dtype in ((kernel, torch.float32), (ref, torch.float64)):
+        leaves = leaves_of("qknorm_rope", inputs, dtype)
+        found.append(torch.autograd.grad(f(*leaves), leaves[:3], [d.to(dtype) for d in douts]))
+    assert max(errors(*found)) <= 2e-6
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -395,6 +438,9 @@ def test_every_torch_operator_passes_opcheck(op, device):
     both(op)                                       # registers the operator
     operator, arguments = registered(op, inputs)
     torch.library.opcheck(getattr(torch.ops.davae, operator), tuple(arguments))
+    if op == "qknorm_rope":                        # its backward is not registered, see QKNormRope
+        douts = [torch.randn_like(arguments[0][:, :, i]) for i in range(3)]
+        torch.library.opcheck(torch.ops.davae.qknorm_rope_backward, (*douts, *arguments))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -629,7 +675,7 @@ def test_kernels_keep_fewer_numbers_at_the_same_flops(monkeypatch):
 
 
 def test_bytes_and_launches_of_a_block_stay_below_the_goals(monkeypatch):
-    """Goals: 70 U, 40 operators. Each of ours is one to three launches: a backward also adds up its sums."""
+    """Goals: 70 U, 40 operators. Each of ours is one to four launches: a backward also adds up its sums."""
     plain = traffic_of_a_block("ref", monkeypatch)
     with_kernels = traffic_of_a_block("triton", monkeypatch)
     assert plain == (pytest.approx(286.6, rel=0.02), 125)
@@ -650,7 +696,7 @@ def test_bytes_of_a_compiled_block_stay_below_the_goals(mode, goal, found, monke
         update(graph)
         for node in graph.scheduler.nodes:
             operator = str(getattr(node.node, "op_overload", ""))
-            ours = "davae" in operator and "attention" not in operator
+            ours = "davae" in operator
             # skip matrix products, attention and views: neither ours nor fused by Inductor
             if ours or not isinstance(node, ExternKernelSchedulerNode):
                 counted.append(node.get_read_write_buffers_sizes())
