@@ -159,7 +159,6 @@ def _backward(
             dk, dkn = _through_norm(dk, tl.load(at + stride_part, inside, 0.0).to(ACC), k_weight, K, EPS)
             sum_q += dqn
             sum_k += dkn
-
         at = ((b * L + row) * 3 * A + a) * K + k
         tl.store(dqkv_ptr + at, dq.to(dqkv_ptr.dtype.element_ty), inside)
         tl.store(dqkv_ptr + at + A * K, dk.to(dqkv_ptr.dtype.element_ty), inside)
