@@ -1,7 +1,7 @@
 """What the paper's runs would take, on eight GPUs and on more: hours, disk, traffic, dollars.  docs/paper.md.
 
-None of these runs was run. FLOPs are counted from the models' shapes; the fraction of a GPU's peak that is
-reached, prices and bandwidths are assumptions, and each is a flag: give your own figures.
+None of these runs has been made. FLOPs are counted from the models' shapes; the fraction of a GPU's peak that
+is reached, prices and bandwidths are assumptions, and each is a flag: give your own figures.
 
     python experiments/budget.py
     python experiments/budget.py --price=2 --dit=45 --captioned=500000

@@ -101,20 +101,14 @@ def _merge(
     c = tl.arange(0, BLOCK)[None, :]                       # of the group's C // GROUPS channels
     total = tl.zeros((ROWS, BLOCK), ACC)
     for first in range(0, parts, ROWS):
-        part = first + tl.arange(0, ROWS)[:, None]
-        inside = (part < parts) & (c < C // GROUPS)
-        at = (b * parts + part) * C + group * (C // GROUPS) + c
-        count = tl.minimum(N - part * per_part, per_part).to(ACC)
+        at, inside, count = _parts_of_group(b, group, first, c, N, per_part, parts, C, GROUPS, ROWS, ACC)
         total += tl.load(part_mean_ptr + at, inside, 0.0) * count
     size = N * (C // GROUPS)
     mean = tl.sum(tl.sum(total, axis=1, keep_dims=True), axis=0, keep_dims=True) / size
 
     total = tl.zeros((ROWS, BLOCK), ACC)
     for first in range(0, parts, ROWS):
-        part = first + tl.arange(0, ROWS)[:, None]
-        inside = (part < parts) & (c < C // GROUPS)
-        at = (b * parts + part) * C + group * (C // GROUPS) + c
-        count = tl.minimum(N - part * per_part, per_part).to(ACC)
+        at, inside, count = _parts_of_group(b, group, first, c, N, per_part, parts, C, GROUPS, ROWS, ACC)
         d = tl.where(inside, tl.load(part_mean_ptr + at, inside, 0.0) - mean, 0.0)
         total += tl.load(part_m2_ptr + at, inside, 0.0) + d * d * count
     var = tl.sum(tl.sum(total, axis=1, keep_dims=True), axis=0, keep_dims=True) / size
@@ -122,6 +116,18 @@ def _merge(
     at = b * GROUPS + group + tl.zeros((1, 1), tl.int32)   # a tile of one
     tl.store(mean_ptr + at, mean)
     tl.store(rstd_ptr + at, tl.rsqrt(var + eps))
+
+
+@jit
+def _parts_of_group(
+    b, group, first, c, N, per_part, parts, C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Of ROWS parts from `first` on: where the group's channels stand, which exist, and a part's pixels."""
+    part = first + tl.arange(0, ROWS)[:, None]
+    at = (b * parts + part) * C + group * (C // GROUPS) + c
+    inside = (part < parts) & (c < C // GROUPS)
+    return at, inside, tl.minimum(N - part * per_part, per_part).to(ACC)
 
 
 @jit

@@ -16,7 +16,8 @@ Measured:  H200, bfloat16, graphs of ten calls, where a copy runs at 4.25 TB/s (
            128 x 256 x 16 x 72, rotation           76 us, 4.0 TB/s      119 us, 3.8 TB/s
            the same, norm and rotation            102 us, 3.0 TB/s      304 us, 2.0 TB/s
            20 x 1024 x 24 x 64, norm               62 us, 4.0 TB/s      157 us, 3.2 TB/s
-           72 channels are padded to 128: of 16 threads, 7 compute nothing, which a norm shows
+           (the last row: an earlier version.) 72 channels are padded to 128: of 16 threads, 7 compute
+           nothing, which a norm shows
 """
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Trial:
     def run(self, function, inputs, autocast, keep=True):
         """[outputs, gradients of trained inputs]; the outputs' gradients are random, but always the same.
 
-        Their layout is that of the outputs, as what PyTorch's attention and products give.
+        Their layout is that of the outputs, as attention gives them in LightningDiT.
         keep: these, so that a second run does not make them again
         """
         leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
