@@ -1,9 +1,9 @@
 """The folder of images that sample.py writes: only whole images, and only of the same settings.
 
-    000000.png ...      the images, in the order of their numbers
-    .base/              previews of those that base_preview.png shows
-    settings.json       what the images depend on, to refuse others
-    samples.npz, grid.png, base_preview.png     made of the images at the end
+    images/000000.png ...   the images and nothing else: a folder for other programs that compute an FID
+    previews/               the base channels alone, of the images that base_preview.png shows
+    settings.json           what the images depend on, to refuse others
+    samples.npz, grid.png, base_preview.png     made of the two folders at the end
 """
 import itertools
 import json
@@ -16,8 +16,7 @@ from PIL import Image
 from support import data, figures, runs
 from support.measurements import run_folder
 
-# Hidden, so that programs that read the folder as a data set do not take it for a class.
-PREVIEWS = ".base"
+IMAGES, PREVIEWS = "images", "previews"
 
 
 def default_folder(run):
@@ -26,14 +25,14 @@ def default_folder(run):
     return folder / "samples" if folder == Path(run) else folder / f"samples-{Path(run).name}"
 
 
-def path_of(folder, i):
-    return folder / f"{i:06d}.png"
+def path_of(out, i, kind=IMAGES):
+    return out / kind / f"{i:06d}.png"
 
 
 def refuse_other_images(out, settings):
     """raises: SystemExit if `out` has images of other settings or weights, or without settings.json"""
     path = out / "settings.json"
-    if not [*out.glob("*.png"), *out.glob(f"{PREVIEWS}/*.png")]:   # none yet: an attempt failed before them
+    if not [*out.glob("*.png"), *out.glob("*/*.png")]:             # none yet: an attempt failed before them
         return
     if not path.exists():
         raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
@@ -56,7 +55,8 @@ def make_folder(out, settings, rank):
     """Create the folders of images and of previews, and write settings.json."""
     runs.make_folder(out)
     with runs.disk_may_fail(must=True):
-        (out / PREVIEWS).mkdir(exist_ok=True)
+        for kind in (IMAGES, PREVIEWS):
+            (out / kind).mkdir(exist_ok=True)
         if rank == 0:
             runs.write_json(out / "settings.json", settings)
 
@@ -97,8 +97,8 @@ def missing(out, n, shown):
     """Which of n samples must be drawn: those without an image or, if shown, a preview."""
     todo = []
     for i in range(n):
-        folders = [out, out / PREVIEWS] if i in shown else [out]
-        if not all(path_of(folder, i).exists() for folder in folders):
+        kinds = (IMAGES, PREVIEWS) if i in shown else (IMAGES,)
+        if not all(path_of(out, i, kind).exists() for kind in kinds):
             todo.append(i)
     return todo
 
@@ -107,7 +107,7 @@ def save_images(out, indices, images, previews, shown):
     """Write a batch in [-1, 1], a shown sample's preview before its image; existing images stay."""
     for i, image, preview in zip(indices, data.to_uint8(images), data.to_uint8(previews)):
         if i in shown:
-            save_png(preview, path_of(out / PREVIEWS, i))
+            save_png(preview, path_of(out, i, PREVIEWS))
         if not path_of(out, i).exists():
             save_png(image, path_of(out, i))
 
@@ -120,13 +120,13 @@ def save_png(image, path):
 
 
 def put_together(out, n, columns, shown, rank):
-    """Write samples.npz, grid.png and base_preview.png from the folder, by rank 0.  Returns the folder."""
+    """Write samples.npz, grid.png and base_preview.png, by rank 0.  Returns `out`."""
     if rank == 0:
         with runs.disk_may_fail(must=True):
             write_npz(out, n)
-        for file, folder in (("grid.png", out), ("base_preview.png", out / PREVIEWS)):
+        for file, kind in (("grid.png", IMAGES), ("base_preview.png", PREVIEWS)):
             with runs.picture_may_fail(f"{out}/{file}"):
-                pixels = [np.asarray(Image.open(path_of(folder, i))) for i in shown]
+                pixels = [np.asarray(Image.open(path_of(out, i, kind))) for i in shown]
                 x = data.to_tensor(np.stack(pixels))
                 figures.save_grid(x, out / file, columns, max(1, 128 // x.shape[-1]), list(shown.values()))
     return out

@@ -455,7 +455,7 @@ def check_that_the_run_keeps_the_text_of_its_pictures(cfg, folder):
     gone = Path(folder).rename(f"{folder}, gone")
     out = sample.main(sample.Config(run=cfg.out, n=3, steps=1))
     assert set(text.TextCache(Path(cfg.out) / "captions").rows) == {"", "a fox", "snow", "an owl"}
-    assert len(list(out.glob("0*.png"))) == 3
+    assert len(list(out.glob("images/*"))) == 3
     gone.rename(folder)
 
 
@@ -473,7 +473,7 @@ def check_sampling(cfg, folder):
     drawn = sample.Config(
         run=cfg.out, prompts="a fox|two owls", text=cfg.base, n=3, steps=2, height=32, width=48,
         out=str(folder / "images"), weights="model")
-    assert Image.open(sample.main(drawn) / "000002.png").size == (48, 32)
+    assert Image.open(sample.main(drawn) / "images/000002.png").size == (48, 32)
     with pytest.raises(SystemExit, match="no embedding of 'two owls'"):
         sample.main(replace(drawn, text="", out=str(folder / "other")))
     with pytest.raises(SystemExit, match="32x44 pixels: both must be multiples of 8"):

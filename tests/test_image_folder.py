@@ -18,9 +18,9 @@ def draw(run, out, n=6, **changes):
     return sample.main(sample.Config(run=run, out=str(out), n=n, batch_size=4, **{"steps": 2, **changes}))
 
 
-def images(folder):
-    """{file name: (H, W, 3) integers} of a folder of samples."""
-    return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob("0*.png"))}
+def images(out, kind="images"):
+    """{file name: (H, W, 3) integers} of a folder of samples, or of their previews."""
+    return {p.name: np.asarray(Image.open(p)).astype(int) for p in sorted((out / kind).iterdir())}
 
 
 def assert_same_images(a, b):
@@ -33,11 +33,11 @@ def assert_same_images(a, b):
 def test_a_half_finished_folder_is_completed_and_the_npz_holds_every_image(tiny_run, tmp_path):
     out = draw(tiny_run, tmp_path / "a")
     whole = images(out)
-    (out / "000002.png").unlink()
-    (out / "000005.png").unlink()
-    kept = (out / "000000.png").stat().st_mtime_ns
+    (out / "images/000002.png").unlink()
+    (out / "images/000005.png").unlink()
+    kept = (out / "images/000000.png").stat().st_mtime_ns
     draw(tiny_run, tmp_path / "a")
-    assert (out / "000000.png").stat().st_mtime_ns == kept
+    assert (out / "images/000000.png").stat().st_mtime_ns == kept
     again = images(out)
     assert_same_images(again, whole)
     array = np.load(out / "samples.npz")["arr_0"]
@@ -70,7 +70,7 @@ def never(*args, **options):
 def test_the_overviews_are_assembled_from_the_folders_images(drawn, tiny_run):
     for cell, image in zip(cells(drawn / "grid.png", 8, 8, 64, 2), images(drawn).values()):
         assert np.array_equal(cell, image)
-    previews = images(drawn / ".base")
+    previews = images(drawn, "previews")
     assert list(previews) == [f"{i:06d}.png" for i in range(8)]            # only of those shown
     for cell, preview in zip(cells(drawn / "base_preview.png", 8, 8, 32, 4), previews.values()):
         assert np.array_equal(cell, preview)
@@ -93,23 +93,22 @@ def test_a_complete_folder_needs_no_drawing_and_no_model(drawn, tiny_run, tmp_pa
     assert len(np.load(out / "samples.npz")["arr_0"]) == 9
 
 
-def test_missing_previews_of_an_older_folder_are_drawn_and_its_images_kept(drawn, tiny_run, tmp_path, capsys):
+def test_missing_previews_are_drawn_and_the_images_kept(drawn, tiny_run, tmp_path, capsys):
     out = shutil.copytree(drawn, tmp_path / "a")
-    shutil.rmtree(out / ".base")
-    before = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    shutil.rmtree(out / "previews")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("images/*")}
     draw(tiny_run, out, n=9, classes=(1,))
     said = capsys.readouterr().out
     assert "base_preview.png lacks 8 of its images, which are drawn again" in said
     assert "0 new images, 9 in all" in said
-    assert {path: path.stat().st_mtime_ns for path in out.glob("0*.png")} == before
-    assert_same_images(images(out / ".base"), images(drawn / ".base"))
+    assert {path: path.stat().st_mtime_ns for path in out.glob("images/*")} == before
+    assert_same_images(images(out, "previews"), images(drawn, "previews"))
 
 
-def test_the_folder_reads_as_a_data_set_without_a_class_of_previews(drawn):
-    found = data.open_dataset(drawn, 64)
+def test_the_folder_of_images_is_a_data_set_of_the_samples_and_of_nothing_else(drawn):
+    found = data.open_dataset(drawn / "images", 64)
     assert found.classes == []
-    assert {Path(path).name for path in found.paths} == {
-        "base_preview.png", "grid.png", *images(drawn)}
+    assert sorted(Path(path).name for path in found.paths) == [f"{i:06d}.png" for i in range(9)]
 
 
 @pytest.mark.parametrize("classes, n, columns, shown", [
@@ -176,7 +175,7 @@ def test_settings_may_be_corrected_until_there_are_images(tiny_run, tmp_path, mo
 
 def test_previews_alone_lock_their_settings(tiny_run, tmp_path):
     out = draw(tiny_run, tmp_path / "a", n=1)
-    for path in out.glob("*.png"):
+    for path in [*out.glob("*.png"), *out.glob("images/*")]:
         path.unlink()
     with pytest.raises(SystemExit, match="other settings .steps 2 -> 3"):
         draw(tiny_run, out, n=1, steps=3)
@@ -195,7 +194,7 @@ def test_samples_of_a_step_folder_outlive_the_step(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     config = sample.Config(run=str(run / "step_000003"), n=1, steps=2)
     out = sample.main(config)
-    assert out == run / "samples-step_000003" and (out / "000000.png").exists()
+    assert out == run / "samples-step_000003" and (out / "images/000000.png").exists()
     assert image_folder.default_folder(run) == run / "samples"
 
 

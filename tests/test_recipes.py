@@ -208,7 +208,7 @@ def test_your_own_transformer_has_an_exact_warm_start_and_can_be_sampled(forked,
     assert summary["warm_start"] == 0.0
     model = copy.config("out/vit")["model"]
     assert (model["kind"], model["C"], model["D"], model["grid"]) == ("ViT", 8, 24, 4)
-    assert Image.open(copy.folder / "out/vit/samples/000001.png").size == (64, 64)
+    assert Image.open(copy.folder / "out/vit/samples/images/000001.png").size == (64, 64)
     assert "samples" in json.loads((copy.folder / "out/vit/metrics.json").read_text())[-1]["generation"]
 
     # weights from elsewhere, as a folder

@@ -218,7 +218,7 @@ def test_sampling_from_a_vae_run_is_refused(tiny_vae, tmp_path):
 
 def test_the_unconditional_class_can_be_drawn(tiny_run, tmp_path):
     out = sample.main(settings(tiny_run, tmp_path / "a", n=2, classes=(10,)))
-    assert len(list(out.glob("0*.png"))) == 2
+    assert len(list(out.glob("images/*"))) == 2
     assert json.loads((out / "settings.json").read_text())["classes"] == [10]
 
 

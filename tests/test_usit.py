@@ -256,7 +256,7 @@ def test_a_usit_trains_widens_exactly_resumes_and_draws(runs_of_usit, same_weigh
     assert same_weights(wide, halves, names=("model", "ema"))
 
     drawn = sample.main(sample.Config(run=wide.out, n=2, steps=2, cfg=2.0, cfg_start=0.3, batch_size=2))
-    assert len(list(drawn.glob("0*.png"))) == 2
+    assert len(list(drawn.glob("images/*"))) == 2
 
 
 @torch.no_grad()
