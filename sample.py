@@ -11,9 +11,9 @@
 
 Writes to --out: images/000000.png ..., grid.png (one row per class), base_preview.png (the same latents
 through the base decoder alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evaluator reads it)
-and settings.json; other FID programs want the folder images/. Only images missing from --out are drawn, so an interrupted run can be resumed. Image i
-depends only on (seed, i), not on the batch size or the number of processes. Prompts are encoded first, see
-support/text.py.
+and settings.json. Other programs' FID wants the folder images/. Only images missing there are drawn, so an
+interrupted run can be resumed. Image i depends only on (seed, i), not on the batch size or the number of
+processes. Prompts are encoded first, see support/text.py.
 """
 import sys
 import time

@@ -13,15 +13,17 @@ and arms with the same stage 1 flags share their DA-VAE, so arms are compared in
 
 A finished cell is a line of experiments/results/<name>.jsonl, with its setting and the commands that trained
 it; a file holds cells of one setting. The report is <name>.md there (means over the seeds, differences to the
-arm `paper`) and <name>.png (curves). The rule was fixed beforehand: a difference to `paper` counts if it has
-the same sign for every seed, and its mean exceeds the range of `paper` itself over the seeds. Anything else
-is "no difference". That range turned out to come from the base VAEs, so a second rule was written down after
-seeds 0 and 1 and before all others: instead of the range, the largest difference that chance makes on the
-same base (the arm `paper, again`). For an arm that shares `paper`'s DA-VAE, that is too much; if it was run,
-`paper, DiT again`, with the same DA-VAE, takes its place.
+arm `paper`) and <name>.png (curves); README.md there has all settings side by side. The rule was fixed
+beforehand: a difference to `paper` counts if it has the same sign for every seed, and its mean exceeds the
+range of `paper` itself over the seeds. Anything else is "no difference". That range turned out to come from
+the base VAEs, so a second rule was written down after seeds 0 and 1 and before all others: instead of the
+range, the largest difference that chance makes on the same base (the arm `paper, again`). For an arm that
+shares `paper`'s DA-VAE, that is too much; if it was run, `paper, DiT again`, with the same DA-VAE, takes its
+place.
 """
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -308,20 +310,28 @@ def read(path):
 
 def verdict(cells, name):
     """An arm's differences to `paper` in FD (lower is better), called by the rules in the docstring."""
-    found = differences(cells, name)
+    found = differences(cells, name).values()
     if name == "paper" or len(found) < 2:
         return ""
-    own = [number(cells["paper"][seed], JUDGED) for seed in found]
-    mean = sum(found.values()) / len(found)
-    below = sum(d < 0 for d in found.values())
-    said = f"{mean:+.3f}, {below} of {len(found)} below: {called(found, max(own) - min(own))}"
-    if name in (AGAIN, DIT_AGAIN):
-        return said
-    same_vae = not ARMS[name].vae and DIT_AGAIN in cells
-    chance = differences(cells, DIT_AGAIN if same_vae else AGAIN).values()
-    if chance:
-        said += f"; beside chance: {called(found, max(map(abs, chance)))}"
+    below = sum(d < 0 for d in found)
+    said = f"{statistics.mean(found):+.3f}, {below} of {len(found)} below: "
+    said += called(found, own_range(cells, name))
+    if name not in (AGAIN, DIT_AGAIN) and chance(cells, name) is not None:
+        said += f"; beside chance: {called(found, chance(cells, name))}"
     return said
+
+
+def own_range(cells, name):
+    """The range of `paper` over the seeds that the arm has, too."""
+    own = [number(cells["paper"][seed], JUDGED) for seed in differences(cells, name)]
+    return max(own) - min(own)
+
+
+def chance(cells, name):
+    """The largest difference to `paper` that another seed makes; None if that was not run."""
+    same_vae = not ARMS[name].vae and DIT_AGAIN in cells
+    found = differences(cells, DIT_AGAIN if same_vae else AGAIN).values()
+    return max(map(abs, found), default=None)
 
 
 def differences(cells, name):
@@ -331,10 +341,9 @@ def differences(cells, name):
 
 
 def called(found, limit):
-    """Better or worse, if all differences have the same sign and their mean exceeds the limit."""
-    values = found.values()
-    mean = sum(values) / len(values)
-    if abs(mean) <= limit or not (all(d < 0 for d in values) or all(d > 0 for d in values)):
+    """Better or worse, if all differences in a list have the same sign and their mean exceeds the limit."""
+    mean = statistics.mean(found)
+    if abs(mean) <= limit or not (all(d < 0 for d in found) or all(d > 0 for d in found)):
         return "no difference"
     return f"{'better' if mean < 0 else 'worse'} than paper"
 
@@ -389,6 +398,38 @@ def report(cells, folder, title):
     figures.plot(panels, folder / f"{title}.png", size=(16, 6))
 
 
+def side_by_side(folder):
+    """Write README.md: the differences of all arms to `paper`, in every setting with cells in `folder`."""
+    settings = {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
+    lines = ["# FD of samples: the method's (`paper`), and what every other arm's is above it\n",
+             f"| arm | {' | '.join(settings)} |", "|---" * (1 + len(settings)) + "|"]
+    for name in ARMS:
+        row = [difference(cells, name) for cells in settings.values()]
+        if any(row):
+            lines.append(f"| {name} | {' | '.join(row)} |")
+    lines.append("\nMean over the seeds, and how many of them have its sign. Bold counts: all seeds have it, "
+                 "and the mean exceeds what\nanother seed makes (`paper, again`), or if that was not run, "
+                 "`paper`'s range. More in each setting's <name>.md.\n")
+    runs.replace(folder / "README.md", "\n".join(lines))
+
+
+def difference(cells, name):
+    """An arm's cell in the table of all settings; empty if there is nothing to compare."""
+    found = differences(cells, name).values()
+    if not found:
+        return ""
+    if name == "paper":
+        return f"{statistics.mean(number(line, JUDGED) for line in cells[name].values()):.3g}"
+    if name in (AGAIN, DIT_AGAIN):
+        return f"{max(map(abs, found)):.2g} at most"
+    mean = statistics.mean(found)
+    said = f"{mean:+.2g}, {sum(d * mean > 0 for d in found)} of {len(found)}".replace("-", "−")
+    limit = chance(cells, name)
+    limit = own_range(cells, name) if limit is None else limit
+    counts = len(found) > 1 and called(found, limit) != "no difference"
+    return f"**{said}**" if counts else said
+
+
 def spread(values, seeds):
     of = "" if len(values) == seeds else f"; {len(values)} of {seeds} seeds"
     return f"{sum(values) / len(values):.4g} ({min(values):.4g} to {max(values):.4g}{of})"
@@ -435,6 +476,7 @@ def main(cfg):
     if not cells:
         raise SystemExit(f"{path}: has no cells yet; run without --report=True")
     report(cells, folder, name)
+    side_by_side(folder)
     return cells
 
 

@@ -249,6 +249,27 @@ def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     assert Image.open(tmp_path / "tiny.png").width == 1600
 
 
+def test_all_settings_stand_side_by_side_and_bold_is_what_counts(tmp_path):
+    def write(name, **arms):
+        text = [json.dumps(line(arm.replace("_", " "), seed, fd)) + "\n"
+                for arm, values in arms.items() for seed, fd in enumerate(values)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(text))
+    scratch = {"scratch": (0.9, 1.0, 1.12)}                           # 0.107 above
+    write("long", paper=(0.8, 0.9, 1.0), no_alignment=(0.7, 0.82, 0.9), **{"paper,_again": (0.85, 0.9, 0.96)})
+    write("photos", paper=(80.0, 81.0, 82.0), no_alignment=(78.0, 82.0, 75.0), SLS=(70.0, 71.0, 70.0))
+    write("tiny", paper=(0.8, 0.9, 1.0), SLS=(0.4,), **scratch)
+    ablation.main(Config(name="long", results=str(tmp_path), report=True))
+    rows = [row.split(" | ") for row in (tmp_path / "README.md").read_text().splitlines() if row[:1] == "|"]
+    table = {name.removeprefix("| "): [text.removesuffix(" |") for text in found] for name, *found in rows}
+    assert table["arm"] == ["long", "photos", "tiny"]
+    assert table["paper"] == ["0.9", "81", "0.9"]
+    assert table["paper, again"] == ["0.05 at most", "", ""]
+    assert table["no alignment"] == ["**−0.093, 3 of 3**", "−2.7, 2 of 3", ""]      # beyond chance; not all
+    assert table["SLS"] == ["", "**−11, 3 of 3**", "−0.4, 1 of 1"]                  # beyond the range; one
+    assert table["scratch"] == ["", "", "+0.11, 3 of 3"]                            # within the range, 0.2
+    assert "VF, mean" not in table
+
+
 def test_a_log_of_few_rows_is_averaged_over_those():
     cells = {"paper": {0: line("paper", 0, 0.8, losses=[0.9, 0.7])},
              "scratch": {0: line("scratch", 0, 0.8, losses=[0.9, 0.6])},
