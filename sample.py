@@ -55,7 +55,8 @@ class Config:
     shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: the run's own", within=(-1, 1000))
     grid: str = field("", "sd3: its end is shifted twice, as in diffusers; empty: the run's own",
                       choices=("", "plain", "sd3"))
-    cfg: float = field(-1.0, "guidance scale, 1: none; negative: the run's own", within=(-1, 1000))
+    cfg: float = field(-1.0, "guidance scale; 1: none, 0: no class or prompt; negative: the run's own",
+                       within=(-1, 1000))
     cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end", within=(0, 1))
     cfg_end: float = field(1.0, "see cfg_start", within=(0, 1))
     keep: int = field(-1, "how many details to draw and decode (support/levels.py); negative: all",
@@ -145,8 +146,8 @@ def time_grid(steps, shift=1.0, twice=False):
     """steps + 1 floats from 0 to 1, computed in float64; Python numbers, so that no step waits for a GPU.
 
     twice: as in diffusers' SD3 scheduler, which shifts the last of its 1000 training times, and then shifts
-    it again with the whole grid. The last step is then shorter than on the plain grid, and always begins at
-    the same t (0.991 with SD3's shift).
+    it again with the whole grid. So from two steps on, the last always begins at the same t (0.991 with SD3's
+    shift): it is shorter than on the plain grid of fewer than 335 steps.
     """
     if twice:
         even = torch.linspace(0, shift_time(0.999, shift), steps, dtype=torch.float64)

@@ -56,6 +56,8 @@ def check_sizes(cfg, vae):
     if cfg.halvings and not cfg.crop and not runs.checkpoints(cfg.out):
         raise SystemExit(f"--halvings={cfg.halvings} halves only images that are then cropped; give sides of "
                          "crops by --crop=, or --halvings=0")
+    if cfg.r & (cfg.r - 1):                        # of a DA-VAE, DAVAEConfig says so
+        raise SystemExit(f"--r={cfg.r}: wanted 1, 2, 4, 8, ...: the base image is made by repeated halving")
     side = multiple(cfg, vae)
     for name, pixels in [("image_size", cfg.image_size)] + [("crop", side) for side in cfg.crop]:
         if pixels % side:

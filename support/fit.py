@@ -96,7 +96,7 @@ def fit_new_blocks(vae, images, align=1.0, pixels=False, strength=1e-6):
     images: batches (B, 3, H, W) of training images; some 20 latent pixels for each of the 9 (C+D) unknowns
     align:  0: the directions of reduced-rank regression, strongest first in the order of support/levels.py;
             1: group means are the best linear prediction of z; or in between
-    pixels: the baseline: z_d is D/C of every r^2 pixels of U, unchanged (space to depth); with `align` 0
+    pixels: the baseline: z_d is D/C of every r^2 pixels of U, only scaled (space to depth); with `align` 0
     strength: of the ridge, for what the images leave undetermined
     Every rank may fit the same images: DistributedDataParallel then uses rank 0's result.
     returns {"kept": of the features' energy that z does not predict, the fraction that [z, z_d] predict;

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from support import hub
 from support.pretrained import import_transformers, load_pretrained
 
-# Above MOST positions, each step draws DRAWN of them at random: the matrix of 4,096 takes 64 MiB an image.
+# Above MOST positions, L_mdms is over DRAWN of them, others in each step: the matrix of 4,096 takes 64 MiB an
+# image.
 MOST = 1024
 DRAWN = 512
 APART = 0x5F3759                  # seeds a separate generator, so that a step's other random numbers stay
@@ -34,14 +35,15 @@ def vf_loss(s, f, m1, m2):
     with torch.autocast(s.device.type, enabled=False):
         s = F.normalize(s.float().flatten(2), dim=1, eps=1e-12)               # (B, K, N), unit columns
         f = F.normalize(f.detach().float().flatten(2), dim=1, eps=1e-12)
+        terms = {}
+        if s.shape[1] == f.shape[1]:
+            terms["mcos"] = F.relu(1 - m1 - (s * f).sum(dim=1)).mean()
         if s.shape[2] > MOST:
             generator = torch.Generator().manual_seed(torch.initial_seed() ^ APART)
             some = torch.randperm(s.shape[2], generator=generator)[:DRAWN].to(s.device)
             s, f = s[:, :, some], f[:, :, some]
         difference = s.mT @ s - f.mT @ f                                      # (B, N, N)
-        terms = {"mdms": F.relu(difference.abs() - m2).mean()}
-        if s.shape[1] == f.shape[1]:
-            terms["mcos"] = F.relu(1 - m1 - (s * f).sum(dim=1)).mean()
+        terms["mdms"] = F.relu(difference.abs() - m2).mean()
     return terms
 
 

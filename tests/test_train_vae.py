@@ -416,6 +416,7 @@ def test_a_failing_picture_costs_no_checkpoint(davae_config, tmp_path, monkeypat
     (dict(image_size=62), "--image_size=62: this VAE takes multiples of 4; give --image_size=64"),
     (dict(halvings=2), "--halvings=2 halves only images that are then cropped; give sides of crops by"),
     (dict(crop=(10,)), "--crop=10: this VAE takes multiples of 4; give --crop=8"),
+    (dict(D=0, base="", r=3, image_size=96), "--r=3: wanted 1, 2, 4, 8, ...: the base image is made by"),
     (dict(crop=(32, 128)), "--crop=128 is larger than --image_size=64; give less"),
     (dict(D=0, base="", image_size=64, crop=(40,)), "--crop=40 is larger than --image_size=64 / 2; give"),
     (dict(train="up", gan=0.0), "--train=up freezes the layer whose gradients weight the alignment; give"),

@@ -84,7 +84,7 @@ def test_the_teacher_gets_no_gradient_and_autocast_has_no_effect():
     assert f.grad is None and s.grad.any()
 
 
-def test_many_positions_are_subsampled_alike_for_both_by_a_separate_generator():
+def test_of_many_positions_the_matrix_term_takes_the_same_part_of_both_by_a_separate_generator():
     torch.manual_seed(5)
     s, f = torch.randn(1, 4, 33, 33), torch.randn(1, 4, 33, 33)
     torch.manual_seed(6)
@@ -96,10 +96,17 @@ def test_many_positions_are_subsampled_alike_for_both_by_a_separate_generator():
     again = vf_loss(s, f, 0.0, 0.0)
     torch.manual_seed(7)
     others = vf_loss(s, f, 0.0, 0.0)
-    assert torch.equal(some["mcos"], again["mcos"]) and not torch.equal(some["mcos"], others["mcos"])
+    assert torch.equal(some["mdms"], again["mdms"]) and not torch.equal(some["mdms"], others["mdms"])
     assert vf_loss(2 * f, f, 0.0, 0.0)["mdms"] < 1e-6              # the same positions of both
-    every = 1 - F.cosine_similarity(s, f, dim=1).mean()
-    assert abs(some["mcos"] - every) < 0.1
+    every = (cosines(s) - cosines(f)).abs().mean()
+    assert 0 < abs(some["mdms"] - every) < 0.1
+    assert torch.allclose(some["mcos"], 1 - F.cosine_similarity(s, f, dim=1).mean(), atol=1e-6)      # all
+
+
+def cosines(s):
+    """(B, N, N) of all pairs of positions."""
+    s = F.normalize(s.flatten(2), dim=1)
+    return s.mT @ s
 
 
 def test_group_means_can_match_where_the_details_geometry_does_not():
