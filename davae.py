@@ -34,6 +34,7 @@ class DAVAEConfig:
     D: int = 96                   # detail channels, a multiple of C
     r: int = 2                    # side of the full image / side of the base image; a power of two
     detail_dropout: float = 0.1   # probability of decoding an image without details, in training only
+    detail_noise: float = 0.0     # the most noise on what the decoder sees of them, in stds, in training only
     rescale: bool = False         # divide the surviving details by 1 - detail_dropout, as the authors do
     latent_shortcut: bool = False  # the down block's shortcut reads the base's own latent (support/fit.py)
 
@@ -194,7 +195,7 @@ class DAVAE(nn.Module):
     Differs from the authors' code in two points. Details that survive dropout are not multiplied by 1/(1-p)
     unless `rescale`: the decoder would then see z_d at one scale in training and at another afterwards.
     Alignment and decoder use normalised base latents for every base, as in their SD3 code; their ImageNet
-    code uses raw ones.
+    code uses raw ones. With `detail_noise`, the decoder also learns to forgive the transformer's errors.
     raises: ValueError unless D is a multiple of both C and r^2 / 2
     """
 
@@ -206,14 +207,12 @@ class DAVAE(nn.Module):
         self.D = cfg.D
         self.r = cfg.r
         self.f = base.f * cfg.r
-
         self.base = base.requires_grad_(False)
         self.detail_encoder = deepcopy(base.encoder).requires_grad_(True)
         head = LatentHead(base) if cfg.latent_shortcut else None
         self.down = DownBlock(base.width, 2 * cfg.D, cfg.r, head)
         self.up = UpBlock(base.C + cfg.D, base.width, cfg.r)
         self.decoder = deepcopy(base.decoder).requires_grad_(True)
-
         self.register_buffer("mean", torch.zeros(cfg.D))           # of z_d, measured on training images
         self.register_buffer("std", torch.ones(cfg.D))
 
@@ -234,7 +233,12 @@ class DAVAE(nn.Module):
         else:                                                      # detail dropout: per image, all or none
             seen = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.cfg.detail_dropout
             seen = seen / (1 - self.cfg.detail_dropout) if self.cfg.rescale else seen
-        return Reconstruction(self.decode_raw(z, z_d * seen.to(z_d.dtype)), posterior, z_d, z)
+        noisy = z_d
+        if self.cfg.detail_noise:                                  # not in the paper; RAE, Zheng et al., 2025
+            s = self.cfg.detail_noise * torch.rand(len(x), 1, 1, 1, device=x.device)
+            std = z_d.detach().std(dim=(0, 2, 3), correction=0, keepdim=True)
+            noisy = z_d + (s * std * torch.randn_like(z_d)).to(z_d.dtype)
+        return Reconstruction(self.decode_raw(z, noisy * seen.to(z_d.dtype)), posterior, z_d, z)
 
     @torch.no_grad()
     def encode_base(self, x):
@@ -460,8 +464,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
-        return h + self.nin_shortcut(x)
+        return self.conv2(self.norm2(h)) + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -470,10 +473,7 @@ class AttnBlock(nn.Module):
     def __init__(self, width, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.q = nn.Conv2d(width, width, 1)
-        self.k = nn.Conv2d(width, width, 1)
-        self.v = nn.Conv2d(width, width, 1)
-        self.proj_out = nn.Conv2d(width, width, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x):
         # Flash attention needs contiguous rows, so the 1x1 convolutions are computed as Linear layers. In

@@ -55,6 +55,7 @@ class Config:
                               "the down block; blocks: trains only the new blocks",
                        choices=("all", "decoder", "up", "blocks"))
     detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
+    detail_noise: float = field(0.0, "the most noise on what the decoder sees of them, in stds", at_least=0)
     keep_levels: tuple = field((), "instead: each image keeps one of these numbers of details (DC-AE 1.5)",
                                within=(0, 4096), count=(0, 256))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
@@ -68,8 +69,7 @@ class Config:
                           within=(1, 8192), count=(1, 12))
     blocks: int = field(2, "D = 0, no base given: residual blocks per level", within=(1, 100))
     groups: int = field(32, "D = 0, no base given: groups of each GroupNorm", within=(1, 8192))
-    attn: tuple = field((), "D = 0, no base given: levels with attention, 0 at full size", within=(0, 11),
-                        count=(0, 12))
+    attn: tuple = field((), "D = 0, no base given: levels with attention", within=(0, 11), count=(0, 12))
     quant: bool = field(False, "D = 0, no base given: 1x1 convolutions on both sides of the latent")
     # losses (Tab. S1)
     perceptual: str = field("vgg", "LPIPS's network", choices=("vgg", "squeeze", "none"))
@@ -468,7 +468,8 @@ def initial_vae(cfg, known=()):
     if cfg.D == 0:
         return PlainVAE(given.base)
     vae = DAVAE(given.base, DAVAEConfig(D=cfg.D, r=cfg.r, detail_dropout=cfg.detail_dropout,
-                                        rescale=cfg.rescale, latent_shortcut=cfg.fit != "random"))
+                                        detail_noise=cfg.detail_noise, rescale=cfg.rescale,
+                                        latent_shortcut=cfg.fit != "random"))
     if cfg.fit != "random":
         check_fit(vae)
     return vae
@@ -566,8 +567,7 @@ def validate(run, done, vae, val):
     scores = []
     with runs.picture_may_fail(f"{run.cfg.out}: reconstructions"), ranks.autocast(run.cfg.dtype, val.device):
         pairs = [reconstruct(vae, x) for x in images.split(min(32, run.cfg.micro_batch))]
-        base = torch.cat([pair[0] for pair in pairs])
-        full = torch.cat([pair[1] for pair in pairs])
+        base, full = (torch.cat(parts) for parts in zip(*pairs))
         scores.append(torch.stack([psnr(base, images), psnr(full, images)], dim=1))
         if run.rank == 0:
             draw(run.cfg, done, vae, images, base, full)

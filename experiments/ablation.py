@@ -106,8 +106,11 @@ ARMS = {
                      "--N=0 --keep_levels={levels}"),
     "paper + ADT": Arm("or hiding channels from the method's DiT?", dit="--keep_levels={levels}"),
     "all": Arm("and everything together?", "--keep_levels={levels}", "--keep_levels={levels}"),
+    "paper, noise": Arm("must the decoder forgive the transformer's errors?", "--detail_noise=1"),
+    "no alignment, noise": Arm("or that of details without alignment?", f"{UNALIGNED} --detail_noise=1"),
 }
-OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS", "SLS + ADT", "paper + ADT"]
+OF_PHOTOS = ["paper", "no alignment", "space to depth", "scratch", "SLS", "SLS + ADT", "paper + ADT",
+             "paper, noise"]
 SCALES = {"tiny": (1, 2), "photos": (2,)}                          # of guidance; the last one is judged
 SETTING = ("preset", "n", "train_flags", "vae_flags", "dit_flags", "base", "data_dir", "eval_dir")
 

@@ -1,6 +1,7 @@
 """davae.py against closed forms and the paper's claims."""
 import math
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,29 @@ def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_dav
     assert 4 < dropped.sum() < 32
     assert torch.equal(decoded[~dropped], rec.z_d[~dropped] * scale)
     assert rec.z_d.abs().amax((1, 2, 3)).min() > 0                 # alignment sees what was dropped
+
+
+def test_detail_noise_is_uniform_in_strength_and_scales_with_each_channels_std(make_davae):
+    """Only the decoder sees it, and only in training passes: aligned details and latents have none."""
+    vae = make_davae(detail_noise=2.0, detail_dropout=0.0).train()
+    scales = torch.logspace(-1, 1, 12).view(12, 1, 1)
+    details = torch.randn(256, 12, 4, 4) * scales
+    vae.detail_posterior = lambda x: SimpleNamespace(sample=lambda: details, mean=details)
+    seen = []
+    vae.decode_raw = lambda z, z_d: seen.append(z_d)
+    x = torch.rand(256, 3, 16, 16)
+    torch.manual_seed(0)
+    assert torch.equal(vae(x).z_d, details)
+
+    noise = (seen[0] - details) / details.std(dim=(0, 2, 3), correction=0, keepdim=True)
+    strength = noise.std(dim=(1, 2, 3))                            # of each image, over its 192 numbers
+    assert strength.min() < 0.1 and 1.9 < strength.max() < 2.3
+    assert strength.mean().item() == pytest.approx(1.0, abs=0.1)
+    assert strength.std().item() == pytest.approx(2 / 12**0.5, abs=0.05)
+    of_channels = noise.std(dim=(0, 2, 3))                         # E[s^2] = 4/3, whatever their scale
+    assert torch.allclose(of_channels, torch.full((12,), (4 / 3)**0.5), rtol=0.1)
+    encoded = (details - vae.mean[:, None, None]) / vae.std[:, None, None]
+    assert torch.equal(vae.encode(x)[:, 4:], encoded)
 
 
 def test_a_plain_vae_is_the_base_vae_and_trains(make_base):
