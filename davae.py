@@ -390,7 +390,7 @@ class BaseVAE(nn.Module):
     its new blocks replace the other two. `from_latent` is a convolution or a Sequential that ends in one. Any
     later layers belong to `decoder`: the up block, which is linear, could not replace them. (So
     AutoencoderKL's decoder begins with Mid, and TAEF2's with a ReLU.)
-    The class is found by its name in support/bases.py:BASES. A base without a posterior overrides `encode`.
+    Found by its name in support/bases.py:BASES. One without a posterior overrides `posterior` and `encode`.
     mean, std (C,): the statistics with which the pretrained pipeline normalises latents
     """
     block = 1              # both sides of a latent must be multiples of this; 2 for FLUX.2's VAE

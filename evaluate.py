@@ -205,14 +205,16 @@ def image_table(decodings, batches, rulers, device):
     batches: this rank's share of the images, possibly none: (x in [-1, 1], the numbers of its images).
     raises: SystemExit if all ranks together have too few images
     """
-    numbers, digests, real, measured = [], [], [], {}
+    numbers, digests, real, measured, columns = [], [], [], {}, {}
     for x, some in batches:
         x = x.to(device)
         numbers += some
         digests.append(torch.tensor([int(hash_of(image)[:15], 16) for image in data.to_uint8(x)]))
         real.append(rulers.features(x)[0])
         for row, y in decodings(x).items():
-            measured.setdefault(row, []).append((pair_scores(x, y, rulers.lpips), rulers.features(y)[0]))
+            scores = pair_scores(x, y, rulers.lpips)
+            columns |= dict.fromkeys(scores)
+            measured.setdefault(row, []).append((torch.stack([*scores.values()], 1), rulers.features(y)[0]))
 
     # all ranks' images, in order
     digests = gather(digests, numbers)
@@ -220,13 +222,13 @@ def image_table(decodings, batches, rulers, device):
     least = 2 if rulers.features.name else 1
     if len(real) < least:
         raise SystemExit(f"{len(real)} images can be measured, wanted at least {least}")
-    names = dict.fromkeys(itertools.chain(*from_all(list(measured))))
+    names, columns = (dict.fromkeys(itertools.chain(*from_all(list(found)))) for found in (measured, columns))
     table = {}
     for row in names:
         parts = measured.get(row, [])
-        scores = gather([scores for scores, _ in parts], numbers)                  # (N, 2 or 3)
+        scores = gather([scores for scores, _ in parts], numbers)                  # (N, columns)
         f = gather([f for _, f in parts], numbers)                                 # (N, d)
-        table[row] = dict(zip(("psnr", "ssim", "lpips"), scores.mean(0).tolist()))
+        table[row] = dict(zip(columns, scores.mean(0).tolist()))
         table[row]["images"] = len(f)
         if rulers.features.name and this_rank() == 0:                              # the others wait
             table[row] |= distances(rulers.features.name, f, moments(real))        # of Inception: the rFID
@@ -234,11 +236,11 @@ def image_table(decodings, batches, rulers, device):
 
 
 def pair_scores(x, y, lpips=None):
-    """PSNR, SSIM and, with its network, LPIPS of each pair, (B, 3, H, W): (B, 2 or 3), float64."""
-    scores = [metrics.psnr(x, y), metrics.ssim(x, y)]
+    """{"psnr", "ssim" and, with its network, "lpips": (B,) float64} of pairs of images (B, 3, H, W)."""
+    scores = {"psnr": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)}
     if lpips is not None:
-        scores.append(lpips(x, y).flatten())
-    return torch.stack([score.double() for score in scores], dim=1)
+        scores["lpips"] = lpips(x, y).flatten()
+    return {name: score.double() for name, score in scores.items()}
 
 
 # ---------------------------------------------------------------- generation

@@ -329,7 +329,6 @@ def main(cfg):
     del base                                                       # to free its memory
     if not cfg.shard:
         ranks.share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
-
     autocast = ranks.autocast(cfg.dtype, device)
     for n, (z_all, y) in run.steps(latents_at(run.start)):
 
@@ -381,7 +380,7 @@ def learning_rate(step, cfg):
 def prove_warm_start(base, model, vae, z_all, y, condition, run):
     """Print how far the widened model is from the base (0.0), and draw samples of both from the same noise.
 
-    On sixteen latents of the first batch, at most micro_batch at a time.
+    Both are in eval mode, on sixteen latents of the first batch, at most micro_batch at a time.
     raises: SystemExit if the models differ
     """
     cfg = run.cfg
@@ -389,7 +388,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
     found = []
     for z_part, y_part in zip(z.split(cfg.micro_batch), y.split(cfg.micro_batch)):
         with specifications(), ranks.autocast(cfg.dtype, z.device):
-            found.append(warm_start_difference(base, model, z_part, condition(y_part, drop=0.0)))
+            found.append(warm_start_difference(base, model.eval(), z_part, condition(y_part, drop=0.0)))
     change, detail = torch.tensor(found, dtype=torch.float64).amax(0).tolist()     # nan, if any of them is
     if run.rank == 0:
         tqdm.write(f"{cfg.out}: warm start, {len(z)} latents, random z_d: max |v - v_base| = {change}, "
@@ -400,6 +399,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
     run.results["warm_start"] = change
     with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
         draw_warm_start(base, model, vae, z[:8], y[:8], condition, run)
+    model.train()
 
 
 @torch.no_grad()

@@ -182,13 +182,13 @@ def vae_loss(vae, rec, x, cfg, nets, gan_on=False):
     parts = {"l1": (x_hat - x).abs().mean()}
     if nets.lpips is not None:
         parts["lpips"] = nets.lpips(x_hat, x).float().mean()
-    nll = sum(parts.values())                                              # the reconstruction error
+    nll = parts["l1"] + parts.get("lpips", 0.0)                            # the reconstruction error
     parts["kl"] = rec.posterior.kl()
-    loss = nll + cfg.kl * parts["kl"]
+    kl = cfg.kl * parts["kl"]
     if cfg.reduction == "sum":
         nll = nll * x[0].numel()
-        loss = nll + cfg.kl * 0.5 * parts["kl"] * rec.z_d[0].numel()
-
+        kl = 0.5 * kl * rec.z_d[0].numel()
+    loss = nll + kl
     if checks.is_aligned(cfg):
         parts |= alignment(rec, x, cfg, nets)                              # Eq. (3), (4)
         weight = cfg.align

@@ -109,7 +109,7 @@ def decodings(vae, others, dtype, x):
 
 
 def measure(decode, found, lpips, scores):
-    """Add an image's scores to `scores`, {size: {name: [(n, 2 or 3)]}}; above 512 pixels, one view at a time.
+    """Add an image's scores to `scores`, {size: {name: [{metric: (n,)}]}}; above 512 pixels view by view.
 
     returns {size: {name: (1, 3, h, w)}}: the middle crop, decoded, and as "input" itself
     """
@@ -121,7 +121,7 @@ def measure(decode, found, lpips, scores):
         for k, x in enumerate(view.split(at_once)):
             decoded = decode(x)
             for name, y in decoded.items():
-                rows.setdefault(name, []).append(evaluate.pair_scores(x, y, lpips).cpu())
+                rows.setdefault(name, []).append(evaluate.pair_scores(x, y, lpips))
             if k == part:
                 shown[size] = {name: y[place][None].cpu() for name, y in (decoded | {"input": x}).items()}
     return shown
@@ -131,13 +131,16 @@ def summarise(scores):
     """The table {"size, name": numbers}, means over all crops of the scores from `measure`."""
     table = {}
     for size, rows in scores.items():
-        means = {name: torch.cat(parts).mean(0).tolist() for name, parts in rows.items()}
+        crops = sum(len(part["psnr"]) for part in rows["full size"])
+        means = {}
+        for name, parts in rows.items():
+            means[name] = {metric: torch.cat([part[metric] for part in parts]).mean().item()
+                           for metric in parts[0]}
         full = means["full size"]
         for name, mean in means.items():
-            row = dict(zip(("psnr", "ssim", "lpips"), mean)) | {"crops": sum(map(len, rows[name]))}
-            row["dB behind"] = full[0] - mean[0]
-            if len(mean) == 3:
-                row["lpips ratio"] = mean[2] / full[2]
+            row = mean | {"crops": crops, "dB behind": full["psnr"] - mean["psnr"]}
+            if "lpips" in mean:
+                row["lpips ratio"] = mean["lpips"] / full["lpips"]
             table[f"{size}, {name}"] = row
     return table
 

@@ -86,9 +86,9 @@ def check_alignment(cfg, vae):
     if cfg.project == "mean" and cfg.teacher != "base":
         raise SystemExit("--project=mean groups details by the base's channels, and --teacher= names another "
                          "teacher; give --project=conv, or --project=raw with --distance=vf")
-    if cfg.project == "raw" and cfg.distance == "mse" and (cfg.teacher != "base" or vae.C != vae.D):
+    if cfg.project == "raw" and cfg.distance != "vf" and (cfg.teacher != "base" or vae.C != vae.D):
         raise SystemExit("--project=raw keeps the details' channels, which are not the teacher's, and "
-                         "--distance=mse compares channel by channel; give --distance=vf")
+                         f"--distance={cfg.distance} compares channel by channel; give --distance=vf")
     if cfg.teacher != "base" and cfg.buckets > 1:
         raise SystemExit(f"--buckets={cfg.buckets:g}: the teacher takes square images; leave it out, or give "
                          "--teacher=base")
@@ -101,6 +101,10 @@ def before_finetuning(cfg, world):
     """raises: SystemExit with one sentence, before anything is loaded or trained"""
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
+    for name in ("model", "p", "E", "depth", "A", "qk_norm"):
+        if cfg.base and name in getattr(cfg, "given", ()):
+            raise SystemExit(f"--{name}={getattr(cfg, name)} is for a model from scratch, and {cfg.base} is "
+                             f"widened as it is: leave out --{name}, or give --base=")
     if not cfg.base and (cfg.lora or not cfg.zero_init) and not runs.checkpoints(cfg.out):
         flag, instead = "--zero_init=False", "--zero_init=True"
         if cfg.lora:

@@ -390,7 +390,8 @@ def fill(module, sd):
     """Fill a module made on "meta" with copies of its weights, in float32 on the CPU.
 
     Each copy replaces its source in `sd`, one by one, so that a file is never in memory twice.
-    raises: ValueError naming weights that are missing, left over, of another shape, or not finite
+    raises: ValueError naming weights that are missing, left over, of another shape, or not finite, or buffers
+            that no file holds
     """
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in sd]
@@ -402,6 +403,10 @@ def fill(module, sd):
     for name, like in wanted.items():
         sd[name] = own(name, sd[name], like)
     module.load_state_dict(sd, strict=True, assign=True)
+    unmade = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if unmade and not hasattr(module, "build_tables"):
+        raise ValueError(f"{type(module).__name__} has buffers that are not saved, so nobody fills them: "
+                         f"{some(unmade)}; give them persistent=True, or make them in build_tables(device)")
 
 
 def own(name, weight, like):

@@ -85,7 +85,7 @@ def latent_of(vae, stages, kind):
 
 
 def takes_text(ModelConfig):
-    """Is the transformer of this config conditioned on text?"""
+    """Is the transformer of this config conditioned on text?  `context` is the width of its text tokens."""
     return "context" in {f.name for f in dataclasses.fields(ModelConfig)}
 
 

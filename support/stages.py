@@ -216,7 +216,10 @@ def plan(cfg, makers, rank, device):
     for maker, stage in timed:
         passes = ranks.accumulation(stage.batch_size, stage.micro_batch, ranks.world_size())
         n = stage.batch_size // ranks.world_size() // passes
-        model, step = maker.trial(stage, n, device, known, classes)
+        try:
+            model, step = maker.trial(stage, n, device, known, classes)
+        except (SystemExit, ValueError) as refusal:
+            raise refused(refusal, maker, stage, cfg) from None
         known[stage.out] = model
         left = stage.steps - max(0, runs.step_of(stage.out))
         times[stage.out] = left * passes * seconds_of(step, device)
@@ -226,6 +229,17 @@ def plan(cfg, makers, rank, device):
     for _, stage in reversed(timed):
         cfg.after[stage.out] = later
         later += times[stage.out]
+
+
+def refused(refusal, maker, stage, cfg):
+    """Why a stage cannot be trained; if it is another's, also how to give it the flags that are advised."""
+    if stage is cfg:
+        return refusal
+    flag = "vae" if maker.makes[stage.D > 0] == "DA-VAE" else "base"
+    command = config.command(maker.script, stage, maker.presets)
+    return SystemExit(f"{refusal}\n({stage.out} refuses, which {cfg.out} needs. It takes no flags of "
+                      f"this command: train it first, with what you change, by\n    {command}\n"
+                      f"and then give --{flag}={stage.out})")
 
 
 def seconds_of(step, device):

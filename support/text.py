@@ -65,6 +65,8 @@ class Conditioner:
             self.text.need(["", *self.captions])
             self.text.check_widths(vars(dit.cfg))
         elif rank == 0:
+            if self.captions:
+                print(f"{cfg.out}: captions are not used: {type(dit).__name__} is conditioned on classes")
             say_if_other_classes(cfg.base, train_set.classes)
 
     @property

@@ -6,7 +6,7 @@ import pytest
 
 import finetune
 import train_vae
-from support import checks, runs
+from support import checks, config, runs
 
 
 def test_a_base_with_fewer_classes_than_the_images_is_refused(make_dit):
@@ -32,6 +32,18 @@ def test_flags_that_would_do_nothing_are_refused(changes, refused, tmp_path):
     if not cfg.shard:                                              # a run of before there was this check
         runs.save_folder(tmp_path / "step_000001", {}, {"config": {}})
         checks.before_finetuning(cfg, world=1)
+
+
+def test_sizes_on_the_command_line_are_for_a_model_from_scratch():
+    def check(*flags):
+        checks.before_finetuning(config.cli(finetune.Config, finetune.PRESETS, ["tiny", *flags]), world=1)
+
+    check()                                                        # the preset's own are no flags
+    check("--base=", "--E=64", "--model=USiT")
+    with pytest.raises(SystemExit, match="--E=64 is for a model from scratch, and out/tiny-base is"):
+        check("--E=64")
+    with pytest.raises(SystemExit, match="--model=USiT is for .* leave out --model, or give --base="):
+        check("--model=USiT")
 
 
 @pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])

@@ -361,6 +361,19 @@ def photo_run(tiny_run, photos, tmp_path):
     return str(run), folder
 
 
+def test_a_metric_of_your_own_keeps_its_name(monkeypatch):
+    usual = evaluate.pair_scores
+
+    def with_brightness(x, y, lpips):
+        return usual(x, y, lpips) | {"brightness": (y - x).mean((1, 2, 3)).double()}
+
+    monkeypatch.setattr(evaluate, "pair_scores", with_brightness)
+    x = torch.rand(4, 3, 16, 16) - 0.5
+    table, _, _ = evaluate.image_table(lambda x: {"lighter": x + 0.25}, [(x, range(4))], NOTHING, "cpu")
+    assert list(table["lighter"]) == ["psnr", "ssim", "brightness", "images"]
+    assert table["lighter"]["brightness"] == pytest.approx(0.25)
+
+
 NOT_DRAWN = ("no samples are drawn, because no network measures them: give --lpips_trunk= (SqueezeNet-FD) or "
              "--inception_weights= (FID), or --features=none to draw for img/s alone")
 

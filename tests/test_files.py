@@ -270,6 +270,21 @@ def test_a_misnamed_file_is_read_by_its_contents_or_must_be_renamed(tmp_path):
     assert "written by torch.save, not safetensors; rename it" in refused(tmp_path / "a.safetensors")
 
 
+def test_a_buffer_that_no_file_holds_is_named_unless_the_module_makes_it():
+    class Model(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("table", torch.ones(3), persistent=False)
+
+    with torch.device("meta"):
+        model = Model()
+    sd = torch.nn.Linear(2, 2).state_dict()
+    with pytest.raises(ValueError, match="Model has buffers that are not saved.* table; give them"):
+        files.fill(model, dict(sd))
+    Model.build_tables = lambda self, device: None
+    files.fill(model, sd)
+
+
 def test_a_file_damaged_anywhere_loads_or_is_refused_in_one_sentence(tmp_path):
     file = tmp_path / "model.pt"
     for zipped in (True, False):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -653,6 +654,22 @@ class Linear(torch.nn.Module):
         x = torch.relu(self.blocks[0](x))
         heads = [self.O] if self.O_new is None else [self.O, self.O_new]
         return torch.cat([dit.unpatchify(O(x), self.cfg.p, *z_all.shape[2:]) for O in heads], dim=1)
+
+
+def test_dropout_of_your_own_model_is_off_in_the_warm_start_check_and_on_in_training(
+        finetune_config, tmp_path, monkeypatch):
+    widened, rates = finetune.initial_dit, []
+
+    def with_dropout(*args):
+        models = widened(*args)
+        for model in models:
+            model.blocks[0].register_forward_hook(
+                lambda block, _, x: rates.append(block.training) or F.dropout(x, 0.5, block.training))
+        return models
+
+    monkeypatch.setattr(finetune, "initial_dit", with_dropout)
+    assert finetune.main(finetune_config(tmp_path / "run", steps=1))["warm_start"] == 0.0
+    assert set(rates) == {False, True}
 
 
 @pytest.mark.parametrize("part", ["P_new", "O_new"])

@@ -253,6 +253,18 @@ def test_a_stage_is_timed_on_as_many_images_as_one_pass_takes(tmp_path, monkeypa
     assert tiny.after["out/tiny-vae"] == pytest.approx(0.01 * (450 + 3 * 420))
 
 
+def test_a_stage_that_refuses_names_the_command_that_takes_the_flags_it_advises(toys, monkeypatch):
+    photos("photos")
+    for presets in (train_vae.PRESETS, finetune.PRESETS):
+        monkeypatch.setitem(presets, "photos", presets["photos"] | {"D": 20})
+    with pytest.raises(SystemExit) as refused:
+        whole_job("--data_dir=photos")
+    said = str(refused.value)
+    assert "--D=20: details in closed form" in said and "give --D=16 or less, or --fit=random\n(out/" in said
+    assert "\n    python train_vae.py photos --out=out/photos-base/photos-vae --data_dir=photos" in said
+    assert said.endswith("and then give --vae=out/photos-base/photos-vae)")
+
+
 def test_step_time_is_a_mean_without_the_first_three_steps(monkeypatch):
     clock = iter([70.0, 90.0, 100.0, 100.1, 100.2, 100.6, 102.0])  # three warm-up calls, then timed ones
     monkeypatch.setattr(stages.time, "time", lambda: next(clock))

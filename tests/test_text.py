@@ -172,7 +172,7 @@ def test_captions_in_a_batch_are_dropped_independently(tmp_path):
     assert 120 < tokens[:, 0, 0].sum() < 180
 
 
-def test_a_conditioner_gives_labels_or_captions_and_can_drop_either(sd3_folder, tmp_path):
+def test_a_conditioner_gives_labels_or_captions_and_can_drop_either(sd3_folder, tmp_path, capsys):
     dit = SimpleNamespace(cfg=SimpleNamespace(num_classes=7))
     words = ["a fox", "snow", "an owl"]
 
@@ -185,7 +185,8 @@ def test_a_conditioner_gives_labels_or_captions_and_can_drop_either(sd3_folder, 
             return 3
 
     y, cpu = torch.tensor([2, 0]), torch.device("cpu")
-    by_class = text.Conditioner(dit, Images(), SimpleNamespace(text="", base=""), cpu, 0)
+    by_class = text.Conditioner(dit, Images(), SimpleNamespace(text="", base="", out="run"), cpu, 0)
+    assert "run: captions are not used: SimpleNamespace is conditioned on classes" in capsys.readouterr().out
     assert by_class(y, 0.0)[0].tolist() == [2, 0] and by_class(y, 1.0)[0].tolist() == [7, 7]
 
     images = Images()

@@ -378,7 +378,7 @@ def test_a_davae_with_r_4_trains_resumes_and_carries_a_dit(davae_config, same_we
     finetune.main(base)
     assert finetune.main(run)["warm_start"] == 0.0
     folder = sample.main(sample.Config(run=run.out, n=2, steps=2, batch_size=2))
-    assert Image.open(folder / "000001.png").size == (64, 64)
+    assert Image.open(folder / "images/000001.png").size == (64, 64)
     entry = evaluate.main(evaluate.Config(run=run.out, n=4, steps=2, images=4, features="none"))
     assert entry["reconstruction"]["DA-VAE"]["positions"] == 64
     assert entry["reconstruction"]["base VAE, full size"]["positions"] == 16 * 64
