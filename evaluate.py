@@ -205,7 +205,8 @@ def image_table(decodings, batches, rulers, device):
     batches: this rank's share of the images, possibly none: (x in [-1, 1], the numbers of its images).
     raises: SystemExit if all ranks together have too few images
     """
-    numbers, digests, real, measured, columns = [], [], [], {}, {}
+    numbers, digests, real = [], [], []
+    measured, columns = {}, {}
     for x, some in batches:
         x = x.to(device)
         numbers += some
