@@ -370,7 +370,7 @@ def main(cfg):
 
         # the VAE: forward and backward, one micro-batch at a time
         pairs = []
-        images = data.to_tensor(x).to(device)
+        images = data.to_tensor(x.to(device))
         for (part,) in ranks.micro_batches(model, accumulate, images, seed=cfg.seed, step=step):
             part = training_batch(part, step, cfg).contiguous(memory_format=layout)
             keep = levels.draw(cfg.keep_levels, len(part), device) if cfg.keep_levels else None

@@ -428,8 +428,16 @@ def own(name, weight, like):
 # ---------------------------------------------------------------- on the disk
 
 
+UMASK = os.umask(0)                                # can only be read by setting it
+os.umask(UMASK)
+
+
 def flush(path):
-    """Wait until a file is on the disk: renamed after that, it is whole or absent, even after a power cut."""
+    """Wait until a file is on the disk: renamed after that, it is whole or absent, even after a power cut.
+
+    Others may read it as the umask says: safetensors makes files that only their owner can read.
+    """
+    os.chmod(path, 0o666 & ~UMASK)
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 

@@ -46,6 +46,10 @@ def latent_source(vae, train_set, cfg, device, rank, world):
     folder = write_cache(vae, train_set, cfg, device, rank, world)
     in_buckets = isinstance(train_set, Buckets)
     latents = LatentsInBuckets(train_set, folder, vae, cfg.D) if in_buckets else Latents(folder, vae, cfg.D)
+    wanted = sum(map(len, train_set.parts)) if in_buckets else len(train_set)
+    if len(latents) != wanted:                                     # the rest is on another machine's disk
+        raise SystemExit(f"{folder}: process {rank} finds {len(latents)} latents of {wanted} images; wanted "
+                         "a disk that all machines share")
     return functools.partial(cached_steps, latents, cfg, device, rank, world)
 
 
@@ -128,7 +132,7 @@ def encode(vae, images, cfg, device):
     """Normalised latents (b, C+D, h, w) of uint8 images (b, H, W, 3), in parts that fit into memory."""
     latents = []
     for part in images.split(ranks.at_once(AT_ONCE, *images.shape[1:3])):
-        x = data.to_tensor(part).to(device)
+        x = data.to_tensor(part.to(device))
         with ranks.autocast(cfg.dtype, device):
             latents.append(vae.encode(x, sample=cfg.detail_sample).float().contiguous())
     return torch.cat(latents)
@@ -224,6 +228,9 @@ class LatentsInBuckets:
     def __init__(self, images, folder, vae, D):
         self.images = images
         self.parts = [Latents(folder / part.name, vae, D) for part in images.parts]
+
+    def __len__(self):
+        return sum(map(len, self.parts))
 
     def plan(self, *args):
         return self.images.plan(*args)
@@ -342,6 +349,8 @@ def is_whole(file, header):
     try:
         with safe_open(file, "pt") as f:
             return f.metadata() == header
+    except PermissionError as error:                               # it may be whole, and another user's
+        raise SystemExit(f"{file}: {error.strerror}; wanted a cache that you may read") from None
     except (OSError, SafetensorError):
         return False
 

@@ -103,7 +103,11 @@ def setup(device="auto"):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # after a restart by torchrun, the addresses that are stored are those of dead processes
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     if dist.is_initialized() and not PATIENT:
         PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return int(os.environ.get("RANK", 0)), world, device
@@ -237,6 +241,15 @@ def from_all(x):
     per_rank = [None] * world_size()
     dist.all_gather_object(per_rank, x, PATIENT[0])
     return per_rank
+
+
+def must_agree(what, mine):
+    """raises: SystemExit in every process, unless all see the same `mine`; what: its name in the sentence"""
+    seen = from_all(mine)
+    for other, theirs in enumerate(seen):
+        if theirs != seen[0]:
+            raise SystemExit(f"{what}: process {other} sees {theirs}, process 0 {seen[0]}; wanted the same "
+                             "files on every machine, and runs and latents on a disk that all share")
 
 
 def gather(parts, numbers):

@@ -85,15 +85,15 @@ class Run:
             self.start = state["step"]
             self.seconds = state["seconds"]
             self.results = state["results"]
+        ranks.must_agree(f"{cfg.out}, the step it is at", self.start)
         self.log = Log(cfg.out, rank, self.start, cfg.steps, cfg.log_every, cfg.batch_size)
         self.trackers = [] if self.done else trackers.open_trackers(cfg, self.start, rank)
         self.log.sinks += self.trackers
 
     def train_state(self):
         """What the checkpoint holds besides the weights: optimizers, step, seconds."""
-        path = self.checkpoint / "train_state.pt"
-        state = read_state_dict(path)
-        files.refuse_not_finite(state, path)
+        state = read_state_dict(self.checkpoint / "train_state.pt")
+        files.refuse_not_finite(state, self.checkpoint / "train_state.pt")
         return state
 
     def must_be_made_of(self, **parts):
@@ -104,6 +104,7 @@ class Run:
         raises: Differs if any other part is not the one that the run was started with
         """
         for name, new in parts.items():
+            ranks.must_agree(f"{self.cfg.out}, {name}", new)
             old = self.parts.get(name)
             if None in (old, new) or old == new:
                 continue

@@ -21,7 +21,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
-from support import ranks, runs
+from support import latents, ranks, runs
 
 
 @pytest.mark.parametrize("batch,micro,world,count", [
@@ -280,7 +280,8 @@ def test_two_processes_have_the_same_losses_as_one_and_one_resumes_their_run(
         finetune_config, tmp_path, read_log):
     one = finetune_config(tmp_path / "one", steps=2, micro_batch=2)
     two = replace(one, out=str(tmp_path / "two"))
-    flags = [f"--{name}={value}" for name, value in asdict(two).items() if name != "preset"]
+    scratch = ("model", "p", "E", "depth", "A", "qk_norm")         # for a model that has no base
+    flags = [f"--{name}={value}" for name, value in asdict(two).items() if name not in ("preset", *scratch)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, finetune.__file__, "tiny", *flags], capture_output=True, text=True, cwd=tmp_path)
@@ -370,7 +371,7 @@ import time
 from datetime import timedelta
 from support import figures, held_out, latents
 join = torch.distributed.init_process_group
-torch.distributed.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=8))
+torch.distributed.init_process_group = lambda *a, **given: join(*a, timeout=timedelta(seconds=8), **given)
 
 def slow(module, name, rank):
     # on one rank, the first call of a function takes longer than the others wait
@@ -412,3 +413,62 @@ def test_no_rank_times_out_while_another_draws_measures_encodes_or_writes(
     process = launch(script.main, cfg, fault, ranks=2)
     _, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
+
+
+# ---------------------------------------------------------------- machines that do not see the same files
+
+
+APART = """
+from support import latents
+def other(module, name, change):
+    usual = getattr(module, name)
+    if RANK == 1:
+        setattr(module, name, lambda *args, **options: change(usual(*args, **options)))
+"""
+
+
+@pytest.mark.parametrize("fault, said", [
+    ("script.data.Dataset.fingerprint = property(lambda self: f'images {RANK}')",
+     "run, images: process 1 sees images 1, process 0 images 0; wanted the same files on every machine"),
+    ("other(runs, 'resume', lambda found: None)", "run, the step it is at: process 1 sees 0, process 0 1;"),
+], ids=["images", "checkpoints"])
+def test_training_does_not_start_where_the_machines_see_other_files(
+        davae_config, tmp_path, launch, fault, said):
+    cfg = davae_config(tmp_path / "run", steps=1)
+    if "resume" in fault:
+        train_vae.main(cfg)
+        cfg = replace(cfg, steps=2)
+    _, err = launch(train_vae.main, cfg, APART + fault, ranks=2).communicate()
+    assert said in err
+    assert runs.step_of(cfg.out) < 2
+
+
+def test_latents_that_are_on_another_machines_disk_are_missed(finetune_config, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "run")
+    monkeypatch.setattr(latents, "SHARD", 8)
+    write = latents.write_cache
+
+    def half_of_it(*args):
+        folder = write(*args)
+        sorted(folder.glob("*.safetensors"))[-1].unlink()
+        return folder
+
+    monkeypatch.setattr(latents, "write_cache", half_of_it)
+    with pytest.raises(SystemExit, match="process 0 finds .* latents of .* images; wanted a disk"):
+        finetune.main(cfg)
+
+
+def test_a_restart_by_torchrun_does_not_use_the_addresses_of_the_processes_before(monkeypatch):
+    """Each attempt has its own names in the store that outlives it."""
+    seen = {}
+    monkeypatch.setattr(ranks, "PATIENT", [None])
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda kind, **options: seen.update(options))
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 0, 1)]))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        ranks.setup("cpu")
+        seen["store"].set("address", "here")
+    assert store.get("0/address") == store.get("1/address") == b"here"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import finetune
 import train_vae
-from support import figures, ranks, runs
+from support import figures, files, ranks, runs
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -201,6 +201,12 @@ def test_a_file_is_unchanged_until_the_new_one_is_flushed_to_disk(tmp_path, monk
     with pytest.raises(OSError, match="Input/output error"):
         runs.write_json(tmp_path / "x.json", {"a": 2})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_others_may_read_a_checkpoint_as_the_umask_says(tmp_path):
+    runs.save_folder(tmp_path / "a", {"model": {"x": torch.zeros(1)}}, {}, {"opt": {}})
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~files.UMASK) and "model.safetensors" in modes
 
 
 def test_a_checkpoint_is_flushed_before_it_replaces_the_previous_one(tmp_path, monkeypatch):
