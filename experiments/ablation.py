@@ -199,7 +199,9 @@ def run_cell(cfg, name, seed):
         line[f"samples, cfg {scale}"] = rounded(entry["generation"])
     if ARMS[name].base != "none":
         execute(f"experiments/timebins.py {run} {held_out} --images=500 --bins=5")
-        line["loss by time"] = json.loads(Path(run, "timebins.json").read_text())["panels"][0][3]
+        by_time = json.loads(Path(run, "timebins.json").read_text())["panels"][0][3]
+        line["loss by time"] = {part: [times, [float(f"{loss:.5g}") for loss in losses]]
+                                for part, (times, losses) in by_time.items()}
         line["details"] = use_of_details(run, f"{held_out} --images=500", features)
     return line | {"seconds": round(time.time() - since)}
 

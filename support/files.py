@@ -403,7 +403,7 @@ def fill(module, sd):
     for name, like in wanted.items():
         sd[name] = own(name, sd[name], like)
     module.load_state_dict(sd, strict=True, assign=True)
-    unmade = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    unmade = [name for name, buffer in module.named_buffers() if name not in wanted and buffer.is_meta]
     if unmade and not hasattr(module, "build_tables"):
         raise ValueError(f"{type(module).__name__} has buffers that are not saved, so nobody fills them: "
                          f"{some(unmade)}; give them persistent=True, or make them in build_tables(device)")
