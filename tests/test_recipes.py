@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TOY = {
     "train_vae.py": "--images=24 --stats=8 --batch_size=4 --log_every=1 --save_every=100 --disc_width=4",
     "finetune.py": "--images=24 --batch_size=8 --micro_batch=8 --sample_steps=2 --log_every=1 "
-                   "--save_every=100 --depth=2 --E=48",
+                   "--save_every=100",
     "sample.py": "--n=2 --classes=0,1",
     "evaluate.py": "--images=4 --n=4 --batch_size=4 --features=none",
 }
@@ -62,6 +62,8 @@ class Copy:
             flags.append(f"--base={base}")
         if vae and "--vae" not in given:
             flags.append(f"--vae={vae}")
+        if words[at] == "finetune.py" and not base and "--base" not in given:      # a model from scratch
+            flags += ["--depth=2", "--E=48"]
         return self.run(*program, words[at], *flags, f"--steps={steps}", *TOY[words[at]].split())
 
     def log(self, run):
