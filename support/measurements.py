@@ -145,7 +145,8 @@ def check_writable(path):
 # ---------------------------------------------------------------- compare two runs
 
 HIGHER_IS_BETTER = ("psnr", "ssim", "IS", "precision", "recall", "judged sharp", "class recognised", "CLIP")
-LOWER_IS_BETTER = ("lpips", "FD", "FID", "KID")                # img/s, images and positions are not ranked
+LOWER_IS_BETTER = ("lpips", "FD", "FID", "KID")
+NOT_COMPARED = ("img/s", "images", "positions")
 
 # The settings that a number depends on: two numbers are ranked only if these are known and equal.
 OF_SECTION = {"reconstruction": ("image_size", "held_out"), "generation": ("image_size", "n", "reference")}
@@ -173,10 +174,12 @@ def compare(a, b):
             of_section += tuple(name for name in OF_DRAWING if name in one["settings"] | two["settings"])
         values, others = metrics_of(one, section), metrics_of(two, section)
         for (row, metric), x in values.items():
-            if (row, metric) not in others or not metric.endswith(HIGHER_IS_BETTER + LOWER_IS_BETTER):
+            if (row, metric) not in others or metric in NOT_COMPARED:
                 continue
             y = others[row, metric]
             differ = differing(one, two, of_section + OF_METRIC.get(metric, OF_FEATURES))
+            if not metric.endswith(HIGHER_IS_BETTER + LOWER_IS_BETTER):        # one of your own
+                differ = ["whether more of it is better"]
             stars = "  " if differ else better(metric, x, y)
             line = f"{row:<34}{metric:>18}{x:>14.4g}{stars[0]} {y:>14.4g}{stars[1]}"
             lines.append(line + (f"  not ranked: {', '.join(differ)}" if differ else ""))

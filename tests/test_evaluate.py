@@ -687,6 +687,17 @@ def test_compare_marks_the_better_run_but_does_not_rank_fid_at_10_against_fid_at
         evaluate.compare(a, str(tmp_path / "nowhere"))
 
 
+def test_compare_shows_a_metric_of_your_own_unranked_and_no_counts(tmp_path):
+    runs_compared = [entry(tmp_path, name, 5.0) for name in ("a", "b")]
+    for run in runs_compared:
+        found = json.loads(Path(run, "metrics.json").read_text())
+        found[0]["reconstruction"]["DA-VAE"] |= {"edges": 0.5, "images": 9.0}
+        runs.write_json(Path(run, "metrics.json"), found)
+    lines = [line for line in evaluate.compare(*runs_compared) if line.startswith("DA-VAE")]
+    assert [line.split()[1:4] for line in lines] == [["psnr", "25", "25"], ["edges", "0.5", "0.5"]]
+    assert lines[1].endswith("not ranked: whether more of it is better")
+
+
 @pytest.mark.parametrize("changes,ranked", [
     (dict(held_out="8 images"), {"fid"}), (dict(reference="8 images"), {"psnr"}),
     (dict(prompts=["a fox"]), {"psnr"}), (dict(classes=[3]), {"psnr"}), (dict(height=32), {"psnr"}),
