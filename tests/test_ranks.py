@@ -444,7 +444,7 @@ def test_training_does_not_start_where_the_machines_see_other_files(
 
 
 def test_latents_that_are_on_another_machines_disk_are_missed(finetune_config, tmp_path, monkeypatch):
-    cfg = finetune_config(tmp_path / "run")
+    cfg = finetune_config(tmp_path / "run", images=40)             # a cache that no other test uses
     monkeypatch.setattr(latents, "SHARD", 8)
     write = latents.write_cache
 
