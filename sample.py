@@ -393,7 +393,7 @@ def text_of(cfg, about, settings, out, rank, device):
     prompts = [*settings["prompts"][:cfg.n], settings["negative"]]
     kept = run_folder(cfg.run) / "captions"
     folder = cfg.text or (kept if texts.has(kept, prompts) else own["text"])
-    text = texts.text_for(folder, prompts, out, rank, device, own["t5_tokens"])
+    text = texts.text_for(folder, prompts, out, device, own["t5_tokens"])
     text.need(prompts)
     text.check_widths(about["model"])
     trained_with = about.get("made_of", {}).get("texts")

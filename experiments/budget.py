@@ -226,8 +226,8 @@ def stages(job, cfg):
     images = IMAGENET if job.vae == "imagenet512" else cfg.captioned
     found = [("raw images", 0, 0, 0, images * job.image_bytes(cfg))]
 
-    def texts(what, count):                                        # on one GPU; the others idle, but cost
-        return what, count, MACHINE * count * job.text, 0, count * job.text_bytes
+    def texts(what, count):
+        return what, count, count * job.text, 0, count * job.text_bytes
 
     if run.preset != "sd35m-2048":                                 # it reuses those of 1,024 pixels
         trained_on = vae.batch_size * vae.steps

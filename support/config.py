@@ -99,10 +99,12 @@ def print_help(Config, presets, preset):
         if f.name in heads:
             print(f"\n{heads[f.name]}")
         taken = ", ".join(choice or "nothing" for choice in f.metadata["choices"]) or range_of(f)
-        taken = taken.replace(f" to {LARGEST:_}", " or more")
+        low, _, high = taken.rpartition(" to ")
+        if low and float(high) >= LARGEST:
+            taken = f"{low} or more"
         taken = f" [{taken}]" if taken else ""
         value = preset if chosen and f is fields[0] else chosen.get(f.name, f.default)
-        print(f"  --{f.name}={show(value)}".ljust(34) + f.metadata["help"] + taken)
+        print(f"  --{f.name}={show(value)} ".ljust(34) + f.metadata["help"] + taken)
     if presets:
         print(f"\npresets: {', '.join(presets)}; PRESET --help shows the values of one")
 

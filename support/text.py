@@ -7,7 +7,9 @@ shards (`TextCache`), so that T5 and the transformer never share a GPU. `Conditi
 what its model takes besides latent and time: labels, or text embeddings if the run's config has `text`.
 Other models' encoders are in support/diffusers_text.py.
 """
+import contextlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -61,7 +63,7 @@ class Conditioner:
             if not self.captions:
                 raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt next to each image, or "
                                  "metadata.jsonl")
-            self.text = text_for(cfg.text, self.captions, cfg.out, rank, device, cfg.t5_tokens)
+            self.text = text_for(cfg.text, self.captions, cfg.out, device, cfg.t5_tokens)
             self.text.need(["", *self.captions])
             self.text.check_widths(vars(dit.cfg))
         elif rank == 0:
@@ -85,18 +87,16 @@ class Conditioner:
 # ---------------------------------------------------------------- reading the cache
 
 
-def text_for(folder, prompts, out, rank, device, t5_tokens=256):
+def text_for(folder, prompts, out, device, t5_tokens=256):
     """The TextCache that holds the prompts; if `folder` holds encoders, they fill <out>/text first.
 
-    folder: may also be the encoders' name on Hugging Face
+    All ranks must call this.   folder: may also be the encoders' name on Hugging Face
     """
     folder = hub.local(folder, "text")
     if not (Path(folder) / "text_encoder").is_dir():
         return TextCache(folder, device, t5_tokens)
     shards = Path(out) / "text"
-    if rank == 0:
-        cache_text(folder, prompts, shards, device, t5_tokens)
-    ranks.wait_for_all()
+    cache_text(folder, prompts, shards, device, t5_tokens)
     return TextCache(shards, device, t5_tokens)
 
 
@@ -210,39 +210,50 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
     """Encode the prompts that the folder `out` lacks, and "", into text_00000.safetensors ...
 
     Each shard holds `context`, `pooled` and, as metadata, its prompts and encoders; if interrupted, this
-    resumes after the last whole shard. A second job that adds to the same folder waits for the first.
+    resumes with the shards that are not there. A second job that adds to the same folder waits for the first.
+    All ranks must call this; they take turns at the shards.
     encoders: a diffusers folder with text encoders, SD3.5's or one of PIPELINES, or its name on Hugging Face
     shard:    prompts per file
     raises:   SystemExit if `out` was made by other encoders or with other t5_tokens, or the disk is too small
     """
     encoders = hub.local(encoders, "text")
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
+    rank, world = ranks.this_rank(), ranks.world_size()
     runs.make_folder(out)
-    with files.one_job_at_a_time(out):
+    with files.one_job_at_a_time(out) if rank == 0 else contextlib.nullcontext():
+        ranks.wait_for_all()                                       # until rank 0 has its turn
         known = cached_prompts(out, made_by)
         wanted = dict.fromkeys(["", *prompts])                     # each prompt once, in order
         todo = [prompt for prompt in wanted if prompt not in known]
-        if not todo:
+        if not todo and rank == 0:
             print(f"{out}: holds all {len(known)} prompts already")
-            return
-        encode = open_encoders(encoders, device, t5_tokens)
-        encode.say_what_is_cut(todo)
-        write_shards(encode, todo, out, made_by, batch_size, shard)
+        size = max(1, min(shard, math.ceil(len(todo) / world)))
+        chunks = {}                                                # number of a shard: its prompts
+        for n, start in enumerate(range(0, len(todo), size), next_number(out)):
+            chunks[n] = todo[start:start + size]
+        mine = dict(list(chunks.items())[rank::world])
+        ranks.must_agree(f"{out}, prompts to encode", len(todo))   # and all have seen what is missing
+
+        if mine:
+            encode = open_encoders(encoders, device, t5_tokens)
+            if rank == 0:
+                encode.say_what_is_cut(todo)
+            write_shards(encode, mine, len(todo), out, made_by, batch_size)
+        ranks.wait_for_all()                                       # until all have written
 
 
-def write_shards(encode, prompts, out, made_by, batch_size, shard):
-    """Encode the prompts into new files of at most `shard` prompts.  made_by: their metadata"""
-    first = next_number(out)
-    starts = range(0, len(prompts), shard)
-    for n, start in enumerate(tqdm(starts, desc=f"encoding text to {out}", mininterval=1), first):
-        chunk = prompts[start:start + shard]
+def write_shards(encode, chunks, count, out, made_by, batch_size):
+    """Encode this rank's part, {number of a shard: prompts}, of `count` prompts.  made_by: their metadata"""
+    rank = ranks.this_rank()
+    title = f"encoding text to {out}"
+    for i, (n, chunk) in enumerate(tqdm(chunks.items(), desc=title, mininterval=1, disable=rank > 0)):
         context, pooled = [], []
         for k in range(0, len(chunk), batch_size):
             tokens, vector = encode(chunk[k:k + batch_size])
             context.append(tokens.cpu())
             pooled.append(vector.cpu())
-            if start == 0 and k == 0:
-                check_space(out, len(prompts), context[0].nbytes + pooled[0].nbytes)
+            if rank == 0 and i == 0 and k == 0:
+                check_space(out, count, context[0].nbytes + pooled[0].nbytes)
         path = Path(out) / f"text_{n:05d}.safetensors"
         write_shard(path, chunk, torch.cat(context), torch.cat(pooled), made_by)
 
@@ -442,10 +453,12 @@ def read_prompts(prompts):
 
 def main_text(cfg):
     """`sample.py text`: encode the captions of a folder and the given prompts."""
+    rank, _, device = ranks.setup(cfg.device)
     captions = []
     if cfg.data_dir:
         images = data.open_dataset(cfg.data_dir, 64, 0, 0)
-        print(f"{cfg.data_dir}: {images.summary()}")
+        if rank == 0:
+            print(f"{cfg.data_dir}: {images.summary()}")
         captions = images.captions or []
         if not captions:
             raise SystemExit(f"{cfg.data_dir}: has no captions; wanted name.txt next to each image, or "
@@ -453,6 +466,5 @@ def main_text(cfg):
     if not cfg.out or not (captions or cfg.prompts):
         raise SystemExit("wanted --out= and captions: --data_dir= with name.txt files or metadata.jsonl, or "
                          "--prompts=")
-    _, _, device = ranks.setup(cfg.device)
     prompts = [*captions, *read_prompts(cfg.prompts)]
     cache_text(cfg.encoders, prompts, cfg.out, device, cfg.t5_tokens, cfg.batch_size, cfg.shard)

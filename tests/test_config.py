@@ -2,6 +2,7 @@
 import dataclasses
 import math
 import os
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
+from experiments import budget
 from support import config
 from support.config import cli, field, flags
 from support.text import TextConfig
@@ -272,3 +274,9 @@ def test_help_shows_the_ranges_of_numbers(capsys):
     assert lines["--detail_dropout"].endswith("[0 to 1]")
     assert lines["--widths"].endswith("[1 to 12 of them, each 1 to 8_192]")
     assert lines["--out"].endswith("the run's folder")
+    assert lines["--seed"].endswith("every random draw [0 or more]")       # below 2^64, which nobody reaches
+    with pytest.raises(SystemExit):
+        cli(budget.Config, argv=["--help"])
+    out = capsys.readouterr().out
+    assert "2 to 5 [1e-06 or more]" in out and "data sets [1 to 12 of them, each 1 or more]" in out
+    assert re.search(r"--images=[\d,]+ images in the table", out)

@@ -267,7 +267,7 @@ def drawn(run, **changes):
     """What sample.py draws with the run, 32 pixels high."""
     dit, vae, about = load_run(run.out, "model")
     chosen = sample.Config(prompts="a fox", steps=3, height=32, seed=0, dtype="float32", **changes)
-    texts = text.text_for(run.text, [], "", 0, CPU, run.t5_tokens)
+    texts = text.text_for(run.text, [], "", CPU, run.t5_tokens)
     images, _ = sample.generate(dit, vae, [0], sample.settings_of(chosen, about, ""), texts)
     return images[0] / 2 + 0.5
 

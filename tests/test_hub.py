@@ -176,7 +176,7 @@ def test_prompts_are_encoded_by_encoders_given_by_name(online, sd3_folder, tmp_p
     cpu = torch.device("cpu")
     for name, out in (("org/sd3", "named"), (sd3_folder, "local")):
         text.cache_text(name, ["a fox"], tmp_path / out, cpu, t5_tokens=8)
-    named, here = (text.text_for(tmp_path / out, [], "", 0, cpu, 8)(["a fox"]) for out in ("named", "local"))
+    named, here = (text.text_for(tmp_path / out, [], "", cpu, 8)(["a fox"]) for out in ("named", "local"))
     assert all(torch.equal(x, y) for x, y in zip(named, here))
 
 

@@ -4,6 +4,8 @@ import builtins
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 from types import SimpleNamespace
@@ -13,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from support import files, runs, text
+import sample
+from support import files, ranks, runs, text
 
 PROMPTS = ["a red fox, asleep", "snow"]
 
@@ -86,14 +89,38 @@ def test_fingerprints_depend_on_encoders_and_tokenizers_not_on_the_path(sd3_fold
         before = text.fingerprint(tmp_path / "sd3")
 
 
-def test_rank_0_encodes_for_all_and_only_if_the_disk_has_room(sd3_folder, tmp_path, monkeypatch):
+def test_two_processes_take_turns_at_the_shards_and_encode_as_one_does(sd3_folder, tmp_path):
+    prompts = [f"{n} foxes" for n in range(9)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    flags = ["text", f"--encoders={sd3_folder}", "--t5_tokens=24", f"--out={tmp_path / 'two'}", "--shard=3",
+             f"--prompts={'|'.join(prompts)}", "--device=cpu"]
+    done = subprocess.run([*torchrun, sample.__file__, *flags], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = text.shards_of(tmp_path / "two")
+    assert [path.stem for path in files] == [f"text_0000{n}" for n in range(4)]
+    assert [len(text.open_shard(path)[2]) for path in files] == [3, 3, 3, 1]
+    text.cache_text(sd3_folder, prompts, tmp_path / "one", torch.device("cpu"), t5_tokens=24)
+    one, two = (text.TextCache(tmp_path / name)(["", *prompts]) for name in ("one", "two"))
+    assert all((x - y).abs().max() < 1e-6 for x, y in zip(one, two))
+
+
+def test_each_process_encodes_its_own_shards_however_few_the_prompts(sd3_folder, tmp_path, monkeypatch):
+    cpu, written = torch.device("cpu"), {}
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "this_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "world_size", lambda: 3)
+        text.cache_text(sd3_folder, ["fox", "owl", "snow"], tmp_path / str(rank), cpu, t5_tokens=24)
+        for path in text.shards_of(tmp_path / str(rank)):
+            written[path.stem] = text.open_shard(path)[2]
+    assert written == {"text_00000": ["", "fox"], "text_00001": ["owl", "snow"]}
+
+
+def test_text_is_encoded_only_if_the_disk_has_room(sd3_folder, tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    with pytest.raises(SystemExit, match="no text_"):
-        text.text_for(sd3_folder, ["fox"], tmp_path, 1, cpu, 24)   # rank 0 has written nothing here
     free = (77 + 24) * 40 * 4 + 24 * 4                             # bytes of one text
     monkeypatch.setattr(text.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * free - 1))
     with pytest.raises(SystemExit, match="too little space; give another --out, or fewer prompts"):
-        text.text_for(sd3_folder, ["fox"], tmp_path, 0, cpu, 24)   # needs "" as well
+        text.text_for(sd3_folder, ["fox"], tmp_path, cpu, 24)      # needs "" as well
     assert not list(tmp_path.glob("text/*.safetensors"))
 
 
