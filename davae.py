@@ -64,7 +64,7 @@ def check_groups(C, D):
 def align_loss(z, z_d):
     """Mean squared error between the details' group means and the base latent, which is detached.  Eq. (4).
 
-    z: (B, C, h, w), z_d: (B, D, h, w); returns a () float32 mean over all B*C*h*w elements.
+    z: (B, C, h, w) normalised, z_d: (B, D, h, w) raw; returns a () float32 mean over all B*C*h*w elements.
     """
     return F.mse_loss(group_mean(z_d, z.shape[1]).float(), z.detach().float())
 
@@ -139,7 +139,7 @@ class DownBlock(nn.Module):
         self.proj = None if parameter_free else zero_conv(c_in * r**2, O, bias=head is not None)
 
     def shortcut(self, x):
-        pixels = F.pixel_unshuffle(self.head(x), self.r)                      # (B, F*r^2, h, w)
+        pixels = F.pixel_unshuffle(self.head(x), self.r)                      # (B, F*r^2, h, w); head: C*r^2
         if self.proj is not None:
             return self.proj(pixels)                                          # (B, O, h, w)
         return pixels.unflatten(1, (self.O, -1)).mean(dim=2)                  # (B, O, h, w)
@@ -231,8 +231,8 @@ class DAVAE(nn.Module):
         if keep is not None:
             seen = levels.seen(keep, self.C, self.D)
         else:                                                      # detail dropout: per image, all or none
-            seen = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.cfg.detail_dropout
-            seen = seen / (1 - self.cfg.detail_dropout) if self.cfg.rescale else seen
+            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.cfg.detail_dropout
+            seen = kept / (1 - self.cfg.detail_dropout if self.cfg.rescale else 1)
         noisy = z_d
         if self.cfg.detail_noise:                                  # not in the paper; RAE, Zheng et al., 2025
             s = self.cfg.detail_noise * torch.rand(len(x), 1, 1, 1, device=x.device)

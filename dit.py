@@ -4,7 +4,7 @@ The method is `widen` and `expand_channels`: the patch embedder P and the output
 and O_new for the D detail channels, initialised to zero, so that the widened model starts as an exact copy
 of the pretrained one (Sec. 3.2):
 
-    tokens = P(z) + P_new(z_d)          v_all = [O(x), O_new(x)]
+    tokens = P(z) + P_new(z_d) + pos          [v, v_d] = [O(x), O_new(x)]
 
     model = load_dit("lightningdit-xl-imagenet256-800ep.pt", weights="model")        # support/weights.py
     model.expand_channels(96)           # v, v_d = model(z_all, t, y).split([32, 96], dim=1)
@@ -272,7 +272,7 @@ class LightningDiT(DiT):
         # Conditioning: small, so that no time or class starts out special.
         for weight in (self.y_embedder.weight, self.t_embedder[0].weight, self.t_embedder[2].weight):
             nn.init.normal_(weight, std=0.02)
-        # adaLN and heads: zero, so that every block starts as the identity and the velocity as 0.
+        # adaLN and heads: zero, so that every block starts as the identity and the velocity as 0; P_new, too.
         zero = [block.adaLN for block in self.blocks] + [self.adaLN_final, self.O]
         if self.cfg.D:
             zero += [self.P_new, self.O_new]

@@ -192,7 +192,7 @@ def flow_loss(model, z_all, cond, w, cfg):
     """Rectified-flow loss at random times, with weight w on the detail channels.  Eq. (13).
 
         mse  = (C * base + w * D * detail) / (C + w * D)    means of (v - v*)^2, times `draw_time`'s weight
-        loss = mse + cosine * (1 - cos(v, v*))              the cosine over all channels, mean over positions
+        loss = mse + cosine * (1 - cos(v, v*))              cos over all channels; mean over positions
 
     z_all: (B, C+D, h, w) normalised; cond: a tuple of (B, ...), labels, or text tokens and pooled text
     cfg:   D, cosine, weighting, keep_levels and keep_mean are read
@@ -215,8 +215,8 @@ def flow_loss(model, z_all, cond, w, cfg):
 
     v = model(x_t, t, *cond).float()
     error = (v - target).square()                                             # (B, C+D, h, w)
-    mse = (weight * error).mean((0, 2, 3))                                    # (C+D,)
-    loss = (mse[:C].sum() + w * mse[C:].sum()) / (C + w * D)
+    errors = (weight * error).mean((0, 2, 3))                                 # (C+D,)
+    loss = (errors[:C].sum() + w * errors[C:].sum()) / (C + w * D)
     if cfg.cosine:
         loss = loss + cfg.cosine * (1 - F.cosine_similarity(v, target, dim=1, eps=COSINE_EPS)).mean()
 
@@ -380,7 +380,7 @@ def learning_rate(step, cfg):
 def prove_warm_start(base, model, vae, z_all, y, condition, run):
     """Print how far the widened model is from the base (0.0), and draw samples of both from the same noise.
 
-    Both are in eval mode, on sixteen latents of the first batch, at most micro_batch at a time.
+    Both are in eval mode and in plain PyTorch (kernels round differently), on 16 latents of the first batch.
     raises: SystemExit if the models differ
     """
     cfg = run.cfg

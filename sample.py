@@ -50,7 +50,7 @@ class Config:
     height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size", within=(0, 16_384))
     width: int = field(0, "see height", within=(0, 16_384))
     # how it is drawn (App.): Euler steps and guidance
-    steps: int = field(50, "Euler steps = model evaluations (LightningDiT's '250 steps' are 249)",
+    steps: int = field(50, "Euler steps (LightningDiT's '250' are 249); not taken from the run",
                        within=(1, 1_000_000))
     shift: float = field(-1.0, "s of shift_time, 1: an even grid; negative: the run's own", within=(-1, 1000))
     grid: str = field("", "sd3: its end is shifted twice, as in diffusers; empty: the run's own",
@@ -307,7 +307,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
         # a few at a time: the decoder has the largest activations
         parts = z_all.split(ranks.at_once(8, s["height"], s["width"]))
         base = torch.cat([vae.decode_base(z[:, :vae.C]) for z in parts]).float().clamp(-1, 1)
-        if vae.D and not dit.cfg.D:                # a base DiT on a DA-VAE has only the base channels
+        if not dit.cfg.D and (vae.D or keep is None):              # a base DiT has only the base channels
             return base, base
         full = torch.cat([vae.decode(z, keep) for z in parts]).float().clamp(-1, 1)
     return full, base

@@ -51,13 +51,13 @@ class Config:
     base: str = field("", "the frozen base VAE, no DA-VAE: path or org/name; D = 0: initial weights or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
     r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
-    train: str = field("all", "all; decoder: freezes the detail encoder (the authors' SD3 script); up: also "
-                              "the down block; blocks: trains only the new blocks",
+    train: str = field("all", "all; decoder: all but the detail encoder (the authors' SD3 script); up: only "
+                              "up block and decoder; blocks: only down and up block",
                        choices=("all", "decoder", "up", "blocks"))
     detail_dropout: float = field(0.1, "probability per image of training without details", within=(0, 1))
-    detail_noise: float = field(0.0, "the most noise on what the decoder sees of them, in stds", at_least=0)
-    keep_levels: tuple = field((), "instead: each image keeps one of these numbers of details (DC-AE 1.5)",
-                               within=(0, 4096), count=(0, 256))
+    detail_noise: float = field(0.0, "the most noise on the details that are decoded, in stds", at_least=0)
+    keep_levels: tuple = field((), "instead of detail_dropout: each image keeps one of these numbers of "
+                                   "details (DC-AE 1.5)", within=(0, 4096), count=(0, 256))
     rescale: bool = field(False, "divide surviving details by 1 - detail_dropout, as the authors' code does")
     fit: str = field("closed", "how the new blocks start. closed: least squares; random: as in the paper; "
                                "pixels: details are pixels of the full-size latent",
@@ -213,14 +213,12 @@ def alignment(rec, x, cfg, nets):
     """
     student = rec.z_d
     teacher = rec.z if nets.teacher is None else nets.teacher(x, student.shape[-1])
-    if cfg.project == "mean" and cfg.distance == "mse":                    # the paper's
+    if cfg.project == "conv":
+        student = nets.own["project"](student)
+    if cfg.distance == "mse":                                              # conv, raw: groups of one channel
         return {"align": align_loss(teacher, student)}
     if cfg.project == "mean":
         student = group_mean(student, teacher.shape[1])
-    if cfg.project == "conv":
-        student = nets.own["project"](student)
-    if cfg.distance == "mse":
-        return {"align": F.mse_loss(student.float(), teacher.detach().float())}
     terms = vf_loss(student, teacher, cfg.m1, cfg.m2)
     return {"align": sum(terms.values())} | terms
 
