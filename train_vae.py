@@ -2,7 +2,7 @@
 
     python train_vae.py tiny                                        # built-in images, on a CPU
     python train_vae.py photos --base=taef2_folder --data_dir=photos/train
-    torchrun --nproc_per_node=8 train_vae.py photos ...             # the same on 8 GPUs
+    torchrun --nproc_per_node=8 train_vae.py imagenet512            # Tab. S1, on 8 GPUs
 
 Writes to --out: log.jsonl, loss.png, recon.png (input, base only, DA-VAE, error), step_*/ and summary.json.
 To resume, run the same command again.

@@ -214,9 +214,9 @@ def plan(cfg, makers, rank, device):
     if timed:
         print("timing a few steps of each stage", flush=True)
     for maker, stage in timed:
-        passes = ranks.accumulation(stage.batch_size, stage.micro_batch, ranks.world_size())
-        n = stage.batch_size // ranks.world_size() // passes
         try:
+            passes = ranks.accumulation(stage.batch_size, stage.micro_batch, ranks.world_size())
+            n = stage.batch_size // ranks.world_size() // passes
             model, step = maker.trial(stage, n, device, known, classes)
         except (SystemExit, ValueError) as refusal:
             raise refused(refusal, maker, stage, cfg) from None

@@ -35,9 +35,16 @@ def drop_labels(y, null, p):
     return torch.where(torch.rand(len(y), device=y.device) < p, null, y)
 
 
-def say_if_other_classes(base, classes):
-    """Warn if the base run learned other classes, or in another order: labels are only numbers."""
+def say_if_other_classes(base, classes, count):
+    """Warn if the base learned other classes, or in another order: labels are only numbers.
+
+    count: the classes that the model has; released weights do not name theirs
+    """
     if not base or not runs.checkpoints(base):
+        if base and len(classes) != count:
+            these = f"these are {runs.listed(classes)}" if classes else "all these images are its first"
+            tqdm.write(f"{base} knows {count} classes, without names; {these}: each class continues from the "
+                       "one in its place")
         return
     known = runs.read_config(runs.latest_checkpoint(base)).get("classes") or []
     if classes and known and known[:len(classes)] != list(classes):
@@ -69,7 +76,7 @@ class Conditioner:
         elif rank == 0:
             if self.captions:
                 print(f"{cfg.out}: captions are not used: {type(dit).__name__} is conditioned on classes")
-            say_if_other_classes(cfg.base, train_set.classes)
+            say_if_other_classes(cfg.base, train_set.classes, dit.cfg.num_classes)
 
     @property
     def made_by(self):

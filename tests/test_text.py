@@ -239,10 +239,24 @@ def test_a_base_trained_on_other_classes_is_reported_once(classes, warned, tmp_p
     runs.save_folder(tmp_path / "base/step_000001", weights, {"classes": ["ant", "bee"]})
     images = SimpleNamespace(captions=None, classes=classes)
     cfg = SimpleNamespace(text="", base=str(tmp_path / "base"))
-    text.Conditioner(SimpleNamespace(), images, cfg, torch.device("cpu"), 0)
-    text.Conditioner(SimpleNamespace(), images, cfg, torch.device("cpu"), 1)
+    model = SimpleNamespace(cfg=SimpleNamespace(num_classes=2))
+    text.Conditioner(model, images, cfg, torch.device("cpu"), 0)
+    text.Conditioner(model, images, cfg, torch.device("cpu"), 1)
     said = capsys.readouterr()
     assert (said.out + said.err).count("learned ant, bee; these images are") == warned
+
+
+@pytest.mark.parametrize("classes,said", [
+    (["ant", "bee"], "knows 1000 classes, without names; these are ant, bee: each"),
+    ([], "knows 1000 classes, without names; all these images are its first: each"),
+    ([str(n) for n in range(1000)], None)])
+def test_released_weights_with_more_classes_than_the_images_are_reported(classes, said, capsys):
+    images = SimpleNamespace(captions=None, classes=classes)
+    cfg = SimpleNamespace(text="", base="lightningdit.pt")
+    model = SimpleNamespace(cfg=SimpleNamespace(num_classes=1000))
+    text.Conditioner(model, images, cfg, torch.device("cpu"), 0)
+    out, err = capsys.readouterr()
+    assert (said in out + err) if said else not out + err
 
 
 def test_prompts_are_read_from_a_line_or_a_file(tmp_path):
