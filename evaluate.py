@@ -45,9 +45,9 @@ from support.runs import hash_of
 
 @dataclass
 class Config(sample.Config):       # run, steps, cfg, device and the other flags of sampling
-    # what is measured
     out: str = field("", "the JSON file; empty: <run>/metrics.json")
     n: int = field(1000, "samples to draw, for a run of finetune.py", within=(1, 10_000_000))
+    # what is measured
     data_dir: str = field("", "held-out images; empty: procedural ones, for a run that was trained on them")
     images: int = field(1000, "held-out images to use, spread over the folder", within=(1, 10_000_000))
     whole: bool = field(False, "only reconstruct the images of data_dir, at their own sizes")
@@ -86,7 +86,8 @@ class Rulers:
 
     def least(self):
         """The smallest image side, in pixels, that they can measure: SSIM's window, or the networks'."""
-        return 17 if self.lpips is not None or self.features.name == "SqueezeNet" else data.SMALLEST
+        deep = self.lpips is not None or self.features.name == "SqueezeNet"
+        return checks.SMALLEST["squeeze"] if deep else data.SMALLEST
 
     def settings(self):
         """Which networks these are, with hashes of their weights."""
@@ -106,7 +107,8 @@ def load(folder, which="ema", device="auto", checkpoint=None):
     saved = runs.read_config(checkpoint)
     script = saved.get("script")
     if script not in ("finetune.py", "train_vae.py"):
-        raise SystemExit(f"{folder}: weights of {script}; wanted a run of finetune.py or of train_vae.py")
+        raise SystemExit(f"{folder}: weights of {script or 'no training script'}; wanted a run of "
+                         "finetune.py or of train_vae.py")
     if script == "finetune.py":
         dit, vae, _ = weights.load_run(checkpoint, which, device)
     else:
@@ -139,8 +141,9 @@ def load_rulers(cfg, features, run):
     images = own["data_dir"]
     if features == "auto" and cfg.data_dir not in ("", "procedural"):
         images = cfg.data_dir                          # drawings saved as files: --features=probe
+    squeeze = "" if cfg.perceptual == "vgg" else cfg.lpips_trunk           # the file is that network's
     network = metrics.feature_network(features, images, own["image_size"], run.device,
-                                      cfg.inception_weights, cfg.lpips_trunk)
+                                      cfg.inception_weights, squeeze)
     lpips = None
     if cfg.perceptual != "none":
         lpips = metrics.make_lpips(cfg.perceptual, cfg.lpips_trunk).to(run.device)
@@ -159,7 +162,7 @@ def held_out(run, data_dir, images, whole=False):
                          "--data_dir=")
     if images < 1:
         raise SystemExit(f"--images={images}: wanted at least 1")
-    dataset = data.open_dataset(data_dir or "procedural", own["image_size"], images, unseen_seed(own))
+    dataset = data.open_dataset(data_dir, own["image_size"], images, unseen_seed(own))
     n = len(dataset) if whole else min(images, len(dataset))
     return dataset, np.linspace(0, len(dataset) - 1, n).astype(int).tolist()
 
@@ -297,10 +300,10 @@ def generation(cfg, run, rulers, plan, real):
     A run with D = 0 on a DA-VAE has only the enlarged rows: Tab. S2's model of half the size with upsampling.
     """
     reference = plan.reference
-    if reference is None and rulers.features.name:
-        reference = moments(real)
-    elif reference is not None:
+    if reference is not None:
         real = plan.real
+    elif rulers.features.name:
+        reference = moments(real)
     mine = range(run.rank, cfg.n, run.world)
     measured, speed = draw_and_measure(cfg, run, rulers, plan, mine)
     table = {}
@@ -325,7 +328,7 @@ def generation(cfg, run, rulers, plan, real):
 def draw_and_measure(cfg, run, rulers, plan, mine):
     """Draw samples `mine`: ({row: [what `draw` returned for each batch]}, img/s of all ranks).
 
-    img/s: sampling and both decoders, after one warm-up batch; None if there was no second batch.
+    img/s: sampling and both decoders, of whole batches after one to warm up; None if there was no other.
     """
     flow = sample.prepare(run.dit, run.vae, cfg, run.device)
     choose.before_sampling(None, run.device, cfg.compile, lambda: rehearse(cfg, run, rulers, plan))
@@ -336,9 +339,8 @@ def draw_and_measure(cfg, run, rulers, plan, mine):
             seconds.append(duration)
             for row, values in found.items():
                 measured.setdefault(row, []).append(values)
-    if len(seconds) == 1:
-        return measured, None
-    return measured, (len(mine) - cfg.batch_size) * run.world / sum(seconds[1:])
+    full = seconds[1:len(mine) // cfg.batch_size]      # a smaller last batch may be compiled anew
+    return measured, len(full) * cfg.batch_size * run.world / sum(full) if full else None
 
 
 def draw(run, rulers, plan, indices, flow, tick=None):
@@ -455,7 +457,7 @@ def large_enough(batches, dataset, least):
 
 @dataclass
 class ReportConfig:
-    run: str = field("", "a run of either script with D > 0, or a step folder; empty: the newest in out/")
+    run: str = field("", "a run of either script with D > 0, or a step folder; empty: finetune.py's newest")
     out: str = field("", "the HTML file; empty: <run>/report.html")
     data_dir: str = field("", "images to reconstruct; empty: drawings of another seed, or the VAE's "
                               "validation images; the page says if those are training images")
@@ -541,10 +543,10 @@ def names_of(run, settings, n):
     """The names of samples 0, 1, ..., in turn: by class or prompt, or by number if there is one class."""
     if "prompts" in settings:
         return settings["prompts"]
-    known, classes = run.config["classes"], settings["classes"]
+    classes = settings["classes"]
     if len(classes) == 1:
         return [f"sample {i + 1}" for i in range(n)]
-    return [known[k] if k < len(known) else f"class {k}" for k in classes]
+    return [image_folder.name_of(k, run.config) for k in classes]
 
 
 def with_their_bases(run):
@@ -552,7 +554,7 @@ def with_their_bases(run):
     own = run.config["config"]
     saved = {}
     for folder in stages_of([own.get("vae", ""), own["base"]]):
-        trained = runs.checkpoints(folder)
+        trained = runs.checkpoints(run_folder(folder))
         saved[folder] = runs.read_config(trained[-1]) if trained else {}
     saved[run_folder(run.folder)] = run.config
     return [report.stage_in(folder, about) for folder, about in saved.items()]

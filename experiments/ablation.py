@@ -124,7 +124,7 @@ def commands(cfg, name, seed):
     folder = f"{cfg.out}/{cfg.name or cfg.preset}/seed{seed}"
     base_vae = f"{folder}/base-vae"
     common = f"--seed={seed} {cfg.train_flags}"
-    stage1 = f"{common}"
+    stage1 = common
     if cfg.preset == "photos":
         base_vae = cfg.base
         common = f"{common} --data_dir={shlex.quote(cfg.data_dir)}"

@@ -19,8 +19,8 @@ import torch
 from experiments import shared
 from support import weights
 from support.config import field
-from support.metrics import psnr, ssim
-from train_vae import reconstruct
+from support.levels import check
+from support.metrics import psnr, ssim, upsampled
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Config(shared.Config):
 def decode_levels(vae, x, levels):
     """{"base only": ..., "k details": images (B, 3, H, W)} of x (B, 3, H, W), for each k of `levels`."""
     z_all = vae.encode(x)
-    rows = {"base only": reconstruct(vae, x)[0]}
+    base = vae.decode_base(z_all[:, :vae.C])
+    rows = {"base only": upsampled(base, vae.r)["base only, bicubic"]}
     for k in levels:
         rows[f"{k} details"] = vae.decode(z_all, keep=k).clamp(-1, 1)
     return rows
@@ -52,10 +53,11 @@ def scores(vae, x, levels, device):
 def main(cfg):
     held = shared.open_run(cfg)
     vae, device = held.run.vae, held.run.device
-    levels = cfg.levels or tuple(range(0, vae.D + 1, vae.C))
+    levels = check(cfg.levels or tuple(range(0, vae.D + 1, vae.C)), vae.C, vae.D, "--levels")
     tables = {Path(cfg.run).name: scores(vae, held.x, levels, device)}
     if cfg.other:
         other = weights.load_davae(cfg.other).to(device)
+        check(levels, other.C, other.D, "--levels")
         tables[Path(cfg.other).name] = scores(other, held.x, levels, device)
 
     table = {f"{name}, {row}": found for name, rows in tables.items() for row, found in rows.items()}

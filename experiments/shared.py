@@ -19,6 +19,7 @@ import torch
 import evaluate
 from support import config, data, figures, ranks, runs, weights
 from support.config import field
+from support.measurements import run_folder
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Config:
     images: int = field(1000, "held-out images to use, spread over the folder", within=(1, 10_000_000))
     other: str = field("", "a second DA-VAE to compare, for example one trained with --align=0")
     weights: str = field("ema", "which weights of a transformer", choices=("ema", "model"))
-    device: str = field("auto", "auto, cpu or cuda")
+    device: str = field("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass
@@ -49,9 +50,8 @@ def open_run(cfg):
 
     raises: SystemExit if the run or the second DA-VAE has no detail channels, or no image can be read.
     """
-    if cfg.out:
-        runs.make_folder(cfg.out)
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
+    runs.make_folder(folder_of(cfg))
     if not run.vae.D:
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
     dataset, index = evaluate.held_out(run, cfg.data_dir, cfg.images)
@@ -69,6 +69,11 @@ def open_run(cfg):
             raise SystemExit(f"--other={cfg.other}: has no detail channels to look at; wanted a DA-VAE")
         groups[f"detail of {Path(cfg.other).name}"] = encode(vae, x, run.device)[:, vae.C:]
     return HeldOut(run, x, y, dataset.classes, z_all, groups)
+
+
+def folder_of(cfg):
+    """Where an experiment writes: cfg.out, or the run's folder, also if cfg.run is one of its steps."""
+    return Path(cfg.out or run_folder(cfg.run))
 
 
 def encode(vae, x, device):
@@ -89,8 +94,8 @@ def write(name, cfg, run, table=None, panels=None, pictures=None, **settings):
     pictures: {row: images (n, 3, H, W) in [-1, 1]}, the same n in each.
     settings: what else the numbers depend on, besides cfg and the run.
     """
-    folder = Path(cfg.out or cfg.run)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(cfg)
+    runs.make_folder(folder)
     found = {"settings": dataclasses.asdict(cfg) | evaluate.provenance(run) | settings}
     if table:
         figures.print_table(name, table)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import evaluate
 from davae import base_image
 from experiments import shared
-from support import data, figures, metrics, ranks, runs, weights
+from support import checks, data, figures, metrics, ranks, runs, weights
 from support.config import field
 from support.measurements import run_folder
 from train_vae import reconstruct
@@ -182,21 +182,25 @@ def others(run, other):
 
 
 def images_of(run, cfg):
-    """Held-out images one by one, (1, 3, H, W); files at their own size, cropped to multiples of f."""
+    """Held-out images one by one, (1, 3, H, W); files at their own size, cropped to a `multiple`."""
     dataset, index = evaluate.held_out(run, cfg.data_dir, cfg.images)
-    for batch, _, _ in data.read(dataset, index, run.vae.f if dataset.paths else 0):
+    for batch, _, _ in data.read(dataset, index, multiple(run.vae) if dataset.paths else 0):
         yield from batch.split(1)
 
 
+def multiple(vae):
+    """What both sides of an image must be multiples of."""
+    return vae.f * vae.base.block
+
+
 def main(cfg):
-    if cfg.out:
-        runs.make_folder(cfg.out)
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
-    f = run.vae.f
+    runs.make_folder(shared.folder_of(cfg))
+    f = multiple(run.vae)
     if not run.vae.D:
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
     lpips = metrics.make_lpips("squeeze", cfg.lpips_trunk).to(run.device) if cfg.lpips_trunk else None
-    least = 17 if cfg.lpips_trunk else data.SMALLEST
+    least = checks.SMALLEST["squeeze"] if cfg.lpips_trunk else data.SMALLEST
     for side in filter(None, (*cfg.sizes, cfg.tiled)):
         if side % f or side < least:
             raise SystemExit(f"--sizes, --tiled: {side} pixels; wanted multiples of {f}, {least} or more")
@@ -214,7 +218,7 @@ def main(cfg):
         raise SystemExit(f"{cfg.data_dir}: no readable image is as large as any of --sizes; give less")
     table = shared.write("sizes", cfg, run, summarise(scores))
     if pictures:
-        draw(pictures, Path(cfg.out or cfg.run) / "sizes_images.png")
+        draw(pictures, shared.folder_of(cfg) / "sizes_images.png")
     return table
 
 

@@ -103,7 +103,8 @@ def print_help(Config, presets, preset):
         if low and float(high) >= LARGEST:
             taken = f"{low} or more"
         taken = f" [{taken}]" if taken else ""
-        value = preset if chosen and f is fields[0] else chosen.get(f.name, f.default)
+        named = f is fields[0] and preset in (presets or {})
+        value = preset if named else chosen.get(f.name, f.default)
         print(f"  --{f.name}={show(value)} ".ljust(34) + f.metadata["help"] + taken)
     if presets:
         print(f"\npresets: {', '.join(presets)}; PRESET --help shows the values of one")
@@ -215,9 +216,9 @@ def range_of(field):
     return text
 
 
-def shortened(text, most=80):
-    """A text in quotes, cut to its first `most` characters for use in a sentence."""
-    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
+def shortened(text):
+    """A text in quotes, cut to its first 80 characters for use in a sentence."""
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
 
 
 def show(value):

@@ -33,6 +33,7 @@ EXTENSIONS = (
 if features.check("avif"):                  # some builds of Pillow lack it
     EXTENSIONS += (".avif",)
 
+THREADS = 8                                 # that read images, on each rank
 SMALLEST = 11                               # pixels, the side of SSIM's window: no smaller image is measured
 
 
@@ -210,7 +211,9 @@ class ImageFiles(Dataset):
 
     An unreadable image is named once on stderr, recorded in `bad`, and replaced by the next readable one. If
     at least 10 images and 1 % of all prove unreadable, that is a ValueError.
+    faults: what is in `bad` from the beginning, and not among the images
     """
+    faults = {}
 
     def image(self, i):
         """Image i as uint8 (size, size, 3) with its label; if it is unreadable, the next one that is not."""
@@ -219,11 +222,10 @@ class ImageFiles(Dataset):
             row = self.exact(j, "the next image takes its place")
             if row is not None:
                 return row
-            most = max(10, len(self) / 100)
-            if len(self.bad) >= min(len(self), most):
-                first = "; ".join(list(self.bad.values())[:3])
-                raise ValueError(f"{len(self.bad)} of {len(self)} images in {self.root} are unreadable, "
-                                 f"repair or remove them; the first: {first}")
+            found = [reason for name, reason in list(self.bad.items()) if name not in self.faults]
+            if len(found) >= min(len(self), max(10, len(self) / 100)):
+                raise ValueError(f"{len(found)} of {len(self)} images in {self.root} are unreadable, "
+                                 f"repair or remove them; the first: {'; '.join(found[:3])}")
 
     def exact(self, i, then="it is left out"):
         """Image i as uint8 (size, size, 3) with its label; None if it is unreadable.
@@ -349,7 +351,8 @@ class ImageShards(ImageFiles):
         self.size = size
         self.index = shards.read_index(self.root, EXTENSIONS)
         self.left_out = self.index.left_out
-        self.bad = dict(self.index.faults)
+        self.faults = self.index.faults
+        self.bad = dict(self.faults)
         for name, reason in list(self.bad.items())[:3]:
             print(f"{shown(os.path.join(self.root, name))}: {reason}", file=sys.stderr)
         if len(self.bad) > 3:
@@ -415,9 +418,9 @@ def collate(rows):
     return images, labels
 
 
-def stack(dataset, indices, threads=8):
+def stack(dataset, indices):
     """Images `indices` of a data set, read by threads: uint8 (n, S, S, 3), int64 (n,)."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         images, labels = collate(list(pool.map(dataset.image, indices)))
     return torch.from_numpy(images), labels
 
@@ -451,7 +454,7 @@ def batch_plan(length, batch_size, seed, step, rank=0, world=1, flip=False):
     return np.array(indices), chances < flip / 2                    # flip=True: half of them
 
 
-def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, threads=8):
+def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, threads=THREADS):
     """This rank's batches without end, as `batch_plan` gives them from step `start` on.
 
     Yields tensors, uint8 (batch_size / world, S, S, 3) and int64 labels (batch_size / world,). Threads
@@ -472,7 +475,7 @@ def batches(dataset, batch_size, seed, start=0, rank=0, world=1, flip=False, thr
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read(dataset, index, whole=0, threads=8):
+def read(dataset, index, whole=0):
     """Images `index` of a data set in order, as batches: x (B, 3, H, W) in [-1, 1], labels y (B,), numbers.
 
     numbers: list of the B images' places in the data set. Unreadable images are left out and counted on
@@ -487,7 +490,7 @@ def read(dataset, index, whole=0, threads=8):
     at_once = 1 if whole else 10
     get = functools.partial(exact_whole, dataset, whole) if whole else dataset.exact
     count = 0
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for k in range(0, len(index), at_once):
             part = index[k:k + at_once]
             found = [(i, row) for i, row in zip(part, pool.map(get, part)) if row is not None]

@@ -5,14 +5,14 @@ change size, a parameter-free shortcut bypasses the convolution. On the way down
 groups of adjacent channels are averaged; on the way up, each channel is repeated, and channels become pixels.
 The convolutions need to learn only the residual.
 
-    encoder   x (B, 3, H, W) -> conv_in, stages of blocks, each but the last ending in a Down -> (B, W, h, w)
+    encoder   x (B, 3, H, W) -> conv_in, stages of blocks, each but the last ending in a Down -> (B, F, h, w)
     latent    Head -> z (B, C, h, w) -> Stem
-    decoder   (B, W, h, w) -> stages, each but the last beginning with an Up; norm, activation, conv_out -> x
+    decoder   (B, F, h, w) -> stages, each but the last beginning with an Up; norm, activation, conv_out -> x
 
 A stage has ResBlocks at high resolution, EfficientViT blocks at low; 1.5 has ResBlocks only, and no shortcuts
 next to the latent: they would tie together latent channels, which 1.5 trains to be in order of importance.
 
-Dimension key:  B batch   H W image   h w latent grid   C latent channels   W width of a stage
+Dimension key:  B batch   H W image   h w latent grid   C latent channels   F width of a stage
 
 The published files (names of mit-han-lab's and dc-ai's repositories on Hugging Face). The scale is that of
 the diffusion models on them, z = scale * raw: in/mix from scripts/convert_dcae_to_diffusers.py of diffusers,
@@ -86,17 +86,17 @@ class DCAEConfig:
 
 
 def averaged(x, channels):
-    """The mean of each group of adjacent channels: (B, W, h, w) -> (B, channels, h, w)."""
+    """The mean of each group of adjacent channels: (B, F, h, w) -> (B, channels, h, w)."""
     return x.unflatten(1, (channels, -1)).mean(dim=2)
 
 
 def repeated(x, channels):
-    """Each channel repeated in place: (B, W, h, w) -> (B, channels, h, w)."""
+    """Each channel repeated in place: (B, F, h, w) -> (B, channels, h, w)."""
     return x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
 class Down(nn.Module):
-    """Half the size: (B, W, 2h, 2w) -> (B, c_out, h, w).
+    """Half the size: (B, F, 2h, 2w) -> (B, c_out, h, w).
 
     main path: conv3x3 and pixel-unshuffle, or, where `strided`, a conv3x3 of stride 2
     shortcut:  pixel-unshuffle, the mean of groups
@@ -122,7 +122,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the size: (B, W, h, w) -> (B, c_out, 2h, 2w).
+    """Twice the size: (B, F, h, w) -> (B, c_out, 2h, 2w).
 
     main path: conv3x3 and pixel-shuffle, or, where `nearest`, nearest neighbours and conv3x3
     shortcut:  channels repeated, pixel-shuffle
@@ -146,7 +146,7 @@ class Up(nn.Module):
 
 
 class Head(nn.Module):
-    """The encoder's last layer, features -> latent: (B, W, h, w) -> (B, C, h, w)."""
+    """The encoder's last layer, features -> latent: (B, F, h, w) -> (B, C, h, w)."""
 
     def __init__(self, width, C, shortcut):
         super().__init__()
@@ -160,7 +160,7 @@ class Head(nn.Module):
 
 
 class Stem(nn.Module):
-    """The decoder's first layer, latent -> features, linear: (B, C, h, w) -> (B, W, h, w)."""
+    """The decoder's first layer, latent -> features, linear: (B, C, h, w) -> (B, F, h, w)."""
 
     def __init__(self, C, width, shortcut):
         super().__init__()
@@ -185,7 +185,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x):                                              # (B, W, h, w)
+    def forward(self, x):                                              # (B, F, h, w)
         x = x.float()
         x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + self.eps)
         return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
@@ -240,7 +240,7 @@ class EViTBlock(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Attention whose cost is linear in h*w, with ReLU in place of softmax: (B, W, h, w) -> the same.
+    """Attention whose cost is linear in h*w, with ReLU in place of softmax: (B, F, h, w) -> the same.
 
     With `nearby` there are twice as many heads: the second half reads queries, keys and values mixed by a
     depthwise 5x5 convolution and a 1x1 one within each third of a head.

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from support import files, identity, runs
 from support.data import to_uint8
+from support.measurements import davae_settings, run_folder
 
 
 # ---------------------------------------------------------------- images
@@ -122,7 +123,7 @@ def stages_of(folders):
     """These runs, each preceded by the base it was trained on; every folder once, "" left out."""
     stages = []
     for run in filter(None, folders):
-        steps = runs.checkpoints(run)
+        steps = runs.checkpoints(run_folder(run))
         base = runs.read_config(steps[-1])["config"]["base"] if steps else ""
         if base and base not in folders:                            # else it has its own place among them
             stages.append(base)
@@ -178,7 +179,8 @@ def report(cfg):
     pictures = sorted(path.name for path in Path(out).glob("*.png") if not path.stem[-6:].isdigit())
     others = "" if cfg.data_dir == "procedural" else " --data_dir=HELD_OUT_IMAGES"
     if cfg.lpips_trunk:
-        others += f" --perceptual=squeeze --lpips_trunk={cfg.lpips_trunk}"
+        network = davae_settings(vars(cfg)).get("perceptual", "squeeze")
+        others += f" --perceptual={network} --lpips_trunk={cfg.lpips_trunk}"
     print(f"\npictures in {out}: {', '.join(pictures)}\n"
           f"next: python sample.py {out}{folder_of_samples(out)}\n      python evaluate.py {out}{others}")
     if cfg.data_dir == "procedural" or cfg.lpips_trunk:             # else nothing would measure samples

@@ -161,10 +161,10 @@ def endings():
     return ", ".join(f".{ending}" for ending in ENDINGS[:-1]) + f" or .{ENDINGS[-1]}"
 
 
-def some(names):
-    """The first three of many names, for a sentence."""
+def some(names, most=3):
+    """The first of many names, for a sentence."""
     names = [str(name) for name in names]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ---------------------------------------------------------------- what it holds

@@ -76,7 +76,7 @@ def solve_ridge(A, B, strength):
     return torch.linalg.solve(A + penalty, B)
 
 
-def ridge(pairs, strength=1e-3):
+def ridge(pairs, strength):
     """`solve_ridge` on batches of examples X (N, in), Y (N, out), of which only moments are kept."""
     A = 0                                                          # X^T X, summed over batches
     B = 0                                                          # X^T Y

@@ -35,10 +35,8 @@ def davae_settings(own):
 
     own: the "config" in the run's config.json; for a run of train_vae.py, these are the VAE's own settings
     """
-    vae = own.get("vae")
-    if vae and runs.checkpoints(vae):
-        return runs.read_config(runs.latest_checkpoint(vae))["config"]
-    return own
+    trained = runs.checkpoints(run_folder(own["vae"])) if own.get("vae") else []
+    return runs.read_config(trained[-1])["config"] if trained else own
 
 
 def lineage(own):
@@ -53,8 +51,9 @@ def lineage(own):
             continue
         found.append(settings)
         for folder in (settings.get("vae"), settings.get("base")):
-            if folder and runs.checkpoints(run_folder(folder)):
-                todo.append(runs.read_config(runs.latest_checkpoint(folder))["config"])
+            trained = runs.checkpoints(run_folder(folder)) if folder else []
+            if trained:                                    # images and seed are the same at every step
+                todo.append(runs.read_config(trained[-1])["config"])
     return found
 
 
@@ -126,7 +125,7 @@ def add_entry(path, entry):
         print(json.dumps(entry))
         raise SystemExit(f"{path}: not written ({error}); the measurement is printed above") from None
     print(f"\nadded to {path}")
-    if Path(path.parent, "report.html").exists():
+    if path.name == "metrics.json" and Path(path.parent, "report.html").exists():
         print(f"python evaluate.py report {path.parent}  puts it into {path.parent}/report.html")
 
 
@@ -197,14 +196,20 @@ def better(metric, x, y):
     return "* " if (x > y) == metric.endswith(HIGHER_IS_BETTER) else " *"
 
 
-def latest_entry(run):
-    """The last measurement in a run's metrics.json; for a step folder, the last one of that step."""
-    path = run_folder(run) / "metrics.json"
-    entries = read_entries(path)
+def entries_of(run):
+    """The measurements in a run's metrics.json; for a step folder, those of that step."""
+    entries = read_entries(run_folder(run) / "metrics.json")
     if run_folder(run) != Path(run):
         entries = [entry for entry in entries if step_measured(entry) == Path(run).name]
+    return entries
+
+
+def latest_entry(run):
+    """The last of `entries_of` a run.   raises: SystemExit if there is none"""
+    entries = entries_of(run)
     if not entries:
-        raise SystemExit(f"{path}: no measurement of {run}; measure it with: python evaluate.py {run}")
+        raise SystemExit(f"{run_folder(run)}/metrics.json: no measurement of {run}; measure it with: "
+                         f"python evaluate.py {run}")
     return entries[-1]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from support import runs
 from support.config import flags
+from support.measurements import run_folder
 from support.weights import load_davae, load_dit
 
 # A preset's base VAE, or a transformer: channels and f of the latents that the pretrained one takes
@@ -53,7 +54,7 @@ def expected(cfg, stages, MODELS, new_dit, classes):
             base = stages.get(cfg.base, cfg)                       # its settings are the widened model's
             model = new_dit(dataclasses.replace(base, D=cfg.D, image_size=cfg.image_size), C, f, classes)
             cond = [torch.zeros(1, dtype=torch.long)]
-    if runs.checkpoints(cfg.base):
+    if runs.checkpoints(run_folder(cfg.base)):
         model = load_dit(cfg.base).to("meta")
         if cfg.D:
             model.expand_channels(cfg.D)
@@ -69,9 +70,9 @@ def latent_of(vae, stages, kind):
 
     stages: {folder: Config} of the runs that presets make; kind: of the transformer
     """
-    if runs.checkpoints(vae):
+    if runs.checkpoints(run_folder(vae)):
         found = load_davae(vae)
-        return found.C, found.f, getattr(found, "r", 1)
+        return found.C, found.f, found.r
     base = stages[vae].base if vae in stages else ""
     r = stages[vae].r if vae in stages else 2
     if base in stages:                                             # trained here: f doubles with each level

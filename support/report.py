@@ -19,7 +19,7 @@ from PIL import Image
 
 from support import config, figures, ranks, runs
 from support.data import to_uint8
-from support.measurements import out_of_date, read_entries, run_folder, seen_in_training, step_measured
+from support.measurements import entries_of, out_of_date, run_folder, seen_in_training
 from support.metrics import psnr, upsampled
 from support.page import attribute, chart, definitions, duration, fill, img, picture, plural, scores, text
 
@@ -474,7 +474,7 @@ def losses_section(report):
         title, names, note = FLOW
         rise = f"it rises from 0 to 1 over N = {own['N']:,} steps" if own["N"] else "here 1 from the start"
         charts.append(chart(title, logged(davae, names), wide=True, note=note.format(rise=rise)))
-        davae = Path(own["vae"])
+        davae = run_folder(own["vae"])
     for title, names, note in AUTOENCODER:
         charts.append(chart(title, logged(davae, names), note=note))
     charts = "\n".join(filter(None, charts))
@@ -494,9 +494,7 @@ def logged(run, names):
 
 def measurements_section(report):
     """The latest entry of metrics.json, with its settings; only the command if there is none."""
-    entries = read_entries(run_folder(report.folder) / "metrics.json")
-    if run_folder(report.folder) != Path(report.folder):           # one step of the run
-        entries = [entry for entry in entries if step_measured(entry) == Path(report.folder).name]
+    entries = entries_of(report.folder)
     if not entries:
         return {"measured": not_measured(report), "tables": "", "settings": "", "settings_without": "hidden"}
     entry = entries[-1]

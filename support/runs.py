@@ -111,7 +111,7 @@ class Run:
             place = f"--{PARTS[name]}={getattr(self.cfg, PARTS[name])}"
             sentence = f"{self.cfg.out} was started with other {name} than {place} has now"
             if name == "classes":
-                sentence += f" ({listed(old)}; now {listed(new)})"
+                sentence += f" ({files.some(old, 20)}; now {files.some(new, 20)})"
             if name in ("images", "captions") and not self.done:
                 if self.rank == 0:
                     tqdm.write(f"{sentence}; training continues with these")
@@ -293,14 +293,9 @@ def resume(cfg, free):
             afresh = "" if getattr(cfg, "needed_by", "") else ", or another --out to start afresh"
             raise Differs(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "
                           f"give --{name}={old} to resume{afresh}")
-        tqdm.write(f"resuming with {name}={new} (was {old})")
+        if ranks.this_rank() == 0:
+            tqdm.write(f"resuming with {name}={new} (was {old})")
     return latest
-
-
-def listed(names):
-    """Class names, for a sentence."""
-    shown = [str(name) for name in names]
-    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
 # ---------------------------------------------------------------- the log
@@ -431,10 +426,10 @@ def picture_may_fail(what):
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(run, step, weights, train_state, config, keep=2):
-    """Write <run>/step_<step>/; then remove all but the `keep` newest, and leftovers of killed saves."""
+def save_checkpoint(run, step, weights, train_state, config):
+    """Write <run>/step_<step>/; then remove all but the two newest, and leftovers of killed saves."""
     save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
-    for old in [*checkpoints(run)[:-keep], *Path(run).glob("step_*.tmp")]:
+    for old in [*checkpoints(run)[:-2], *Path(run).glob("step_*.tmp")]:
         try:
             os.replace(old, old.with_suffix(".tmp"))           # so that half of it is not a checkpoint
             shutil.rmtree(old.with_suffix(".tmp"))
@@ -486,7 +481,7 @@ def latest_checkpoint(run):
     if not found:
         what = "an empty run" if Path(run).is_dir() else "no such folder"
         others = dict.fromkeys(str(path.parent) for path in sorted(Path(run).parent.glob("*/step_*")))
-        instead = f"there are {listed(others)}" if others else "make one: python finetune.py"
+        instead = f"there are {files.some(others, 20)}" if others else "make one: python finetune.py"
         raise SystemExit(f"{run}: no checkpoint here ({what}); wanted a run or one of its step_*: {instead}")
     return found[-1]
 

@@ -97,7 +97,7 @@ def make_missing(cfg, makers):
     for flag, maker, stage in stages_of(cfg, makers):
         stage.after = getattr(cfg, "after", {})
         stage.needed_by = cfg.out
-        if not runs.is_finished(stage):
+        if not runs.is_finished(stage) and ranks.this_rank() == 0:
             step = runs.step_of(stage.out)
             state = "does not exist yet" if step < 0 else f"is at step {step} of {stage.steps}"
             print(f"\n{cfg.out} needs {stage.out}, which {state}: running\n"
@@ -105,9 +105,9 @@ def make_missing(cfg, makers):
         try:
             maker.main(stage)
         except runs.Differs as difference:
-            at_home = "; or rename the folder of images to train everything anew"
+            anew = "; or rename the folder of images to train everything anew"
             raise SystemExit(f"{difference}; or give --{flag}={stage.out} to use it as it is"
-                             f"{at_home if getattr(cfg, 'base_vae', '') else ''}") from None
+                             f"{anew if getattr(cfg, 'base_vae', '') else ''}") from None
 
 
 def stages_of(cfg, makers):

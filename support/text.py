@@ -25,6 +25,7 @@ from support import data, files, hub, identity, ranks, runs
 from support.captions import read_text, shown
 from support.config import field
 from support.diffusers_text import PIPELINES, kind_of_pipeline
+from support.measurements import run_folder
 from support.pretrained import import_transformers, load_pretrained, load_tokenizer
 
 # ---------------------------------------------------------------- conditions of a training step
@@ -40,16 +41,17 @@ def say_if_other_classes(base, classes, count):
 
     count: the classes that the model has; released weights do not name theirs
     """
-    if not base or not runs.checkpoints(base):
+    trained = runs.checkpoints(run_folder(base)) if base else []
+    if not trained:
         if base and len(classes) != count:
-            these = f"these are {runs.listed(classes)}" if classes else "all these images are its first"
+            these = f"these are {files.some(classes, 20)}" if classes else "all these images are its first"
             tqdm.write(f"{base} knows {count} classes, without names; {these}: each class continues from the "
                        "one in its place")
         return
-    known = runs.read_config(runs.latest_checkpoint(base)).get("classes") or []
+    known = runs.read_config(trained[-1]).get("classes") or []
     if classes and known and known[:len(classes)] != list(classes):
-        tqdm.write(f"WARNING: {base} learned {runs.listed(known)}; these images are {runs.listed(classes)}: "
-                   "each class continues from the one in its place")
+        tqdm.write(f"WARNING: {base} learned {files.some(known, 20)}; these images are "
+                   f"{files.some(classes, 20)}: each class continues from the one in its place")
 
 
 class Conditioner:
@@ -304,10 +306,10 @@ def check_space(out, texts, bytes_of_first):
 
 def fingerprint(folder):
     """A digest of everything that turns text into embeddings."""
-    files = []
+    found = []
     for part in ("text_encoder*", "tokenizer*"):
-        files += [path for path in Path(folder).glob(f"{part}/*") if path.is_file()]
-    return identity.of_files(sorted(files), folder)
+        found += [path for path in Path(folder).glob(f"{part}/*") if path.is_file()]
+    return identity.of_files(sorted(found), folder)
 
 
 # ---------------------------------------------------------------- the encoders

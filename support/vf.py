@@ -9,14 +9,13 @@ of DA-VAE's Eq. (4). The formulas and margins are those of VA-VAE's code (Yao et
 
 The teacher is the base latent (ours), or a vision transformer (`Teacher`), as in VA-VAE.
 """
-import json
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import hub
+from support import files, hub
 from support.pretrained import import_transformers, load_pretrained
 
 # Above MOST positions, L_mdms is over DRAWN of them, others in each step: the matrix of 4,096 takes 64 MiB an
@@ -107,7 +106,7 @@ def load_transformer(folder):
     if not config.exists():
         raise SystemExit(f"--teacher={folder}: has no config.json; wanted `base`, or a folder with a DINOv2 "
                          "or MAE as transformers saves it")
-    kind = json.loads(config.read_text()).get("model_type")
+    kind = files.read_json(config).get("model_type")
     if kind not in ("dinov2", "vit_mae"):
         raise SystemExit(f"--teacher={folder}: holds a model of type {kind!r}; wanted dinov2 or vit_mae")
     AutoModel, = import_transformers("AutoModel")

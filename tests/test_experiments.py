@@ -1,6 +1,7 @@
 """experiments/: each finds what was planted for it, and writes its numbers and pictures."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from experiments.spectrum import spectrum
 from experiments.timebins import timebins
 from experiments.tsne import tsne
 from sample import sample_noise
+from support import runs
 from support.levels import seen_of_all
 from support.metrics import psnr, upsampled
 from support.weights import load_davae
@@ -273,7 +275,16 @@ def test_each_experiment_writes_its_numbers_and_figures(tiny_run, tiny_vae, tmp_
         assert [panel[0] for panel in found["panels"]] == ["base", "detail", "detail of vae"]
 
 
+def test_results_of_a_step_lie_in_the_run_because_steps_are_removed(tiny_vae, tmp_path):
+    vae = shutil.copytree(tiny_vae, tmp_path / "vae")
+    step = runs.latest_checkpoint(vae)
+    module("spectrum").main(shared.Config(run=str(step), images=12))
+    assert (vae / "spectrum.json").exists() and not (step / "spectrum.json").exists()
+
+
 def test_an_experiment_that_cannot_run_says_what_is_wanted(tiny_vae, tiny_base):
+    with pytest.raises(SystemExit, match="--levels=500: wanted numbers of detail channels, 0 to 12"):
+        module("levels").main(config_of("levels")(run=tiny_vae, images=4, levels=(500,)))
     with pytest.raises(SystemExit, match="wanted a class-conditional run of finetune.py"):
         module("timebins").main(config_of("timebins")(run=tiny_vae, images=4))
     base = str(Path(tiny_vae).parent / "base-vae")

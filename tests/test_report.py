@@ -537,7 +537,7 @@ def test_images_default_to_validation_then_training_images(given, val_dir, shown
 
 
 def test_samples_are_named_by_class_prompt_or_number():
-    run = SimpleNamespace(config={"classes": ["cat", "dog"]})
+    run = SimpleNamespace(config={"classes": ["cat", "dog"], "model": {"num_classes": 1000}})
     assert evaluate.names_of(run, {"classes": (1, 5)}, 4) == ["dog", "class 5"]
     assert evaluate.names_of(run, {"classes": (0,)}, 2) == ["sample 1", "sample 2"]
     assert evaluate.names_of(run, {"prompts": ["a cat"]}, 2) == ["a cat"]

@@ -177,6 +177,18 @@ def test_the_run_ends_when_ten_images_and_one_percent_are_damaged(tmp_path):
         dataset.image(0)
 
 
+def test_what_the_index_left_out_does_not_count_among_the_unreadable_images(tmp_path):
+    members = {}
+    for i in range(36):
+        members |= {f"{i}.png": b"no image" if i == 0 else image_bytes(i)}
+    for i in range(36, 48):
+        members |= {f"{i}.png": image_bytes(i), f"{i}.json": b"{"}
+    dataset = opened(write_tar(tmp_path / "s" / "0.tar", members).parent)
+    assert len(dataset) == 36 and len(dataset.bad) == 12
+    assert np.array_equal(dataset.image(0)[0], dataset.image(1)[0])
+    assert len(dataset.bad) == 13
+
+
 @pytest.mark.parametrize("kept, images", [(0.5, 5), (1.0, 10)])
 def test_a_truncated_shard_is_named_and_read_up_to_the_cut(tmp_path, capsys, kept, images):
     members = {}

@@ -269,6 +269,9 @@ def test_an_mae_masks_and_shuffles_nothing(transformers_folder, error):
 def test_a_folder_without_a_teacher_gets_one_sentence(tmp_path, transformers_folder):
     with pytest.raises(SystemExit, match="has no config.json; wanted `base`, or a folder with a DINOv2"):
         Teacher(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="config.json: "):
+        Teacher(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(SystemExit, match="holds a model of type 'bert'; wanted dinov2 or vit_mae"):
         Teacher(tmp_path)
