@@ -83,6 +83,7 @@ ARMS = {
     AGAIN: Arm("how much is chance, on the same base?", "--seed={again}", "--seed={again}"),
     DIT_AGAIN: Arm("and on the same DA-VAE?", dit="--seed={again}"),
     "no alignment": Arm("does alignment help generation?", UNALIGNED),
+    "no alignment, again": Arm("and is that chance?", f"{UNALIGNED} --seed={{again}}", "--seed={again}"),
     "no schedule": Arm("does w(n) help?", dit="--N=0"),
     "random P_new, O_new": Arm("does the zero start help?", dit="--zero_init=False"),
     "scratch": Arm("does the warm start help, at equal steps?", base="scratch"),
@@ -413,8 +414,9 @@ def side_by_side(folder):
         if any(row):
             lines.append(f"| {name} | {' | '.join(row)} |")
     lines.append("\nMean over the seeds, and how many of them have its sign. Bold counts: all seeds have it, "
-                 "and the mean exceeds what\nanother seed makes (`paper, again`), or if that was not run, "
-                 "`paper`'s range. More in each setting's <name>.md.\n")
+                 "and the mean exceeds what\nanother seed makes (`paper, again`; for arms with `paper`'s DA-VAE, "
+                 "`paper, DiT again`), or if neither was run,\n`paper`'s range. More in each setting's "
+                 "<name>.md.\n")
     runs.replace(folder / "README.md", "\n".join(lines))
 
 
