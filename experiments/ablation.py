@@ -414,8 +414,8 @@ def side_by_side(folder):
         if any(row):
             lines.append(f"| {name} | {' | '.join(row)} |")
     lines.append("\nMean over the seeds, and how many of them have its sign. Bold counts: all seeds have it, "
-                 "and the mean exceeds what\nanother seed makes (`paper, again`; for arms with `paper`'s DA-VAE, "
-                 "`paper, DiT again`), or if neither was run,\n`paper`'s range. More in each setting's "
+                 "and the mean exceeds what\nanother seed makes (`paper, again`; with `paper`'s DA-VAE, "
+                 "`paper, DiT again`), or if neither was run, `paper`'s\nrange. More in each setting's "
                  "<name>.md.\n")
     runs.replace(folder / "README.md", "\n".join(lines))
 

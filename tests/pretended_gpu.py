@@ -182,7 +182,8 @@ def place():
     frame = sys._getframe(1)
     while frame:
         file = Path(os.path.abspath(frame.f_code.co_filename))
-        if file.is_relative_to(ROOT) and file != Path(__file__).resolve():
+        ours = file.is_relative_to(ROOT) and "site-packages" not in file.parts       # .venv may lie in ROOT
+        if ours and file != Path(__file__).resolve():
             return f"{file.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
