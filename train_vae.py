@@ -551,10 +551,12 @@ def restore(run, nets, opt, opt_d):
 def reconstruct(vae, x):
     """Reconstruct x (B, 3, H, W): (from base channels only, bicubically enlarged; from all channels)."""
     z_all = vae.encode(x)
+    full = vae.decode(z_all).float().clamp(-1, 1)
+    if not vae.D:
+        return full, full
     base = vae.decode_base(z_all[:, :vae.C]).float()
-    if vae.D:
-        base = F.interpolate(base, scale_factor=float(vae.r), mode="bicubic", align_corners=False)
-    return base.clamp(-1, 1), vae.decode(z_all).float().clamp(-1, 1)
+    base = F.interpolate(base, scale_factor=float(vae.r), mode="bicubic", align_corners=False)
+    return base.clamp(-1, 1), full
 
 
 def validate(run, done, vae, val):

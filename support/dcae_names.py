@@ -10,7 +10,7 @@ import re
 from itertools import zip_longest
 
 from support.dcae import HEAD
-from support.files import unwrapped
+from support.files import check_diffusers_config, unwrapped
 from support.formats import bare, need, refuse_unknown, shape, stacked
 
 # ---------------------------------------------------------------- names
@@ -216,9 +216,7 @@ def stated_settings(config, settings):
         "encoder_layers_per_block": settings["encoder_blocks"],
         "decoder_layers_per_block": settings["decoder_blocks"],
     }
-    for name, wanted in shown.items():
-        if config.get(name, wanted) != wanted:
-            raise ValueError(f"its config.json has {name}={config[name]!r}; wanted {wanted}, by its weights")
+    check_diffusers_config(config, shown)
     for i, blocks in enumerate(settings["decoder_blocks"]):
         batch_norm = i in settings["batch_norm"]
         if blocks:

@@ -298,6 +298,13 @@ def read_json(path):
     return found
 
 
+def check_diffusers_config(config, found):
+    """raises: ValueError if a config.json contradicts `found`, what the weights show: {name in it: value}"""
+    for name, value in found.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"its config.json has {name}={config[name]!r}; wanted {value}, by its weights")
+
+
 def refuse_not_finite(state, path):
     """raises: SystemExit naming the first tensor in a nested state that is not finite"""
     for place, x in tree_flatten_with_path(state)[0]:

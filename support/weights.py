@@ -36,7 +36,7 @@ from support.diffusers_dit import (
     import_transformer,
     refuse_bare,
 )
-from support.files import fill, pick_weights, read_json, some
+from support.files import check_diffusers_config, fill, pick_weights, read_json, some
 from support.flux2 import import_flux2, is_flux2
 from support.runs import latest_checkpoint, read_config, read_state_dict
 from support.usit import export_usit, import_usit, is_usit
@@ -130,13 +130,6 @@ def read_diffusers_config(folder, wanted):
     if config.get("_class_name", wanted) != wanted:
         raise ValueError(f"its config.json describes diffusers' {config['_class_name']}; wanted {wanted}")
     return config if "_class_name" in config else {}
-
-
-def check_diffusers_config(config, found):
-    """raises: ValueError if a config.json contradicts `found`, what the weights show: {name in it: value}"""
-    for name, value in found.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"its config.json has {name}={config[name]!r}; wanted {value}, by its weights")
 
 
 def groups_of(widths, config):
