@@ -43,7 +43,7 @@ def say_if_other_classes(base, classes, count):
     """
     trained = runs.checkpoints(run_folder(base)) if base else []
     if not trained:
-        if base and len(classes) != count:
+        if base and max(1, len(classes)) != count:
             these = f"these are {files.some(classes, 20)}" if classes else "all these images are its first"
             tqdm.write(f"{base} knows {count} classes, without names; {these}: each class continues from the "
                        "one in its place")
