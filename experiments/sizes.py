@@ -182,21 +182,17 @@ def others(run, other):
 
 
 def images_of(run, cfg):
-    """Held-out images one by one, (1, 3, H, W); files at their own size, cropped to a `multiple`."""
+    """Held-out images one by one, (1, 3, H, W); files at their own size, cropped as the base requires."""
     dataset, index = evaluate.held_out(run, cfg.data_dir, cfg.images)
-    for batch, _, _ in data.read(dataset, index, multiple(run.vae) if dataset.paths else 0):
+    whole = run.vae.f * run.vae.base.block if dataset.paths else 0
+    for batch, _, _ in data.read(dataset, index, whole):
         yield from batch.split(1)
-
-
-def multiple(vae):
-    """What both sides of an image must be multiples of."""
-    return vae.f * vae.base.block
 
 
 def main(cfg):
     run = evaluate.load(cfg.run, cfg.weights, cfg.device)
     runs.make_folder(shared.folder_of(cfg))
-    f = multiple(run.vae)
+    f = run.vae.f * run.vae.base.block
     if not run.vae.D:
         raise SystemExit(f"{cfg.run}: has no detail channels to look at; wanted a DA-VAE, or a DiT on one")
     lpips = metrics.make_lpips("squeeze", cfg.lpips_trunk).to(run.device) if cfg.lpips_trunk else None
