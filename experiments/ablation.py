@@ -11,15 +11,15 @@ and arms with the same stage 1 flags share their DA-VAE, so arms are compared in
     python experiments/ablation.py photos --base=weights/taef2 --data_dir=photos/train \\
         --eval_dir=photos/eval --lpips_trunk=squeezenet1_1_features.pth
 
-A finished cell is a line of experiments/results/<name>.jsonl, with its setting and the commands that trained
-it; a file holds cells of one setting. The report is <name>.md there (means over the seeds, differences to the
-arm `paper`) and <name>.png (curves); README.md there has all settings side by side. The rule was fixed
-beforehand: a difference to `paper` counts if it has the same sign for every seed, and its mean exceeds the
-range of `paper` itself over the seeds. Anything else is "no difference". That range turned out to come from
-the base VAEs, so a second rule was written down after seeds 0 and 1 and before all others: instead of the
-range, the largest difference that chance makes on the same base (the arm `paper, again`). For an arm that
-shares `paper`'s DA-VAE, that is too much; if it was run, `paper, DiT again`, with the same DA-VAE, takes its
-place.
+A finished cell is a line of experiments/results/<name>.jsonl: arm, seed and setting, from which its commands
+follow, and what was measured. A file holds cells of one setting. The report is <name>.md there (means over
+the seeds, differences to the arm `paper`) and <name>.png (curves); README.md there has all settings side by
+side. The rule was fixed beforehand: a difference to `paper` counts if it has the same sign for every seed,
+and its mean exceeds the range of `paper` itself over the seeds. Anything else is "no difference". That range
+turned out to come from the base VAEs, so a second rule was written down after seeds 0 and 1 and before all
+others: instead of the range, the largest difference that chance makes on the same base (the arm `paper,
+again`). For an arm that shares `paper`'s DA-VAE, that is too much; if it was run, `paper, DiT again`, with
+the same DA-VAE, takes its place.
 """
 import json
 import shlex
@@ -191,7 +191,7 @@ def run_cell(cfg, name, seed):
     if cfg.preset == "photos":
         held_out = f"--data_dir={shlex.quote(cfg.eval_dir)}"
         features = f"--features=squeeze --perceptual=squeeze --lpips_trunk={shlex.quote(cfg.lpips_trunk)}"
-    line = {"arm": name, "seed": seed, "setting": setting_of(cfg), "commands": made, "curves": curves(run)}
+    line = {"arm": name, "seed": seed, "setting": setting_of(cfg), "curves": curves(run)}
     for scale in SCALES[cfg.preset]:
         out = f"{run}/cfg{scale}.json"
         execute(f"evaluate.py {run} {held_out} --n={cfg.n} --steps=25 --cfg={scale} {features} --out={out}")
@@ -236,6 +236,7 @@ def use_of_details(run, held_out, features):
 
 def execute(command):
     """Run a script of this repository.   raises: SystemExit with the end of its output if it fails"""
+    print(f"python {command}", flush=True)
     script, *words = shlex.split(command)
     done = subprocess.run([sys.executable, str(ROOT / script), *words], text=True, capture_output=True)
     if done.returncode:
@@ -477,7 +478,7 @@ def main(cfg):
             line = run_cell(cfg, arm, seed)
             runs.make_folder(folder)
             with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, separators=(",", ":")) + "\n")
             cells = read(path)
             print(f"seed {seed}, {arm}: {line['seconds']} s, {JUDGED} {number(line, JUDGED)}", flush=True)
     if not cells:

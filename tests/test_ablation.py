@@ -17,7 +17,7 @@ from support import config
 def line(arm, seed, fd, psnr=19.0, row="samples", losses=None):
     """A cell's line with these numbers."""
     samples = {row: {"Probe-FD": fd, "Probe-KID": 0.01}, "base only, bicubic": {"Probe-FD": 1.5}}
-    return {"arm": arm, "seed": seed, "seconds": 60, "setting": ablation.setting_of(Config()), "commands": [],
+    return {"arm": arm, "seed": seed, "seconds": 60, "setting": ablation.setting_of(Config()),
             "reconstruction": {"DA-VAE": {"psnr": psnr, "Probe-FD": 0.5},
                                "base only, bilinear": {"psnr": 16.0, "Probe-FD": 1.1}},
             "samples, cfg 1": samples, "samples, cfg 2": samples,

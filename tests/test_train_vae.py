@@ -17,7 +17,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
-from davae import DAVAE, AutoencoderKL, DAVAEConfig, align_loss
+from davae import DAVAE, AutoencoderKL, DAVAEConfig, Posterior, align_loss
 from support import data, figures, held_out, metrics, ranks, runs
 from support.dcae import Head
 from support.metrics import psnr
@@ -85,6 +85,36 @@ def test_discriminator_gradients_are_averaged_over_ranks_only_in_the_last_pass(m
     log = SimpleNamespace(add=lambda numbers: None)
     train_vae.train_discriminator(judge, opt, [(x, -x)] * 3, contextlib.nullcontext(), log, 0)
     assert asked == [False, False, True]
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(
+        davae_config, tmp_path, monkeypatch, read_log):
+    monkeypatch.setattr(Posterior, "sample", lambda self: self.mean)          # so nothing is random any more
+    norms = []
+    for micro_batch in (4, 1):
+        cfg = davae_config(tmp_path / f"{micro_batch}", steps=1, gan=0.0, detail_dropout=0.0, align=0.0,
+                           adaptive_align=False, micro_batch=micro_batch)
+        train_vae.main(cfg)
+        norms.append(read_log(cfg.out)[0]["gnorm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_pairs_of_all_micro_batches_weigh_one_step_of_the_discriminator():
+    x = torch.rand(2, 3, 32, 32)
+    log = SimpleNamespace(add=lambda numbers: None)
+    norms = []
+
+    def before_update(opt, *args):
+        group, = opt.param_groups
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in group["params"]]).item())
+
+    for pairs in (1, 3):
+        torch.manual_seed(0)
+        judge = PatchGAN(4)
+        opt = torch.optim.AdamW(judge.parameters())
+        with register_optimizer_step_pre_hook(before_update):
+            train_vae.train_discriminator(judge, opt, [(x, -x)] * pairs, contextlib.nullcontext(), log, 0)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_losses_are_float32_under_bfloat16_autocast(kl_config):
