@@ -46,7 +46,7 @@ def widen(in_proj, out_proj, D, p=None):
 
     in_proj:  the patch embedder, a Conv2d C -> E of stride p, or a Linear p*p*C -> E;  add P_new(z_d) to it
     out_proj: the head, a Linear E -> p*p*C;  unpatchify O_new(x) separately, append it along the channels
-    returns:  P_new (no bias: in_proj has one) and O_new, on the device and in the dtype of in_proj
+    returns:  P_new (no bias: in_proj may have one) and O_new, on the device and in the dtype of in_proj
 
     Zeros do not stall the training: P_new gets a gradient from the base loss, O_new from the detail loss.
     """
@@ -170,14 +170,6 @@ def warm_start_difference(base, model, z, cond):
 
 
 # ---------------------------------------------------------------- LightningDiT
-
-SIZES = {                  # name: blocks, width, heads
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-    "1p0B": (24, 1536, 24),
-    "1p6B": (28, 1792, 28),
-}
 
 
 @dataclass
@@ -311,6 +303,10 @@ class MMDiTConfig:
     lora: int = 0               # rank of the adapters, 0: none
     alpha: float = 256.0        # the adapters are scaled by alpha / rank
 
+    def __post_init__(self):
+        if self.E % self.A or self.E % 4:
+            raise ValueError(f"E={self.E} with A={self.A} heads: E must be a multiple of A, and of 4")
+
 
 class Stream(nn.Module):
     """A joint block's layers for one kind of token, image or text: adaLN, attention projections, MLP.
@@ -410,7 +406,8 @@ class MMDiT(DiT):
         # Saved, unlike LightningDiT's: it is not known whether the released table matches the formula.
         table = torch.empty(1, cfg.pos_size**2, cfg.E)
         if not table.is_meta:
-            table = sincos_table(cfg.pos_size, cfg.E, spacing=64 / cfg.pos_size).to(table.device)
+            spacing = 64 / cfg.pos_size                                # 64 tokens: 1024 pixels
+            table = sincos_table(cfg.pos_size, cfg.E, spacing=spacing).to(table.device)
         self.register_buffer("pos_embed", table)
         if cfg.lora:
             add_lora(self, cfg.lora, cfg.alpha)

@@ -67,7 +67,7 @@ class Config:
     A: int = field(16, "no base given: heads", within=(1, 1024))
     qk_norm: bool = field(False, "no base given: RMSNorm on q and k")
     zero_init: bool = field(True, "P_new and O_new start at zero; False: at random, without the warm start")
-    # SD3.5 (the base is an MMDiT, the images have captions)
+    # text to image (the images have captions), such as SD3.5
     text: str = field("", "shards of encoded captions (`python sample.py text`), or a folder of encoders")
     t5_tokens: int = field(256, "tokens given to T5", within=(1, 4096))
     lora: int = field(0, "rank of the adapters, alpha = rank; 0: train every weight", within=(0, 8192))
@@ -183,7 +183,7 @@ def detail_weight(n, N):
     return 0.5 * (1 - math.cos(math.pi * min(n / N, 1.0)))
 
 
-# The cosine clamps norms to at least this. A transformer from scratch starts at v = 0, where PyTorch's 1e-8
+# The cosine clamps norms to at least this. A LightningDiT from scratch starts at v = 0, where PyTorch's 1e-8
 # makes the gradient 1e8: unless clipped, it stays in AdamW's second moments for a long time (LOG.md).
 COSINE_EPS = 0.1
 
@@ -233,10 +233,9 @@ def draw_time(B, weighting, device):
 
     paper: t = sigmoid(N(0, 1)), weight 1.
     uniform: t uniform in [0, 1], weight 1: as SiT and USiT are trained.
-    sigma: the authors' for SD3.5. The same u = sigmoid(N(0, 1)) picks one of SD3's 1000 noise levels, shifted
-           by 3 and then by 4 (`sd3_sigmas`); t = 1 - sigma. The loss is (sigma (v - v*))^2, the squared
-           error of the denoised latent, times min(t / sigma, 5).
-    Differs from the authors' code, which also truncates the time to thousandths and rounds sigma to bfloat16.
+    sigma: the authors' for SD3.5. u = sigmoid(N(0, 1)) picks one of `sd3_sigmas`, and t = 1 - sigma. The loss
+           is (sigma (v - v*))^2, the squared error of the denoised latent, times min(t / sigma, 5). (Theirs
+           also truncates the time to thousandths, and rounds sigma to bfloat16.)
     """
     if weighting == "uniform":
         return torch.rand(B, device=device), torch.ones(B, device=device)
@@ -250,9 +249,8 @@ def draw_time(B, weighting, device):
 
 def sd3_sigmas(device):
     """The 1000 noise levels sigma = 1 - t that the authors train SD3.5 at, from 1 down: (1000,)."""
-    smallest = 1 - shift_time(0.999, 1 / 3)                        # of SD3's scheduler, which shifts by 3
-    even = torch.linspace(1, smallest, 1000, device=device)
-    return 4 * even / (1 + 3 * even)                               # shifted once more, by 4
+    even = torch.linspace(1, 1 - shift_time(0.999, 1 / 3), 1000, device=device)     # SD3's last, shifted by 3
+    return 4 * even / (1 + 3 * even)                                                # all, shifted by 4
 
 
 @torch.no_grad()
@@ -491,6 +489,8 @@ def new_dit(cfg, C, f, num_classes):
     settings = dict(C=C, D=cfg.D, p=cfg.p, grid=cfg.image_size // f // cfg.p, E=cfg.E, depth=cfg.depth,
                     A=cfg.A, num_classes=num_classes, qk_norm=cfg.qk_norm)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
+    for name in settings.keys() & getattr(cfg, "given", set()) - known:
+        raise SystemExit(f"--{name}={settings[name]}: {cfg.model} has no such setting; leave it out")
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
 
 
@@ -557,7 +557,7 @@ def draw_samples(run, done, ema, vae, about, text):
     """samples_<done>.png: a column of four for each of the first ten classes or captions; of one alone, 16.
 
     The noise is the same at every save. The ranks draw equally many images, because a sharded model needs
-    all ranks in every pass; at most micro_batch rows at a time, guidance included.
+    all ranks in every pass; at most micro_batch rows (at least 2) at a time, guidance included.
     """
     cfg = run.cfg
     names = [name[:24] for name in (about.get("captions") or about["classes"] or ["image"])[:10]]

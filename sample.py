@@ -43,11 +43,11 @@ class Config:
     seed: int = field(0, "seed of the noise", within=(0, 2**64 - 1))
     # what is drawn
     classes: tuple = field((), "class ids to draw, in turn; empty: those of the run's images", at_least=0)
-    prompts: str = field("", "SD3.5: prompts separated by |, or a file, one per line; empty: captions",
+    prompts: str = field("", "text: prompts separated by |, or a file, one per line; empty: captions",
                          text=True)
-    negative: str = field("", "SD3.5: the prompt that guidance steers away from", text=True)
-    text: str = field("", "SD3.5: text shards, or a folder of encoders to make them; empty: the run's")
-    height: int = field(0, "pixels, SD3.5 only; 0: the run's image_size", within=(0, 16_384))
+    negative: str = field("", "text: the prompt that guidance steers away from", text=True)
+    text: str = field("", "text: its shards, or a folder of encoders to make them; empty: the run's")
+    height: int = field(0, "pixels, text only; 0: the run's image_size", within=(0, 16_384))
     width: int = field(0, "see height", within=(0, 16_384))
     # how it is drawn (App.): Euler steps and guidance
     steps: int = field(50, "Euler steps (LightningDiT's '250' are 249); not taken from the run",
@@ -59,7 +59,7 @@ class Config:
                        within=(-1, 1000))
     cfg_start: float = field(0.0, "guidance is on where cfg_start <= t <= cfg_end", within=(0, 1))
     cfg_end: float = field(1.0, "see cfg_start", within=(0, 1))
-    keep: int = field(-1, "how many details to draw and decode (support/levels.py); negative: all",
+    keep: int = field(-1, "how many details (D = 0: channels) to draw and decode; negative: all",
                       within=(-1, 4096))
     cfg_channels: int = field(0, "guide only the first channels; 0: all. 3 reproduces LightningDiT's figures",
                               at_least=0)
@@ -147,7 +147,7 @@ def time_grid(steps, shift=1.0, twice=False):
 
     twice: as in diffusers' SD3 scheduler, which shifts the last of its 1000 training times, and then shifts
     it again with the whole grid. So from two steps on, the last always begins at the same t (0.991 with SD3's
-    shift): it is shorter than on the plain grid of fewer than 335 steps.
+    shift): it is shorter than on the plain grid of fewer than 334 steps.
     """
     if twice:
         even = torch.linspace(0, shift_time(0.999, shift), steps, dtype=torch.float64)
@@ -314,7 +314,10 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
 
 
 def check_size(dit, vae, s):
-    """raises: SystemExit where height or width do not fit the model"""
+    """raises: SystemExit where height or width do not fit the model, or `keep` has nothing to hide"""
+    if "keep" in s and not dit.cfg.D and vae.D:
+        raise SystemExit(f"--keep={s['keep']}: the model has no details, only a DA-VAE's base channels; "
+                         "leave it out")
     side = vae.f * dit.cfg.p
     if min(s["height"], s["width"]) < side or s["height"] % side or s["width"] % side:
         raise SystemExit(f"{s['height']}x{s['width']} pixels: both must be multiples of {side}")
@@ -330,13 +333,21 @@ def conditions(dit, indices, s, text=None):
     return (y,), (null,)
 
 
+OF_CLASSES = ("classes",)
+OF_TEXT = ("prompts", "negative", "text", "height", "width", "slg")
+
+
 def settings_of(cfg, about, checkpoint):
     """Everything the images depend on, with the run's own defaults filled in.
 
     about: config.json of the checkpoint
-    raises: SystemExit on impossible values
+    raises: SystemExit on impossible values, and on flags for another kind of model
     """
     own = about["config"]
+    kind, others = ("text", OF_CLASSES) if own.get("text") else ("classes", OF_TEXT)
+    for name in others:
+        if name in getattr(cfg, "given", ()):
+            raise SystemExit(f"--{name}= is not for {checkpoint}, which draws from {kind}; leave it out")
     s = {}
     for name in ("steps", "seed", "weights", "dtype", "cfg_start", "cfg_end", "cfg_channels"):
         s[name] = getattr(cfg, name)
@@ -346,9 +357,10 @@ def settings_of(cfg, about, checkpoint):
     if cfg.n < 1 or cfg.steps < 1 or s["shift"] == 0 or not s["cfg"] < float("inf"):
         raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and "
                          "steps of at least 1, shift above 0 and a finite cfg")
-    if cfg.cfg_start > cfg.cfg_end:
-        raise SystemExit(f"--cfg_start={cfg.cfg_start} is after --cfg_end={cfg.cfg_end}: guidance would "
-                         "never be on; give --cfg=1 for none")
+    starts = time_grid(s["steps"], s["shift"], s["grid"] == "sd3")[:-1]
+    if s["cfg"] != 1 and not any(cfg.cfg_start <= t <= cfg.cfg_end for t in starts):
+        raise SystemExit(f"--cfg_start={cfg.cfg_start} --cfg_end={cfg.cfg_end}: of the steps, {s['steps']}, "
+                         "none begins between them: guidance would never be on; give --cfg=1 for none")
     C, D = about["model"]["C"], about["model"]["D"]
     if cfg.keep >= 0:
         s["keep"] = levels.check((cfg.keep,), C, D, "--keep")[0]

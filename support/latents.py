@@ -75,8 +75,9 @@ def check_sizes(vae, train_set, cfg):
     side = vae.f * (vae.base.block if cfg.base else cfg.p)         # a base model brings its own patches
     if cfg.image_size % side:
         fits = max(1, round(cfg.image_size / side)) * side
-        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae or 'the VAE'} takes multiples of {side}; "
-                         f"give --image_size={fits}")
+        wanted = f"{side}, with --p={cfg.p}" if cfg.p > 1 and not cfg.base else side
+        raise SystemExit(f"--image_size={cfg.image_size}: {cfg.vae or 'the VAE'} takes multiples of "
+                         f"{wanted}; give --image_size={fits}")
     levels.check(cfg.keep_levels, vae.C, cfg.D)
     if cfg.buckets > 1 and not cfg.text:
         raise SystemExit(f"--buckets={cfg.buckets:g}: a class-conditional model has positions for one "

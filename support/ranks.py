@@ -337,7 +337,7 @@ def stop_if_not_finite(norm, loss, model, step):
             bad = name
             break
     raise SystemExit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, first bad parameter "
-                     f"{bad}; the model was not updated. Lower --lr or --clip and run again")
+                     f"{bad}; the model was not updated. Lower --lr, or --clip (0 is none), and run again")
 
 
 # ---------------------------------------------------------- models that do not fit on one GPU

@@ -57,7 +57,7 @@ def say_if_other_classes(base, classes, count):
 class Conditioner:
     """What a model takes after z_all and t, for images y: (labels,), or (tokens, pooled) of their captions.
 
-    condition(y, p): with probability p, a label becomes the null class, or a caption "".
+    condition(y, drop): with probability `drop`, a label becomes the null class, or a caption "".
     cfg.text: a folder of shards, or of the encoders that make them; y are then image numbers, which find the
               captions. Empty: the model is class-conditional
     raises: SystemExit if text is wanted and the images have no captions, or embeddings have other widths than

@@ -46,6 +46,12 @@ def test_sizes_on_the_command_line_are_for_a_model_from_scratch():
         check("--model=USiT")
 
 
+def test_a_setting_that_the_model_from_scratch_lacks_is_refused_not_ignored():
+    cfg = config.cli(finetune.Config, finetune.PRESETS, ["tiny-base", "--model=USiT", "--qk_norm=True"])
+    with pytest.raises(SystemExit, match="--qk_norm=True: USiT has no such setting; leave it out"):
+        finetune.new_dit(cfg, 8, 8, 10)
+
+
 @pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])
 def test_the_discriminator_counts_only_if_it_starts_before_the_end(gan, start, judged):
     assert checks.is_judged(SimpleNamespace(gan=gan, disc_start=start, steps=9)) == judged

@@ -13,7 +13,7 @@ import kernels
 import kernels.qknorm_rope
 from dit import LightningDiTConfig, LightningDiT, widen
 from kernels.norm_modulate import norm_modulate_ref
-from support.formats import export_lightningdit, lightningdit_sizes
+from support.formats import RELEASED_HEADS, export_lightningdit, lightningdit_sizes
 from support.metrics import import_torchvision
 from support.weights import load_dit
 
@@ -106,10 +106,18 @@ def test_a_lightningdit_without_swiglu_has_an_mlp_of_four_times_its_width():
     assert (LightningDiTConfig().hidden, LightningDiTConfig(hidden=100).hidden) == (3072, 100)
 
 
-@pytest.mark.parametrize("size, count", [
-    ("B", 130_556_192), ("XL", 675_256_736), ("1p0B", 1_029_401_120), ("1p6B", 1_631_767_120)])
-def test_full_size_models_have_the_published_number_of_parameters(size, count):
-    depth, E, A = dit.SIZES[size]
+@pytest.mark.parametrize("ModelConfig, E, A", [(LightningDiTConfig, 72, 4), (dit.MMDiTConfig, 66, 2),
+                                              (dit.MMDiTConfig, 64, 3)])
+def test_a_width_that_heads_or_position_tables_cannot_divide_is_refused(ModelConfig, E, A):
+    with pytest.raises(ValueError, match=f"E={E} with A={A} heads: E must be a multiple of"):
+        ModelConfig(E=E, A=A)
+
+
+@pytest.mark.parametrize("depth, E, A, count", [                   # B, XL, 1p0B and 1p6B
+    (12, 768, 12, 130_556_192), (28, 1152, 16, 675_256_736), (24, 1536, 24, 1_029_401_120),
+    (28, 1792, 28, 1_631_767_120)])
+def test_full_size_models_have_the_published_number_of_parameters(depth, E, A, count):
+    assert RELEASED_HEADS[E] == A
     with torch.device("meta"):
         model = LightningDiT(LightningDiTConfig(depth=depth, E=E, A=A))
     parameters = sum(p.numel() for p in model.parameters())

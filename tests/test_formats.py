@@ -98,10 +98,6 @@ def test_taef2s_layers_are_renamed_to_those_of_a_base_vae():
 # ---------------------------------------------------------------- LightningDiT
 
 
-def test_released_head_counts_match_dits_sizes():
-    assert {E: A for _, E, A in dit.SIZES.values()} == formats.RELEASED_HEADS
-
-
 def test_full_size_names_and_shapes_fit_exactly(full_size):
     listed = {k: v for k, v in full_size.items() if k.startswith("LightningDiT")}
     assert len(listed) == 5

@@ -319,7 +319,7 @@ def test_mirrored_latents_come_from_images_mirrored_left_to_right(tmp_path):
     [
         (dict(D=24), "--D=24, but the VAE has 12 detail channels"),
         (dict(image_size=62), "--image_size=62: the VAE takes multiples of 4; give --image_size=64"),
-        (dict(image_size=36, p=2), "--image_size=36: the VAE takes multiples of 8; give --image_size=32"),
+        (dict(image_size=36, p=2), "the VAE takes multiples of 8, with --p=2; give --image_size=32"),
     ],
 )
 def test_sizes_that_do_not_fit_the_vae_are_refused(change, said):

@@ -18,7 +18,7 @@ import sample
 from dit import LightningDiTConfig, LightningDiT, LoRA, MMDiT, MMDiTConfig, add_lora
 from finetune import flow_loss
 from sample import guided_velocity, sample_flow, sample_labels, sample_noise, shift_time, time_grid
-from support import image_folder, levels, ranks, text, weights
+from support import config, image_folder, levels, ranks, text, weights
 from support.metrics import import_torchvision
 from support.weights import load_base_vae, load_dit
 
@@ -204,11 +204,22 @@ def test_the_bar_counts_the_euler_steps_of_all_batches(tiny_run, tmp_path, monke
     (dict(classes=(-1,)), "class -1 asked for"),
     (dict(cfg_channels=-1), "--cfg_channels=-1: the model has 16 channels"),
     (dict(cfg_channels=17), "--cfg_channels=17: the model has 16 channels"),
-    (dict(cfg_start=0.6, cfg_end=0.5), "--cfg_start=0.6 is after --cfg_end=0.5"),
+    (dict(cfg_start=0.6, cfg_end=0.5), "--cfg_start=0.6 --cfg_end=0.5: of the .* none begins between"),
+    (dict(cfg_start=0.5, steps=1), "of the steps, 1, none begins between them"),
     (dict(classes=(10, 99)), "class 99 asked for; the model has classes 0 to 9")])
 def test_impossible_settings_get_one_sentence(tiny_run, tmp_path, changes, sentence):
     with pytest.raises(SystemExit, match=sentence):
         sample.main(settings(tiny_run, tmp_path / "a", **changes))
+
+
+@pytest.mark.parametrize("text, flag, kind", [
+    ("", "--slg=2.5", "classes"), ("", "--height=64", "classes"), ("captions", "--classes=3", "text")])
+def test_flags_for_another_kind_of_model_are_refused_not_ignored(text, flag, kind):
+    about = {"config": dict(text=text, shift=1.0, cfg=2.0, grid="plain", image_size=64),
+             "model": dict(C=4, D=12, num_classes=10), "captions": ["a fox"], "classes": []}
+    with pytest.raises(SystemExit, match=f"{flag.split('=')[0]}= is not for step_9, which draws from {kind}"):
+        sample.settings_of(config.cli(sample.Config, argv=[flag]), about, "step_9")
+    sample.settings_of(config.cli(sample.Config, argv=[]), about, "step_9")
 
 
 def test_sampling_from_a_vae_run_is_refused(tiny_vae, tmp_path):
