@@ -221,7 +221,8 @@ def test_a_missing_gpu_gets_one_sentence(vae_config, tmp_path):
 
 def test_two_processes_have_the_same_losses_as_one_and_resume_each_others_runs(
         davae_config, tmp_path, launch, read_log):
-    one = davae_config(tmp_path / "a", micro_batch=1, image_size=32, crop=(24,), disc_start=1, steps=3)
+    one = davae_config(tmp_path / "a", micro_batch=1, image_size=32, crop=(24,), disc_start=1, steps=3,
+                       project="conv")
     two = replace(one, out=str(tmp_path / "b"))
     few = "from support import held_out; held_out.validation_images.__defaults__ = (8,)"
     process = launch(train_vae.main, two, few, ranks=2)
