@@ -328,11 +328,11 @@ def main(cfg):
         return run.summary()
     checks.before_training(cfg, vae)
     layout = ranks.layout(vae.base.width, device)
-    vae = vae.to(device, memory_format=layout).train()
+    vae = vae.to(device, memory_format=layout).eval()
     freeze(vae, cfg.train)
     if vae.D and cfg.fit != "random" and not run.checkpoint:
         start_in_closed_form(cfg, vae, train_set, device, rank)
-    nets = LossNetworks(cfg, vae, device)
+    nets = LossNetworks(cfg, vae.train(), device)
     trained = [p for p in [*vae.parameters(), *nets.own.parameters()] if p.requires_grad]
     opt = adamw(trained, cfg)
     opt_d = adamw(nets.disc.parameters(), cfg) if nets.disc else None
@@ -400,8 +400,9 @@ def main(cfg):
     # the weights are final now: measure the statistics of their latents, and save both
     if run.start == cfg.steps:                     # the job was cut off between its last save and here
         validate(run, cfg.steps, vae, val)
+    images = held_out.statistics_images(cfg, train_set, device, rank, world)
     with autocast:
-        vae.measure(held_out.statistics_images(cfg, train_set, device, rank, world), ranks.sum_patiently)
+        vae.eval().measure(images, ranks.sum_patiently)
     save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
@@ -485,8 +486,7 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
     """Fit the new blocks, and print how well.  Every rank does all of it; DDP then uses rank 0's result."""
     with ranks.autocast(cfg.dtype, device):
         images = held_out.fitting_images(cfg, vae, train_set, device, rank)
-        pixels = cfg.fit == "pixels"
-        found = fit_new_blocks(vae, images, 0.0 if pixels else cfg.fit_align, pixels)
+        found = fit_new_blocks(vae, images, cfg.fit_align * (cfg.fit != "pixels"), cfg.fit == "pixels")
     if rank == 0:
         print(f"{cfg.out}: new blocks start in closed form (docs/closed_form.md); the details keep "
               f"{found['kept']:.1%} of what z lacks of the full-size image, and predict "
@@ -500,6 +500,7 @@ def trial(cfg, n, device, known, classes):
     known: {folder: model} of runs that do not exist yet; classes: unused here, finetune.py's trial needs it
     """
     vae = initial_vae(cfg, known)
+    checks.before_training(cfg, vae)
     vae = vae.to(device, memory_format=ranks.layout(vae.base.width, device)).train()
     freeze(vae, cfg.train)
     nets = LossNetworks(cfg, vae, device)
@@ -515,9 +516,8 @@ def trial(cfg, n, device, known, classes):
     return vae, step
 
 
-def adamw(parameters, cfg):
-    betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(parameters, lr=cfg.lr, betas=betas, weight_decay=0.0, fused=True)
+def adamw(trained, cfg):
+    return torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
 
 
 def set_learning_rate(lr, *optimizers):

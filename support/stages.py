@@ -232,8 +232,8 @@ def plan(cfg, makers, rank, device):
 
 
 def refused(refusal, maker, stage, cfg):
-    """Why a stage cannot be trained; if it is another's, also how to give it the flags that are advised."""
-    if stage is cfg:
+    """Why a stage cannot be trained; if it is another's and of its flags, also how to give it others."""
+    if stage is cfg or not str(refusal).startswith("--"):
         return refusal
     flag = "vae" if maker.makes[stage.D > 0] == "DA-VAE" else "base"
     command = config.command(maker.script, stage, maker.presets)

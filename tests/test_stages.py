@@ -265,6 +265,15 @@ def test_a_stage_that_refuses_names_the_command_that_takes_the_flags_it_advises(
     assert said.endswith("and then give --vae=out/photos-base/photos-vae)")
 
 
+def test_what_this_commands_own_flags_cause_in_another_stage_gets_no_advice_about_other_flags():
+    said = SystemExit("nope: no such file or folder")
+    stage = train_vae.Config(out="out/a-vae")
+    assert stages.refused(said, train_vae.MAKER, stage, finetune.Config(out="out/a")) is said
+    about_flags = SystemExit("--D=5: wanted 32")
+    advised = stages.refused(about_flags, train_vae.MAKER, stage, finetune.Config(out="out/a"))
+    assert "and then give --vae=out/a-vae" in str(advised)
+
+
 def test_step_time_is_a_mean_without_the_first_three_steps(monkeypatch):
     clock = iter([70.0, 90.0, 100.0, 100.1, 100.2, 100.6, 102.0])  # three warm-up calls, then timed ones
     monkeypatch.setattr(stages.time, "time", lambda: next(clock))

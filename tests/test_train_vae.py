@@ -288,6 +288,31 @@ def test_latents_are_measured_on_the_images_of_all_ranks(davae_config, tmp_path,
     assert torch.allclose(found, vae.mean / 2, atol=1e-6)
 
 
+def test_a_plan_refuses_flags_that_exclude_each_other_before_it_trains_other_stages(davae_config, tmp_path):
+    cfg = davae_config(tmp_path / "run", train="blocks", adaptive_align=True)
+    with pytest.raises(SystemExit, match="--train=blocks"):
+        train_vae.trial(cfg, 1, torch.device("cpu"), {}, None)
+
+
+def test_statistics_and_closed_form_are_measured_as_latents_are_encoded_later(
+        davae_config, tmp_path, monkeypatch):
+    """In eval mode: a base of your own may have dropout or batch statistics."""
+    plain_measure, modes = DAVAE.measure, []
+
+    def measure(vae, *args):
+        modes.append([module.training for module in vae.modules()])
+        return plain_measure(vae, *args)
+
+    def fit(vae, *args):
+        modes.append([module.training for module in vae.modules()])
+        return {"kept": 0.0, "told": 0.0}
+
+    monkeypatch.setattr(DAVAE, "measure", measure)
+    monkeypatch.setattr(train_vae, "fit_new_blocks", fit)
+    train_vae.main(davae_config(tmp_path / "run", steps=1, gan=0.0, fit="closed"))
+    assert len(modes) == 2 and not any(map(any, modes))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, here g++")
 def test_compiled_levels_give_the_same_losses_and_weight_names(davae_config, tmp_path, read_log):
