@@ -62,7 +62,7 @@ class Config:
     fit: str = field("closed", "how the new blocks start. closed: least squares; random: as in the paper; "
                                "pixels: details are pixels of the full-size latent",
                      choices=("closed", "random", "pixels"))
-    fit_align: float = field(1.0, "fit=closed: how far details start aligned to z, at no cost; 1: fully",
+    fit_align: float = field(1.0, "fit=closed: details start aligned to z; 1: fully, for D well above C",
                              within=(0, 1))
     C: int = field(16, "D = 0, no base given: latent channels", within=(1, 4096))
     widths: tuple = field((128, 256, 512, 512), "D = 0, no base given: channels per level, full size first",

@@ -258,7 +258,8 @@ def alignment(moments, with_z, amount):
     At 1, each channel of group c is z_hat_c, the best linear prediction of z_c from the details, plus a part
     that sums to 0 over the group: the other D - C dimensions of the details, in the basis nearest to that at
     amount 0. (Which of them share a group made no difference on 11 photos and TAEF2, 2026-11-25.) So the
-    alignment loss (Eq. 4) is what the details cannot predict of z; as T is invertible, they lose nothing.
+    alignment loss (Eq. 4) is what the details cannot predict of z. As T is invertible, the mode of z_d loses
+    nothing; a sample does where a direction has less energy than its noise, as some have at 1 if D = C.
     """
     C = with_z.shape[1]
     energy, axes = torch.linalg.eigh(moments)
