@@ -489,7 +489,7 @@ def new_dit(cfg, C, f, num_classes):
     settings = dict(C=C, D=cfg.D, p=cfg.p, grid=cfg.image_size // f // cfg.p, E=cfg.E, depth=cfg.depth,
                     A=cfg.A, num_classes=num_classes, qk_norm=cfg.qk_norm)
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    for name in settings.keys() & getattr(cfg, "given", set()) - known:
+    for name in sorted(settings.keys() & getattr(cfg, "given", set()) - known):
         raise SystemExit(f"--{name}={settings[name]}: {cfg.model} has no such setting; leave it out")
     return Model(ModelConfig(**{name: value for name, value in settings.items() if name in known}))
 

@@ -286,10 +286,10 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
 
     s: see `settings_of`; text: a TextCache, for a text-conditioned model
     flow: see `prepare`; tick: see `sample_flow`
-    raises: SystemExit where height or width do not fit the model
+    raises: SystemExit as in `check_fit`
     """
     device = dit.P.weight.device
-    check_size(dit, vae, s)
+    check_fit(dit, vae, s)
     noise = sample_noise(s["seed"], indices, (vae.C + dit.cfg.D, s["height"] // vae.f, s["width"] // vae.f))
     keep = s.get("keep")
     mask = None if keep is None else levels.seen_of_all(keep, vae.C, dit.cfg.D).to(device)
@@ -313,7 +313,7 @@ def generate(dit, vae, indices, s, text=None, flow=sample_flow, tick=None):
     return full, base
 
 
-def check_size(dit, vae, s):
+def check_fit(dit, vae, s):
     """raises: SystemExit where height or width do not fit the model, or `keep` has nothing to hide"""
     if "keep" in s and not dit.cfg.D and vae.D:
         raise SystemExit(f"--keep={s['keep']}: the model has no details, only a DA-VAE's base channels; "
@@ -333,7 +333,7 @@ def conditions(dit, indices, s, text=None):
     return (y,), (null,)
 
 
-OF_CLASSES = ("classes",)
+OF_CLASSES = ("classes",)                                          # flags of class-conditional models only
 OF_TEXT = ("prompts", "negative", "text", "height", "width", "slg")
 
 
@@ -358,9 +358,10 @@ def settings_of(cfg, about, checkpoint):
         raise SystemExit(f"n={cfg.n}, steps={cfg.steps}, shift={s['shift']}, cfg={s['cfg']}: wanted n and "
                          "steps of at least 1, shift above 0 and a finite cfg")
     starts = time_grid(s["steps"], s["shift"], s["grid"] == "sd3")[:-1]
-    if s["cfg"] != 1 and not any(cfg.cfg_start <= t <= cfg.cfg_end for t in starts):
-        raise SystemExit(f"--cfg_start={cfg.cfg_start} --cfg_end={cfg.cfg_end}: of the steps, {s['steps']}, "
-                         "none begins between them: guidance would never be on; give --cfg=1 for none")
+    if not any(cfg.cfg_start <= t <= cfg.cfg_end for t in starts):
+        raise SystemExit(f"--cfg_start={cfg.cfg_start} --cfg_end={cfg.cfg_end}: none of the steps "
+                         f"({s['steps']}) begins between them, so guidance would never be on; for none, give "
+                         "--cfg=1 alone")
     C, D = about["model"]["C"], about["model"]["D"]
     if cfg.keep >= 0:
         s["keep"] = levels.check((cfg.keep,), C, D, "--keep")[0]
@@ -449,7 +450,7 @@ def main(cfg):
         print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again")
 
     dit, vae, _ = load_run(checkpoint, cfg.weights, device)
-    check_size(dit, vae, settings)
+    check_fit(dit, vae, settings)
     flow = prepare(dit, vae, cfg, device)
     image_folder.make_folder(out, settings, rank)
     batch = range(min(cfg.batch_size, cfg.n))

@@ -328,11 +328,11 @@ def main(cfg):
         return run.summary()
     checks.before_training(cfg, vae)
     layout = ranks.layout(vae.base.width, device)
-    vae = vae.to(device, memory_format=layout).eval()
+    vae = vae.to(device, memory_format=layout).train()
     freeze(vae, cfg.train)
     if vae.D and cfg.fit != "random" and not run.checkpoint:
         start_in_closed_form(cfg, vae, train_set, device, rank)
-    nets = LossNetworks(cfg, vae.train(), device)
+    nets = LossNetworks(cfg, vae, device)
     trained = [p for p in [*vae.parameters(), *nets.own.parameters()] if p.requires_grad]
     opt = adamw(trained, cfg)
     opt_d = adamw(nets.disc.parameters(), cfg) if nets.disc else None
@@ -486,11 +486,11 @@ def start_in_closed_form(cfg, vae, train_set, device, rank):
     """Fit the new blocks, and print how well.  Every rank does all of it; DDP then uses rank 0's result."""
     with ranks.autocast(cfg.dtype, device):
         images = held_out.fitting_images(cfg, vae, train_set, device, rank)
-        found = fit_new_blocks(vae, images, cfg.fit_align * (cfg.fit != "pixels"), cfg.fit == "pixels")
+        found = fit_new_blocks(vae.eval(), images, cfg.fit_align * (cfg.fit != "pixels"), cfg.fit == "pixels")
+    vae.train()
     if rank == 0:
         print(f"{cfg.out}: new blocks start in closed form (docs/closed_form.md); the details keep "
-              f"{found['kept']:.1%} of what z lacks of the full-size image, and predict "
-              f"{found['told']:.1%} of z")
+              f"{found['kept']:.1%} of what z lacks of the image, and predict {found['told']:.1%} of z")
 
 
 def trial(cfg, n, device, known, classes):

@@ -121,9 +121,10 @@ def check_base(cfg, vae, base, num_classes):
     if not cfg.text and base.cfg.num_classes < num_classes:
         raise SystemExit(f"{cfg.base}: has {base.cfg.num_classes} classes; {cfg.data_dir} has {num_classes}")
     p, side = base.cfg.p, cfg.image_size // vae.f
-    grid = getattr(base.cfg, "grid", side // p)                    # text to image: any
+    only = getattr(base.cfg, "grid", None)                         # None: any, as in text to image
+    grid = only or side // p
     if side != grid * p:
-        takes = f"{grid}x{grid} tokens" if hasattr(base.cfg, "grid") else "whole tokens"
+        takes = f"{grid}x{grid} tokens" if only else "whole tokens"
         raise SystemExit(f"--image_size={cfg.image_size}: {cfg.base} takes {takes} of {p}x{p} latent pixels; "
                          f"with {cfg.vae} give --image_size={grid * p * vae.f}")
 

@@ -46,6 +46,17 @@ def test_sizes_on_the_command_line_are_for_a_model_from_scratch():
         check("--model=USiT")
 
 
+@pytest.mark.parametrize("grid, sentence", [
+    ({"grid": 4}, "takes 4x4 tokens of 2x2 latent pixels; with a-vae give --image_size=64"),
+    ({}, "takes whole tokens of 2x2 latent pixels; with a-vae give --image_size=64")])
+def test_an_image_size_that_makes_no_whole_tokens_is_refused(monkeypatch, grid, sentence):
+    monkeypatch.setattr(checks, "check_text", lambda *args: None)
+    cfg = SimpleNamespace(base="a-base", vae="a-vae", text="captions", image_size=72)
+    base = SimpleNamespace(cfg=SimpleNamespace(C=4, D=0, p=2, **grid))
+    with pytest.raises(SystemExit, match=f"--image_size=72: a-base {sentence}"):
+        checks.check_base(cfg, SimpleNamespace(C=4, f=8), base, 0)
+
+
 def test_a_setting_that_the_model_from_scratch_lacks_is_refused_not_ignored():
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["tiny-base", "--model=USiT", "--qk_norm=True"])
     with pytest.raises(SystemExit, match="--qk_norm=True: USiT has no such setting; leave it out"):

@@ -204,8 +204,9 @@ def test_the_bar_counts_the_euler_steps_of_all_batches(tiny_run, tmp_path, monke
     (dict(classes=(-1,)), "class -1 asked for"),
     (dict(cfg_channels=-1), "--cfg_channels=-1: the model has 16 channels"),
     (dict(cfg_channels=17), "--cfg_channels=17: the model has 16 channels"),
-    (dict(cfg_start=0.6, cfg_end=0.5), "--cfg_start=0.6 --cfg_end=0.5: of the .* none begins between"),
-    (dict(cfg_start=0.5, steps=1), "of the steps, 1, none begins between them"),
+    (dict(cfg_start=0.6, cfg_end=0.5), "--cfg_start=0.6 --cfg_end=0.5: none of the steps .* begins"),
+    (dict(cfg_start=0.6, cfg_end=0.5, cfg=1.0), "for none, give --cfg=1 alone"),
+    (dict(cfg_start=0.5, steps=1), r"none of the steps \(1\) begins between them"),
     (dict(classes=(10, 99)), "class 99 asked for; the model has classes 0 to 9")])
 def test_impossible_settings_get_one_sentence(tiny_run, tmp_path, changes, sentence):
     with pytest.raises(SystemExit, match=sentence):
