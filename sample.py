@@ -249,9 +249,10 @@ class Recorded:
         first = run(*given)                                # compiles, and sets up what cannot be recorded
         self.call = call
         self.inputs = tree_map_only(torch.Tensor, torch.clone, given)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.x = run(*self.inputs)
+        self.graph = graph
         return first
 
 

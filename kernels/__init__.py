@@ -93,8 +93,16 @@ def operation(ref=None, images=1, plain=None, takes=None, **others):
 
 
 def key(x):
-    """What a choice depends on: device, dtype and shape of the first argument, except its batch size."""
-    return x.device.type, x.dtype, *x.shape[1:]
+    """What a choice depends on: device, autocast, and the first argument's dtype and shape but its batch."""
+    return x.device.type, autocast_of(x), x.dtype, *x.shape[1:]
+
+
+def autocast_of(x):
+    """The name of the dtype in which autocast computes products of x, or ""."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return ""
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
 
 
 def forced(x):

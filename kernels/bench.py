@@ -487,7 +487,9 @@ def training(cuda):
         return (model(z_all, t, y) - target).square().mean()
 
     def step():
-        forward().backward()
+        loss = forward()
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema_update(ema, model, 0.999)

@@ -7,7 +7,7 @@ On a GPU, before anything is trained or sampled (KERNELS=auto, the default):
        usual one decides for all. Nothing is chosen for shapes that did not occur, nor for small ones: below
        SMALLEST, a GPU takes some microseconds and trying takes longer than it could ever save
     2. each variant runs forward, and backward where something is trained; correct variants are timed, and the
-       fastest is chosen: trial.py, in a separate process, on rank 0. The variants are
+       fastest is chosen: trial.py, in separate processes, on rank 0. The variants are
            plain       PyTorch, as in the specification
            compiled    the same through torch.compile, as one operation
            kernel      this project's Triton
@@ -35,8 +35,8 @@ from pathlib import Path
 import torch
 
 import kernels
-from kernels.trial import SLOW, Trial, adopt, guarded, judge
-from kernels.trial import key_of, names_of, try_apart, untried, variants_of
+from kernels.trial import SLOW, Trial, adopt, guarded, judge, key_of, lacks_memory
+from kernels.trial import names_of, try_apart, untried, variants_of
 
 SMALLEST = 2 * 1024 * 1536     # elements of a result: of one image of 1,024 pixels in SD3.5, with guidance
 
@@ -111,7 +111,7 @@ def choose(forward, out, device, compiled=False):
 
 
 def recorded(forward, device):
-    """The calls (see trial.py) that forward() makes to operations with several variants, inner ones first."""
+    """The calls (see trial.py) that forward() makes to operations with several variants."""
     calls = {}
 
     def watch(op, arguments, result):
@@ -140,22 +140,15 @@ def recorded(forward, device):
 
 
 def described(op, arguments):
-    device = arguments[0].device.type
-    autocast = ""
-    if torch.is_autocast_enabled(device):
-        autocast = name_of(torch.get_autocast_dtype(device))
+    x = arguments[0]
     layouts = [layout(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-    return {"op": op.name, "device": device, "autocast": autocast, "arguments": layouts}
+    return {"op": op.name, "device": x.device.type, "autocast": kernels.autocast_of(x), "arguments": layouts}
 
 
 def layout(x):
     return {
-        "shape": list(x.shape), "stride": list(x.stride()), "dtype": name_of(x.dtype),
+        "shape": list(x.shape), "stride": list(x.stride()), "dtype": str(x.dtype).removeprefix("torch."),
         "trained": x.requires_grad and torch.is_grad_enabled(), "weight": isinstance(x, torch.nn.Parameter)}
-
-
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def trained(call):
@@ -187,16 +180,9 @@ def look_up_or_try(calls, device, compiled):
 
 
 def may_pass(row):
-    """Is a variant left out for a reason that may be gone next time, such as memory used by others?
-
-    Memory counts for plain and kernel only: attention's `math` never has enough for very many tokens.
-    """
-    for name, why in row["left_out"].items():
-        if why.startswith((SLOW, "its process ended with -9")):            # -9: Linux, out of memory
-            return True
-        if why.startswith("OutOfMemoryError") and name in ("plain", "kernel"):
-            return True
-    return False
+    """Is a variant left out for a reason that may be gone next time, such as memory used by others?"""
+    ended = (SLOW, "its process ended with -9")            # -9: Linux, out of memory
+    return lacks_memory(row) or any(why.startswith(ended) for why in row["left_out"].values())
 
 
 def machine(device):

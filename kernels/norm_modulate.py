@@ -326,14 +326,19 @@ def _grads(ctx, dx_new, dh):
 _op.register_autograd(_grads, setup_context=_save)
 
 
-@operation(norm_modulate_ref, images=3)
+def takes(x, *others):
+    """Does each image have its own modulation? The kernel does not broadcast."""
+    return all(t.shape == (len(x), x.shape[-1]) for t in others if t is not None and t.dim() == 2)
+
+
+@operation(norm_modulate_ref, images=3, takes=takes)
 def norm_modulate(x, shift, scale, weight=None):
     """h = norm(x) * (1 + scale) + shift: (B, L, E) -> (B, L, E)."""
     _, h = _op(x, shift, scale, weight, None, None)
     return h
 
 
-@operation(norm_modulate_twice_ref, images=5)
+@operation(norm_modulate_twice_ref, images=5, takes=takes)
 def norm_modulate_twice(x, shift, scale, shift2, scale2):
     """(h, h2) of one LayerNorm without weight, modulated twice: each (B, L, E).
 
@@ -344,7 +349,7 @@ def norm_modulate_twice(x, shift, scale, shift2, scale2):
     return h, h2
 
 
-@operation(add_norm_modulate_ref, images=5)
+@operation(add_norm_modulate_ref, images=5, takes=takes)
 def add_norm_modulate(x, y, gate, shift, scale, weight=None):
     """x_new = x + gate * y;  h = norm(x_new) * (1 + scale) + shift.  -> (x_new, h), both (B, L, E)"""
     return _op(x, shift, scale, weight, y, gate)

@@ -197,13 +197,15 @@ def _flops(z, z_d, weight, *_, **__):
 FLOPS[torch.ops.davae.patch_embed] = _flops
 
 
-def takes(z, z_d, weight, *_):
-    """Does the kernel support products of this precision and size?
+def takes(z, z_d, weight, weight_new, bias, pos):
+    """Does the kernel support products of this precision and size, and is there a position for each token?
 
     Float32 products do not use tensor cores: 128 channels with 2x2 patches would spill 72 kB per thread to
     local memory (Triton 3.6, as compiled).
     """
     p = weight.shape[-1]
+    if pos.shape[1] != z.shape[2] // p * (z.shape[3] // p):
+        return False
     if INTERPRETED:
         return True
     if z.element_size() == 2 or not z.is_meta and torch.is_autocast_enabled(z.device.type):

@@ -13,8 +13,9 @@ A variant is correct if it is at most twice as far from the specification in flo
 call's own dtypes, plus one rounding: the rule of tests/test_kernels.py. (For a call in float32, the
 specification is in float64.) This must hold for each output and, if anything is trained, each gradient.
 
-Why another process: a kernel with an illegal memory access takes down everything that its process has on the
-GPU, and one that never ends cannot be stopped from within. In another process, it costs a line in the table.
+Why in other processes: a kernel with an illegal memory access takes down everything that its process has on
+the GPU, and one that never ends cannot be stopped from within. In another process, it costs a line in the
+table. And several processes compile at once.
 """
 import json
 import os
@@ -40,7 +41,9 @@ SLEEP = 1_000_000      # a GPU's cycles, 0.6 ms: Python's launches of a call, fo
 SLEEPS = 5             # the most tries; a variant that waits for the GPU can never queue up
 PATIENCE = 180         # seconds per variant, in the process that tries; more counts as failed
 SLOW = "did not end within"
-PROCESSES = 4          # the most that are started, one after another
+PROCESSES = 4          # the most that are started for the same calls, one after another
+AT_ONCE = 6            # the most at the same time
+POLL = 0.01            # seconds between two looks at what a process has written
 COMMAND = [sys.executable, "-m", "kernels.trial"]
 
 
@@ -50,7 +53,7 @@ COMMAND = [sys.executable, "-m", "kernels.trial"]
 def key_of(call):
     """`kernels.key` of the call's first argument."""
     first = call["arguments"][0]
-    return call["device"], getattr(torch, first["dtype"]), *first["shape"][1:]
+    return call["device"], call["autocast"], getattr(torch, first["dtype"]), *first["shape"][1:]
 
 
 def variants_of(op):
@@ -134,7 +137,8 @@ class Trial:
                      for x, dout in zip(outputs, self.douts, strict=True) if x.requires_grad]
         if keep:
             self.laid_out[layouts] = douts
-        grads = torch.autograd.grad(heads, leaves, douts, materialize_grads=True)
+        with torch.autocast(self.device.type, enabled=False):                  # as in training
+            grads = torch.autograd.grad(heads, leaves, douts, materialize_grads=True)
         return [x.detach() for x in (*outputs, *grads)]
 
     def call(self, function):
@@ -221,20 +225,19 @@ def allow_tf32(matrices, convolutions):
 # ---------------------------------------------------------------- a row of the table
 
 
-def attempt(call, device, compiled, known, say):
-    """The row of a call: each variant is judged, and correct ones are timed.
+def judged(call, device, compiled, known, say):
+    """A call's row, without times, and {variant: function} of those that are correct.
 
     known:   {variant: why it is left out}
     say:     called with the name of each variant before it runs for the first time
     """
     row = {"call": call, "ms": {}, "left_out": dict(known), "chosen": "plain"}
-    torch._dynamo.reset()                                  # drop what was compiled for other shapes
+    right = {}
     trial, why = guarded(device, lambda: Trial(call, device))
     if why:
         row["left_out"]["all"] = why
-        return row
+        return row, right
 
-    right = {}
     for name in trial.names:
         if name in known or (compiled and name == "compiled"):
             continue
@@ -247,9 +250,17 @@ def attempt(call, device, compiled, known, say):
             row["left_out"][name] = why
         else:
             right[name] = function
+    return row, right
 
-    row["ms"], failed = times(trial, right)
-    row["left_out"] |= failed
+
+def timed(row, right, device):
+    """The row, with the times of the correct variants and the fastest of them chosen."""
+    trial, why = guarded(device, lambda: Trial(row["call"], device)) if right else (None, "")
+    if why:
+        row["left_out"]["all"] = why
+    if trial is not None:
+        row["ms"], failed = times(trial, right)
+        row["left_out"] |= failed
     if row["ms"]:
         row["chosen"] = min(row["ms"], key=row["ms"].get)
     return row
@@ -328,72 +339,143 @@ def launches(trial, function, repeats):
     return begin.elapsed_time(end) / repeats
 
 
-# ---------------------------------------------------------------- in a separate process
+# ---------------------------------------------------------------- in separate processes
 
 
-def try_apart(calls, rows, device, compiled):
-    """Fill in the rows that are None.  Returns why some still are, or ""."""
-    known = [{} for _ in calls]
-    for _ in range(PROCESSES):
-        job = {"calls": calls, "rows": rows, "known": known, "device": str(device), "compiled": compiled,
-               "tf32": tf32(), "parent": os.getpid()}
-        with tempfile.TemporaryDirectory() as folder:
-            number, name, why = in_a_process(job, Path(folder), rows)
-        if None not in rows:
-            return ""
-        if name is None:
-            return why
-        known[number][name] = why
-        if name == "plain":                                # this call cannot be tried at all
-            rows[number] = untried(calls[number], why)
-    return f"{PROCESSES} processes failed, the last one: {why}"
+def try_apart(calls, rows, device, compiled, at_once=AT_ONCE):
+    """Fill in the rows that are None.  Returns why some still are, or "".
+
+    Compiling takes most of the time. So up to `at_once` processes judge a share of the calls each; when all
+    have, the GPU is quiet, and they take their times, one process after another.
+    """
+    missing = [n for n, row in enumerate(rows) if row is None]
+    count = min(len(missing), at_once, max(1, os.cpu_count() // 2))
+    job = {"device": str(device), "compiled": compiled, "tf32": tf32(), "parent": os.getpid()}
+    shares = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for i in range(count):
+                shares.append(Share(missing[i::count], calls, rows, job, Path(folder) / str(i)))
+            while any(share.busy() and not share.judged for share in shares):
+                for share in shares:
+                    share.follow()
+                time.sleep(POLL)
+            for share in shares:
+                share.go()
+                while share.busy():
+                    share.follow()
+                    time.sleep(POLL)
+        finally:                                           # also if Ctrl-C ends the wait
+            for share in shares:
+                share.end()
+
+    # several processes need more memory than one
+    short = [n for n in missing if rows[n] is not None and lacks_memory(rows[n])]
+    if count > 1 and short:
+        for n in short:
+            rows[n] = None
+        return try_apart(calls, rows, device, compiled, at_once=1)
+    return next((share.why for share in shares if share.why), "")
+
+
+def lacks_memory(row):
+    """Did plain, the kernel or the trial itself run out of memory?
+
+    Other variants may: attention's `math` never has enough for very many tokens.
+    """
+    reasons = [row["left_out"].get(name, "") for name in ("all", "plain", "kernel")]
+    return any(why.startswith("OutOfMemoryError") for why in reasons)
 
 
 def untried(call, why):
     return {"call": call, "ms": {}, "left_out": {"all": why}, "chosen": "plain"}
 
 
-def in_a_process(job, folder, rows):
-    """Try in a new process, and collect its rows.  Returns the call and variant it ended at, and why."""
-    file = folder / "job.json"
-    file.write_text(json.dumps(job))
-    with open(folder / "said", "w+", errors="replace") as said:
-        process = subprocess.Popen(
-            [*COMMAND, str(file)], cwd=Path(__file__).parent.parent, env=os.environ | {"KERNELS": "auto"},
-            stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-        why = end_of(process, folder / "lines")
-        said.seek(0)
-        last = "".join(said).strip().rpartition("\n")[2]
-    number, name = None, None
-    for line in read_lines(folder / "lines"):
-        number, name = line["number"], line.get("starts")
-        if "row" in line:
-            rows[number] = line["row"]
-    return number, name, f"{why}: {last[:120]}" if last else why
+class Share:
+    """Some of the calls, and the process that tries them. If it dies, another goes on without its culprit.
 
-
-def end_of(process, lines):
-    """Wait for the process that tries, as long as it starts or ends a variant every PATIENCE seconds.
-
-    Returns how it ended.
+    Each process has a folder with its job and the lines that it writes.
     """
-    written = 0
-    try:
-        while True:
-            try:
-                return f"its process ended with {process.wait(PATIENCE)}"
-            except subprocess.TimeoutExpired:
-                size = lines.stat().st_size if lines.exists() else 0
-                if size == written:
-                    return f"{SLOW} {PATIENCE} s"
-                written = size
-    finally:
-        process.kill()                                     # even if Ctrl-C ends the wait
-        process.wait()
+
+    def __init__(self, numbers, calls, rows, job, folder):
+        self.numbers = numbers                             # of its calls and rows
+        self.calls = calls
+        self.rows = rows
+        self.job = job
+        self.folder = folder
+        self.known = {n: {} for n in numbers}              # {variant: why it is left out} of each call
+        self.processes = 0
+        self.why = ""                                      # it gave up
+        self.start()
+
+    def start(self):
+        self.place = self.folder / str(self.processes)
+        self.place.mkdir(parents=True)
+        self.processes += 1
+        tries = [[n, self.calls[n], self.known[n]] for n in self.missing()]
+        file = self.place / "job.json"
+        file.write_text(json.dumps(self.job | {"tries": tries, "go": str(self.folder / "go")}))
+        with open(self.place / "said", "w") as said:
+            self.process = subprocess.Popen(
+                [*COMMAND, str(file)], cwd=Path(__file__).parent.parent, env=os.environ | {"KERNELS": "auto"},
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        self.judged = False                                # has the process judged all its calls?
+        self.at = None                                     # the call and variant it is at
+        self.read = 0                                      # how many of its lines have been read
+        self.heard = time.monotonic()                      # when the last one came
+
+    def missing(self):
+        return [n for n in self.numbers if self.rows[n] is None]
+
+    def busy(self):
+        return not self.why and bool(self.missing())
+
+    def go(self):
+        """Let this share's processes take their times."""
+        (self.folder / "go").touch()
+        self.heard = time.monotonic()
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
+    def follow(self):
+        """Read what the process has written. If it has died or hangs, start another, or give up."""
+        code = self.process.poll()                         # first, so that no line is missed
+        lines = read_lines(self.place / "lines")
+        for line in lines[self.read:]:
+            self.heard = time.monotonic()
+            if "starts" in line:
+                self.at = line["number"], line["starts"]
+            elif "row" in line:
+                self.rows[line["number"]] = line["row"]
+            else:
+                self.judged = True
+        self.read = len(lines)
+        waits = self.judged and not (self.folder / "go").exists()
+        patient = waits or time.monotonic() - self.heard < PATIENCE
+        if not self.busy() or (code is None and patient):
+            return
+
+        self.end()
+        why = f"{SLOW} {PATIENCE} s" if code is None else f"its process ended with {code}"
+        last = (self.place / "said").read_text(errors="replace").strip().rpartition("\n")[2]
+        why = f"{why}: {last[:120]}" if last else why
+        if self.at is None:
+            self.why = why
+            return
+        number, name = self.at
+        self.known[number][name] = why
+        if name == "plain":                                # this call cannot be tried at all
+            self.rows[number] = untried(self.calls[number], why)
+        if self.processes == PROCESSES:
+            self.why = f"{PROCESSES} processes failed, the last one: {why}"
+        elif self.busy():
+            self.start()
 
 
 def read_lines(path):
-    """The complete lines that the process wrote."""
+    """The complete lines that a process wrote."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text().rpartition("\n")
@@ -401,8 +483,8 @@ def read_lines(path):
 
 
 def main(file):
-    """The process that tries: writes a line before each variant, and one with the row of each call."""
-    from torch._inductor import config as inductor         # here, because the import takes a second
+    """The process: writes a line before each variant, one when all are judged, and one with each row."""
+    from torch._inductor import config as inductor         # here, because the import takes seconds
     job = json.loads(Path(file).read_text())
     device = torch.device(job["device"])
     if device.type == "cuda":
@@ -411,19 +493,23 @@ def main(file):
     inductor.compile_threads = 1                           # starting others would take longer than they save
     with open(Path(file).parent / "lines", "w", buffering=1) as lines:
 
-        def write(number, **what):
-            lines.write(json.dumps({"number": number} | what) + "\n")
-
-        for number, call in enumerate(job["calls"]):
-            row = job["rows"][number]
+        def write(**what):
             if os.getppid() != job["parent"]:              # the parent is gone
-                return
-            if row is None:
-                write(number, starts="plain")
-                row = attempt(call, device, job["compiled"], job["known"][number],
-                              lambda name, number=number: write(number, starts=name))
-                write(number, row=row)
-            adopt([row])                                   # inner operations come first
+                sys.exit()
+            lines.write(json.dumps(what) + "\n")
+
+        found = []
+        for number, call, known in job["tries"]:
+            write(number=number, starts="plain")
+            row, right = judged(call, device, job["compiled"], known,
+                                lambda name, number=number: write(number=number, starts=name))
+            found.append((number, row, right))
+        write(judged=True)
+        while not Path(job["go"]).exists() and os.getppid() == job["parent"]:
+            time.sleep(POLL)
+        for number, row, right in found:
+            write(number=number, starts="plain")
+            write(number=number, row=timed(row, right, device))
 
 
 if __name__ == "__main__":

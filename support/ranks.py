@@ -147,7 +147,7 @@ def at_once(most, height, width):
 
     SD3's decoder needs 20 GiB for eight of 1,024 pixels (bfloat16, without gradients), counted from shapes.
     """
-    return max(1, min(most, 2**23 // (height * width)))
+    return max(1, min(most, 2**22 // (height * width)))
 
 
 def this_rank():

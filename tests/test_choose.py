@@ -6,7 +6,9 @@ which one is faster does not depend on luck.
 """
 import json
 import math
+import os
 import sys
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +47,7 @@ def tries(monkeypatch):
         for n, call in enumerate(calls):
             if rows[n] is None:
                 tried.append(call["op"])
-                rows[n] = trial.attempt(call, device, compiled, {}, lambda name: None)
+                rows[n] = trial.timed(*trial.judged(call, device, compiled, {}, lambda name: None), device)
             trial.adopt([rows[n]])
         return ""
 
@@ -55,7 +57,6 @@ def tries(monkeypatch):
     monkeypatch.setattr(choose, "try_apart", in_place)
     monkeypatch.setattr(trial, "time", CLOCK)
     monkeypatch.setattr(trial, "by_compiler", lambda function: no_compiler)
-    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
     return tried
 
 
@@ -185,6 +186,21 @@ def test_a_correct_and_faster_kernel_is_used_for_every_batch_size_but_no_other_s
     assert used(x, weight)
 
 
+def test_a_choice_made_under_autocast_is_used_under_autocast_only(scaled, tries, tmp_path):
+    op = scaled(exact)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            op(*inputs())
+
+    choose.choose(forward, tmp_path, CPU)
+    x, _ = inputs()
+    chosen = kernels.OPERATIONS["scaled"].chosen
+    assert kernels.key(x) not in chosen
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.key(x) in chosen
+
+
 def test_a_bfloat16_kernel_may_have_twice_plain_pytorchs_error_and_no_more(scaled, tries, monkeypatch):
     rounded = trial.Trial(call_of(scaled(exact), dtype=torch.bfloat16), CPU)
     plain = max(rounded.plain_errors)
@@ -234,8 +250,8 @@ def test_one_rounding_is_half_an_ulp_of_the_coarsest_dtype_but_at_least_1e_6(
 def test_a_variant_that_killed_its_process_is_not_run_again(scaled, tries):
     op = scaled(lambda x, weight: pytest.fail("run again"))
     began = []
-    row = trial.attempt(call_of(op), CPU, False, {"kernel": "it hung"}, began.append)
-    assert row["left_out"]["kernel"] == "it hung" and row["ms"].keys() == {"plain"}
+    row, right = trial.judged(call_of(op), CPU, False, {"kernel": "it hung"}, began.append)
+    assert row["left_out"]["kernel"] == "it hung" and right.keys() == {"plain"}
     assert began == ["plain", "compiled"]
 
 
@@ -649,41 +665,82 @@ def test_other_ranks_take_the_first_ranks_table_and_try_nothing(scaled, tries, m
 
 CHILD = """
 import json, os, pathlib, sys, time
-job = json.loads(pathlib.Path(sys.argv[1]).read_text())
-lines = open(pathlib.Path(sys.argv[1]).parent / "lines", "w", buffering=1)
+folder = pathlib.Path(sys.argv[1]).parent
+job = json.loads((folder / "job.json").read_text())
+lines = open(folder / "lines", "w", buffering=1)
 say = lambda **line: lines.write(json.dumps(line) + "\\n")
-for n, call in enumerate(job["calls"]):
-    if job["rows"][n] is None:
-        for name in ("plain", "kernel"):
-            say(number=n, starts=name)
-            if call == "bad" and name not in job["known"][n]:
-                {end}
-        say(number=n, row=[call, job["known"][n]])
+for n, call, known in job["tries"]:
+    for name in ("plain", "kernel"):
+        say(number=n, starts=name)
+        if call == "bad" and name not in known:
+            {end}
+say(judged=True)
+while not pathlib.Path(job["go"]).exists():
+    time.sleep(0.01)
+for n, call, known in job["tries"]:
+    since = time.time()
+    {timing}
+    say(number=n, row={"call": call, "left_out": known, "from": since, "to": time.time()})
 """
 
 
+def child(end="pass", timing="pass"):
+    """COMMAND of a process that only says that it tries: `end` happens in a bad call, `timing` in each."""
+    return [sys.executable, "-c", CHILD.replace("{end}", end).replace("{timing}", timing)]
+
+
+def found(rows):
+    return [(row["call"], row["left_out"]) if isinstance(row, dict) else row for row in rows]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("end,why", [
     ("if name == 'kernel': os.abort()", "its process ended with -6"),
     ("if name == 'kernel': print('illegal memory access', file=sys.stderr); sys.exit(1)",
      "its process ended with 1: illegal memory access"),
     ("if name == 'kernel': time.sleep(60)", "did not end within 1 s"),
 ])
-def test_a_kernel_that_kills_or_hangs_its_process_is_left_out_and_the_others_are_tried(end, why, monkeypatch):
-    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", CHILD.replace("{end}", end)])
+def test_a_kernel_that_kills_or_hangs_its_process_is_left_out_and_the_others_are_tried(
+        end, why, at_once, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(trial, "COMMAND", child(end))
     monkeypatch.setattr(trial, "PATIENCE", 1)
     rows = [None, "known before", None, None]
-    assert trial.try_apart(["good", "known", "bad", "good"], rows, CPU, False) == ""
-    assert rows == [["good", {}], "known before", ["bad", {"kernel": why}], ["good", {}]]
+    assert trial.try_apart(["good", "known", "bad", "good"], rows, CPU, False, at_once) == ""
+    assert found(rows) == [("good", {}), "known before", ("bad", {"kernel": why}), ("good", {})]
+
+
+def test_times_are_taken_by_one_process_at_a_time_after_all_have_judged(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    slow = "if name == 'kernel': time.sleep(1)"
+    monkeypatch.setattr(trial, "COMMAND", child(slow, timing="time.sleep(0.05)"))
+    rows = [None] * 6
+    begin = time.time()
+    assert trial.try_apart(["good", "good", "bad", "good", "good", "good"], rows, CPU, False, 3) == ""
+    spans = sorted((row["from"], row["to"]) for row in rows)
+    assert spans[0][0] > begin + 1
+    for (_, end), (start, _) in zip(spans, spans[1:]):
+        assert start >= end
+
+
+def test_a_call_that_ran_out_of_memory_beside_others_is_tried_alone(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    beside = "if call == 'bad' and len(list(folder.parent.parent.iterdir())) > 1"
+    monkeypatch.setattr(trial, "COMMAND", child(timing=beside + ": known = {'plain': 'OutOfMemoryError'}"))
+    rows = [None, None]
+    assert trial.try_apart(["bad", "good"], rows, CPU, False, 2) == ""
+    assert found(rows) == [("bad", {}), ("good", {})]
 
 
 def test_the_time_limit_is_per_variant(monkeypatch):
-    says = "            say(number=n, starts"
-    slow = CHILD.replace("{end}", "pass").replace(says, f"            time.sleep(0.7)\n{says}")
-    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", slow])
+    says = "        say(number=n, starts"
+    slow = child()
+    slow[2] = slow[2].replace(says, f"        time.sleep(0.7)\n{says}")
+    monkeypatch.setattr(trial, "COMMAND", slow)
     monkeypatch.setattr(trial, "PATIENCE", 2)
     rows = [None, None]
-    assert trial.try_apart(["good", "good"], rows, CPU, False) == ""              # in 2.8 s
-    assert rows == [["good", {}], ["good", {}]]
+    assert trial.try_apart(["good", "good"], rows, CPU, False, 1) == ""           # in 2.8 s
+    assert found(rows) == [("good", {}), ("good", {})]
 
 
 @pytest.mark.parametrize("name,why,kept", [
@@ -705,11 +762,11 @@ def test_failures_that_may_not_recur_are_not_cached(name, why, kept, scaled, mon
 
 
 def test_a_call_whose_specification_kills_the_process_is_not_tried_again(monkeypatch):
-    monkeypatch.setattr(trial, "COMMAND", [sys.executable, "-c", CHILD.replace("{end}", "sys.exit(9)")])
+    monkeypatch.setattr(trial, "COMMAND", child("sys.exit(9)"))
     rows = [None, None]
     assert trial.try_apart(["bad", "good"], rows, CPU, False) == ""
     assert rows[0] == trial.untried("bad", "its process ended with 9")
-    assert rows[1] == ["good", {}]
+    assert found(rows)[1] == ("good", {})
 
 
 def test_without_a_trial_process_everything_is_plain_and_the_reason_printed(

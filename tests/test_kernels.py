@@ -384,6 +384,22 @@ def test_gelu_inside_the_product_is_not_chosen_where_a_gradient_is_needed():
         assert names_of(op, (x, weight, bias)) == ["plain", "cublas"]
 
 
+def test_inputs_that_are_shared_by_images_or_tokens_are_left_to_pytorch():
+    """The kernels do not broadcast: they would read past the end of these."""
+    x, y, mod = torch.zeros(3, 4, 8), torch.zeros(3, 4, 8), torch.zeros(3, 8)
+    for name, arguments in {
+        "norm_modulate": (x, mod, mod[:1]),
+        "norm_modulate_twice": (x, mod, mod, mod[:1], mod),
+        "add_norm_modulate": (x, y, mod, mod[:, :1], mod),
+    }.items():
+        assert names_of(kernels.OPERATIONS[name], arguments) == ["plain"]
+    latents = torch.zeros(3, 2, 4, 4), torch.zeros(3, 6, 4, 4)
+    weights = torch.zeros(8, 2, 2, 2), torch.zeros(8, 6, 2, 2), torch.zeros(8)
+    op = kernels.OPERATIONS["patch_embed"]
+    assert "kernel" in names_of(op, (*latents, *weights, torch.zeros(1, 4, 8)))
+    assert names_of(op, (*latents, *weights, torch.zeros(1, 1, 8))) == ["plain"]
+
+
 @ordinary
 def test_gelu_has_its_gradients_where_they_are_needed():
     like = dict(dtype=torch.float32, device="cpu")

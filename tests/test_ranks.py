@@ -42,9 +42,9 @@ def test_a_refused_batch_size_comes_with_the_nearest_that_divides():
             ranks.accumulation(batch, micro, world)
 
 
-def test_an_autoencoder_gets_at_most_eight_megapixels_or_one_image_at_once():
-    assert [ranks.at_once(8, side, side) for side in (64, 1024, 2048, 8192)] == [8, 8, 2, 1]
-    assert ranks.at_once(64, 512, 1024) == 16
+def test_an_autoencoder_gets_at_most_four_megapixels_or_one_image_at_once():
+    assert [ranks.at_once(8, side, side) for side in (64, 1024, 2048, 8192)] == [8, 4, 1, 1]
+    assert ranks.at_once(64, 512, 1024) == 8
 
 
 def test_reseeding_depends_only_on_seed_part_and_step():
