@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -345,9 +344,7 @@ def main(cfg):
             run.log.add(parts)
 
         # update
-        norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
-        norm = ranks.whole(norm)                                   # sharded, if the model is
-        ranks.stop_if_not_finite(norm, loss, dit, n)
+        norm = ranks.clip_gradients(dit, cfg.clip, loss, n)
         opt.step()
         opt.zero_grad(set_to_none=True)
         ema_update(ema, dit, cfg.ema)

@@ -9,7 +9,6 @@ To resume, run the same command again.
 """
 import dataclasses
 import itertools
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -381,8 +380,7 @@ def main(cfg):
 
         # the VAE's update
         ranks.average_gradients(nets.own.parameters())
-        norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
-        ranks.stop_if_not_finite(norm, loss, vae, step)
+        norm = ranks.clip_gradients(nn.ModuleDict({"vae": vae, "own": nets.own}), cfg.clip, loss, step)
         opt.step()
         opt.zero_grad(set_to_none=True)
 

@@ -320,6 +320,20 @@ def synchronise(model, on):
         model.set_requires_gradient_sync(on)
 
 
+def clip_gradients(model, limit, loss, step):
+    """Scale a model's gradients down to a norm of at most `limit` (0: none).  Returns the norm before that.
+
+    The norm is checked first: to scale by one that is not finite would spoil every gradient, and hide which
+    parameter's was bad.
+    raises: SystemExit as `stop_if_not_finite`
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    seen = whole(norm)                                         # sharded, if the model is
+    stop_if_not_finite(seen, loss, model, step)
+    nn.utils.clip_grads_with_norm_(model.parameters(), limit or math.inf, norm)
+    return seen
+
+
 def stop_if_not_finite(norm, loss, model, step):
     """Stop before the update if the loss or the gradient norm is not finite.
 
@@ -332,8 +346,9 @@ def stop_if_not_finite(norm, loss, model, step):
     if torch.isfinite(norm + loss):
         return
     bad = "none"
-    for name, p in model.named_parameters():
-        if p.grad is not None and not p.grad.isfinite().all():
+    named = [] if torch.isfinite(norm) else model.named_parameters()       # the same branch on all ranks
+    for name, p in named:
+        if p.grad is not None and not whole(p.grad.norm()).isfinite():     # of all shards
             bad = name
             break
     raise SystemExit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, first bad parameter "

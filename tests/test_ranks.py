@@ -322,6 +322,34 @@ def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(
         finetune.main(replace(whole, out=str(tmp_path / "one"), shard=True))
 
 
+SHARDED = """
+from torch.distributed.fsdp import fully_shard
+from support import ranks
+rank, world, device = ranks.setup("cpu")
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+model(torch.ones(2, 4)).sum().backward()
+if rank == 1:
+    model[1].weight.grad.to_local().fill_(float("inf"))
+try:
+    ranks.clip_gradients(model, 1.0, torch.tensor(1.0), 3)
+except SystemExit as stop:
+    print(f"rank {rank}: {stop}", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_ranks_name_the_parameter_of_which_one_ranks_shard_is_bad(tmp_path):
+    program = tmp_path / "sharded.py"
+    program.write_text(f"import torch\n{SHARDED}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, str(program)], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(Path(ranks.__file__).parent.parent)})
+    for rank in (0, 1):
+        sentence = "step 3: loss 1.0, gradient norm inf, first bad parameter 1.weight"
+        assert f"rank {rank}: {sentence}" in done.stdout, done.stderr
+
+
 def test_our_own_value_errors_become_a_sentence_and_others_keep_their_traceback():
     with pytest.raises(SystemExit, match="D=7 must be a multiple of base channels C=2"):
         ranks.launch(lambda cfg: davae.group_mean(torch.zeros(1, 7, 1, 1), 2), None)

@@ -1,5 +1,6 @@
 """train_vae.py: the losses against formulas and hand counts, the discriminator, exact resume."""
 import contextlib
+import copy
 import math
 import shutil
 from dataclasses import replace
@@ -55,6 +56,37 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_is_named():
     with pytest.raises(SystemExit, match="loss inf, gradient norm 1.0"):
         ranks.stop_if_not_finite(one, inf, torch.nn.Linear(2, 2), 7)
     ranks.stop_if_not_finite(one, one, model, 7)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.0])
+def test_gradients_are_clipped_bit_for_bit_as_by_torch(limit):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    model[1].requires_grad_(False)
+    theirs = copy.deepcopy(model)
+    for one in (model, theirs):
+        one(torch.tensor([[1.0, 2.0, 3.0]])).square().sum().backward()
+    norm = ranks.clip_gradients(model, limit, torch.tensor(1.0), 7)
+    assert norm > 0.5
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit or math.inf))
+    for p, q in zip(model[0].parameters(), theirs[0].parameters()):
+        assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("bad", ["vae.down.conv.weight", "own.project.weight"])
+def test_a_run_names_the_parameter_whose_gradient_is_not_finite(davae_config, tmp_path, monkeypatch, bad):
+    cfg = davae_config(tmp_path / "a", steps=1, image_size=16, gan=0.0, project="conv",
+                       adaptive_align=False)
+    make = train_vae.LossNetworks.__init__
+
+    def with_a_bad_gradient(nets, cfg, vae, device):
+        make(nets, cfg, vae, device)
+        named = dict(torch.nn.ModuleDict({"vae": vae, "own": nets.own}).named_parameters())
+        named[bad].register_hook(lambda gradient: gradient * math.inf)
+
+    monkeypatch.setattr(train_vae.LossNetworks, "__init__", with_a_bad_gradient)
+    with pytest.raises(SystemExit, match=f"step 0: .* first bad parameter {bad};"):
+        train_vae.main(cfg)
 
 
 def test_the_layer_that_makes_the_latent_is_the_first_convolution_of_any_head():
