@@ -438,7 +438,8 @@ def train_discriminator(judge, opt_d, pairs, autocast, log, step):
         (d_loss / len(pairs)).backward()
         log.add({"d": d_loss})
     norm = nn.utils.get_total_norm([p.grad for p in judge.parameters()])
-    ranks.stop_if_not_finite(norm, d_loss, nn.ModuleDict({"discriminator": judge}), step)
+    ranks.stop_if_not_finite(norm, d_loss, nn.ModuleDict({"discriminator": judge}), step,
+                             "the discriminator was not updated, but the VAE was, just before")
     opt_d.step()
     opt_d.zero_grad(set_to_none=True)
     judge.requires_grad_(False)                    # the VAE's loss passes through it, but does not train it

@@ -334,8 +334,8 @@ def clip_gradients(model, limit, loss, step):
     return seen
 
 
-def stop_if_not_finite(norm, loss, model, step):
-    """Stop before the update if the loss or the gradient norm is not finite.
+def stop_if_not_finite(norm, loss, model, step, so_far="the model was not updated"):
+    """Stop before the update if the loss or the gradient norm is not finite.   so_far: what this step did
 
     Ranks share gradients, so they stop together; if only one rank's loss is bad, its exit takes the others
     down.
@@ -352,7 +352,8 @@ def stop_if_not_finite(norm, loss, model, step):
             bad = name
             break
     raise SystemExit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, first bad parameter "
-                     f"{bad}; the model was not updated. Lower --lr, or --clip (0 is none), and run again")
+                     f"{bad}; {so_far}. Lower --lr, or --clip (0 is none), and run again to go on from the "
+                     "last checkpoint")
 
 
 # ---------------------------------------------------------- models that do not fit on one GPU

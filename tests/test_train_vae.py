@@ -53,6 +53,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_is_named():
     model.bias.grad = torch.tensor([0.0, float("inf")])
     with pytest.raises(SystemExit, match="step 7: loss 1.0, gradient norm inf, first bad parameter bias"):
         ranks.stop_if_not_finite(inf, one, model, 7)
+    with pytest.raises(SystemExit, match="the model was not updated. .* to go on from the last checkpoint$"):
+        ranks.stop_if_not_finite(inf, one, model, 7)
     with pytest.raises(SystemExit, match="loss inf, gradient norm 1.0"):
         ranks.stop_if_not_finite(one, inf, torch.nn.Linear(2, 2), 7)
     ranks.stop_if_not_finite(one, one, model, 7)
@@ -103,8 +105,10 @@ def test_a_discriminator_loss_that_is_not_finite_stops_before_the_update():
     opt = torch.optim.AdamW(judge.parameters(), lr=1.0)
     x = torch.rand(2, 3, 32, 32)
     log = SimpleNamespace(add=lambda numbers: None)
-    with pytest.raises(SystemExit, match="step 9: loss nan, .* first bad parameter discriminator.0.weight"):
+    with pytest.raises(SystemExit, match="step 9: loss nan, .* first bad parameter discriminator.0.weight; "
+                                         "the discriminator was not updated, but the VAE was") as stop:
         train_vae.train_discriminator(judge, opt, [(x, x * math.nan)], contextlib.nullcontext(), log, 9)
+    assert "the model was not updated" not in str(stop.value)
     assert all(torch.equal(p, before[name]) for name, p in judge.named_parameters())
 
 
