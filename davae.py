@@ -442,6 +442,9 @@ class KLConfig:
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels does not divide into {self.groups} groups")
+        for level in self.attn:
+            if level not in range(len(self.widths)):
+                raise ValueError(f"attn={level}: wanted 0 to {len(self.widths) - 1}, a level for each width")
 
 
 class NormSiLU(nn.GroupNorm):
@@ -486,10 +489,7 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if `attn`; then `resample`.
-
-    `resample` starts as the identity; if another resolution follows, the encoder or decoder replaces it.
-    """
+    """The residual blocks of one resolution, each followed by attention if `attn`; then `resample`."""
 
     def __init__(self, c_in, c_out, blocks, attn, groups):
         super().__init__()
@@ -497,7 +497,7 @@ class Level(nn.Module):
         for j in range(blocks):
             self.block.append(ResBlock(c_in if j == 0 else c_out, c_out, groups))
         self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(blocks if attn else 0))
-        self.resample = nn.Identity()
+        self.resample = nn.Identity()      # if another resolution follows, the encoder or decoder replaces it
 
     def forward(self, x):
         for j, block in enumerate(self.block):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from davae import DAVAE, AttnBlock, BaseVAE, DAVAEConfig, DownBlock, PlainVAE, Posterior, UpBlock
+from davae import DAVAE, AttnBlock, BaseVAE, DAVAEConfig, DownBlock, KLConfig, PlainVAE, Posterior, UpBlock
 from davae import align_loss, base_image, group_mean, half
 from support.weights import load_base_vae
 
@@ -257,6 +257,13 @@ def test_davae_refuses_channels_and_sizes_that_do_not_divide(make_base, make_dav
         DAVAE(make_base(), DAVAEConfig(D=10))
     with pytest.raises(ValueError, match="image of 18x16 pixels: both sides must be multiples of 4"):
         make_davae().encode(torch.zeros(1, 3, 16, 18))
+
+
+def test_attention_at_a_level_that_does_not_exist_is_refused():
+    assert KLConfig(widths=(32, 64), attn=(0, 1)).attn == (0, 1)
+    for level in (2, -1):
+        with pytest.raises(ValueError, match=f"attn={level}: wanted 0 to 1, a level for each width"):
+            KLConfig(widths=(32, 64), attn=(0, level))
 
 
 def test_a_davae_on_full_size_bases_has_the_papers_shapes(full_size):
