@@ -314,6 +314,7 @@ def main(cfg):
     # where this runs, and on which images
     rank, world, device = ranks.setup(cfg.device)
     accumulate = ranks.accumulation(cfg.batch_size, cfg.micro_batch, world)
+    checks.before_loading(cfg)
     stages.plan(cfg, [MAKER], rank, device)
     run = runs.Run(cfg, MAY_CHANGE, rank)
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)

@@ -10,6 +10,15 @@ from support.measurements import check_writable
 SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
 
 
+def before_loading(cfg):
+    """raises: SystemExit with one sentence, before anything is loaded; a run that resumes is not checked"""
+    if runs.step_of(cfg.out) > 0:
+        return
+    if cfg.D and not cfg.base:
+        raise SystemExit(f"--base= is empty, and --D={cfg.D} adds details to a base VAE: give one by "
+                         "--base=, or --D=0 to train one")
+
+
 def before_training(cfg, vae):
     """raises: SystemExit with one sentence, about the first conflict found"""
     check_sizes(cfg, vae)

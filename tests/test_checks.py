@@ -63,6 +63,18 @@ def test_a_setting_that_the_model_from_scratch_lacks_is_refused_not_ignored():
         finetune.new_dit(cfg, 8, 8, 10)
 
 
+def test_a_davae_without_a_base_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                                    # what an empty name used to read
+    cfg = train_vae.Config(D=12, out="run", base="", image_size=64)
+    with pytest.raises(SystemExit, match="--base= is empty, and --D=12 adds details to a base VAE: give one"):
+        train_vae.main(cfg)
+    assert not (tmp_path / "run").exists()
+    checks.before_loading(replace(cfg, D=0))
+    checks.before_loading(replace(cfg, base="taef2"))
+    runs.save_folder(tmp_path / "run/step_000001", {}, {"config": {}})         # a run that has its own copy
+    checks.before_loading(cfg)
+
+
 @pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])
 def test_the_discriminator_counts_only_if_it_starts_before_the_end(gan, start, judged):
     assert checks.is_judged(SimpleNamespace(gan=gan, disc_start=start, steps=9)) == judged
