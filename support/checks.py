@@ -9,6 +9,11 @@ from support.measurements import check_writable
 # The smallest image side, in pixels, of which these networks' layers leave anything.
 SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
 
+# Flags without effect where there are no details; and those of the alignment, which a base VAE has too if a
+# teacher is named. Not among them: `r` and `keep_levels`, which a base VAE also follows.
+OF_DETAILS = ("train", "detail_dropout", "detail_noise", "rescale", "fit", "fit_align")
+OF_ALIGNMENT = ("align", "adaptive_align", "project", "distance", "m1", "m2")
+
 
 def before_loading(cfg):
     """raises: SystemExit with one sentence, before anything is loaded; a run that resumes is not checked"""
@@ -17,6 +22,13 @@ def before_loading(cfg):
     if cfg.D and not cfg.base:
         raise SystemExit(f"--base= is empty, and --D={cfg.D} adds details to a base VAE: give one by "
                          "--base=, or --D=0 to train one")
+    changed = getattr(cfg, "changed", ())
+    for name in OF_DETAILS + OF_ALIGNMENT:
+        unused = not (cfg.D if name in OF_DETAILS else is_aligned(cfg))
+        if unused and name in changed:
+            instead = "--D=" if name in OF_DETAILS else "--D= or --teacher="
+            raise SystemExit(f"--{name}={getattr(cfg, name)} changes nothing in a base VAE, which has no "
+                             f"details (D = 0): leave out --{name}, or give {instead}")
 
 
 def before_training(cfg, vae):

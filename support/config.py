@@ -45,7 +45,8 @@ def cli(Config, presets=None, argv=None):
     """Fill the dataclass `Config` from the command line.
 
     presets: name -> {field: value}; the first field names one, whose values are applied before the flags
-    returns it with an extra attribute, `given`: the names of the fields set on the command line
+    returns it with two more attributes, sets of names: `given`, the fields set on the command line, and
+    `changed`, those of them that are then not as in the preset
     raises: SystemExit with one sentence, and the nearest names, for an unknown field or preset, a missing
     value, or one that the field does not take
     """
@@ -73,6 +74,7 @@ def cli(Config, presets=None, argv=None):
         check(fields[name], values[name], text)
 
     given = set(values)
+    usual = {}
     if presets is not None:
         preset = values.get(first, fields[first].default)
         if preset not in presets:
@@ -80,9 +82,11 @@ def cli(Config, presets=None, argv=None):
                              f"there are {', '.join(presets)}")
         for name, value in presets[preset].items():
             check(fields[name], value, show(value))
-        values = {first: preset, **presets[preset], **values}
-    cfg = Config(**values)
+        usual = {first: preset, **presets[preset]}
+    cfg = Config(**{**usual, **values})
+    before = Config(**usual)
     cfg.given = given
+    cfg.changed = {name for name in given if getattr(cfg, name) != getattr(before, name)}
     return cfg
 
 

@@ -75,6 +75,32 @@ def test_a_davae_without_a_base_is_refused_before_anything_is_loaded(tmp_path, m
     checks.before_loading(cfg)
 
 
+@pytest.mark.parametrize("flags, refused", [
+    ("--detail_dropout=0.5", "--detail_dropout=0.5 changes nothing in a base VAE, .* or give --D=$"),
+    ("--train=decoder", "--train=decoder changes"), ("--fit_align=0", "--fit_align=0.0 changes"),
+    ("--project=conv", "--project=conv changes nothing .* or give --D= or --teacher=$"),
+    ("--align=0.1 --teacher=dino", ""),                            # VA-VAE's loss
+    ("--detail_dropout=0.1 --fit=closed", ""),                     # as they are in the preset
+    ("--keep_levels=0,4,8 --r=4", ""),                             # a base VAE has both
+    ("--detail_dropout=0.5 --D=24 --base=b", "")])
+def test_flags_without_effect_on_a_base_vae_are_refused(tmp_path, flags, refused):
+    argv = ["tiny-base", f"--out={tmp_path}", *flags.split()]
+    cfg = config.cli(train_vae.Config, train_vae.PRESETS, argv)
+    if not refused:
+        return checks.before_loading(cfg)
+    with pytest.raises(SystemExit, match=refused):
+        checks.before_loading(cfg)
+
+
+def test_no_presets_own_values_are_refused_nor_is_a_run_that_resumes(tmp_path):
+    for preset in train_vae.PRESETS:
+        checks.before_loading(config.cli(train_vae.Config, train_vae.PRESETS, [preset, "--D=0"]))
+        checks.before_loading(config.cli(train_vae.Config, train_vae.PRESETS, [preset]))
+    argv = ["tiny-base", f"--out={tmp_path}", "--detail_dropout=0.5"]
+    runs.save_folder(tmp_path / "step_000001", {}, {"config": {}})             # from before this check
+    checks.before_loading(config.cli(train_vae.Config, train_vae.PRESETS, argv))
+
+
 @pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])
 def test_the_discriminator_counts_only_if_it_starts_before_the_end(gan, start, judged):
     assert checks.is_judged(SimpleNamespace(gan=gan, disc_start=start, steps=9)) == judged

@@ -38,6 +38,12 @@ def test_command_line_applies_preset_then_flags_with_the_fields_types():
     assert config.cli(Config, None, ["anything"]).preset == "anything"
 
 
+def test_the_changed_fields_are_those_given_another_value_than_the_presets():
+    cfg = config.cli(Config, PRESETS, ["large", "--steps=200", "--lr=0.2", "--flip=True", "--ch_mult=1"])
+    assert cfg.given == {"preset", "steps", "lr", "flip", "ch_mult"} and cfg.changed == {"lr", "ch_mult"}
+    assert config.cli(Config, None, ["--steps=10", "--lr=1"]).changed == {"lr"}
+
+
 @pytest.mark.parametrize("argv,sentence", [
     (["--step=3"], "--step is not a field .did you mean steps"),
     (["--steps=3.5"], "--steps='3.5': wanted a whole number"),
