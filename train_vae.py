@@ -10,7 +10,6 @@ To resume, run the same command again.
 import dataclasses
 import itertools
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -570,7 +569,7 @@ def validate(run, done, vae, val):
         base, full = (torch.cat(parts) for parts in zip(*pairs))
         scores.append(torch.stack([psnr(base, images), psnr(full, images)], dim=1))
         if run.rank == 0:
-            draw(run.cfg, done, vae, images, base, full)
+            figures.draw_reconstructions(run.cfg.out, done, vae.D, images, base, full)
     vae.train()
 
     scores = ranks.gather(scores, mine.tolist() if scores else [])
@@ -578,20 +577,6 @@ def validate(run, done, vae, val):
         run.results["psnr_base"], run.results["psnr"] = scores.mean(0).tolist()
         if done:                                       # the next line of the log has them
             run.log.add(dict(zip(("psnr_base", "psnr"), scores.mean(0).to(val))))
-
-
-def draw(cfg, done, vae, val, base, full):
-    """recon.png and recon_<done>.png: rows of inputs, base only, full reconstructions and their errors."""
-    shown = min(len(val), 8, max(1, 2048 // val.shape[-1]))      # 8, or as many as fit in 2,048 pixels
-    rows = {"input": val}
-    if vae.D:
-        rows["base only"] = base
-    rows["DA-VAE" if vae.D else "VAE"] = full
-    rows["4x error"] = 4 * (full - val).abs() - 1                # 4 * |error / 2| on [0, 1], shown on [-1, 1]
-    strip = torch.cat([images[:shown] for images in rows.values()])
-    labels = [name for name in rows for _ in range(shown)]
-    for name in ("recon.png", f"recon_{done:06d}.png"):
-        figures.save_grid(strip, Path(cfg.out) / name, shown, max(1, 96 // val.shape[-1]), labels)
 
 
 MAKER = stages.Maker("train_vae.py", ("base VAE", "DA-VAE"), PRESETS, Config, main, trial)

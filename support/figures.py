@@ -3,6 +3,7 @@ import io
 import os
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from support import files, identity, runs
@@ -42,6 +43,23 @@ def save_grid(x, path, columns, scale=1, labels=None):
             pen.text((left, top), text[:width // 6], "black", font)
     sheet.save(f"{path}.part", "PNG")
     os.replace(f"{path}.part", path)
+
+
+def draw_reconstructions(out, done, D, x, base, full):
+    """recon.png and recon_<done>.png in `out`: rows of inputs, base only, full reconstructions, their errors.
+
+    x, base, full: (N, 3, H, W);  D: without details, there is no row of base only
+    """
+    shown = min(len(x), 8, max(1, 2048 // x.shape[-1]))            # 8, or as many as fit in 2,048 pixels
+    rows = {"input": x}
+    if D:
+        rows["base only"] = base
+    rows["DA-VAE" if D else "VAE"] = full
+    rows["4x error"] = 4 * (full - x).abs() - 1                  # 4 * |error / 2| on [0, 1], shown on [-1, 1]
+    strip = torch.cat([images[:shown] for images in rows.values()])
+    labels = [name for name in rows for _ in range(shown)]
+    for name in ("recon.png", f"recon_{done:06d}.png"):
+        save_grid(strip, Path(out) / name, shown, max(1, 96 // x.shape[-1]), labels)
 
 
 # ---------------------------------------------------------------- curves

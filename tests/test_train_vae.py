@@ -476,14 +476,14 @@ def test_a_davae_with_r_4_trains_resumes_and_carries_a_dit(davae_config, same_we
 
 
 def test_pictures_are_drawn_after_the_checkpoint_is_written(davae_config, tmp_path, monkeypatch):
-    draw = train_vae.draw
+    draw = figures.draw_reconstructions
 
-    def crash(cfg, done, *args):
+    def crash(out, done, *args):
         if done:
             raise KeyError("no fault of memory, disk or matplotlib")
-        draw(cfg, done, *args)
+        draw(out, done, *args)
 
-    monkeypatch.setattr(train_vae, "draw", crash)
+    monkeypatch.setattr(figures, "draw_reconstructions", crash)
     cfg = davae_config(tmp_path / "run", steps=3)
     with pytest.raises(KeyError):
         train_vae.main(cfg)
