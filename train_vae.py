@@ -48,7 +48,8 @@ class Config:
     # model (Sec. 3.1, Fig. S1)
     base: str = field("", "the frozen base VAE, no DA-VAE: path or org/name; D = 0: initial weights or empty")
     D: int = field(96, "detail channels; 0 trains the base VAE itself", within=(0, 4096))
-    r: int = field(2, "side of the full image / of the base image: 2 in the paper, or 4, 8", within=(1, 64))
+    r: int = field(2, "full side / base image's: 2 in the paper, or 4, 8; D = 0: in seven of eight steps, "
+                      "images are shrunk by r", within=(1, 64))
     train: str = field("all", "all; decoder: all but the detail encoder (the authors' SD3 script); up: only "
                               "up block and decoder; blocks: only down and up block",
                        choices=("all", "decoder", "up", "blocks"))
@@ -60,8 +61,8 @@ class Config:
     fit: str = field("closed", "how the new blocks start. closed: least squares; random: as in the paper; "
                                "pixels: details are pixels of the full-size latent",
                      choices=("closed", "random", "pixels"))
-    fit_align: float = field(1.0, "fit=closed: details start aligned to z; 1: fully, for D well above C",
-                             within=(0, 1))
+    fit_align: float = field(1.0, "fit=closed: details start aligned to z, whatever --align; 1: fully, for D "
+                                  "well above C; 0: not", within=(0, 1))
     C: int = field(16, "D = 0, no base given: latent channels", within=(1, 4096))
     widths: tuple = field((128, 256, 512, 512), "D = 0, no base given: channels per level, full size first",
                           within=(1, 8192), count=(1, 12))
@@ -75,7 +76,7 @@ class Config:
     reduction: str = field("mean", "of L1, LPIPS and KL over an image; sum: as in VA-VAE, with half the KL",
                            choices=("mean", "sum"))
     kl: float = field(1e-6, "weight of the KL term", at_least=0)
-    align: float = field(0.5, "lambda_align, times the adaptive ratio", at_least=0)
+    align: float = field(0.5, "lambda_align, times the adaptive ratio; 0: none; see fit_align", at_least=0)
     adaptive_align: bool = field(True, "scale the alignment by a ratio of gradient norms, as on ImageNet")
     project: str = field("mean", "what is aligned: group means, a trained 1x1 convolution, or raw details",
                          choices=("mean", "conv", "raw"))

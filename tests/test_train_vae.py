@@ -19,7 +19,7 @@ import finetune
 import sample
 import train_vae
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, Posterior, align_loss
-from support import data, figures, held_out, metrics, ranks, runs
+from support import config, data, figures, held_out, metrics, ranks, runs
 from support.dcae import Head
 from support.metrics import psnr
 from support.weights import load_davae
@@ -473,6 +473,19 @@ def test_a_davae_with_r_4_trains_resumes_and_carries_a_dit(davae_config, same_we
     entry = evaluate.main(evaluate.Config(run=run.out, n=4, steps=2, images=4, features="none"))
     assert entry["reconstruction"]["DA-VAE"]["positions"] == 64
     assert entry["reconstruction"]["base VAE, full size"]["positions"] == 16 * 64
+
+
+def test_help_says_what_r_does_without_details_and_that_they_start_aligned_whatever_align_is(capsys):
+    with pytest.raises(SystemExit):
+        config.cli(Config, PRESETS, ["tiny-base", "--help"])
+    said = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "D = 0: in seven of eight steps, images are shrunk by r" in said["--r"]
+    cfg = Config(D=0, r=4)
+    sides = [train_vae.training_batch(torch.zeros(1, 3, 64, 64), step, cfg).shape[-1] for step in range(16)]
+    assert sides == [64, *[16] * 7] * 2
+
+    assert "0: none; see fit_align" in said["--align"]
+    assert "details start aligned to z, whatever --align" in said["--fit_align"]
 
 
 def test_pictures_are_drawn_after_the_checkpoint_is_written(davae_config, tmp_path, monkeypatch):
