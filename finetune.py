@@ -312,6 +312,7 @@ def main(cfg):
     side = cfg.image_size // vae.f
     sizes = f"C={vae.C} D={cfg.D} p={dit.cfg.p}, {(side // dit.cfg.p)**2} tokens"
     run.describe(train_set, dit.parameters(), sizes, accumulate, world, device)
+    checks.say_if_details_hardly_count(cfg, detail_weight(cfg.steps - 1, cfg.N), rank)
     shape = (cfg.batch_size // world // accumulate, vae.C + cfg.D, side, side)
     choose.before_training(run, device, shape, lambda z, y: flow_loss(dit, z, condition(y, drop=0), 1.0, cfg))
     latents_at = latent_source(vae, buckets.sort(train_set, cfg, vae.f * dit.cfg.p), cfg, device, rank, world)

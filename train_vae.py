@@ -350,6 +350,7 @@ def main(cfg):
     # before the first step: validation images, the fastest kernels, a checkpoint (so a full disk shows now)
     val = held_out.validation_images(cfg, train_set).to(device)
     run.describe(train_set, vae.parameters(), f"C={vae.C} D={vae.D} f={vae.f}", accumulate, world, device)
+    checks.say_if_never_judged(cfg, rank)
     shape = (cfg.batch_size // world // accumulate, 3, cfg.image_size, cfg.image_size)
     choose.before_training(run, device, shape, lambda x, _: vae(training_batch(x, 1, cfg)))
     if not run.checkpoint:

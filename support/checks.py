@@ -55,6 +55,13 @@ def is_judged(cfg):
     return cfg.gan > 0 and cfg.disc_start < cfg.steps
 
 
+def say_if_never_judged(cfg, rank):
+    """Print, on rank 0, that the run ends before its discriminator starts."""
+    if rank == 0 and cfg.gan and not is_judged(cfg):
+        print(f"{cfg.out}: the discriminator starts at step {cfg.disc_start}, after this run's {cfg.steps} "
+              "steps: give --disc_start, more --steps, or --gan=0")
+
+
 def multiple(cfg, vae):
     """What an image's sides must be multiples of; a plain VAE trains mostly on images shrunk by r."""
     side = vae.f * vae.base.block
@@ -131,6 +138,13 @@ def before_finetuning(cfg, world):
         if cfg.lora:
             flag, instead = f"--lora={cfg.lora}", "--lora=0"
         raise SystemExit(f"{flag} is for a pretrained model, and there is none: give --base=, or {instead}")
+
+
+def say_if_details_hardly_count(cfg, w, rank):
+    """Print, on rank 0, that the details' weight stays near 0.   w: what it is at the run's last step"""
+    if rank == 0 and cfg.D and w < 0.1:
+        print(f"{cfg.out}: the details' weight w(n) rises only to {w:.3f} in this run's {cfg.steps} steps, "
+              f"and to 1 at step {cfg.N}: give --N, or more --steps")
 
 
 def check_base(cfg, vae, base, num_classes):

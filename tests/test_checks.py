@@ -106,6 +106,23 @@ def test_the_discriminator_counts_only_if_it_starts_before_the_end(gan, start, j
     assert checks.is_judged(SimpleNamespace(gan=gan, disc_start=start, steps=9)) == judged
 
 
+def test_a_run_too_short_for_its_discriminator_or_its_details_says_so_in_one_line(
+        davae_config, finetune_config, tmp_path, capsys):
+    train_vae.main(davae_config(tmp_path / "vae", steps=1, disc_start=3))
+    sentence = "vae: the discriminator starts at step 3, after this run's 1 steps: give --disc_start"
+    assert capsys.readouterr().out.count(sentence) == 1
+    finetune.main(finetune_config(tmp_path / "dit", steps=1, N=9))
+    sentence = "dit: the details' weight w(n) rises only to 0.000 in this run's 1 steps, and to 1 at step 9"
+    assert capsys.readouterr().out.count(sentence) == 1
+
+    checks.say_if_never_judged(SimpleNamespace(gan=0.1, disc_start=8, steps=9), 0)
+    checks.say_if_never_judged(SimpleNamespace(gan=0.0, disc_start=9, steps=9), 0)
+    checks.say_if_never_judged(SimpleNamespace(gan=0.1, disc_start=9, steps=9), 1)         # another rank
+    for D, w, rank in ((12, 0.1, 0), (0, 0.0, 0), (12, 0.0, 1)):
+        checks.say_if_details_hardly_count(SimpleNamespace(D=D), w, rank)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes, refused", [
     (dict(image_size=12, perceptual="vgg"), "images of 12 pixels; wanted 16"),
     (dict(image_size=16, perceptual="vgg"), ""),
