@@ -406,7 +406,7 @@ def main(cfg):
     save(run, cfg.steps, vae, nets, opt, opt_d, measured=True)
     summary = run.finish("DA-VAE" if vae.D else "base VAE")
     if rank == 0:
-        figures.report_vae(cfg.out, summary, vae.D, held_out.in_words(cfg, len(val)))
+        figures.report_vae(cfg, summary, held_out.in_words(cfg, len(val)), stages.follow(cfg, makers()))
     return summary
 
 
@@ -579,6 +579,12 @@ def validate(run, done, vae, val):
         run.results["psnr_base"], run.results["psnr"] = scores.mean(0).tolist()
         if done:                                       # the next line of the log has them
             run.log.add(dict(zip(("psnr_base", "psnr"), scores.mean(0).to(val))))
+
+
+def makers():
+    """The scripts whose runs are trained on one of this script's."""
+    import finetune                                                # here: it is a layer above this script
+    return [MAKER, finetune.MAKER]
 
 
 MAKER = stages.Maker("train_vae.py", ("base VAE", "DA-VAE"), PRESETS, Config, main, trial)

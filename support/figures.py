@@ -179,15 +179,21 @@ def final_table(folders):
             print(f"{summary['stage']:<12}{run:<{width}}{steps:>8}{seconds:>9}  {result_of(summary)}")
 
 
-def report_vae(out, summary, D, shown):
-    """The end of train_vae.py: plot the losses, and print the result in a line, for the images `shown`."""
+def report_vae(cfg, summary, shown, follow):
+    """The end of train_vae.py: plot the losses, print the result on the images `shown`, and what is next.
+
+    follow: commands of runs to train on this one; what is next is not printed for a stage of another run
+    """
+    out = cfg.out
     with runs.picture_may_fail(f"{out}: loss.png"):
         plot_losses(out)
     what = "base VAE"
-    if D:
+    if cfg.D:
         what = f"base only {number(summary, 'psnr_base', '.2f')} dB, DA-VAE"
     print(f"{out}: done in {summary['seconds']:.0f} s; {what} {number(summary, 'psnr', '.2f')} dB on "
           f"{shown}; look at {out}/recon.png")
+    if not getattr(cfg, "needed_by", ""):
+        print("\n      ".join([f"next: python evaluate.py {out}{flags_to_measure(cfg)}", *follow]))
 
 
 def report(cfg):
@@ -195,16 +201,24 @@ def report(cfg):
     out = cfg.out
     final_table([cfg.vae, cfg.base, out])
     pictures = sorted(path.name for path in Path(out).glob("*.png") if not path.stem[-6:].isdigit())
-    others = "" if cfg.data_dir == "procedural" else " --data_dir=HELD_OUT_IMAGES"
-    if cfg.lpips_trunk:
-        network = davae_settings(vars(cfg)).get("perceptual", "squeeze")
-        others += f" --perceptual={network} --lpips_trunk={cfg.lpips_trunk}"
     print(f"\npictures in {out}: {', '.join(pictures)}\n"
-          f"next: python sample.py {out}{folder_of_samples(out)}\n      python evaluate.py {out}{others}")
+          f"next: python sample.py {out}{folder_of_samples(out)}\n"
+          f"      python evaluate.py {out}{flags_to_measure(cfg)}")
     if cfg.data_dir == "procedural" or cfg.lpips_trunk:             # else nothing would measure samples
         print("      (draws 1,000 samples, which takes most of the time; --n= sets how many)")
     if Path(out, "report.html").exists():
         print(f"the run on one page: {out}/report.html")
+
+
+def flags_to_measure(cfg):
+    """evaluate.py's flags for a run: held-out images, and the network of LPIPS if its file was given."""
+    flags = ""
+    if cfg.data_dir != "procedural":
+        flags = f" --data_dir={getattr(cfg, 'val_dir', '') or 'HELD_OUT_IMAGES'}"
+    if cfg.lpips_trunk:
+        network = davae_settings(vars(cfg)).get("perceptual", "squeeze")
+        flags += f" --perceptual={network} --lpips_trunk={cfg.lpips_trunk}"
+    return flags
 
 
 def folder_of_samples(out):

@@ -128,6 +128,21 @@ def stages_of(cfg, makers):
     return found
 
 
+def follow(run, makers):
+    """[the command of the first preset that is trained on this run of train_vae.py], [] if there is none.
+
+    On a DA-VAE, a preset of finetune.py with as many details; on a base VAE, another VAE.
+    run: the Config of the run
+    """
+    flag = "vae" if run.D else "base"
+    for maker in makers:
+        for preset, values in maker.presets.items():
+            if values.get(flag) == run.out and (run.D == 0 or values["D"] == run.D):
+                cfg = maker.Config(**{"preset": preset, **values, "data_dir": run.data_dir})
+                return [config.command(maker.script, cfg, maker.presets)]
+    return []
+
+
 # ---------------------------------------------------------------- the plan
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
@@ -211,12 +212,28 @@ def test_folders_without_a_summary_are_not_in_the_final_table(make_run, capsys):
 
 def test_report_vae_gives_both_psnrs_and_zero_is_printed_as_a_number(tmp_path, capsys):
     summary = {"seconds": 12.6, "psnr": 24.5, "psnr_base": 0.0}
-    figures.report_vae(str(tmp_path), summary, 12, "8 images")
-    figures.report_vae(str(tmp_path), summary | {"psnr": 0}, 0, "8 images")
+    stage = SimpleNamespace(out=str(tmp_path), D=12, needed_by="out/dit")
+    figures.report_vae(stage, summary, "8 images", [])
+    stage.D = 0
+    figures.report_vae(stage, summary | {"psnr": 0}, "8 images", [])
     said = [line.partition("; ")[2].partition(";")[0] for line in lines_of(capsys)]
     assert said == ["base only 0.00 dB, DA-VAE 24.50 dB on 8 images", "base VAE 0.00 dB on 8 images"]
     figures.print_table("t", {"row": {"KID": 0.0}})
     assert lines_of(capsys)[2].split() == ["row", "0"]
+
+
+def test_stage_1_ends_with_the_next_commands_unless_it_is_a_stage_of_another_run(tmp_path, capsys):
+    def end(**changes):
+        values = dict(out=str(tmp_path), D=12, data_dir="procedural", lpips_trunk="", perceptual="vgg")
+        figures.report_vae(SimpleNamespace(**values | changes), {"seconds": 1.0}, "8 images", ["follow"])
+        return lines_of(capsys)[1:]
+
+    measure = f"next: python evaluate.py {tmp_path}"
+    assert end() == [measure, "      follow"]
+    assert end(needed_by="out/dit") == []
+    assert end(data_dir="photos", val_dir="eval")[0] == f"{measure} --data_dir=eval"
+    assert (end(data_dir="photos", val_dir="", lpips_trunk="vgg.pth")[0]
+            == f"{measure} --data_dir=HELD_OUT_IMAGES --perceptual=vgg --lpips_trunk=vgg.pth")
 
 
 def test_print_table_aligns_its_columns_and_leaves_missing_values_blank(capsys):

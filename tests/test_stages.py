@@ -18,6 +18,16 @@ VAE = SMALL | dict(D=12, perceptual="none", gan=0.0, crop=(), halvings=0, stats=
 DIT = SMALL | dict(E=32, depth=1, A=2, N=2, sample_steps=2)
 
 
+@pytest.mark.parametrize("argv, command", [
+    (["tiny"], "python finetune.py tiny"), (["tiny-base"], "python train_vae.py tiny"),
+    (["photos", "--data_dir=my photos"], "python finetune.py photos '--data_dir=my photos'"),
+    (["klein"], "python finetune.py klein-1024"),
+    (["tiny", "--D=32"], ""), (["tiny", "--out=out/mine"], ""), (["vavae"], "")])
+def test_what_follows_a_vae_is_the_preset_that_is_trained_on_its_folder(argv, command):
+    cfg = config.cli(train_vae.Config, train_vae.PRESETS, argv)
+    assert stages.follow(cfg, train_vae.makers()) == ([command] if command else [])
+
+
 @pytest.fixture
 def toys(monkeypatch, tmp_path, make_base):
     """The presets of photos at toy size, in an empty working folder with a base VAE in weights/base."""
