@@ -28,6 +28,19 @@ LARGEST = 1_000_000_000
 LONGEST_NAME = 240
 LONGEST_PATH = 3800
 
+# What other programs call fields of ours; a script that lacks the field suggests the nearest names instead.
+ELSEWHERE = {
+    "cfg_scale": "cfg", "guidance_scale": "cfg", "ckpt": "run", "checkpoint": "run", "output_dir": "out",
+    "learning_rate": "lr", "num_samples": "n", "num_steps": "steps", "num_inference_steps": "steps",
+    "max_train_steps": "steps", "resolution": "image_size", "train_batch_size": "batch_size",
+}
+# Other programs' flags that nothing here replaces, and what to do instead.
+INSTEAD = {
+    "resume": "to go on with a run, give the same command again",
+    "resume_from_checkpoint": "to go on with a run, give the same command again",
+    "dry_run": "finetune.py has it: python finetune.py PRESET --dry_run=True",
+}
+
 
 def field(default, help, choices=(), at_least=-LARGEST, within=None, count=None, text=False):
     """A dataclass field with the line that --help prints, and the values that the command line takes for it.
@@ -67,9 +80,7 @@ def cli(Config, presets=None, argv=None):
         values[first] = argv.pop(0)
         check(fields[first], values[first], values[first])
     while argv:
-        name, text = next_flag(argv)
-        if name not in fields:
-            raise SystemExit(f"--{name[:80]} is not a field{nearest(name, fields)}; --help lists them all")
+        name, text = next_flag(argv, fields)
         values[name] = parse(fields[name], text)
         check(fields[name], values[name], text)
 
@@ -125,17 +136,32 @@ def headings(Config):
     return found
 
 
-def next_flag(argv):
-    """Take `--name=text` or `--name text` off the front of argv: (name, text)."""
+def next_flag(argv, fields):
+    """Take `--name=text` or `--name text` off the front of argv: (name, text).
+
+    raises: SystemExit if it is neither, or not the name of a field
+    """
     flag = argv.pop(0)
     name, equals, text = flag.removeprefix("--").partition("=")
     if not flag.startswith("--"):
         raise SystemExit(f"{shortened(flag)} is not of the form --field=value; --help lists the fields")
+    if name not in fields:
+        raise SystemExit(unknown(name, fields))
     if equals:
         return name, text
     if not argv or argv[0].startswith("--"):
         raise SystemExit(f"{shortened(flag)} has no value: wanted {flag[:80]}=value; --help lists the fields")
     return name, argv.pop(0)
+
+
+def unknown(name, fields):
+    """The sentence about a flag that is not among the fields of a script."""
+    plain = name.replace("-", "_")
+    if plain in INSTEAD:
+        return f"--{name} is not a field: {INSTEAD[plain]}"
+    ours = ELSEWHERE.get(plain)
+    meant = f" (did you mean {ours}?)" if ours in fields else nearest(name, fields)
+    return f"--{name[:80]} is not a field{meant}; --help lists them all"
 
 
 def nearest(name, names):

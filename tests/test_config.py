@@ -59,6 +59,33 @@ def test_command_line_mistakes_get_one_sentence(argv, sentence):
         config.cli(Config, PRESETS, argv)
 
 
+@pytest.mark.parametrize("script, flag, sentence", [
+    (sample, "--cfg_scale=3", "(did you mean cfg?)"),
+    (sample, "--ckpt=a", "(did you mean run?)"),
+    (evaluate, "--checkpoint=a", "(did you mean run?)"),
+    (sample, "--num-samples=9", "(did you mean n?)"),
+    (sample, "--num_steps=9", "(did you mean steps?)"),
+    (sample, "--output_dir=a", "(did you mean out?)"),
+    (finetune, "--learning_rate=1", "(did you mean lr?)"),
+    (finetune, "--resolution=64", "(did you mean image_size?)"),
+    (train_vae, "--train_batch_size=8", "(did you mean batch_size?)"),
+    (train_vae, "--num_samples=8", "--num_samples is not a field; --help"),        # it has no n
+    (finetune, "--resume", "--resume is not a field: to go on with a run, give the same command again"),
+    (train_vae, "--dry_run", "finetune.py has it: python finetune.py PRESET --dry_run=True"),
+    (train_vae, "--dry-run=True", "finetune.py has it"),
+])
+def test_flags_that_other_programs_have_lead_to_ours(script, flag, sentence):
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        config.cli(script.Config, getattr(script, "PRESETS", None), [flag])
+
+
+def test_every_field_that_another_programs_flag_leads_to_exists():
+    known = set()
+    for script in (train_vae, finetune, sample):
+        known |= {f.name for f in dataclasses.fields(script.Config)}
+    assert set(config.ELSEWHERE.values()) <= known and not config.ELSEWHERE.keys() & known
+
+
 def test_help_names_every_field_and_preset(capsys):
     with pytest.raises(SystemExit) as stop:
         config.cli(Config, PRESETS, ["--help"])
