@@ -144,8 +144,9 @@ class TextCache:
             for row, prompt in enumerate(prompts):
                 self.rows[prompt] = (shard, row)
         if not self.rows:
-            raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here; make "
-                             f"them with: python sample.py text ENCODERS --out={folder or 'FOLDER'}")
+            raise SystemExit(f"{folder or 'no folder given (--text=)'}: no text_*.safetensors here, and no "
+                             "text_encoder/ to make them with; give another --text, or run: "
+                             f"python sample.py text ENCODERS --out={folder or 'FOLDER'}")
 
     def need(self, prompts):
         """raises: SystemExit, with the command that helps, if any of the prompts is not here"""
@@ -223,9 +224,14 @@ def cache_text(encoders, prompts, out, device, t5_tokens=256, batch_size=32, sha
     All ranks must call this; they take turns at the shards.
     encoders: a diffusers folder with text encoders, SD3.5's or one of PIPELINES, or its name on Hugging Face
     shard:    prompts per file
-    raises:   SystemExit if `out` was made by other encoders or with other t5_tokens, or the disk is too small
+    raises:   SystemExit if there are no encoders, if `out` was made by other ones or with other t5_tokens,
+              or the disk is too small
     """
     encoders = hub.local(encoders, "text")
+    if not encoders or not (Path(encoders) / "text_encoder").is_dir():
+        given = f"{encoders}: has no text_encoder" if encoders else "no encoders given"
+        raise SystemExit(f"{given}; wanted a diffusers folder with its text encoders, or its name on Hugging "
+                         f"Face: python sample.py text ENCODERS --out={out}")
     made_by = {"encoders": fingerprint(encoders), "t5_tokens": str(t5_tokens)}
     rank, world = ranks.this_rank(), ranks.world_size()
     runs.make_folder(out)

@@ -133,6 +133,25 @@ def test_captions_of_a_folder_and_prompts_are_both_encoded(tmp_path, monkeypatch
     assert asked == [["a caption", "fox", "owl"]]
 
 
+@pytest.mark.parametrize("encoders, said", [
+    ("", "no encoders given; wanted a diffusers folder with its text encoders, or its name on Hugging Face"),
+    ("nowhere", "nowhere: has no text_encoder; wanted a diffusers folder"),
+    ("photos", "photos: has no text_encoder; wanted a diffusers folder"),
+])
+def test_missing_encoders_are_named_before_a_folder_is_made(tmp_path, monkeypatch, encoders, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(SystemExit, match=f"^{said}.*: python sample.py text ENCODERS --out=o$"):
+        text.main_text(text.TextConfig(encoders=encoders, out="o", prompts="fox"))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_with_neither_shards_nor_encoders_is_said_to_lack_both(tmp_path):
+    said = f"{tmp_path}: no text_.*safetensors here, and no text_encoder/ .*; give another --text, or run: "
+    with pytest.raises(SystemExit, match=said):
+        text.text_for(str(tmp_path), ["a"], tmp_path / "out", "cpu")
+
+
 def test_embeddings_of_another_width_than_the_model_takes_are_refused_with_both(tmp_path):
     shard(tmp_path, 0, prompts=["", "a"])                          # context of width 6, pooled of width 5
     cfg = SimpleNamespace(text=str(tmp_path), out="", t5_tokens=None)
