@@ -77,6 +77,9 @@ def main():
         return peers.main()
     device = "cpu" if args.rehearse else "cuda"
     cuda = device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise SystemExit("no GPU that torch can use; wanted one to measure the kernels: give --device=cpu to "
+                         "measure what runs on a CPU, or --rehearse for this benchmark at toy size")
     begin = time.time()
     torch._dynamo.config.recompile_limit = 64
 

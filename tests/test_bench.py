@@ -142,6 +142,13 @@ def test_the_tests_are_a_row_with_their_last_line_even_if_they_do_not_end(
 # ---------------------------------------------------------------- a whole run
 
 
+def test_without_a_gpu_one_sentence_names_what_a_cpu_can_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    with pytest.raises(SystemExit, match="^no GPU .*: give --device=cpu .*, or --rehearse "):
+        bench.main()
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(section, ...) -> bench.json's rows, of a rehearsal of these instead of the three sections."""
