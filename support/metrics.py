@@ -122,25 +122,27 @@ def make_lpips(net, trunk=""):
                          f"({error}): give their file by --lpips_trunk= (docs/recipes.md, your own photos); "
                          "train_vae.py and evaluate.py also run without, by --perceptual=none") from None
     if trunk:
-        load_trunk(model.net, trunk)
+        load_trunk(model.net, net, trunk)
     return model.eval().requires_grad_(False)
 
 
-def load_trunk(net, path):
-    """Fill an LPIPS network from torchvision's weight file, ignoring its classifier.
+def load_trunk(module, net, path):
+    """Fill an LPIPS network from torchvision's weight file, ignoring its classifier.   net: vgg or squeeze
 
     raises: SystemExit naming the file and what is missing, superfluous or not finite
     """
     state = runs.read_state_dict(path)
     features = nn.ModuleDict()
-    for part in net.children():                          # slice1, slice2, ...: layers keep their numbers
+    for part in module.children():                          # slice1, slice2, ...: layers keep their numbers
         features.update(part.named_children())
     try:
         sd = files.unwrapped(files.pick_weights(state))
         layers = {k.removeprefix("features."): v for k, v in sd.items() if not k.startswith("classifier.")}
         files.fill(nn.ModuleDict({"features": features}), {f"features.{k}": v for k, v in layers.items()})
     except ValueError as error:
-        raise SystemExit(f"{path}: {error}") from None
+        wanted = {"vgg": "VGG-16", "squeeze": "SqueezeNet 1.1"}[net]
+        raise SystemExit(f"{path}: {error}; wanted torchvision's file of {wanted} (--lpips_trunk, for LPIPS "
+                         f"with {net})") from None
 
 
 def upsampled(base, r):

@@ -109,13 +109,18 @@ def read_vae(source):
     """(state dict of a public VAE, the folder with its config.json; None for a dict)."""
     if isinstance(source, dict):
         return pick_weights(source), None
-    if not (source / "taef2_encoder.pth").exists():
+    halves = [source / name for name in hub.TAEF2]
+    missing = [half.name for half in halves if not half.exists()]
+    if source.name in hub.TAEF2 or len(missing) == 1:
+        lacks = f"has no {missing[0]}" if len(missing) == 1 else "one half of TAEF2"
+        raise ValueError(f"{lacks}; wanted a folder with its two files, {' and '.join(hub.TAEF2)}")
+    if missing:
         sd = pick_weights(read_state_dict(source), name=source)
         return sd, source if source.is_dir() else source.parent
     sd = {}
-    for half in ("encoder", "decoder"):
-        part = pick_weights(read_state_dict(source / f"taef2_{half}.pth"), name=source)
-        sd |= {f"{half}.{key}": weight for key, weight in part.items()}
+    for half in halves:
+        part = pick_weights(read_state_dict(half), name=source)
+        sd |= {f"{half.stem.removeprefix('taef2_')}.{key}": weight for key, weight in part.items()}
     return sd, source
 
 

@@ -124,6 +124,19 @@ def test_taef2_loads_from_its_two_files_and_from_the_one_on_hugging_face():
         load_base_vae(one | {"encoder.layers.x.weight": torch.ones(1)})
 
 
+@pytest.mark.parametrize("files, given, said", [
+    (["taef2_encoder.pth"], "", "a: has no taef2_decoder.pth"),
+    (["taef2_decoder.pth"], "", "a: has no taef2_encoder.pth"),
+    (["taef2_encoder.pth", "taef2_decoder.pth"], "taef2_encoder.pth", "encoder.pth: one half of TAEF2"),
+])
+def test_half_of_taef2_is_refused_with_the_two_files_that_are_wanted(tmp_path, files, given, said):
+    (tmp_path / "a").mkdir()
+    for file in files:
+        torch.save({"1.weight": torch.ones(1)}, tmp_path / "a" / file)
+    with pytest.raises(SystemExit, match=f"{said}; wanted a folder .* taef2_encoder.pth and taef2_decoder.p"):
+        load_base_vae(tmp_path / "a" / given)
+
+
 @torch.no_grad()
 def test_taef2_can_be_a_base_but_not_train_as_a_plain_vae():
     x = torch.rand(1, 3, 32, 32) * 2 - 1

@@ -205,6 +205,21 @@ def test_a_damaged_lpips_trunk_is_refused_by_file_and_tensor(tmp_path, change, s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("net, other, wanted", [
+    ("squeeze", "vgg11", "SqueezeNet 1.1"), ("vgg", "squeezenet1_1", "VGG-16"),
+    ("squeeze", "squeezenet1_0", "SqueezeNet 1.1"), ("squeeze", None, "SqueezeNet 1.1"),
+])
+def test_the_trunk_of_another_network_is_refused_with_the_one_wanted(tmp_path, net, other, wanted):
+    metrics.import_torchvision()
+    import torchvision
+
+    sd = getattr(torchvision.models, other)(weights=None).state_dict() if other else {"a": torch.ones(2)}
+    torch.save(sd, tmp_path / "trunk.pth")
+    said = f"trunk.pth: .*; wanted torchvision's file of {wanted} .--lpips_trunk, for LPIPS with {net}"
+    with pytest.raises(SystemExit, match=said):
+        metrics.make_lpips(net, tmp_path / "trunk.pth")
+
+
 def test_inception_features_match_torch_fidelitys_for_uint8_images(tmp_path):
     metrics.import_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
