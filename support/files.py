@@ -7,6 +7,7 @@
     unwrapped(sd)          names without what DDP, torch.compile and the like add to them
     fill(module, sd)       load the weights into a module, strictly; all must be finite
     flush(path)            wait until a file that was written is on the disk
+    replace_folder(a, b)   put folder b in the place of a; mend what a killed job left of that
     one_job_at_a_time(dir) wait until no other job writes to a folder of caches
 
 The first bytes of a file say what it is, whatever its name: safetensors or torch.save's. Pickles are
@@ -17,11 +18,12 @@ import argparse
 import contextlib
 import json
 import os
-import pathlib
 import pickle
 import re
+import shutil
 import struct
 import zipfile
+from pathlib import Path, PosixPath
 
 import numpy as np
 import torch
@@ -180,7 +182,7 @@ STRANGE = {
 }
 
 # What is known to be harmless in the settings and results that people save with their weights
-HARMLESS = [argparse.Namespace, pathlib.PosixPath, np.ndarray, np.dtype]
+HARMLESS = [argparse.Namespace, PosixPath, np.ndarray, np.dtype]
 HARMLESS += [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "uint8", "float32", "float64")]
 for number in (np.float64(0), np.zeros(0)):
     make = number.__reduce__()[0]                                  # the function that a pickle calls for it
@@ -447,6 +449,25 @@ def flush(path):
     os.chmod(path, 0o666 & ~UMASK)
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
+
+
+def replace_folder(final, new):
+    """Put the folder `new` in the place of `final`: whatever happens, one of the two exists; see `mend`."""
+    aside = Path(f"{final}.old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(final, aside)
+    os.replace(new, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def mend(run):
+    """Repair step folders that a killed job left half replaced."""
+    for aside in Path(run).glob("step_*.old"):
+        if aside.with_suffix("").exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.replace(aside.with_suffix(""))
 
 
 @contextlib.contextmanager

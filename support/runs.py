@@ -255,20 +255,11 @@ def hold(run, rank):
         with disk_may_fail(must=True):
             if rank == 0:
                 lock.acquire()
-                mend(run)
+                files.mend(run)                        # after a job that was killed while it saved
     except Timeout:
         raise SystemExit(f"{run}: another process is training here; wait, or give another --out") from None
     ranks.wait_for_all()                               # all resume from what rank 0 has mended
     return lock
-
-
-def mend(run):
-    """Repair step folders that a killed job left half replaced; see `save_folder`."""
-    for aside in Path(run).glob("step_*.old"):
-        if aside.with_suffix("").exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.replace(aside.with_suffix(""))
 
 
 def resume(cfg, free):
@@ -457,12 +448,7 @@ def save_folder(final, weights, config, train_state=None):
         replace(temporary / "SHA256SUMS", "".join(sums))
         for path in temporary.iterdir():
             files.flush(path)
-        aside = Path(f"{final}.old")
-        if final.exists():                                     # whatever happens, one of the two exists
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(final, aside)
-        os.replace(temporary, final)
-        shutil.rmtree(aside, ignore_errors=True)
+        files.replace_folder(final, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)           # a full disk needs its bytes
 
