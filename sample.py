@@ -446,7 +446,7 @@ def main(cfg):
         if rank == 0:
             print(f"{out}: all {cfg.n} images exist, nothing to draw")
         return image_folder.put_together(out, cfg.n, columns, shown, rank)
-    again = [i for i in todo if image_folder.path_of(out, i).exists()]
+    again = [i for i in todo if image_folder.is_whole(image_folder.path_of(out, i))]
     if again and rank == 0:
         print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again")
 

@@ -7,6 +7,7 @@
     unwrapped(sd)          names without what DDP, torch.compile and the like add to them
     fill(module, sd)       load the weights into a module, strictly; all must be finite
     flush(path)            wait until a file that was written is on the disk
+    renamed_when_whole(path)     where to write a file that is whole or absent, whatever other jobs do
     replace_folder(a, b)   put folder b in the place of a; mend what a killed job left of that
     one_job_at_a_time(dir) wait until no other job writes to a folder of caches
 
@@ -22,6 +23,7 @@ import pickle
 import re
 import shutil
 import struct
+import uuid
 import zipfile
 from pathlib import Path, PosixPath
 
@@ -449,6 +451,22 @@ def flush(path):
     os.chmod(path, 0o666 & ~UMASK)
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def renamed_when_whole(path):
+    """A name next to `path` that no other job writes to; what the block wrote there is renamed to `path`.
+
+    With one name for all, a job could rename what another has half written. Not the process id: in containers
+    on two machines, both are often 1.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                      # a full disk needs its bytes
 
 
 def replace_folder(final, new):

@@ -7,13 +7,14 @@
 """
 import itertools
 import json
+import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from support import data, figures, runs
+from support import data, figures, files, runs
 from support.measurements import run_folder
 
 IMAGES, PREVIEWS = "images", "previews"
@@ -54,7 +55,7 @@ def refuse_other_images(out, settings):
 def make_folder(out, settings, rank):
     """Create the folders of images and of previews, and write settings.json."""
     runs.make_folder(out)
-    with runs.disk_may_fail(must=True):
+    with runs.disk_may_fail(must=True, what=out):
         for kind in (IMAGES, PREVIEWS):
             (out / kind).mkdir(exist_ok=True)
         if rank == 0:
@@ -98,31 +99,44 @@ def missing(out, n, shown):
     todo = []
     for i in range(n):
         kinds = (IMAGES, PREVIEWS) if i in shown else (IMAGES,)
-        if not all(path_of(out, i, kind).exists() for kind in kinds):
+        if not all(is_whole(path_of(out, i, kind)) for kind in kinds):
             todo.append(i)
     return todo
 
 
+# The last bytes of every PNG.
+PNG_ENDS = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def is_whole(path):
+    """Is there a PNG with its end?  Not so after a power cut, or a copy that was cut off."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_ENDS), os.SEEK_END)
+            return file.read() == PNG_ENDS
+    except OSError:                                                # absent, or shorter than that
+        return False
+
+
 def save_images(out, indices, images, previews, shown):
-    """Write a batch in [-1, 1], a shown sample's preview before its image; existing images stay."""
+    """Write a batch in [-1, 1], a shown sample's preview before its image; whole images stay."""
     for i, image, preview in zip(indices, data.to_uint8(images), data.to_uint8(previews)):
         if i in shown:
             save_png(preview, path_of(out, i, PREVIEWS))
-        if not path_of(out, i).exists():
+        if not is_whole(path_of(out, i)):
             save_png(image, path_of(out, i))
 
 
 def save_png(image, path):
-    """Write uint8 (H, W, 3) under another name, then rename it, so that a folder holds only whole images."""
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(image).save(temporary, format="png")
-    temporary.replace(path)
+    """Write uint8 (H, W, 3), so that a folder holds only whole images."""
+    with runs.disk_may_fail(must=True, what=path), files.renamed_when_whole(path) as temporary:
+        Image.fromarray(image).save(temporary, format="png")
 
 
 def put_together(out, n, columns, shown, rank):
     """Write samples.npz, grid.png and base_preview.png, by rank 0.  Returns `out`."""
     if rank == 0:
-        with runs.disk_may_fail(must=True):
+        with runs.disk_may_fail(must=True, what=out / "samples.npz"):
             write_npz(out, n)
         for file, kind in (("grid.png", IMAGES), ("base_preview.png", PREVIEWS)):
             with runs.picture_may_fail(f"{out}/{file}"):
@@ -137,9 +151,9 @@ def write_npz(out, n):
     images = (np.asarray(Image.open(path_of(out, i))) for i in range(n))
     first = next(images)
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
-    archive = zipfile.ZipFile(out / "samples.npz.tmp", "w")
-    with archive, archive.open("arr_0.npy", "w", force_zip64=True) as f:
-        np.lib.format.write_array_header_1_0(f, header)
-        for image in itertools.chain([first], images):
-            f.write(image.tobytes())
-    (out / "samples.npz.tmp").replace(out / "samples.npz")
+    with files.renamed_when_whole(out / "samples.npz") as temporary:
+        archive = zipfile.ZipFile(temporary, "w")
+        with archive, archive.open("arr_0.npy", "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, header)
+            for image in itertools.chain([first], images):
+                f.write(image.tobytes())

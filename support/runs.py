@@ -390,14 +390,18 @@ DISK = ("No space left|Read-only|quota|File too large|Input/output error|I/O err
 
 
 @contextlib.contextmanager
-def disk_may_fail(must=False):
-    """If the disk refuses what this block writes, say so in one sentence; exit if it `must` be written."""
+def disk_may_fail(must=False, what="", instead="another --out"):
+    """If the disk refuses what this block writes, say so in one sentence; exit if it `must` be written.
+
+    what: the file, if the error might not name it;  instead: what the sentence suggests to give
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
         if not re.search(DISK, str(error)):
             raise
-        sentence = f"not written: {str(error).splitlines()[0]}. Make room or give another --out"
+        name = f"{what}: " if what else ""
+        sentence = f"{name}not written: {str(error).splitlines()[0]}. Make room or give {instead}"
         if must:
             raise SystemExit(f"{sentence}, and run the command again; what was saved is intact") from None
         tqdm.write(f"{sentence}; training continues, and the next save tries again", file=sys.stderr)
@@ -557,11 +561,10 @@ def write_json(path, obj):
 
 def replace(path, text):
     """Write a text file next to `path` and rename it: it is whole or absent, even after a power cut."""
-    with open(f"{path}.tmp", "w") as f:
+    with files.renamed_when_whole(path) as temporary, open(temporary, "w") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
 
 
 def sha256(path):

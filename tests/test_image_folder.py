@@ -1,5 +1,7 @@
 """support/image_folder.py: only whole images of the same settings, and what is put together from them."""
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +46,51 @@ def test_a_half_finished_folder_is_completed_and_the_npz_holds_every_image(tiny_
     assert array.dtype == np.uint8 and array.shape == (6, 64, 64, 3)
     assert np.array_equal(array[5], again["000005.png"])
     assert (out / "grid.png").exists() and (out / "base_preview.png").exists()
+
+
+@pytest.mark.parametrize("left", ["half", "zeros", "nothing"])
+def test_a_png_cut_off_by_a_crash_is_drawn_again(drawn, tiny_run, tmp_path, left):
+    out = shutil.copytree(drawn, tmp_path / "a")
+    path = out / "images/000003.png"
+    whole = path.read_bytes()
+    path.write_bytes({"half": whole[:len(whole) // 2], "zeros": bytes(len(whole)), "nothing": b""}[left])
+    assert image_folder.missing(out, 9, {}) == [3]
+    draw(tiny_run, out, n=9, classes=(1,))
+    assert_same_images(images(out), images(drawn))
+
+
+def test_two_jobs_that_write_the_same_image_at_once_leave_it_whole(tmp_path, monkeypatch):
+    class Slow:
+        """An image; while it is being written, another job writes the same one."""
+        def __init__(self, pixels):
+            self.image = Image.new("RGB", (pixels.shape[1], pixels.shape[0]))
+
+        def save(self, file, format):
+            with open(file, "wb") as half:
+                half.write(b"half")
+            if others:
+                image_folder.save_png(others.pop(), path)
+            self.image.save(file, format=format)
+
+    path = tmp_path / "000000.png"
+    others = [np.zeros((8, 8, 3), dtype=np.uint8)]
+    monkeypatch.setattr(image_folder.Image, "fromarray", Slow)
+    image_folder.save_png(others[0], path)
+    assert not others and image_folder.is_whole(path) and images(tmp_path, ".").keys() == {"000000.png"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+                                   OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))])
+def test_an_image_that_a_full_disk_refuses_is_named_and_leaves_nothing(tmp_path, monkeypatch, error):
+    def half(image, file, format):
+        Path(file).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    said = f"000000.png: not written: .*{error.strerror}. Make room or give another --out, and run the comm"
+    with pytest.raises(SystemExit, match=said):
+        image_folder.save_png(np.zeros((8, 8, 3), dtype=np.uint8), tmp_path / "000000.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def cells(path, count, columns, side, scale):

@@ -203,6 +203,19 @@ def test_a_file_is_unchanged_until_the_new_one_is_flushed_to_disk(tmp_path, monk
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
+def test_two_jobs_that_write_a_file_at_once_leave_it_whole(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "settings.json", os.fsync
+
+    def slow(number):
+        monkeypatch.setattr(os, "fsync", fsync)
+        runs.write_json(path, {"a": 2})                            # another job, meanwhile
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    runs.write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
 def test_others_may_read_a_checkpoint_as_the_umask_says(tmp_path):
     runs.save_folder(tmp_path / "a", {"model": {"x": torch.zeros(1)}}, {}, {"opt": {}})
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
