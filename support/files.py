@@ -8,6 +8,7 @@
     fill(module, sd)       load the weights into a module, strictly; all must be finite
     flush(path)            wait until a file that was written is on the disk
     renamed_when_whole(path)     where to write a file that is whole or absent, whatever other jobs do
+    save_whole(tensors, ...)     a safetensors file that is whole or absent
     replace_folder(a, b)   put folder b in the place of a; mend what a killed job left of that
     one_job_at_a_time(dir) wait until no other job writes to a folder of caches
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_flatten_with_path
 
 from support.ranks import this_rank
@@ -465,6 +466,16 @@ def renamed_when_whole(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                      # a full disk needs its bytes
+
+
+def save_whole(tensors, path, temporary, header):
+    """Write a safetensors file as `temporary`, then rename it: it is whole or absent after a power cut."""
+    try:
+        save_file(tensors, temporary, header)
+        flush(temporary)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)                      # a full disk needs its bytes
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from support import data, files, identity, levels, ranks, runs
@@ -324,10 +324,9 @@ def write_cache(vae, train_set, cfg, device, rank, world):
         for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
             file, images, numbers = shards[n]
             file.parent.mkdir(exist_ok=True)
-            temporary = file.with_suffix(f".tmp{rank}")
-            save_file(encode_shard(vae, images, numbers, n, cfg, device), temporary, header)
-            files.flush(temporary)                                 # after a power cut it is whole or absent
-            temporary.replace(file)
+            shard = encode_shard(vae, images, numbers, n, cfg, device)
+            with runs.disk_may_fail(must=True, what=file, instead="--cache=False"):
+                files.save_whole(shard, file, file.with_suffix(f".tmp{rank}"), header)
         ranks.wait_for_all()                                       # until all have written
     return folder
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from support import data, files, hub, identity, ranks, runs
@@ -274,12 +273,11 @@ def write_shards(encode, chunks, count, out, made_by, batch_size):
 
 
 def write_shard(path, prompts, context, pooled, header):
-    """Write a shard: after a power cut it is whole or absent."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write a shard.   raises: SystemExit if the disk refuses it"""
     tensors = {"context": context.cpu(), "pooled": pooled.cpu()}
-    save_file(tensors, temporary, {**header, "prompts": json.dumps(prompts)})
-    files.flush(temporary)
-    temporary.replace(path)
+    header = {**header, "prompts": json.dumps(prompts)}
+    with runs.disk_may_fail(must=True, what=path):
+        files.save_whole(tensors, path, path.with_name(f"{path.name}.tmp"), header)
 
 
 def next_number(out):

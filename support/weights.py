@@ -509,24 +509,32 @@ def main_export(cfg):
         raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")
     temporary = Path(f"{Path(cfg.out)}.tmp")
     runs.make_folder(temporary)
-    shutil.rmtree(temporary, ignore_errors=True)
-    source = {"source": cfg.run}
-    runs.save_folder(temporary / "vae", {"model": vae.state_dict()}, source | {"model": vae.config()})
+    try:
+        with runs.disk_may_fail(must=True, what=cfg.out):
+            shutil.rmtree(temporary)                               # of an earlier try, which was killed
+            write_export(dit, vae, temporary, {"source": cfg.run})
+            temporary.replace(cfg.out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)               # a full disk needs its bytes
+    print(f"{cfg.out}: {', '.join(sorted(path.name for path in Path(cfg.out).iterdir()))}")
+
+
+def write_export(dit, vae, folder, source):
+    """Write the contents of an export; see `main_export`.   source: goes into the config.json of our parts"""
+    runs.save_folder(folder / "vae", {"model": vae.state_dict()}, source | {"model": vae.config()})
     if isinstance(dit, LightningDiT):
-        torch.save({"ema": formats.export_lightningdit(dit)}, temporary / "lightningdit.pt")
+        torch.save({"ema": formats.export_lightningdit(dit)}, folder / "lightningdit.pt")
     elif isinstance(dit, USiT):
-        torch.save({"ema": export_usit(dit)}, temporary / "usit.pt")
+        torch.save({"ema": export_usit(dit)}, folder / "usit.pt")
     else:
         if dit.cfg.lora:
-            write_lora(dit, temporary / "lora", source)
+            write_lora(dit, folder / "lora", source)
         dit = merge_lora(dit)
         if isinstance(dit, MMDiT):
             config, merged = diffusers_config(dit.cfg), formats.export_diffusers(dit)
         else:
             config, merged = export_transformer(dit)
-        runs.save_folder(temporary / "transformer", {"diffusion_pytorch_model": merged}, config)
-    temporary.replace(cfg.out)
-    print(f"{cfg.out}: {', '.join(sorted(path.name for path in Path(cfg.out).iterdir()))}")
+        runs.save_folder(folder / "transformer", {"diffusion_pytorch_model": merged}, config)
 
 
 def write_lora(dit, folder, source):

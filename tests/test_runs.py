@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import finetune
 import train_vae
-from support import figures, files, ranks, runs
+from support import data, figures, files, latents, ranks, runs, text, weights
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -508,6 +508,47 @@ def test_disk_errors_end_training_only_for_required_writes(tmp_path, number, cap
     for error in (PermissionError(errno.EACCES, "Permission denied"), RuntimeError("shapes differ")):
         with pytest.raises(type(error)), runs.disk_may_fail():
             raise error
+
+
+def cached(disk, vae, **changes):
+    """Write the cache of latents of 40 drawn images to a disk."""
+    cfg = finetune.Config(out=str(disk / "run"), vae="", D=12, image_size=64, images=40, flip=False,
+                          dtype="float32", **changes)
+    return latents.write_cache(vae, data.Procedural(64, 40), cfg, torch.device("cpu"), 0, 1)
+
+
+def test_a_cache_of_latents_that_fills_the_disk_ends_in_one_sentence_and_resumes(
+        make_davae, small_disk, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 16)
+    monkeypatch.setattr(latents, "check_space", lambda *rest: None)    # another job fills the disk meanwhile
+    disk, vae = small_disk(1000), make_davae(D=12)
+    with pytest.raises(OSError, match="No space left"):
+        fill(disk / "filler")
+    (disk / "run").mkdir()
+    said = "not written: .*No space left.* Make room or give --cache=False, and run the command again"
+    with pytest.raises(SystemExit, match=said) as caught:
+        cached(disk, vae)
+    assert "00000.safetensors: not written" in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(disk.glob("run/*/*.tmp*"))
+    (disk / "filler").unlink()
+    assert len(list(cached(disk, vae).glob("*.safetensors"))) == 3
+
+
+def test_text_embeddings_that_fill_the_disk_end_in_one_sentence(small_disk):
+    disk = small_disk(100)
+    said = "text_00000.safetensors: not written: .*No space left.*and run the command again"
+    with pytest.raises(SystemExit, match=said):
+        tokens, pooled = torch.ones(1, 9, 99_999), torch.ones(1, 5)
+        text.write_shard(disk / "text_00000.safetensors", ["a"], tokens, pooled, {})
+    assert list(disk.iterdir()) == []
+
+
+def test_an_export_that_fills_the_disk_ends_in_one_sentence_and_leaves_nothing(tiny_run, small_disk):
+    disk = small_disk(300)
+    said = "exported: not written: .*Make room or give another --out, and run the command again"
+    with pytest.raises(SystemExit, match=said) as caught:
+        weights.main_export(weights.ExportConfig(run=tiny_run, out=str(disk / "exported")))
+    assert list(disk.iterdir()) == [] and "\n" not in str(caught.value)
 
 
 def test_a_read_only_disk_is_reported_and_training_continues(davae_config, small_disk, monkeypatch, capsys):
