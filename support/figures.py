@@ -101,7 +101,7 @@ def read_log(run):
     A run that was interrupted and resumed may log a step twice: the later value of each number counts.
     """
     at_step = {}
-    for row in runs.read_rows(Path(run) / "log.jsonl"):
+    for row in files.read_rows(Path(run) / "log.jsonl"):
         at_step.setdefault(row["step"], {}).update(row)
     curves = {}
     for step in sorted(at_step):

@@ -3,6 +3,7 @@
     weight_file(path)      the file to load; for a folder, the one set of weights in it
     read(path)             its contents; for an index, those of all of its shards together
     read_json(path)        a config.json or an index, a dict
+    read_rows(path)        the rows of a log.jsonl
     pick_weights(state)    the state dict in a checkpoint that holds more
     unwrapped(sd)          names without what DDP, torch.compile and the like add to them
     fill(module, sd)       load the weights into a module, strictly; all must be finite
@@ -24,6 +25,7 @@ import pickle
 import re
 import shutil
 import struct
+import sys
 import uuid
 import zipfile
 from pathlib import Path, PosixPath
@@ -34,6 +36,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_flatten_with_path
+from tqdm import tqdm
 
 from support.ranks import this_rank
 
@@ -301,6 +304,22 @@ def read_json(path):
     if not isinstance(found, dict):
         raise SystemExit(f"{path}: holds a {type(found).__name__}, wanted names and their values: {{...}}")
     return found
+
+
+def read_rows(path):
+    """The readable rows of a log.jsonl: a power cut leaves half a line, or NULs."""
+    rows = []
+    lines = Path(path).read_text(errors="replace").splitlines()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    if len(rows) < len(lines):
+        tqdm.write(f"{path}: {len(lines) - len(rows)} damaged lines left out", file=sys.stderr)
+    return rows
 
 
 def check_diffusers_config(config, found):

@@ -317,7 +317,7 @@ class Log:
         self.latest = {}            # the numbers of the last line
         self.sinks = [self.to_terminal, self.to_file]
         if rank == 0 and self.path.exists():
-            kept = [json.dumps(row) + "\n" for row in read_rows(self.path) if row["step"] <= start]
+            kept = [json.dumps(row) + "\n" for row in files.read_rows(self.path) if row["step"] <= start]
             if "".join(kept) != self.path.read_text(errors="replace"):
                 with disk_may_fail():
                     replace(self.path, "".join(kept))
@@ -364,22 +364,6 @@ class Log:
     def to_file(self, step, line):
         with disk_may_fail(), open(self.path, "a") as f:
             f.write(json.dumps({"step": step, **line}) + "\n")
-
-
-def read_rows(path):
-    """The readable rows of a log.jsonl: a power cut leaves half a line, or NULs."""
-    rows = []
-    lines = Path(path).read_text(errors="replace").splitlines()
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    if len(rows) < len(lines):
-        tqdm.write(f"{path}: {len(lines) - len(rows)} damaged lines left out", file=sys.stderr)
-    return rows
 
 
 # ---------------------------------------------------------------- failures that do not end a run
@@ -470,10 +454,17 @@ def latest_checkpoint(run):
     found = checkpoints(run)
     if not found:
         what = "an empty run" if Path(run).is_dir() else "no such folder"
-        others = dict.fromkeys(str(path.parent) for path in sorted(Path(run).parent.glob("*/step_*")))
+        others = runs_near(Path(run))
         instead = f"there are {files.some(others, 20)}" if others else "make one: python finetune.py"
         raise SystemExit(f"{run}: no checkpoint here ({what}); wanted a run or one of its step_*: {instead}")
     return found[-1]
+
+
+def runs_near(folder):
+    """The runs that someone who named `folder` may have meant: above, in or next to it; or else in out/."""
+    near = [folder.parent, *sorted(folder.glob("*")), *sorted(folder.parent.glob("*"))]
+    found = list(filter(checkpoints, near)) or filter(checkpoints, sorted(Path("out").glob("*")))
+    return list(dict.fromkeys(map(str, found)))
 
 
 def newest_run(parent="out"):

@@ -71,7 +71,8 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert load_file(runs.latest_checkpoint(tmp_path) / "model.safetensors")["w"].tolist() == [1.0, 1.0]
 
 
-def test_a_run_without_checkpoints_gets_advice(tmp_path):
+def test_a_run_without_checkpoints_gets_advice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="an empty run"):
         runs.latest_checkpoint(tmp_path)
     with pytest.raises(SystemExit, match="no such folder.*: make one: python finetune.py"):
@@ -80,6 +81,25 @@ def test_a_run_without_checkpoints_gets_advice(tmp_path):
         runs.save_checkpoint(tmp_path / name, 1, {}, None, {})
     with pytest.raises(SystemExit, match=f"no such folder.*: there are {tmp_path}/photos, {tmp_path}/tiny$"):
         runs.latest_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("given, there", [
+    ("out", "out/photos, out/tiny"),                               # the folder that the runs are in
+    ("out/tinny", "out/photos, out/tiny"),
+    ("out/tiny/step_000007", "out/tiny"),                          # removed since
+    ("tiny", "out/photos, out/tiny"),
+    ("elsewhere/tiny", "out/photos, out/tiny"),
+])
+def test_a_folder_without_checkpoints_is_answered_with_the_runs_that_have_some(
+        tmp_path, monkeypatch, given, there):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "tiny"):
+        runs.save_checkpoint(f"out/{name}", 9, {}, None, {})
+    for left in ("out/broken/step_000001", "out/killed/step_000002.tmp", "step_000003"):
+        Path(left).mkdir(parents=True)                             # none of them is a checkpoint
+    (Path("out/killed/step_000002.tmp") / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=f": there are {there}$"):
+        runs.latest_checkpoint(given)
 
 
 @dataclass
