@@ -37,6 +37,9 @@ NO_EFFECT = {"preset", "out", "device", "dtype", "cache", "micro_batch", "checkp
 # Fields with the location of what a run is made of: its content is compared (`made_of`). val_dir: nothing is.
 SOURCES = {"data_dir", "val_dir", "vae", "base", "base_vae", "text", "lpips_trunk", "teacher"}
 
+# Fields that only matter for a run's pictures, and the flag of sample.py for each.
+OF_PICTURES = {"cfg": "cfg", "shift": "shift", "grid": "grid", "sample_steps": "steps"}
+
 # What a run is made of, and the field with its location.
 PARTS = {
     "images": "data_dir",
@@ -280,6 +283,9 @@ def resume(cfg, free):
         old = saved.get(name, before[name])
         if name in (NO_EFFECT | SOURCES) - sampled or json.dumps(old) == json.dumps(new):
             continue
+        if name in OF_PICTURES and is_finished(cfg):
+            raise Differs(f"{cfg.out} is finished with {name}={old}, which only its pictures depend on; to "
+                          f"draw with {new}: python sample.py {cfg.out} --{OF_PICTURES[name]}={new}")
         if name not in free:
             afresh = "" if getattr(cfg, "needed_by", "") else ", or another --out to start afresh"
             raise Differs(f"{cfg.out} was started with {name}={old}, now {name}={new} is asked for: "

@@ -124,6 +124,19 @@ def test_resume_refuses_changed_settings_naming_both_values(tmp_path, capsys):
         runs.resume(Config(out=out, steps=11), free={"preset", "lr"})
 
 
+@pytest.mark.parametrize("field, new, flag", [
+    ("cfg", 3.0, "--cfg=3.0"), ("shift", 0.5, "--shift=0.5"), ("grid", "sd3", "--grid=sd3"),
+    ("sample_steps", 9, "--steps=9")])
+def test_other_pictures_of_a_finished_run_are_left_to_sample(tmp_path, field, new, flag):
+    cfg = finetune.Config(out=str(tmp_path), steps=5)
+    runs.save_checkpoint(tmp_path, 5, {}, {}, {"config": asdict(cfg)})
+    assert runs.resume(replace(cfg, **{field: new}), free={field}).name == "step_000005"     # not finished
+    runs.write_json(tmp_path / "summary.json", {"steps": 5})
+    said = f"is finished with {field}=.*: python sample.py {tmp_path} {flag}$"
+    with pytest.raises(runs.Differs, match=said):
+        runs.resume(replace(cfg, **{field: new}), free=())
+
+
 def test_a_field_newer_than_the_run_counts_as_its_default(tmp_path):
     saved = {"config": {"out": str(tmp_path), "steps": 10}}
     runs.save_checkpoint(tmp_path, 5, {}, {}, saved)
