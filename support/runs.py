@@ -158,7 +158,7 @@ class Run:
                    disable=self.rank > 0, mininterval=1)
         after = getattr(cfg, "after", {}).get(cfg.out)     # seconds of the stages to come, see stages.py:plan
         ranks.heed_signals()
-        for step, batch in zip(bar, stream):
+        for step, batch in zip(bar, self.read(stream)):
             yield step, batch
             if after:
                 left = after + (cfg.steps - step - 1) * (time.time() - self.since) / (step + 1 - self.start)
@@ -169,6 +169,16 @@ class Run:
                 self.close_trackers()
                 raise SystemExit(0)
         ranks.heed_signals(False)
+
+    def read(self, stream):
+        """The batches of a stream. If it ends because images cannot be read, say how to go on."""
+        try:
+            yield from stream
+        except ValueError as error:
+            if not ranks.raised_here(error):
+                raise
+            raise SystemExit(f"{error}; then run the same command again: it goes on from step "
+                             f"{step_of(self.cfg.out)}, the last one saved") from None
 
     def save_due(self, done):
         """Is a checkpoint due after `done` steps: by save_every (0: never), as the last, or by a stop signal?

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import finetune
@@ -460,6 +461,26 @@ def test_a_run_killed_during_a_save_resumes_exactly(davae_config, same_weights, 
     assert same_weights(straight, killed)
     assert not list((tmp_path / "b").glob("*.tmp"))
     assert [p.name for p in runs.checkpoints(killed.out)] == ["step_000003", "step_000004"]
+
+
+def test_images_that_vanish_during_training_are_named_with_how_to_go_on(
+        davae_config, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    save = train_vae.save
+
+    def vanishing(run, done, *rest, **options):
+        save(run, done, *rest, **options)
+        if done == 2:
+            shutil.rmtree(tmp_path / "photos")
+
+    monkeypatch.setattr(train_vae, "save", vanishing)
+    cfg = davae_config(tmp_path / "run", data_dir=str(tmp_path / "photos"), save_every=1, steps=30)
+    said = r"photos are unreadable.*png.*; then run the same command again: it goes on from step \d, the last"
+    with pytest.raises(SystemExit, match=said):
+        train_vae.main(cfg)
+    assert runs.step_of(cfg.out) >= 2
 
 
 def test_two_jobs_cannot_train_in_one_folder(davae_config, tmp_path):
