@@ -11,6 +11,7 @@
     renamed_when_whole(path)     where to write a file that is whole or absent, whatever other jobs do
     save_whole(tensors, ...)     a safetensors file that is whole or absent
     replace_folder(a, b)   put folder b in the place of a; mend what a killed job left of that
+    FolderLock(dir, new)   for one job alone; the folder goes with it if it stays empty
     one_job_at_a_time(dir) wait until no other job writes to a folder of caches
 
 The first bytes of a file say what it is, whatever its name: safetensors or torch.save's. Pickles are
@@ -516,6 +517,32 @@ def mend(run):
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.replace(aside.with_suffix(""))
+
+
+class FolderLock:
+    """A folder's .lock, held from `acquire` until `release`, or while this object lives.
+
+    new: whether this job made the folder: if it then leaves nothing in it, as a refused command does, the
+         folder goes too, while the lock is still held
+    """
+
+    def __init__(self, folder, new):
+        self.folder = Path(folder)
+        self.new = new
+        self.lock = FileLock(self.folder / ".lock", blocking=False)
+
+    def acquire(self):
+        self.lock.acquire()
+
+    def release(self):
+        with contextlib.suppress(OSError):                     # it is gone, or another job uses it
+            if self.new and self.lock.is_locked and os.listdir(self.folder) == [".lock"]:
+                (self.folder / ".lock").unlink()
+                self.folder.rmdir()
+        self.lock.release()
+
+    def __del__(self):
+        self.release()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -262,8 +262,9 @@ def hold(run, rank):
     """
     if not run:
         raise SystemExit("--out= is empty: wanted the run's folder")
+    new = not os.path.lexists(run)
     make_folder(run)
-    lock = FileLock(Path(run) / ".lock", blocking=False)
+    lock = files.FolderLock(run, new)
     try:
         with disk_may_fail(must=True):
             if rank == 0:

@@ -463,6 +463,18 @@ def test_a_run_killed_during_a_save_resumes_exactly(davae_config, same_weights, 
     assert [p.name for p in runs.checkpoints(killed.out)] == ["step_000003", "step_000004"]
 
 
+def test_a_refused_command_leaves_no_folder_that_it_made(davae_config, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with pytest.raises(ValueError, match="nowhere is not a folder"):
+            train_vae.main(davae_config(tmp_path / name, data_dir=str(tmp_path / "nowhere")))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    lock = runs.hold(tmp_path / "run", 0)
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    del lock
+    assert (tmp_path / "run" / "log.jsonl").exists()
+
+
 def test_images_that_vanish_during_training_are_named_with_how_to_go_on(
         davae_config, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
