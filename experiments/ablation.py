@@ -76,6 +76,9 @@ class Arm:
 FIXED = "--train=up --align=0 --adaptive_align=False"
 UNALIGNED = "--align=0 --fit_align=0"          # neither in training nor in a closed-form start
 
+# The preset's stage 1 when the cells were run, before its discriminator was mended (LOG.md, 2026-11-27).
+TINY = "--gan=0.1 --disc_start=360 --disc_lr=1 --steps=900"
+
 AGAIN, DIT_AGAIN = "paper, again", "paper, DiT again"
 
 ARMS = {
@@ -125,7 +128,7 @@ def commands(cfg, name, seed):
     folder = f"{cfg.out}/{cfg.name or cfg.preset}/seed{seed}"
     base_vae = f"{folder}/base-vae"
     common = f"--seed={seed} {cfg.train_flags}"
-    stage1 = common
+    stage1 = f"{common} {TINY}"
     if cfg.preset == "photos":
         base_vae = cfg.base
         common = f"{common} --data_dir={shlex.quote(cfg.data_dir)}"

@@ -31,8 +31,8 @@ def runs(tmp_path_factory):
         script.main(script.Config(**values | dict(preset=preset, out=out[stage])))
 
     train(train_vae, "tiny-base", "base VAE", stats=16)
-    train(train_vae, "tiny", "DA-VAE", base=out["base VAE"], stats=16, disc_start=2, adaptive_align=True,
-          fit="random", train="all", batch_size=8)
+    train(train_vae, "tiny", "DA-VAE", base=out["base VAE"], stats=16, gan=0.1, disc_start=2, disc_lr=1.0,
+          adaptive_align=True, fit="random", train="all", batch_size=8)
     train(finetune, "tiny-base", "base DiT", vae=out["DA-VAE"], sample_steps=2, cosine=0.0, lr=1e-3)
     train(finetune, "tiny", "DA-VAE DiT", vae=out["DA-VAE"], base=out["base DiT"], sample_steps=2, N=3,
           cosine=0.0, lr=1e-3)

@@ -383,6 +383,17 @@ def test_the_discriminator_is_untouched_before_its_start_and_trained_after(davae
     assert not torch.equal(discriminator_of(cfg)["0.weight"], start["0.weight"])
 
 
+def test_the_discriminators_first_step_is_disc_lr_times_as_long(davae_config, tmp_path):
+    moved = []
+    for ratio in (1.0, 0.125):
+        cfg = davae_config(tmp_path / str(ratio), steps=1, disc_start=0, disc_lr=ratio)
+        torch.manual_seed(cfg.seed)
+        start = PatchGAN(4).state_dict()["0.weight"]
+        train_vae.main(cfg)
+        moved.append((discriminator_of(cfg)["0.weight"] - start).abs().mean())
+    assert moved[1] / moved[0] == pytest.approx(0.125, rel=1e-2)           # Adam's first step is about lr
+
+
 def test_twenty_steps_equal_ten_plus_ten_resumed_bit_for_bit(davae_config, same_weights, tmp_path):
     straight = davae_config(tmp_path / "straight", disc_start=6, steps=20, crop=(32,))
     halves = replace(straight, out=str(tmp_path / "halves"))
