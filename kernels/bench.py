@@ -21,8 +21,8 @@ GiB: on an H100 it may run out of memory, and says so.
 
 In a rehearsal, models are compiled without code generation, and without TRITON_INTERPRET=1 the kernels are
 replaced by their specifications.
-Run on an H200 in parts (2026-11-26), never as a whole: docs/results.md has what they found. Choosing takes 30
-to 40 s for each model there, so in nine minutes sampling does not get far.
+Run on an H200 in parts (2026-11-26 and 27), never as a whole: docs/results.md has what they found. Choosing
+takes 20 to 30 s for each model there, so in nine minutes sampling does not get far.
 """
 import argparse
 import importlib.util

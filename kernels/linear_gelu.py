@@ -7,7 +7,7 @@ Shapes:    x (..., E);  weight (H, E), bias (H,)  ->  out (..., H)
 Used by:   dit.MLP.
 Rounding:  once, after GELU; separately, the product is rounded too.
 Measured:  20,480 tokens, 1536 to 6144 channels, H200, bfloat16 (2026-11-26): 0.57 ms, separately 0.64 ms, of
-           which the product is 0.52. This operator itself has not run on a GPU, only the function inside it
+           which the product is 0.52. In a model, as chosen (2026-11-27): 0.55 ms, compiled 0.66
 """
 import torch
 import torch.nn.functional as F
