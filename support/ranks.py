@@ -145,7 +145,7 @@ def layout(width, device):
 def at_once(most, height, width):
     """How many images of this size may go through an autoencoder at once: at most `most`, at least one.
 
-    Without gradients, SD3's decoder takes 14 GiB for four of 1,024 pixels, with kernels 10 (H200, 2026-11-27).
+    Without gradients, SD3's decoder takes 14 GiB for four of 1,024 pixels (kernels: 10; H200, 2026-11-27).
     """
     return max(1, min(most, 2**22 // (height * width)))
 

@@ -79,7 +79,8 @@ TOY = {
     "python train_vae.py tiny-base --out=out/drawings-base --r=1 --C=32 --groups=4 --steps=1500 "
     "--dtype=bfloat16": VAE,
     "python train_vae.py tiny --base=out/drawings-base --out=out/drawings-vae --D=96 --fit=closed "
-    "--train=all --detail_dropout=0 --lr=3e-4 --warmup=20 --steps=300 --disc_start=100 --dtype=bfloat16": VAE,
+    "--train=all --detail_dropout=0 --lr=3e-4 --warmup=20 --steps=300 --gan=0.1 --disc_start=100 --disc_lr=1 "
+    "--dtype=bfloat16": VAE,
     "python experiments/sizes.py out/drawings-vae --sizes=48,0 --tiled=256 --halvings=0 --images=10": LOOK,
     "python finetune.py photos --data_dir=my_photos --base_vae=weights/taef2 "
     "--lpips_trunk=squeezenet1_1_features.pth": f"{DIT} --vae=out/my-vae --base=out/my-base",

@@ -146,8 +146,8 @@ def test_speed_covers_sampling_and_decoding_on_all_ranks_after_the_first_batch(m
 def test_large_images_are_measured_a_few_at_a_time():
     x = torch.zeros(1, 1, 1, 1).expand(10, 3, 2, 2**20)            # of two megapixels each
     parts = list(evaluate.large_enough([(x, torch.zeros(10), list(range(10)))], None, 1))
-    assert [numbers for _, numbers in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert [len(x) for x, _ in parts] == [4, 4, 2]
+    assert [numbers for _, numbers in parts] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert [len(x) for x, _ in parts] == [2, 2, 2, 2, 2]
 
 
 # ---------------------------------------------------------------- the script

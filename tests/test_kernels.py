@@ -318,11 +318,12 @@ def test_patch_embed_takes_large_inputs_only_in_bfloat16(monkeypatch):
     patch_embed = importlib.import_module("kernels.patch_embed")
     monkeypatch.setattr(patch_embed, "INTERPRETED", False)
     z, z_d, weight = torch.zeros(1, 32, 2, 2), torch.zeros(1, 96, 2, 2), torch.zeros(8, 32, 2, 2)
-    assert not patch_embed.takes(z, z_d, weight)
-    assert patch_embed.takes(z.bfloat16(), z_d, weight)
-    assert patch_embed.takes(z[:, :4], z_d[:, :4], weight[:, :4])
+    others = torch.zeros(8, 96, 2, 2), torch.zeros(8), torch.zeros(1, 1, 8)
+    assert not patch_embed.takes(z, z_d, weight, *others)
+    assert patch_embed.takes(z.bfloat16(), z_d, weight, *others)
+    assert patch_embed.takes(z[:, :4], z_d[:, :4], weight[:, :4], *others)
     with torch.autocast("cpu", torch.bfloat16):                    # autocast casts inside
-        assert patch_embed.takes(z, z_d, weight)
+        assert patch_embed.takes(z, z_d, weight, *others)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
