@@ -102,7 +102,12 @@ def autocast_of(x):
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):
         return ""
-    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+    return name_of(torch.get_autocast_dtype(device))
+
+
+def name_of(dtype):
+    """As `torch` spells it: getattr(torch, name) is the dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def forced(x):

@@ -147,7 +147,7 @@ def described(op, arguments):
 
 def layout(x):
     return {
-        "shape": list(x.shape), "stride": list(x.stride()), "dtype": str(x.dtype).removeprefix("torch."),
+        "shape": list(x.shape), "stride": list(x.stride()), "dtype": kernels.name_of(x.dtype),
         "trained": x.requires_grad and torch.is_grad_enabled(), "weight": isinstance(x, torch.nn.Parameter)}
 
 
