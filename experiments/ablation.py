@@ -247,19 +247,21 @@ def execute(command):
 
 
 def rounded(table):
-    """{row: {metric: number}} of metrics.json, rounded to five digits, without speeds."""
+    """{row: {metric: number}} of metrics.json, rounded to five digits, without speeds and counts."""
     found = {}
     for row, metrics in table.items():
-        found[row] = {name: float(f"{value:.5g}") for name, value in metrics.items() if name != "img/s"}
+        found[row] = {name: float(f"{value:.5g}") for name, value in metrics.items()
+                      if name not in ("img/s", "images", "positions")}
     return found
 
 
 def curves(run):
-    """{"base", "detail": [[steps], [losses]]} of a run's log."""
+    """{"step", "base", "detail": a list} of a run's log; a base model has no "detail"."""
     found = {}
     for name, (steps, losses) in figures.read_log(run).items():
         if name in ("base", "detail"):
-            found[name] = [steps, [round(loss, 4) for loss in losses]]
+            found["step"] = steps
+            found[name] = [round(loss, 4) for loss in losses]
     return found
 
 
@@ -373,7 +375,7 @@ def steps_to_paper(cells, name):
 
 def smooth(line):
     """(steps, base loss averaged over each row and the four before it, or fewer if there are) of a cell."""
-    steps, losses = line["curves"]["base"]
+    steps, losses = line["curves"]["step"], line["curves"]["base"]
     n = min(5, len(losses))
     means = [sum(losses[k - n:k]) / n for k in range(n, len(losses) + 1)]
     return steps[n - 1:], means
@@ -450,10 +452,10 @@ def mean_curves(cells, loss):
     """{arm: [steps, losses]}, means over its seeds."""
     found = {}
     for name, arm in cells.items():
-        logged = [line["curves"][loss] for line in arm.values() if loss in line["curves"]]
+        logged = [line["curves"] for line in arm.values() if loss in line["curves"]]
         if logged:
-            values = [sum(at) / len(at) for at in zip(*[losses for _, losses in logged])]
-            found[name] = [logged[0][0][:len(values)], values]
+            values = [sum(at) / len(at) for at in zip(*[curves[loss] for curves in logged])]
+            found[name] = [logged[0]["step"][:len(values)], values]
     return found
 
 

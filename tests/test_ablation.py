@@ -22,8 +22,8 @@ def line(arm, seed, fd, psnr=19.0, row="samples", losses=None):
                                "base only, bilinear": {"psnr": 16.0, "Probe-FD": 1.1}},
             "samples, cfg 1": samples, "samples, cfg 2": samples,
             "loss by time": {"base": [[0.1, 0.9], [0.2, 0.6]], "detail": [[0.1, 0.9], [0.4, 0.5]]},
-            "curves": {"base": [list(range(10, 90, 10)), losses or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]],
-                       "detail": [[10, 20], [0.9, 0.5]]}}
+            "curves": {"step": list(range(10, 90, 10)), "detail": [0.9] * 8,
+                       "base": losses or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]}}
 
 
 def cells_of(**arms):
@@ -130,7 +130,8 @@ def cell(tmp_path, monkeypatch):
                 rows = [{"step": k, "base": 0.5 / k, "detail": 2.0 / k, "lr": 0.1} for k in (1, 3)]
                 Path(flags["out"], "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             if script == "evaluate.py":
-                entries = [{"reconstruction": {"DA-VAE": {"psnr": 100.0 * old + 20.123456, "img/s": 3.0}},
+                entries = [{"reconstruction": {"DA-VAE": {"psnr": 100.0 * old + 20.123456, "img/s": 3.0,
+                                                          "images": 8, "positions": 64}},
                             "generation": {"samples": {"Probe-FD": 100.0 * old + float(flags["cfg"])}}}
                            for old in (1, 0)]                         # the later one counts
                 Path(flags["out"]).write_text(json.dumps(entries))
@@ -150,8 +151,8 @@ def test_a_cells_line_holds_what_evaluate_and_the_experiments_measured(cell, tmp
     found, executed = cell("paper")
     run = str(tmp_path / "out/tiny/seed0/paper")
     assert all(words[1] == run for words in executed if words[0].startswith(("evaluate", "experiments")))
-    assert found["curves"] == {"base": [[1, 3], [0.5, 0.1667]], "detail": [[1, 3], [2.0, 0.6667]]}
-    assert found["reconstruction"] == {"DA-VAE": {"psnr": 20.123}}    # five digits, no speed
+    assert found["curves"] == {"step": [1, 3], "base": [0.5, 0.1667], "detail": [2.0, 0.6667]}
+    assert found["reconstruction"] == {"DA-VAE": {"psnr": 20.123}}    # five digits, no speed, no count
     assert [found[f"samples, cfg {k}"]["samples"] for k in (1, 2)] == [{"Probe-FD": 1.0}, {"Probe-FD": 2.0}]
     assert found["loss by time"]["detail"] == [[0.1, 0.9], [7.0, 5.0]]
     assert found["details"] == {"zero details": {"psnr": 17.0}, "base spectrum": {"lowest": 3, "highest": 1},
@@ -276,7 +277,7 @@ def test_a_log_of_few_rows_is_averaged_over_those():
              "scratch": {0: line("scratch", 0, 0.8, losses=[0.9, 0.6])},
              "ADT": {0: line("ADT", 0, 0.8, losses=[0.9, 0.8])}}
     for arm in cells.values():
-        arm[0]["curves"]["base"][0] = [10, 20]
+        arm[0]["curves"]["step"] = [10, 20]
     assert [ablation.steps_to_paper(cells, name) for name in cells] == ["20", "20", "never"]
 
 
