@@ -1,7 +1,7 @@
 """Settings that conflict with each other or with the models: one sentence each, before the first step."""
 from pathlib import Path
 
-from support import buckets, levels, metrics, plan, runs
+from support import buckets, config, levels, metrics, plan, runs
 from support.measurements import check_writable
 
 # ---------------------------------------------------------------- train_vae.py
@@ -13,6 +13,7 @@ SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
 # teacher is named. Not among them: `r` and `keep_levels`, which a base VAE also follows.
 OF_DETAILS = ("train", "detail_dropout", "detail_noise", "rescale", "fit", "fit_align")
 OF_ALIGNMENT = ("align", "adaptive_align", "project", "distance", "m1", "m2")
+OF_INITIAL_WEIGHTS = ("C", "widths", "blocks", "groups", "attn", "quant")          # without effect with a base
 
 
 def before_loading(cfg):
@@ -29,6 +30,15 @@ def before_loading(cfg):
             instead = "--D=" if name in OF_DETAILS else "--D= or --teacher="
             raise SystemExit(f"--{name}={getattr(cfg, name)} changes nothing in a base VAE, which has no "
                              f"details (D = 0): leave out --{name}, or give {instead}")
+    for name in OF_INITIAL_WEIGHTS:
+        if cfg.base and name in changed:
+            raise SystemExit(f"--{name}={config.show(getattr(cfg, name))} is for a base VAE from initial "
+                             f"weights, and {cfg.base} is used as it is: leave out --{name}, or give "
+                             "--D=0 --base=")
+    for name in ("m1", "m2"):
+        if cfg.distance != "vf" and name in changed:
+            raise SystemExit(f"--{name}={getattr(cfg, name)} is a margin of VA-VAE's distance, and the "
+                             f"alignment's is {cfg.distance}: leave out --{name}, or give --distance=vf")
 
 
 def before_training(cfg, vae):

@@ -9,7 +9,6 @@ distance, the probe. Inception, KID, IS, precision and recall are torch-fidelity
 package's, CLIP is transformers'. Not run with the published weights of Inception and CLIP.
 """
 import math
-import os
 import sys
 import urllib.error
 import warnings
@@ -479,10 +478,9 @@ def keep_reference(path, real, network, images, image_size):
     images: which these are, as read_reference will report;  image_size: their side, in pixels
     """
     mu, sigma = moments(real)
-    with open(f"{path}.tmp", "wb") as f:
+    with files.renamed_when_whole(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, mu=mu, sigma=sigma, features=network.described, count=len(real), images=images,
                  image_size=image_size)
-    os.replace(f"{path}.tmp", path)
 
 
 def check_kept(path, network, count, image_size):

@@ -92,6 +92,20 @@ def test_flags_without_effect_on_a_base_vae_are_refused(tmp_path, flags, refused
         checks.before_loading(cfg)
 
 
+@pytest.mark.parametrize("flags, refused", [
+    ("tiny --C=4", "--C=4 is for a base VAE from initial weights, and out/tiny-base-vae is used as it is: leave"),
+    ("tiny-base --base=taef2 --widths=8,16", "--widths=8,16 is for a base VAE from initial weights, and taef2"),
+    ("photos --quant=True", "--quant=True is for"), ("tiny-base --C=4 --widths=8,16", ""),
+    ("tiny --m1=0.1", "--m1=0.1 is a margin of VA-VAE's distance, .* is mse: leave out --m1, or give --dist"),
+    ("tiny --m2=0.1 --distance=vf", "")])
+def test_flags_that_a_base_or_another_distance_leaves_without_effect_are_refused(flags, refused):
+    cfg = config.cli(train_vae.Config, train_vae.PRESETS, flags.split())
+    if not refused:
+        return checks.before_loading(cfg)
+    with pytest.raises(SystemExit, match=refused):
+        checks.before_loading(cfg)
+
+
 def test_no_presets_own_values_are_refused_nor_is_a_run_that_resumes(tmp_path):
     for preset in train_vae.PRESETS:
         checks.before_loading(config.cli(train_vae.Config, train_vae.PRESETS, [preset, "--D=0"]))

@@ -416,7 +416,7 @@ def test_a_failed_write_keeps_the_previous_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(OSError):
         metrics.keep_reference(path, features(20, 12, 1), POOL, "20 images", 8)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- few images and non-finite features
