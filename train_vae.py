@@ -117,8 +117,8 @@ PRESETS = {
     # The discriminator starts with the VAE and learns slowly: later, it would win within 100 steps
     "tiny": dict(
         out="out/tiny-vae", base="out/tiny-base-vae", D=24, image_size=64, flip=False, perceptual="none",
-        train="decoder", fit="random", stats=512, align=0.05, adaptive_align=False, gan=0.2, disc_start=0,
-        disc_lr=0.1, disc_width=16, steps=600, batch_size=4, lr=3e-3, cooldown=0.5, log_every=50,
+        train="decoder", fit="random", stats=512, align=0.05, adaptive_align=False, gan=0.3, disc_start=0,
+        disc_lr=0.1, disc_width=16, steps=750, batch_size=4, lr=3e-3, cooldown=0.5, log_every=50,
         save_every=0),
 
     # TAEF2, 165 photos of 512 pixels; imagenette128: 27.47 dB, LPIPS .026 (full size 27.44, .025; base only
