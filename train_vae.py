@@ -93,7 +93,7 @@ class Config:
     steps: int = field(100_000, "optimizer steps", at_least=1)
     batch_size: int = field(128, "images per optimizer step, over all ranks", within=(1, 1_000_000))
     micro_batch: int = field(16, "images per rank and forward pass", at_least=1)
-    lr: float = field(1e-4, "learning rate of VAE and discriminator", at_least=0)
+    lr: float = field(1e-4, "learning rate of the VAE; of the discriminator, times disc_lr", at_least=0)
     beta1: float = field(0.5, "of AdamW; Tab. S1: 0.5 on ImageNet, 0.9 for SD3", within=(0, 0.999_999))
     beta2: float = field(0.9, "of AdamW; Tab. S1: 0.9 on ImageNet, 0.999 for SD3", within=(0, 0.999_999))
     warmup: int = field(0, "first steps, over which lr rises from 0", at_least=0)

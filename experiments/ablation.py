@@ -1,8 +1,9 @@
 """Does it work?  The method without each of its parts, against its rivals, and against a sceptic's baseline.
 
-An arm changes one thing about the preset tiny (or photos): flags of train_vae.py for the DA-VAE, of
-finetune.py for the transformer. A cell is an arm with a seed. Cells of one seed share base VAE and base DiT,
-and arms with the same stage 1 flags share their DA-VAE, so arms are compared in pairs, seed by seed.
+An arm changes one thing about the preset tiny (with TINY, stage 1 as it was before) or photos: flags of
+train_vae.py for the DA-VAE, of finetune.py for the transformer. A cell is an arm with a seed. Cells of one
+seed share base VAE and base DiT, and arms with the same stage 1 flags share their DA-VAE, so arms are
+compared in pairs, seed by seed.
 
     python experiments/ablation.py                                   # run the missing cells, then report
     python experiments/ablation.py --arms="paper|no alignment" --seeds=0
