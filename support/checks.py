@@ -13,7 +13,7 @@ SMALLEST = {"PatchGAN": 24, "vgg": 16, "squeeze": 17, "none": 1}
 # teacher is named. Not among them: `r` and `keep_levels`, which a base VAE also follows.
 OF_DETAILS = ("train", "detail_dropout", "detail_noise", "rescale", "fit", "fit_align")
 OF_ALIGNMENT = ("align", "adaptive_align", "project", "distance", "m1", "m2")
-OF_INITIAL_WEIGHTS = ("C", "widths", "blocks", "groups", "attn", "quant")          # without effect with a base
+OF_INITIAL_WEIGHTS = ("C", "widths", "blocks", "groups", "attn", "quant")         # without effect with a base
 
 
 def before_loading(cfg):

@@ -93,8 +93,8 @@ def test_flags_without_effect_on_a_base_vae_are_refused(tmp_path, flags, refused
 
 
 @pytest.mark.parametrize("flags, refused", [
-    ("tiny --C=4", "--C=4 is for a base VAE from initial weights, and out/tiny-base-vae is used as it is: leave"),
-    ("tiny-base --base=taef2 --widths=8,16", "--widths=8,16 is for a base VAE from initial weights, and taef2"),
+    ("tiny --C=4", "--C=4 is for a base VAE from initial weights, and out/tiny-base-vae is used as it is: "),
+    ("tiny-base --base=taef2 --widths=8,16", "--widths=8,16 is for a base VAE from initial weights, and t"),
     ("photos --quant=True", "--quant=True is for"), ("tiny-base --C=4 --widths=8,16", ""),
     ("tiny --m1=0.1", "--m1=0.1 is a margin of VA-VAE's distance, .* is mse: leave out --m1, or give --dist"),
     ("tiny --m2=0.1 --distance=vf", "")])
