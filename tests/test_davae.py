@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from davae import DAVAE, AttnBlock, BaseVAE, DAVAEConfig, DownBlock, KLConfig, PlainVAE, Posterior, UpBlock
-from davae import align_loss, base_image, group_mean, half
+from davae import align_loss, base_image, group_mean, half, measure_channels
 from support.weights import load_base_vae
 
 
@@ -102,6 +102,11 @@ def test_kl_is_zero_at_the_standard_normal_and_twice_the_textbook_mean_elsewhere
     assert torch.allclose(Posterior(torch.cat([mean, logvar], 1)).kl(), 2 * textbook)
 
 
+def test_the_kl_of_bfloat16_moments_is_computed_in_float32():
+    moments = torch.randn(2, 8, 4, 4).bfloat16()
+    assert torch.equal(Posterior(moments).kl(), Posterior(moments.float()).kl())
+
+
 def test_logvar_is_clamped_as_in_the_pretrained_code():
     moments = torch.tensor([0.0, 0.0, -1000.0, 1000.0]).view(1, 4, 1, 1)
     assert Posterior(moments).logvar.flatten().tolist() == [-30.0, 20.0]
@@ -131,6 +136,7 @@ def test_training_leaves_the_base_untouched(make_davae):
     loss.backward()
     opt.step()
     assert all(torch.equal(v, before[k]) for k, v in vae.base.state_dict().items())
+    assert not any(p.requires_grad for p in vae.base.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.detail_encoder.parameters())
 
 
@@ -190,6 +196,17 @@ def test_summed_statistics_of_shares_equal_those_of_all_images_and_zero_variance
     assert torch.isfinite(plain.encode(images[0])).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_are_exact_even_of_latents_far_from_zero(make_base, dtype):
+    """Sums in float32, or squares in the latents' own dtype, would lose a std far below the mean."""
+    base = make_base()
+    raw = (300 + 3 * torch.randn(6, 4, 8, 8)).to(dtype)
+    measure_channels(base, raw.split(2), lambda sums: sums)
+    channels = raw.double().transpose(0, 1).flatten(1)
+    assert torch.allclose(base.mean.double(), channels.mean(1), rtol=1e-7)
+    assert torch.allclose(base.std.double(), channels.std(1), rtol=1e-6)
+
+
 def test_decode_base_is_the_base_decoder_on_the_base_channels(make_davae):
     vae = make_davae()
     x = torch.rand(1, 3, 16, 16)
@@ -217,6 +234,16 @@ def test_detail_dropout_drops_whole_images_and_rescales_only_when_asked(make_dav
     assert rec.z_d.abs().amax((1, 2, 3)).min() > 0                 # alignment sees what was dropped
 
 
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_a_detail_dropout_of_zero_or_one_has_no_exceptions(make_davae, monkeypatch, probability):
+    vae = make_davae(detail_dropout=probability).train()
+    vae.decode_raw = lambda z, z_d: z_d
+    x = torch.rand(2, 3, 16, 16)
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.zeros(size))    # the least it can draw
+    rec = vae(x)
+    assert torch.equal(rec.x_hat, rec.z_d * (1 - probability))
+
+
 def test_detail_noise_is_uniform_in_strength_and_scales_with_each_channels_std(make_davae):
     """Only the decoder sees it, and only in training passes: aligned details and latents have none."""
     vae = make_davae(detail_noise=2.0, detail_dropout=0.0).train()
@@ -240,6 +267,16 @@ def test_detail_noise_is_uniform_in_strength_and_scales_with_each_channels_std(m
     assert torch.equal(vae.encode(x)[:, 4:], encoded)
 
 
+def test_details_get_no_gradient_from_the_strength_of_their_noise(make_davae):
+    """Else they would shrink to lower the noise, instead of standing out from it."""
+    vae = make_davae(detail_noise=2.0, detail_dropout=0.0).train()
+    details = torch.randn(4, 12, 4, 4, requires_grad=True)
+    vae.detail_posterior = lambda x: SimpleNamespace(sample=lambda: details)
+    vae.decode_raw = lambda z, z_d: z_d
+    vae(torch.rand(4, 3, 16, 16)).x_hat.sum().backward()
+    assert torch.equal(details.grad, torch.ones_like(details))
+
+
 def test_a_plain_vae_is_the_base_vae_and_trains(make_base):
     base = make_base()
     vae = PlainVAE(base)
@@ -255,8 +292,10 @@ def test_a_plain_vae_is_the_base_vae_and_trains(make_base):
 def test_davae_refuses_channels_and_sizes_that_do_not_divide(make_base, make_davae):
     with pytest.raises(ValueError, match="D=10 must be a multiple of base channels C=4"):
         DAVAE(make_base(), DAVAEConfig(D=10))
-    with pytest.raises(ValueError, match="image of 18x16 pixels: both sides must be multiples of 4"):
-        make_davae().encode(torch.zeros(1, 3, 16, 18))
+    vae, plain = make_davae(), PlainVAE(make_base())
+    for model, W, H, f in ((vae, 18, 16, 4), (vae, 16, 18, 4), (plain, 8, 9, 2)):
+        with pytest.raises(ValueError, match=f"image of {W}x{H} pixels: both sides must be multiples of {f}"):
+            model.encode(torch.zeros(1, 3, H, W))
 
 
 def test_attention_at_a_level_that_does_not_exist_is_refused():

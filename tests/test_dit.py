@@ -152,6 +152,8 @@ def test_rms_norm_rounds_before_it_scales():
 def test_a_wrong_latent_shape_is_named(make_dit):
     with pytest.raises(ValueError, match=r"\(3, 5, 4, 4\).*\(4, 4, 4\)"):
         make_dit()(torch.zeros(3, 5, 4, 4), torch.zeros(3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"\(3, 4, 2, 8\).*\(4, 4, 4\)"):         # as many tokens
+        make_dit()(torch.zeros(3, 4, 2, 8), torch.zeros(3), torch.zeros(3, dtype=torch.long))
 
 
 def test_under_bfloat16_autocast_the_residual_stream_is_bfloat16_and_the_output_float32(
@@ -279,6 +281,8 @@ def test_widen_works_with_any_patchifier_and_head():
     for param in (*P_new.parameters(), *O_new.parameters()):
         assert param.dtype == torch.bfloat16 and param.requires_grad
         assert param.abs().max() == 0
+    _, O_new = widen(patchifier, torch.nn.Linear(20, 12, bias=False), D=5)
+    assert O_new.bias is None
 
 
 def test_a_fresh_widened_model_starts_with_zero_new_layers():
@@ -417,10 +421,22 @@ def test_checkpointing_changes_no_gradient(stock, sd3_inputs):
     assert torch.equal(gradient(checkpointing=False), gradient(checkpointing=True))
 
 
+def test_checkpointing_runs_each_block_again_in_the_backward_pass_but_only_in_training(make_dit, dit_inputs):
+    model = make_dit()
+    model.checkpointing = True
+    calls = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    for training, runs in ((True, 4), (False, 2)):
+        calls.clear()
+        model.train(training)(*dit_inputs(1)).square().sum().backward()
+        assert len(calls) == runs
+
+
 def test_a_wrong_latent_shape_for_sd3_is_named(stock, sd3_inputs):
     model = load_dit(stock.state_dict())
     _, t, context, pooled = sd3_inputs()
-    for shape in ((2, 5, 16, 16), (2, 4, 15, 16), (2, 4, 16, 44)):
+    for shape in ((2, 5, 16, 16), (2, 4, 15, 16), (2, 4, 16, 15), (2, 4, 16, 44), (2, 4, 44, 16)):
         with pytest.raises(ValueError, match=r"wanted \(B, 4, h, w\) with h and w multiples of 2, up to 42"):
             model(torch.zeros(shape), t, context, pooled)
 
