@@ -50,6 +50,10 @@ def test_detail_weight_ramps_from_zero_through_half_to_one():
     assert detail_weight(N // 3, N) == pytest.approx(math.sin(math.pi / 6 * (N // 3) / (N / 3)) ** 2)
 
 
+def test_without_a_ramp_details_count_fully_from_the_first_step():
+    assert [detail_weight(n, 0) for n in (0, 1, 100)] == [1, 1, 1]
+
+
 def test_flow_loss_is_zero_at_the_true_velocity():
     z_all = torch.randn(4, 8, 2, 2)
     y = torch.zeros(4).long()
@@ -170,10 +174,28 @@ def test_sigma_weighting_matches_the_authors(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *size, device: torch.tensor([-50.0, 0.0, 2.0, 50.0]))
     t, weight = finetune.draw_time(4, "sigma", torch.device("cpu"))
     sigma = 1 - t.double()
+    assert torch.equal(t, 1 - finetune.sd3_sigmas(torch.device("cpu"))[[0, 500, 880, 999]])
     assert sigma[0] == 1
     assert sigma[3] == pytest.approx(0.01187, abs=1e-5)
     assert sigma[1] == pytest.approx(4 * 0.501 / (1 + 3 * 0.501), abs=1e-3)
     assert (weight - sigma**2 * ((1 - sigma) / sigma).clamp(max=5)).abs().max() < 1e-6
+
+
+def test_uniform_times_are_uniform_and_weigh_the_same():
+    t, weight = finetune.draw_time(200_000, "uniform", torch.device("cpu"))
+    assert (weight == 1).all() and 0 <= t.min() and t.max() < 1
+    shares = torch.histc(t, 10, 0, 1) / len(t)
+    assert shares.tolist() == pytest.approx([0.1] * 10, abs=0.005)
+
+
+def test_logged_errors_leave_out_the_weight_of_the_times():
+    z_all = torch.randn(4, 6, 3, 3)
+
+    def off_by_three(x, t):
+        return (z_all - x) / (1 - t.view(-1, 1, 1, 1)) + 3
+
+    _, parts = flow_loss(off_by_three, z_all, (), 0.3, Config(D=2, weighting="sigma"))
+    assert (parts["base"].item(), parts["detail"].item()) == pytest.approx((9, 9), rel=1e-3)
 
 
 def test_sigma_weighted_loss_is_the_error_of_the_denoised_latent():
@@ -283,6 +305,24 @@ def test_accumulated_micro_batches_make_one_optimizer_step(finetune_config, tmp_
     assert {state["step"].item() for state in optimizer_state(cfg).values()} == {1.0}
 
 
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(
+        finetune_config, tmp_path, monkeypatch, read_log):
+    def loss_without_noise(model, z_all, cond, w, cfg):
+        loss = (model(0.5 * z_all, torch.full((len(z_all),), 0.5), *cond) - z_all).square().mean()
+        return loss, {"loss": loss, "base": loss, "detail": loss}
+
+    monkeypatch.setattr(finetune, "flow_loss", loss_without_noise)
+    monkeypatch.setattr(finetune, "report", lambda *args: None)
+    monkeypatch.setattr(finetune, "draw_samples", lambda *args: None)
+    norms = []
+    for micro_batch in (8, 2):
+        cfg = finetune_config(
+            tmp_path / f"{micro_batch}", steps=1, label_dropout=0.0, micro_batch=micro_batch)
+        finetune.main(cfg)
+        norms.append(read_log(cfg.out)[0]["gnorm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 @pytest.fixture
 def watched(finetune_config, tmp_path, monkeypatch):
     """watched(name, **changes) -> what a run passes to its loss (labels), to AdamW and to `generate`."""
@@ -291,10 +331,11 @@ def watched(finetune_config, tmp_path, monkeypatch):
 
     def run(name, **changes):
         cfg = finetune_config(tmp_path / name, **changes)
-        seen = SimpleNamespace(cfg=cfg, labels=[], norms=[], settings=[], drawn=[])
+        seen = SimpleNamespace(cfg=cfg, labels=[], seeds=[], norms=[], settings=[], drawn=[])
 
         def loss(model, z_all, cond, *args):
             seen.labels += cond[0].tolist()
+            seen.seeds.append(torch.initial_seed())
             return flow_loss(model, z_all, cond, *args)
 
         def before_update(opt, *args):
@@ -337,6 +378,23 @@ def test_adamw_follows_the_flags_without_weight_decay_and_the_ema_draws_the_pict
     assert seen.drawn
     for drawn in seen.drawn:
         assert all(torch.equal(drawn[name], ema[name]) for name in ema)
+
+
+def test_every_micro_batch_has_its_own_seed_and_the_average_follows_the_step_just_taken(watched):
+    seen = watched("run", steps=2, micro_batch=4, ema=0.0)
+    assert len(set(seen.seeds)) == 4                               # two micro-batches in each of two steps
+    checkpoint = runs.latest_checkpoint(seen.cfg.out)
+    ema, model = (load_file(checkpoint / f"{name}.safetensors") for name in ("ema", "model"))
+    assert all(torch.equal(ema[name], model[name]) for name in ema)
+
+
+def test_a_model_from_scratch_depends_on_the_runs_seed_alone():
+    starts = []
+    for before, seed in ((1, 0), (2, 0), (1, 3)):
+        torch.manual_seed(before)
+        cfg = Config(D=0, E=32, depth=1, A=2, image_size=16, seed=seed)
+        starts.append(finetune.initial_dit(cfg, SimpleNamespace(C=4, f=4), classes=5)[1].P.weight)
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
 def test_a_run_starts_from_the_requested_weights_of_its_base(make_dit, tmp_path):
@@ -686,3 +744,31 @@ def test_a_warm_start_that_is_nan_or_differs_from_the_base_is_refused(
     monkeypatch.setattr(finetune, "initial_dit", spoilt)
     with pytest.raises(SystemExit, match="the widened model differs from the base model"):
         finetune.main(finetune_config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("first", [(0.1, 0.0), (0.0, 0.1), (math.nan, 0.0)])
+def test_a_difference_in_any_micro_batch_of_the_warm_start_check_is_refused(first, monkeypatch):
+    found = iter([first, (0.0, 0.0)])
+    monkeypatch.setattr(finetune, "warm_start_difference", lambda *args: next(found))
+    run = SimpleNamespace(cfg=Config(micro_batch=2, out="run"), rank=0)
+    model, vae = torch.nn.Module(), SimpleNamespace(C=4)
+    z, y = torch.zeros(4, 4, 2, 2), torch.zeros(4)
+    with pytest.raises(SystemExit, match="the widened model differs from the base model"):
+        finetune.prove_warm_start(None, model, vae, z, y, lambda y, drop: (), run)
+
+
+def test_the_warm_start_picture_shows_both_models_from_the_same_noise_and_labels(
+        make_dit, make_davae, monkeypatch):
+    base, model = make_dit(), make_dit()
+    model.expand_channels(12)
+    drawn = []
+
+    def condition(y, drop):
+        return torch.full_like(y, 5) if drop else y,
+
+    monkeypatch.setattr(finetune.figures, "save_grid", lambda x, *args: drawn.append(x))
+    cfg = Config(D=12, micro_batch=4, sample_steps=2, cfg=2.0, dtype="float32")
+    finetune.draw_warm_start(base, model, make_davae(), torch.zeros(3, 4, 4, 4), torch.arange(3), condition,
+                             SimpleNamespace(rank=0, cfg=cfg))
+    x, = drawn
+    assert torch.equal(x[:3], x[3:]) and x.std() > 0.1
