@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -43,6 +44,35 @@ def test_adaptive_weight_is_the_clamped_ratio_of_gradient_norms():
     assert math.isclose(adaptive_weight(a, b, w, 1e4).item(), ratio, rel_tol=1e-6)
     assert adaptive_weight(a, b, w, 0.5).item() == 0.5
     assert not adaptive_weight(a, b, w, 1e4).requires_grad
+
+
+def test_adaptive_weights_are_limited_as_published(kl_config, monkeypatch):
+    """The alignment's by 1e8, as in VA-VAE's code; the GAN's by 1e4, as in taming-transformers."""
+    found = []
+
+    def weight(nll, loss, layer, limit):
+        found.append((layer, limit))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(train_vae, "adaptive_weight", weight)
+    vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    nets = SimpleNamespace(lpips=None, teacher=None, disc=torch.nn.Conv2d(3, 1, 4))
+    vae_loss(vae, vae(x), x, Config(D=12), nets, gan_on=True)
+    (first, of_alignment), (last, of_gan) = found
+    assert first is vae.down.conv.weight and last is vae.decoder.conv_out.weight
+    assert (of_alignment, of_gan) == (1e8, 1e4)
+
+
+def test_a_teacher_sees_the_image_and_not_its_reconstruction():
+    x = torch.randn(2, 3, 12, 12)
+    rec = SimpleNamespace(x_hat=-x, z=torch.zeros(2, 4, 3, 3), z_d=torch.randn(2, 4, 3, 3))
+    seen = []
+    nets = SimpleNamespace(own={"project": torch.nn.Identity()},
+                           teacher=lambda *args: seen.append(args) or rec.z_d + 1)
+    assert train_vae.alignment(rec, x, Config(project="conv"), nets)["align"].item() == pytest.approx(1)
+    (image, side), = seen
+    assert image is x and side == 3
 
 
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_is_named():
@@ -153,6 +183,20 @@ def test_pairs_of_all_micro_batches_weigh_one_step_of_the_discriminator():
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+def test_the_discriminator_learns_to_rate_images_above_their_reconstructions():
+    torch.manual_seed(0)
+    judge = PatchGAN(4)
+    opt = torch.optim.AdamW(judge.parameters(), lr=1e-2)
+    x = torch.rand(4, 3, 32, 32)
+    pairs = [(x, F.avg_pool2d(x, 3, 1, 1))]                        # a blurred copy
+    log = SimpleNamespace(add=lambda numbers: None)
+    for step in range(10):
+        train_vae.train_discriminator(judge, opt, pairs, contextlib.nullcontext(), log, step)
+    with torch.no_grad():
+        real, fake = (judge(images).mean() for images in pairs[0])
+    assert real > fake + 0.5
+
+
 def test_losses_are_float32_under_bfloat16_autocast(kl_config):
     vae = DAVAE(AutoencoderKL(kl_config), DAVAEConfig(D=12)).train()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -231,6 +275,41 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
     assert learning_rate(99, replace(cfg, cooldown=0.0)) == 2.0
     rising = replace(cfg, warmup=4)
     assert [learning_rate(n, rising) for n in (0, 1, 3, 4, 80, 90)] == [0.5, 1.0, 2.0, 2.0, 2.0, 1.0]
+
+
+def test_adamw_has_the_betas_asked_for_and_no_weight_decay():
+    opt = train_vae.adamw([torch.nn.Parameter(torch.ones(1))], Config(lr=0.1, beta1=0.8, beta2=0.7))
+    group, = opt.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.1, (0.8, 0.7), 0.0)
+
+
+@pytest.mark.parametrize("fit, options", [("closed", (0.7, False)), ("pixels", (0.0, True))])
+def test_details_that_start_as_pixels_are_not_aligned(make_davae, monkeypatch, fit, options):
+    given = []
+
+    def fit_new_blocks(vae, images, *options):
+        given.append(options)
+        return {"kept": 0.0, "told": 0.0}
+
+    monkeypatch.setattr(train_vae, "fit_new_blocks", fit_new_blocks)
+    monkeypatch.setattr(held_out, "fitting_images", lambda *args: None)
+    cfg = Config(fit=fit, fit_align=0.7, dtype="float32")
+    train_vae.start_in_closed_form(cfg, make_davae(), None, torch.device("cpu"), 0)
+    assert given == [options]
+
+
+def test_reconstructions_are_in_range_and_made_in_eval_mode_between_steps(make_davae, monkeypatch):
+    vae = make_davae().train()
+    for decoder in (vae.decoder, vae.base.decoder):
+        torch.nn.init.constant_(decoder.conv_out.bias, 5.0)
+    assert all((x == 1).all() for x in train_vae.reconstruct(vae, torch.rand(1, 3, 16, 16)))
+
+    modes = []
+    vae.detail_encoder.register_forward_hook(lambda module, *_: modes.append(module.training))
+    monkeypatch.setattr(figures, "draw_reconstructions", lambda *args: None)
+    run = SimpleNamespace(rank=0, cfg=Config(out="run", micro_batch=2, dtype="float32"), results={})
+    train_vae.validate(run, 0, vae, torch.rand(3, 3, 16, 16))
+    assert modes == [False, False] and vae.detail_encoder.training
 
 
 def test_lpips_squeeze_gives_its_published_value(shared):

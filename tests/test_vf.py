@@ -266,6 +266,14 @@ def test_an_mae_masks_and_shuffles_nothing(transformers_folder, error):
     assert error(features, tokens.transpose(1, 2).view(2, 24, 4, 4)) < 1e-6
 
 
+def test_a_teacher_stays_in_eval_mode_while_the_vae_trains():
+    teacher = Teacher.__new__(Teacher)                             # without a transformer to load
+    torch.nn.Module.__init__(teacher)
+    teacher.net = torch.nn.Dropout()
+    torch.nn.ModuleList([teacher]).train()
+    assert not teacher.net.training
+
+
 def test_a_folder_without_a_teacher_gets_one_sentence(tmp_path, transformers_folder):
     with pytest.raises(SystemExit, match="has no config.json; wanted `base`, or a folder with a DINOv2"):
         Teacher(tmp_path)
