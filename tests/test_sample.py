@@ -76,6 +76,20 @@ def test_the_unconditional_pass_runs_only_where_guidance_is_on(scale, interval, 
     assert sum(model.rows) == 3 * (249 + guided)
 
 
+def test_guidance_is_on_at_both_ends_of_its_interval():
+    model = Counting()
+    y, null = torch.tensor([1, 2]), torch.tensor([5, 5])
+    sample_flow(model, torch.zeros(2, 1, 1, 1), time_grid(4), (y,), (null,), 2.0, (0.25, 0.5))
+    assert model.rows == [2, 4, 4, 2]                              # steps begin at 0, 0.25, 0.5 and 0.75
+
+
+def test_guidance_scale_0_draws_without_the_class():
+    noise = torch.randn(2, 3, 1, 1)
+    y, null = torch.tensor([1, 2]), torch.tensor([5, 5])
+    x = sample_flow(Counting(), noise, time_grid(3), (y,), (null,), 0.0)
+    assert torch.allclose(x, sample_flow(Counting(), noise, time_grid(3), (null,)), atol=1e-6)
+
+
 def test_guidance_scale_1_is_the_conditional_model_in_one_pass():
     model = Counting()
     noise = torch.randn(3, 2, 4, 4)
@@ -165,6 +179,7 @@ def test_sample_noise_depends_only_on_seed_and_index():
     alone = sample_noise(3, [7], (4, 2, 2))[0]
     assert torch.equal(sample_noise(3, range(10), (4, 2, 2))[7], alone)
     assert not torch.equal(sample_noise(4, [7], (4, 2, 2))[0], alone)
+    assert not torch.equal(sample_noise(2, [8], (4, 2, 2))[0], alone)       # as if only their sum counted
     assert sample_labels([0, 4, 5, 11], [2, 3, 5]).tolist() == [2, 3, 5, 5]
 
 
@@ -200,6 +215,7 @@ def test_the_bar_counts_the_euler_steps_of_all_batches(tiny_run, tmp_path, monke
 @pytest.mark.parametrize("changes,sentence", [
     (dict(n=0), "n=0"),
     (dict(steps=0), "steps=0"),
+    (dict(shift=0.0), "shift=0.0"),
     (dict(cfg=float("nan")), "cfg=nan"),
     (dict(classes=(-1,)), "class -1 asked for"),
     (dict(cfg_channels=-1), "--cfg_channels=-1: the model has 16 channels"),
@@ -251,6 +267,24 @@ def settings_from(cfg, text=""):
     own = {"cfg": 1.0, "shift": 1.0, "grid": "plain", "image_size": 16, "text": text}
     about = {"config": own, "model": {"C": 4, "D": 12, "num_classes": 5}}
     return sample.settings_of(cfg, about, "")
+
+
+def test_a_guidance_or_a_number_of_details_of_0_is_not_taken_for_the_default():
+    given = settings_from(sample.Config(cfg=0.0, keep=0, classes=(1,)))
+    assert (given["cfg"], given["keep"]) == (0.0, 0)
+    default = settings_from(sample.Config(classes=(1,)))
+    assert default["cfg"] == 1.0 and "keep" not in default
+
+
+def test_the_settings_of_images_name_the_encoders_of_their_text(tiny_run, tmp_path, monkeypatch):
+    def stop(out, settings):
+        raise KeyError(settings["texts"])
+
+    monkeypatch.setattr(image_folder, "refuse_other_images", stop)
+    for found, named in ((SimpleNamespace(made_by="encoders e"), "encoders e"), (None, "None")):
+        monkeypatch.setattr(sample, "text_of", lambda *args, found=found: found)
+        with pytest.raises(KeyError, match=named):
+            sample.main(settings(tiny_run, tmp_path / "a"))
 
 
 @torch.no_grad()
@@ -465,6 +499,18 @@ def test_skip_layer_guidance_runs_an_extra_pass_only_in_early_steps():
     assert len(calls) == 59
     assert sum(bool(skip) for skip in calls) == 9                  # steps 1 .. 9
     assert x.item() == pytest.approx(3.0 + 9 / 50 * 2.5 * 2.0, abs=1e-5)
+    calls.clear()
+    sample_flow(model, torch.zeros(1, 1, 1, 1), time_grid(100), (torch.zeros(1),), slg=2.5)
+    assert sum(bool(skip) for skip in calls) == 18                 # steps 2 .. 19
+
+
+def test_skip_layer_guidance_starts_from_the_velocity_without_other_guidance():
+    def model(x, t, y, skip=()):                                   # 1 for c, 0 for u; 0.5 without the blocks
+        return 0 * x + (0.5 if skip else y.view(-1, 1, 1, 1))
+
+    x = sample_flow(model, torch.zeros(1, 1, 1, 1), time_grid(10), (torch.ones(1),), (torch.zeros(1),), 3.0,
+                    slg=2.0)
+    assert x.item() == pytest.approx(3.0 + 0.1 * 2.0 * (1.0 - 0.5), abs=1e-6)      # in step 1 alone
 
 
 @torch.no_grad()
