@@ -6,6 +6,7 @@ import math
 import shutil
 import tarfile
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,6 +207,15 @@ def test_an_unreadable_image_has_no_bucket_and_a_truncated_one_is_replaced_withi
         assert 3 not in shaped.plan(4, 0, step)[0]
     assert np.array_equal(shaped.image(13)[0], shaped.image(14)[0])
     assert "13.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unreadable, of, refused", [
+    (9, 20, False), (10, 20, True), (4, 5, False), (5, 5, True), (19, 2000, False), (20, 2000, True)])
+def test_ten_unreadable_images_that_are_one_in_a_hundred_or_all_there_are_refused(
+        unreadable, of, refused, monkeypatch):
+    monkeypatch.setattr(buckets, "size_of", lambda images, i: (0, 0) if i < unreadable else (30, 40))
+    with pytest.raises(ValueError, match=f"{unreadable} of {of}") if refused else nullcontext():
+        assert (buckets.read_sizes([None] * of, "photos")[:, 0] == 0).sum() == unreadable
 
 
 def test_a_set_with_too_many_unreadable_images_is_refused(tmp_path):

@@ -122,6 +122,17 @@ def test_too_many_details_and_a_nonlinear_stem_are_refused():
         fit.fit_new_blocks(vae, [images(1)])
 
 
+@pytest.mark.parametrize("r", [2, 4])
+def test_a_stem_that_reads_beyond_the_neighbouring_positions_is_refused(r):
+    vae = make(SD3, D=8, r=r)
+    largest = 2 * r + 1                                                 # r pixels of a neighbour on each side
+    vae.base.from_latent[-1] = torch.nn.Conv2d(4, 16, largest, padding=r)
+    fit.check_fit(vae)
+    vae.base.from_latent[-1] = torch.nn.Conv2d(4, 16, (1, largest + 2), padding=(0, r + 1))
+    with pytest.raises(ValueError, match=f"wanted a convolution of at most {largest} pixels"):
+        fit.check_fit(vae)
+
+
 @torch.no_grad()
 def test_a_detail_encoder_that_is_no_copy_of_the_bases_is_refused():
     changed = make(SD3, D=8)
@@ -274,6 +285,16 @@ def test_alignment_loses_no_dimension_where_the_determinant_underflows():
     T = fit.alignment(torch.eye(512).double(), 0.2 * basis, 1.0)
     assert torch.det(T) == 0
     assert torch.allclose(torch.linalg.svdvals(T), torch.tensor(0.2).double())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_half_an_alignment_loses_no_dimension_though_half_of_all_bases_are_reflections(seed):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(200, 6, generator=generator).double()
+    with_z = torch.randn(6, 2, generator=generator).double()
+    T = fit.alignment(X.T @ X / 200, with_z, 0.5)
+    sizes = torch.linalg.svdvals(T)
+    assert sizes[-1] > 0.05 * sizes[0]
 
 
 def test_part_of_the_way_is_continuous_and_never_singular():

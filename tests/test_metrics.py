@@ -48,6 +48,12 @@ def test_frechet_distance_agrees_with_torch_fidelity(n, m, d):
     assert np.isfinite(ours) and ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
+def test_moments_of_float32_features_are_computed_in_float64():
+    f = features(300, 8, 0, shift=1000).float()
+    for ours, exact in zip(moments(f), moments(f.double())):
+        assert ours.dtype == torch.float64 and torch.equal(ours, exact)
+
+
 def test_distances_are_named_by_network_and_kid_is_small_for_equal_gaussians():
     a, b, c = features(800, 8, 4), features(800, 8, 5), features(800, 8, 6, shift=0.5)
     near, far = (distances("SqueezeNet", f, moments(a), real=a) for f in (b, c))
@@ -473,9 +479,11 @@ def save_clip(folder, sd3_folder):
 def test_clip_scores_are_the_cosines_in_transformers_own_logits(tmp_path, sd3_folder):
     model, processor = save_clip(tmp_path, sd3_folder)
     score, _ = metrics.clip_scorer(tmp_path, "cpu")
-    x, texts = torch.rand(3, 3, 40, 40) * 2 - 1, ["a fox", "the sea, a house and a very long road", "fog"]
+    x, texts = torch.rand(3, 3, 40, 40) * 2 - 1, ["a fox", "the sea, a house", "a very long road " * 9]
     with torch.no_grad():
-        inputs = processor(text=texts, images=list(data.to_uint8(x)), return_tensors="pt", padding=True)
+        inputs = processor(
+            text=texts, images=list(data.to_uint8(x)), return_tensors="pt", padding=True, truncation=True)
+        assert inputs["input_ids"].shape[1] == 77                  # all that CLIP reads of a prompt
         cosines = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
         assert cosines.std() > 1e-3 and torch.allclose(score(x, texts), 100 * cosines.clamp_min(0), atol=1e-4)
     with pytest.raises(SystemExit, match="wanted a local folder of a CLIP model"):

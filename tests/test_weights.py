@@ -136,7 +136,9 @@ def test_a_saved_davae_loads_to_the_same_function(make_davae, tmp_path):
     loaded = weights.load_davae(tmp_path / "run")
     assert loaded.config() == vae.config()
     assert torch.equal(loaded.encode(x), vae.encode(x))
-    assert torch.equal(load_base_vae(tmp_path / "run").encode(x), vae.base.encode(x))
+    base = load_base_vae(tmp_path / "run")
+    assert torch.equal(base.encode(x), vae.base.encode(x))
+    assert not any(module.training for module in (*loaded.modules(), *base.modules()))
 
 
 # ---------------------------------------------------------------- names, containers and data types
@@ -824,6 +826,16 @@ def test_sd3_medium_missing_and_unknown_layers_are_named(stock):
 
 
 # ---------------------------------------------------------------- export
+
+
+def test_exported_adapters_state_their_rank_and_scale(tmp_path):
+    """peft scales them by lora_alpha / r."""
+    cfg = dit.MMDiTConfig(
+        C=4, D=4, E=24, A=2, depth=2, dual=1, context=12, pooled=6, pos_size=8, lora=2, alpha=6.0)
+    weights.write_lora(dit.MMDiT(cfg), tmp_path / "lora", {})
+    stated = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (stated["peft_type"], stated["bias"]) == ("LORA", "none")
+    assert (stated["r"], stated["lora_alpha"]) == (2, 6.0)
 
 
 def test_lightningdit_exports_under_its_original_names(tiny_run, tmp_path):
