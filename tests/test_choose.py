@@ -295,6 +295,22 @@ def test_times_are_medians_of_alternating_rounds_after_a_first_that_sets_the_rep
     assert trial.launches(one, "f", repeats=4) == 250.0 and calls == ["f"] * 4
 
 
+def test_a_variant_that_fails_while_it_is_timed_is_left_out_with_the_reason(scaled, monkeypatch):
+    turns = []
+
+    def launches(_, function, repeats):
+        turns.append(function)
+        if function == "b" and turns.count("b") == 2:
+            raise RuntimeError("an illegal address")
+        return 1.0 if function == "a" else 0.5
+
+    monkeypatch.setattr(trial, "launches", launches)
+    row = trial.timed({"call": call_of(scaled(exact)), "ms": {}, "left_out": {}, "chosen": "plain"},
+                      {"a": "a", "b": "b"}, CPU)
+    assert row["ms"] == {"a": 1.0} and row["chosen"] == "a"
+    assert row["left_out"] == {"b": "RuntimeError: an illegal address"}
+
+
 class Gpu:
     """A GPU's queue, in ms: what Python launches starts when Python has launched it and the GPU is free."""
 
@@ -479,6 +495,15 @@ def test_a_models_operations_are_recorded_once_with_which_inputs_are_trained(mak
     assert kernels.WATCH is None
 
 
+def test_recording_operations_draws_no_random_number_and_ends_if_the_model_fails():
+    before = torch.get_rng_state()
+    choose.recorded(lambda: torch.randn(3), CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ZeroDivisionError):
+        choose.recorded(lambda: 1 / 0, CPU)
+    assert kernels.WATCH is None
+
+
 def test_recording_operations_keeps_nothing_for_a_backward_pass():
     """A batch that fits only with a kernel must get through once without it."""
     kept = []
@@ -545,6 +570,25 @@ def chosen(scaled, tries, tmp_path):
 
 def test_the_same_call_on_the_same_machine_is_timed_once(chosen):
     assert [chosen(), chosen(), chosen()] == [1, 0, 0]
+
+
+def test_the_cache_keeps_earlier_calls_and_what_another_program_wrote_meanwhile(
+        scaled, tries, monkeypatch, tmp_path):
+    op = scaled(exact)
+    in_place = choose.try_apart
+
+    def beside_another(calls, rows, device, compiled):
+        found = choose.read_cache(choose.cache_file())
+        choose.write_cache(choose.cache_file(), found | {"another machine": {}})
+        return in_place(calls, rows, device, compiled)
+
+    choose.choose(lambda: op(*inputs()), tmp_path, CPU)
+    with monkeypatch.context() as m:
+        m.setattr(choose, "try_apart", beside_another)
+        choose.choose(lambda: op(*inputs(dtype=torch.bfloat16)), tmp_path, CPU)
+    assert choose.read_cache(choose.cache_file()).keys() == {choose.machine(CPU), "another machine"}
+    choose.choose(lambda: (op(*inputs()), op(*inputs(dtype=torch.bfloat16))), tmp_path, CPU)
+    assert tries == ["scaled"] * 2                                 # each call once
 
 
 @pytest.mark.parametrize("changed", ["driver", "triton_version"])
@@ -767,6 +811,14 @@ def test_a_call_whose_specification_kills_the_process_is_not_tried_again(monkeyp
     assert trial.try_apart(["bad", "good"], rows, CPU, False) == ""
     assert rows[0] == trial.untried("bad", "its process ended with 9")
     assert found(rows)[1] == ("good", {})
+
+
+def test_after_four_processes_that_died_the_rest_of_their_calls_is_given_up(monkeypatch):
+    monkeypatch.setattr(trial, "COMMAND", child("if name == 'kernel': sys.exit(9)"))
+    rows = [None] * 5
+    why = trial.try_apart(["bad"] * 5, rows, CPU, False, at_once=1)
+    assert why == "4 processes failed, the last one: its process ended with 9"
+    assert rows == [None] * 5
 
 
 def test_without_a_trial_process_everything_is_plain_and_the_reason_printed(
