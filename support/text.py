@@ -267,7 +267,7 @@ def write_shards(encode, chunks, count, out, made_by, batch_size):
             context.append(tokens.cpu())
             pooled.append(vector.cpu())
             if rank == 0 and i == 0 and k == 0:
-                check_space(out, count, context[0].nbytes + pooled[0].nbytes)
+                check_space(out, count, context[0][0].nbytes + pooled[0][0].nbytes)
         path = Path(out) / f"text_{n:05d}.safetensors"
         write_shard(path, chunk, torch.cat(context), torch.cat(pooled), made_by)
 
@@ -300,7 +300,7 @@ def cached_prompts(out, made_by):
 
 
 def check_space(out, texts, bytes_of_first):
-    """Print the cache's size, judging by its first batch.   raises: SystemExit if the disk is too small"""
+    """Print the cache's size, judging by its first text.   raises: SystemExit if the disk is too small"""
     size = bytes_of_first * texts
     free = shutil.disk_usage(out).free
     tqdm.write(f"{out}: {texts} prompts, {size / 1e9:.2f} GB; {free / 1e9:.0f} GB free")

@@ -122,6 +122,8 @@ def test_text_is_encoded_only_if_the_disk_has_room(sd3_folder, tmp_path, monkeyp
     with pytest.raises(SystemExit, match="too little space; give another --out, or fewer prompts"):
         text.text_for(sd3_folder, ["fox"], tmp_path, cpu, 24)      # needs "" as well
     assert not list(tmp_path.glob("text/*.safetensors"))
+    monkeypatch.setattr(text.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * free))
+    text.text_for(sd3_folder, ["fox"], tmp_path, cpu, 24)          # one batch of both
 
 
 def test_captions_of_a_folder_and_prompts_are_both_encoded(tmp_path, monkeypatch):
