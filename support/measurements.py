@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from filelock import FileLock
+
 from support import config, runs
 
 # ---------------------------------------------------------------- of which run and checkpoint
@@ -113,20 +115,27 @@ def add_entry(path, entry):
     Sections that the new entry lacks are kept from the old one. If the disk refuses, the entry is printed.
     """
     entry = json.loads(json.dumps(entry))                      # tuples become lists, as when read back
-    others = []
-    for old in read_entries(path):
-        if identity(old) == identity(entry):
-            entry = old | entry
-        else:
-            others.append(old)
     try:
-        runs.write_json(path, [*others, entry])
+        # Two jobs that measure one run take turns. Not the run's own lock, which training holds to its end.
+        with FileLock(path.with_name(f".{path.name}.lock"), mode=0o666):
+            runs.write_json(path, replaced(read_entries(path), entry))
     except OSError as error:
         print(json.dumps(entry))
         raise SystemExit(f"{path}: not written ({error}); the measurement is printed above") from None
     print(f"\nadded to {path}")
     if path.name == "metrics.json" and Path(path.parent, "report.html").exists():
         print(f"python evaluate.py report {path.parent}  puts it into {path.parent}/report.html")
+
+
+def replaced(entries, entry):
+    """The entries, with `entry` at the end in the place of those of the same settings."""
+    others = []
+    for old in entries:
+        if identity(old) == identity(entry):
+            entry = old | entry
+        else:
+            others.append(old)
+    return [*others, entry]
 
 
 def check_writable(path):

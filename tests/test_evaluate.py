@@ -659,7 +659,7 @@ def test_a_kept_reference_describes_its_images_and_ranks_like_them(tiny_run, tmp
     read = evaluate.main(evaluate.Config(**cfg, reference=str(tmp_path / "r.npz")))
     assert read["settings"]["reference"] == kept["settings"]["reference"]      # compare may rank the two
     assert len(json.loads((tmp_path / "m.json").read_text())) == 2             # the first also has KID
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "r.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m.json.lock", "m.json", "r.npz"]
 
 
 @pytest.mark.parametrize("changes", [

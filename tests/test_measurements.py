@@ -1,5 +1,6 @@
 """support/measurements.py: which of two numbers is better; earlier measurements are kept."""
 import json
+import threading
 
 import pytest
 
@@ -42,6 +43,25 @@ def test_a_measurement_replaces_only_the_same_one_wherever_it_was_made(tmp_path,
     entries = json.loads(path.read_text())
     assert [entry["reconstruction"]["psnr"] for entry in entries] == ([2] if same else [1, 2])
     assert entries[0]["generation"] == {"FID": 3}                  # not measured again, so kept
+
+
+def test_two_measurements_that_are_added_at_once_are_both_kept(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    entries = [{"settings": {"cfg": cfg}, "reconstruction": {"psnr": cfg}} for cfg in (1.0, 2.0)]
+    other = threading.Thread(target=measurements.add_entry, args=(path, entries[1]))
+    real = measurements.read_entries
+
+    def while_the_other_comes(path):
+        found = real(path)
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(0.5)                                        # it waits for its turn, or is done
+        return found
+
+    monkeypatch.setattr(measurements, "read_entries", while_the_other_comes)
+    measurements.add_entry(path, entries[0])
+    other.join()
+    assert json.loads(path.read_text()) == entries
 
 
 @pytest.mark.parametrize("metric, section, differs", [
