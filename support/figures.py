@@ -1,6 +1,5 @@
 """What a run shows: grids of images, curves, and aligned tables."""
 import io
-import os
 from pathlib import Path
 
 import torch
@@ -41,8 +40,8 @@ def save_grid(x, path, columns, scale=1, labels=None):
         if labels:
             text = labels[i].encode("latin-1", "replace")
             pen.text((left, top), text[:width // 6], "black", font)
-    sheet.save(f"{path}.part", "PNG")
-    os.replace(f"{path}.part", path)
+    with files.renamed_when_whole(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def draw_reconstructions(out, done, D, x, base, full):

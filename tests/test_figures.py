@@ -32,6 +32,20 @@ def test_save_grid_places_every_cell(tmp_path, drawn):
     assert os.listdir(tmp_path) == ["grid.png"]
 
 
+def test_two_jobs_that_write_one_grid_at_once_leave_it_whole(tmp_path, drawn, monkeypatch):
+    real = Image.Image.save
+    others = [tmp_path / "grid.png"]
+
+    def meanwhile(image, *args):
+        real(image, *args)
+        if others:
+            figures.save_grid(drawn, others.pop(), columns=5)
+
+    monkeypatch.setattr(Image.Image, "save", meanwhile)
+    figures.save_grid(drawn, tmp_path / "grid.png", columns=3)
+    assert Image.open(tmp_path / "grid.png").width == 3 * 66 + 2 and os.listdir(tmp_path) == ["grid.png"]
+
+
 def test_a_grid_too_large_for_a_phone_is_scaled_down(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(figures, "LARGEST_GRID", 100)               # three columns of 64 pixels exceed it
     figures.save_grid(drawn, tmp_path / "grid.png", columns=3, labels=["drawing"] * 5)
