@@ -465,6 +465,7 @@ def main(cfg):
         for k in range(0, len(mine), cfg.batch_size):
             indices = mine[k:k + cfg.batch_size]
             images, previews = generate(dit, vae, indices, settings, text, flow, bar.update)
+            image_folder.refuse_other_images(out, settings, drawing=True)
             image_folder.save_images(out, indices, images, previews, shown)
 
     speed = len(mine) / max(1e-9, time.time() - start)

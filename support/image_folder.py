@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from support import data, figures, files, runs
+from support import data, figures, files, ranks, runs
 from support.measurements import run_folder
 
 IMAGES, PREVIEWS = "images", "previews"
@@ -30,10 +30,14 @@ def path_of(out, i, kind=IMAGES):
     return out / kind / f"{i:06d}.png"
 
 
-def refuse_other_images(out, settings):
-    """raises: SystemExit if `out` has images of other settings or weights, or without settings.json"""
+def refuse_other_images(out, settings, drawing=False):
+    """raises: SystemExit if `out` has images of other settings or weights, or without settings.json
+
+    drawing: this job has written its settings there: others, even without images, are those of a job that
+             began at the same time
+    """
     path = out / "settings.json"
-    if not [*out.glob("*.png"), *out.glob("*/*.png")]:             # none yet: an attempt failed before them
+    if not drawing and not [*out.glob("*.png"), *out.glob("*/*.png")]:     # an attempt failed before them
         return
     if not path.exists():
         raise SystemExit(f"{out}: holds images, but no settings.json that says how they were made; give "
@@ -53,13 +57,18 @@ def refuse_other_images(out, settings):
 
 
 def make_folder(out, settings, rank):
-    """Create the folders of images and of previews, and write settings.json."""
+    """Create the folders of images and of previews, and write settings.json.
+
+    raises: SystemExit if another job has drawn other images there since the first look
+    """
     runs.make_folder(out)
     with runs.disk_may_fail(must=True, what=out):
         for kind in (IMAGES, PREVIEWS):
             (out / kind).mkdir(exist_ok=True)
         if rank == 0:
+            refuse_other_images(out, settings)
             runs.write_json(out / "settings.json", settings)
+    ranks.wait_for_all()                                           # all compare with it, batch by batch
 
 
 def trained_classes(about):

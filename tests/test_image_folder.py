@@ -220,6 +220,24 @@ def test_settings_may_be_corrected_until_there_are_images(tiny_run, tmp_path, mo
     assert json.loads((out / "settings.json").read_text())["steps"] == 2
 
 
+@pytest.mark.parametrize("moment", ["load_run", "generate"])
+def test_two_jobs_of_other_settings_that_begin_at_once_do_not_mix_their_images(
+        tiny_run, tmp_path, monkeypatch, moment):
+    real = getattr(sample, moment)
+    others = [3]
+
+    def meanwhile(*args, **options):
+        if others:
+            draw(tiny_run, tmp_path / "a", steps=others.pop())
+        return real(*args, **options)
+
+    monkeypatch.setattr(sample, moment, meanwhile)
+    with pytest.raises(SystemExit, match="holds images made with other settings .steps 3 -> 2"):
+        draw(tiny_run, tmp_path / "a", steps=2)
+    assert json.loads((tmp_path / "a/settings.json").read_text())["steps"] == 3
+    assert len(images(tmp_path / "a")) == 6
+
+
 def test_previews_alone_lock_their_settings(tiny_run, tmp_path):
     out = draw(tiny_run, tmp_path / "a", n=1)
     for path in [*out.glob("*.png"), *out.glob("images/*")]:
