@@ -502,6 +502,8 @@ def main_export(cfg):
                  adapters also lora/, the adapters alone in peft's format, for the unmerged transformer
     FLUX.2, Sana the same, with their own classes (support/diffusers_dit.py)
     """
+    if not cfg.run:
+        raise SystemExit("no run given; wanted one of finetune.py: python sample.py export RUN --out=FOLDER")
     dit, vae, _ = load_run(cfg.run, cfg.weights)
     if not cfg.out or os.path.lexists(cfg.out):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")

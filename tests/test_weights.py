@@ -838,6 +838,11 @@ def test_exported_adapters_state_their_rank_and_scale(tmp_path):
     assert (stated["r"], stated["lora_alpha"]) == (2, 6.0)
 
 
+def test_an_export_of_no_run_says_how_to_name_one(tmp_path):
+    with pytest.raises(SystemExit, match="^no run given; wanted .* python sample.py export RUN --out=FOLDER"):
+        weights.main_export(weights.ExportConfig(out=str(tmp_path / "exported")))
+
+
 def test_lightningdit_exports_under_its_original_names(tiny_run, tmp_path):
     weights.main_export(weights.ExportConfig(run=tiny_run, out=str(tmp_path / "exported")))
     again, ours = (
