@@ -199,6 +199,7 @@ def before_measuring(cfg, run, rulers, images, draws, out):
     if (cfg.reference or cfg.keep_reference) and not rulers.features.name:
         raise SystemExit("--reference and --keep_reference: wanted a network to measure distances with: give "
                          "--inception_weights= or --features=, and not --whole=True")
+    refuse_unused_networks(cfg, rulers)
     if (cfg.reference or cfg.clip) and not draws:
         raise SystemExit(f"--reference and --clip are for samples, and none are drawn from {cfg.run} here")
     size = run.config["config"]["image_size"]
@@ -212,3 +213,19 @@ def before_measuring(cfg, run, rulers, images, draws, out):
             check_writable(Path(path))
         if draws and rulers.features.name and not cfg.reference and images < 500:
             print(f"only {images} images: a distance to so few only compares runs, on the same images")
+
+
+def refuse_unused_networks(cfg, rulers):
+    """raises: SystemExit if a flag asks for a network, or gives its file, and no metric here uses it"""
+    name = rulers.features.name
+    instead = f"the distances here are of {name}" if name else "no distances are computed here"
+    if cfg.whole:
+        instead = "--whole=True computes no distances"
+        if cfg.features not in ("auto", "none"):
+            raise SystemExit(f"--features={cfg.features}: {instead}; leave out one of the two")
+    if cfg.inception_weights and name != "Inception":
+        raise SystemExit(f"--inception_weights={cfg.inception_weights}: {instead}; leave it out, or give "
+                         "--features=inception, without --whole=True")
+    if cfg.lpips_trunk and rulers.lpips is None and name != "SqueezeNet":
+        raise SystemExit(f"--lpips_trunk={cfg.lpips_trunk}: {instead}; leave it out, or give --perceptual= "
+                         "for LPIPS")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import evaluate
 import finetune
 import train_vae
 from support import checks, config, runs
@@ -156,3 +157,23 @@ def test_only_settings_that_do_not_fit_are_refused(make_davae, changes, refused)
         return checks.before_training(replace(cfg, **changes), make_davae())
     with pytest.raises(SystemExit, match=refused):
         checks.before_training(replace(cfg, **changes), make_davae())
+
+
+@pytest.mark.parametrize("flags, features, lpips, refused", [
+    (dict(whole=True, features="squeeze"), "", None, "--features=squeeze: --whole=True computes no dista"),
+    (dict(whole=True, lpips_trunk="w"), "", None, "--lpips_trunk=w: .*; leave it out, or give --perceptual="),
+    (dict(whole=True, lpips_trunk="w"), "", "LPIPS", ""),
+    (dict(whole=True, features="none"), "", None, ""),
+    (dict(inception_weights="w", features="probe"), "Probe", None,
+     "--inception_weights=w: the distances here are of Probe; leave it out"),
+    (dict(inception_weights="w", lpips_trunk="v"), "Inception", None, "--lpips_trunk=v: .* of Inception"),
+    (dict(inception_weights="w", lpips_trunk="v"), "Inception", "LPIPS", ""),
+    (dict(features="none", lpips_trunk="w"), "", None, "--lpips_trunk=w: no distances are computed here"),
+    (dict(lpips_trunk="w"), "SqueezeNet", None, ""),
+])
+def test_files_of_networks_that_measure_nothing_are_refused_not_ignored(flags, features, lpips, refused):
+    rulers = SimpleNamespace(features=SimpleNamespace(name=features), lpips=lpips)
+    if not refused:
+        return checks.refuse_unused_networks(evaluate.Config(**flags), rulers)
+    with pytest.raises(SystemExit, match=refused):
+        checks.refuse_unused_networks(evaluate.Config(**flags), rulers)
