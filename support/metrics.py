@@ -476,9 +476,11 @@ def keep_reference(path, real, network, images, image_size):
     """Write the moments of features (N, d) for `read_reference`; the file is whole or absent.
 
     images: which these are, as read_reference will report;  image_size: their side, in pixels
+    raises: SystemExit if the disk refuses it
     """
     mu, sigma = moments(real)
-    with files.renamed_when_whole(path) as temporary, open(temporary, "wb") as f:
+    refused = runs.disk_may_fail(must=True, what=path, instead="another --keep_reference")
+    with refused, files.renamed_when_whole(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, mu=mu, sigma=sigma, features=network.described, count=len(real), images=images,
                  image_size=image_size)
 

@@ -70,13 +70,15 @@ class Report:
 
 
 def write(report, path):
-    """Write the page.   raises: ValueError if it cannot be made small enough; OSError if the disk refuses"""
+    """Write the page.   raises: ValueError if it cannot be made small enough; SystemExit if the disk refuses
+    """
     dial = Dial(report)
     qualities = QUALITIES if report.x.shape[-1] <= SMALL else QUALITIES[1:]
     for quality in qualities:
         page = render(report, dial, quality)
         if len(page.encode()) <= LARGEST:
-            runs.replace(path, page)
+            with runs.disk_may_fail(must=True, what=path):
+                runs.replace(path, page)
             return
     raise ValueError(f"{path}: {len(page) / 1e6:.1f} MB even at the lowest quality, wanted at most "
                      f"{LARGEST / 1e6:.0f} MB: show fewer images, with --images= and --n=")

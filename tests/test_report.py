@@ -312,6 +312,15 @@ def test_an_oversized_page_gets_lower_image_quality_or_is_refused(made, monkeypa
         report.write(about, path)
 
 
+def test_a_page_that_a_full_disk_refuses_is_named(made, monkeypatch, tmp_path):
+    def full(path, page):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "replace", full)
+    with pytest.raises(SystemExit, match="report.html: not written: .*No space left.*give another --out"):
+        report.write(made(), tmp_path / "report.html")
+
+
 # ---- the page itself ----
 
 def test_the_page_is_well_formed_with_accessible_names(parsed):
