@@ -506,7 +506,7 @@ def measurements_section(report):
     counts = {"reconstruction": f"{count} {'training' if seen else 'held-out'} images".strip(),
               "generation": f"{settings.get('n', 0):,} samples"}
     tables = [scores(counts[name], entry[name]) for name in counts if entry.get(name)]
-    known = {name: value for name, value in settings.items() if value not in ("", None)}
+    known = {name: in_short(value) for name, value in settings.items() if value not in ("", None)}
     machine = text(settings.get("ran_on", "an unknown machine"))
     command = measuring(report, settings.get("data_dir", ""))
     said = (f"Measured with {command} on {machine}. Arrows show which direction is better; the best number "
@@ -518,6 +518,12 @@ def measurements_section(report):
         said += f" These numbers are out of date ({text(stale)})."
     return {"measured": said, "tables": "\n".join(tables), "settings": definitions(known, "settings"),
             "settings_without": ""}
+
+
+def in_short(setting):
+    """A setting as text, cut where it is long: 30,000 prompts would fill the page."""
+    whole = str(setting)
+    return whole if len(whole) <= 500 else f"{whole[:500]}... (all of it is in metrics.json)"
 
 
 def measuring(report, data_dir):

@@ -429,6 +429,14 @@ def test_a_checkpoint_shows_only_its_own_measurements(made):
         assert said in Parsed(rendered(of_step)).text
 
 
+def test_thirty_thousand_prompts_of_a_measurement_do_not_fill_the_page(made):
+    about = made()
+    entry = METRICS[0] | {"settings": METRICS[0]["settings"] | {"prompts": ["a red fox"] * 30_000}}
+    (Path(about.folder) / "metrics.json").write_text(json.dumps([entry]))
+    page = rendered(about)
+    assert "(all of it is in metrics.json)" in Parsed(page).text and page.count("a red fox") < 50
+
+
 def test_the_latest_measurement_is_shown_and_called_out_of_date_after_more_training(made):
     about = made()
     folder = Path(about.folder)
