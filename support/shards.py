@@ -34,7 +34,7 @@ from support.captions import read_text, shown
 from support.identity import of_text
 
 BESIDE = ".shards.npz"                     # the index, next to the shards
-VERSION = 3                                # of the index; another version is rebuilt
+VERSION = 4                                # of the index; another version is rebuilt
 SMALL = 1 << 20                            # bytes: larger labels, captions or jsons are ignored
 
 # Within a tar file, the directory and name up to the first dot, and what follows it.
@@ -211,6 +211,7 @@ def read_tar(path, tar, endings, faults, left_out):
                     check_whole(file, member)
                     sample["image"] = (name, member.offset_data, member.size)
                 elif ending in ("cls", "txt", "json") and ending not in sample and member.size <= SMALL:
+                    check_whole(file, member)                      # half of a class is another class
                     file.seek(member.offset_data)
                     sample[ending] = file.read(member.size)
                     sample["endings"].append(f".{ending} without an image")

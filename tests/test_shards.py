@@ -209,6 +209,18 @@ def test_a_truncated_shard_is_named_and_read_up_to_the_cut(tmp_path, capsys, kep
     assert again.bad == dataset.bad                                # the index remembers
 
 
+@pytest.mark.parametrize("ending, label, caption", [("cls", "", "a red fox"), ("txt", "123", "")])
+def test_the_class_or_caption_at_the_cut_is_not_taken_by_its_first_letters(tmp_path, ending, label, caption):
+    members = sample(0) | {"0000.cls": b"123", "0000.txt": b"a red fox"}
+    members[f"0000.{ending}"] = members.pop(f"0000.{ending}")      # the last in the file
+    path = write_tar(tmp_path / "0.tar", members)
+    with tarfile.open(path) as tar:
+        os.truncate(path, tar.getmembers()[-1].offset_data + 2)
+    index = shards.read_index(tmp_path, [".png"])
+    assert list(index.labels) == [label] and list(index.captions) == [caption]
+    assert f"0000.{ending} is not whole" in index.faults["0.tar"]
+
+
 def test_shards_that_change_during_a_run_are_named(photos, capsys):
     folder = photos()
     dataset = opened(folder)
