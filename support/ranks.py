@@ -179,12 +179,12 @@ def heed_signals(on=True):
     signal.signal(signal.SIGINT, ask if on else signal.default_int_handler)
 
 
-def asked_to_stop():
-    """Was any rank asked to stop?  All ranks must call this after the same step.
+def asked_to_stop(must=False):
+    """Was any rank asked to stop, or `must` any?  All ranks must call this after the same step.
 
     The sum is computed on the CPU, so that nothing waits for a GPU.
     """
-    return sum_over_ranks(torch.tensor(len(ASKED))).item() > 0
+    return sum_over_ranks(torch.tensor(len(ASKED) + must)).item() > 0
 
 
 # ---------------------------------------------------------------- sums over ranks

@@ -81,6 +81,7 @@ class Run:
         self.needed_by = getattr(cfg, "needed_by", "")     # the run that this is a stage of, or ""
         self.ends_early = False                        # see `save_due`
         self.must_save = False
+        self.unreadable = False                        # the next step's images: see `read`
         if self.done:
             self.start = cfg.steps
         elif self.checkpoint:
@@ -163,7 +164,7 @@ class Run:
             if after:
                 left = after + (cfg.steps - step - 1) * (time.time() - self.since) / (step + 1 - self.start)
                 bar.set_postfix_str(f"all stages {tqdm.format_interval(left)}", refresh=False)
-            if self.ends_early:
+            if self.ends_early and not self.unreadable:
                 if self.rank == 0:
                     tqdm.write(f"{cfg.out}: stopped after step {step + 1}; run the same command to resume")
                 self.close_trackers()
@@ -171,23 +172,30 @@ class Run:
         ranks.heed_signals(False)
 
     def read(self, stream):
-        """The batches of a stream. If it ends because images cannot be read, say how to go on."""
+        """The batches of a stream, read a step ahead: if one cannot be read, all training is saved first."""
+        before = []
         try:
-            yield from stream
-        except ValueError as error:
+            for batch in stream:
+                yield from before
+                before = [batch]
+        except (SystemExit, ValueError) as error:
             if not ranks.raised_here(error):
                 raise
+            self.unreadable = True
+            yield from before                          # for the last step: `save_due` then lets it be saved
+            self.close_trackers()
             raise SystemExit(f"{error}; then run the same command again: it goes on from step "
                              f"{step_of(self.cfg.out)}, the last one saved") from None
 
     def save_due(self, done):
-        """Is a checkpoint due after `done` steps: by save_every (0: never), as the last, or by a stop signal?
+        """Is a checkpoint due after `done` steps: by save_every (0: never), as the last, or before a stop?
 
-        All ranks must ask after each step, because any of them may get the signal. It sets ends_early: there
-        may be only seconds left, so no pictures are drawn.
+        A stop: by a signal, or if the next images cannot be read. All ranks must ask after each step, because
+        it may come to any of them. It sets ends_early: there may be only seconds left, so no pictures are
+        drawn.
         """
         last = done == self.cfg.steps
-        stopping = ranks.asked_to_stop()
+        stopping = ranks.asked_to_stop(self.unreadable)
         self.ends_early = stopping and not last
         self.must_save = stopping or last
         return self.must_save or is_due(done, self.cfg.save_every)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import davae
@@ -272,6 +273,32 @@ def test_one_failing_rank_ends_all_within_seconds_and_says_why(
     assert sentence in err, err[-3000:]
     assert runs.step_of(cfg.out) == 0
     assert time.time() - start < 40, "of which 10 are for Python to start"
+
+
+UNREADABLE_ON_RANK_1 = """
+from support import data
+read = data.load_image
+calls = []
+def load_image(path, raw=None):
+    calls.append(path)
+    if RANK == 1 and len(calls) > 30:
+        raise ValueError("it is gone")
+    return read(path, raw)
+data.load_image = load_image
+"""
+
+
+def test_images_that_one_rank_can_no_longer_read_cost_no_step(davae_config, tmp_path, launch, read_log):
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    cfg = davae_config(tmp_path / "a", data_dir=str(tmp_path / "photos"), micro_batch=2, image_size=16,
+                       steps=100_000, gan=0.0)
+    process = launch(train_vae.main, cfg, UNREADABLE_ON_RANK_1, ranks=2)
+    out, err = process.communicate(timeout=600)
+    last = read_log(cfg.out)[-1]["step"]
+    assert process.returncode == 1 and runs.step_of(cfg.out) == last > 2, err[-3000:]
+    assert f"goes on from step {last}, the last one saved" in err and f"stopped after step {last}" in out
 
 
 # ---------------------------------------------------------------- finetune.py in two processes

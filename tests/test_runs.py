@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -200,8 +201,8 @@ def test_a_resumed_run_keeps_the_seconds_and_results_of_earlier_jobs(tmp_path):
 
 def test_a_signal_in_the_last_step_does_not_keep_a_run_from_finishing(monkeypatch):
     run = object.__new__(runs.Run)
-    run.cfg = SimpleNamespace(steps=9, save_every=0)
-    monkeypatch.setattr(ranks, "asked_to_stop", lambda: True)
+    run.cfg, run.unreadable = SimpleNamespace(steps=9, save_every=0), False
+    monkeypatch.setattr(ranks, "asked_to_stop", lambda must: True)
     assert run.save_due(8) and run.ends_early and run.must_save
     assert run.save_due(9) and not run.ends_early and run.must_save
 
@@ -475,24 +476,25 @@ def test_a_refused_command_leaves_no_folder_that_it_made(davae_config, tmp_path)
     assert (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_images_that_vanish_during_training_are_named_with_how_to_go_on(
-        davae_config, tmp_path, monkeypatch):
+def test_images_that_vanish_during_training_cost_no_step_and_are_named_with_how_to_go_on(
+        davae_config, tmp_path, monkeypatch, read_log):
     (tmp_path / "photos").mkdir()
     for i in range(12):
         Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
-    save = train_vae.save
+    to_file = runs.Log.to_file
 
-    def vanishing(run, done, *rest, **options):
-        save(run, done, *rest, **options)
-        if done == 2:
+    def vanishing(log, step, line):
+        to_file(log, step, line)
+        if step == 2:
             shutil.rmtree(tmp_path / "photos")
 
-    monkeypatch.setattr(train_vae, "save", vanishing)
-    cfg = davae_config(tmp_path / "run", data_dir=str(tmp_path / "photos"), save_every=1, steps=30)
-    said = r"photos are unreadable.*png.*; then run the same command again: it goes on from step \d, the last"
-    with pytest.raises(SystemExit, match=said):
+    monkeypatch.setattr(runs.Log, "to_file", vanishing)
+    cfg = davae_config(tmp_path / "run", data_dir=str(tmp_path / "photos"), steps=30)
+    said = r"photos are unreadable.*png.*; then run the same command again: it goes on from step (\d), the"
+    with pytest.raises(SystemExit, match=said) as stop:
         train_vae.main(cfg)
-    assert runs.step_of(cfg.out) >= 2
+    last = read_log(cfg.out)[-1]["step"]
+    assert runs.step_of(cfg.out) == last == int(re.search(said, str(stop.value))[1]) >= 2
 
 
 def test_two_jobs_cannot_train_in_one_folder(davae_config, tmp_path):

@@ -82,7 +82,7 @@ def test_finetune_tracks_too_and_sends_pictures_without_a_number(finetune_config
 def test_a_stopped_run_draws_no_more_pictures_and_closes_its_tracker(
         vae_config, tmp_path, recorder, monkeypatch):
     answers = iter([False, True])
-    monkeypatch.setattr(ranks, "asked_to_stop", lambda: next(answers))
+    monkeypatch.setattr(ranks, "asked_to_stop", lambda must: next(answers))
     with pytest.raises(SystemExit):
         train_vae.main(vae_config(tmp_path, track="recorder"))
     assert recorder.events[-1] == ("finish",) and ("picture", 2, "recon") not in recorder.events
