@@ -90,7 +90,7 @@ def setup(device="auto"):
 
     device: auto, cpu or cuda; auto takes a GPU if there is one. Matrix products in float32 may use TF32.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1    # else not torchrun's
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

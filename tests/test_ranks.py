@@ -48,6 +48,12 @@ def test_an_autoencoder_gets_at_most_four_megapixels_or_one_image_at_once():
     assert ranks.at_once(64, 512, 1024) == 8
 
 
+def test_a_number_of_processes_that_torchrun_did_not_set_is_no_number_of_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")                          # as in some clusters' containers
+    monkeypatch.delenv("RANK", raising=False)
+    assert ranks.setup("cpu")[:2] == (0, 1)
+
+
 def test_reseeding_depends_only_on_seed_part_and_step():
     def draw(*key):
         ranks.seed_step(*key)
