@@ -54,9 +54,16 @@ def latent_source(vae, train_set, cfg, device, rank, world):
 
 
 def open_training_set(cfg, vae):
-    """Images, or latents that LightningDiT's own code extracted from images."""
+    """Images, or latents of images: extracted by LightningDiT's own code, or a cache of ours.
+
+    raises: SystemExit if another VAE made that cache
+    """
     if Latents.are_in(cfg.data_dir):
-        return Latents(cfg.data_dir, vae, cfg.D)
+        latents = Latents(cfg.data_dir, vae, cfg.D)
+        if latents.made_by not in ("raw", runs.hash_of(vae)):
+            raise SystemExit(f"{cfg.data_dir}: these latents were made by another VAE than {cfg.vae}; give "
+                             "theirs by --vae=, or the images by --data_dir=")
+        return latents
     train_set = data.open_dataset(cfg.data_dir, cfg.image_size, cfg.images, cfg.seed)
     if cfg.text:                                                   # the label is the index of the caption
         train_set.labels = np.arange(len(train_set))
@@ -171,13 +178,13 @@ class Latents(data.Dataset):
         self.classes = [str(label) for label in range(self.labels.max() + 1)]
 
         self.channels = vae.C + D
-        self.size, made_by = kinds[0]                              # (C+D, h, w)
+        self.size, self.made_by = kinds[0]                         # (C+D, h, w); a VAE's hash, or "raw"
         if self.size[0] < self.channels:
             raise SystemExit(f"{self.files[0]}: latents of {self.size[0]} channels; wanted {self.channels}, "
                              f"{vae.C} base channels, then {D} detail channels; give another --data_dir")
         self.mean = torch.zeros(self.channels)
         self.std = torch.ones(self.channels)
-        if made_by == "raw":
+        if self.made_by == "raw":
             self.mean, self.std = statistics(vae, self.channels)
 
     @functools.cached_property

@@ -403,6 +403,16 @@ def test_a_folder_of_shards_is_read_as_latents_and_other_files_are_counted(tmp_p
     assert found.summary() == "6 images in 3 classes (0 2, 1 2, 2 2); left out: 1 .png"
 
 
+def test_a_cache_given_as_the_data_is_refused_with_another_vae_than_made_it(tmp_path):
+    vae, train_set = known_vae(), data.open_dataset("procedural", 64, 2, 3)
+    folder = latents.write_cache(vae, train_set, known_config(out=str(tmp_path)), torch.device("cpu"), 0, 1)
+    cfg = known_config(data_dir=str(folder), vae="mine")
+    assert len(finetune.open_training_set(cfg, vae)) == 2
+    vae.mean += 1
+    with pytest.raises(SystemExit, match="these latents were made by another VAE than mine; give theirs by"):
+        finetune.open_training_set(cfg, vae)
+
+
 def test_shards_in_the_working_folder_do_not_replace_the_drawings(tmp_path, monkeypatch):
     monkeypatch.chdir(shards(tmp_path))
     for name in ("", "procedural"):
