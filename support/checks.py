@@ -148,6 +148,15 @@ def before_finetuning(cfg, world):
         if cfg.lora:
             flag, instead = f"--lora={cfg.lora}", "--lora=0"
         raise SystemExit(f"{flag} is for a pretrained model, and there is none: give --base=, or {instead}")
+    needed = {                                     # flag: (what gives it an effect, the flag for that)
+        "N": (cfg.D, "--D="), "detail_sample": (cfg.D, "--D="), "zero_init": (cfg.D, "--D="),
+        "keep_mean": (cfg.keep_levels, "--keep_levels="), "t5_tokens": (cfg.text, "--text="),
+        "base_weights": (cfg.base, "--base="),
+    }
+    for name, (there, flag) in needed.items():
+        if not there and name in getattr(cfg, "changed", ()) and runs.step_of(cfg.out) < 1:
+            raise SystemExit(f"--{name}={getattr(cfg, name)} changes nothing without {flag}: leave out "
+                             f"--{name}, or give {flag}")
 
 
 def say_if_details_hardly_count(cfg, w, rank):

@@ -47,6 +47,22 @@ def test_sizes_on_the_command_line_are_for_a_model_from_scratch():
         check("--model=USiT")
 
 
+@pytest.mark.parametrize("flags, refused", [
+    ("tiny --keep_mean=shown", "--keep_mean=shown changes nothing without --keep_levels=: leave out --kee"),
+    ("tiny-base --N=100", "--N=100 changes nothing without --D="), ("tiny --t5_tokens=77", "--t5_tokens=77"),
+    ("tiny-base --zero_init=False", "--zero_init"), ("tiny --base= --base_weights=ema", "--base_weights=ema"),
+    ("tiny --keep_mean=shown --keep_levels=0,24", ""), ("tiny --N=100 --zero_init=False", ""),
+    ("tiny-base --N=10000 --keep_mean=all", ""), ("photos-dcae15 --keep_mean=shown", "")])
+def test_flags_of_fine_tuning_that_others_leave_without_effect_are_refused(flags, refused, tmp_path):
+    cfg = config.cli(finetune.Config, finetune.PRESETS, [*flags.split(), f"--out={tmp_path}"])
+    if not refused:
+        return checks.before_finetuning(cfg, world=1)
+    with pytest.raises(SystemExit, match=refused):
+        checks.before_finetuning(cfg, world=1)
+    runs.save_folder(tmp_path / "step_000001", {}, {"config": {}})             # a run from before this check
+    checks.before_finetuning(cfg, world=1)
+
+
 @pytest.mark.parametrize("grid, sentence", [
     ({"grid": 4}, "takes 4x4 tokens of 2x2 latent pixels; with a-vae give --image_size=64"),
     ({}, "takes whole tokens of 2x2 latent pixels; with a-vae give --image_size=64")])
