@@ -31,7 +31,7 @@ from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import buckets, checks, config, figures, identity, levels, plan, ranks, runs, stages
 from support.config import field
-from support.latents import check_sizes, check_statistics, latent_source, open_training_set
+from support.latents import check_sizes, check_statistics, latent_source, open_training_set, sides
 from support.text import Conditioner
 from support.weights import load_davae, load_dit, load_measured
 
@@ -315,7 +315,8 @@ def main(cfg):
     checks.say_if_details_hardly_count(cfg, detail_weight(cfg.steps - 1, cfg.N), rank)
     shape = (cfg.batch_size // world // accumulate, vae.C + cfg.D, side, side)
     choose.before_training(run, device, shape, lambda z, y: flow_loss(dit, z, condition(y, drop=0), 1.0, cfg))
-    latents_at = latent_source(vae, buckets.sort(train_set, cfg, vae.f * dit.cfg.p), cfg, device, rank, world)
+    shaped = buckets.sort(train_set, cfg, sides(vae, dit.cfg.p))
+    latents_at = latent_source(vae, shaped, cfg, device, rank, world)
     if not run.checkpoint:
         z_all, y = next(latents_at(0))
         if rank == 0:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,7 +80,8 @@ def check_sizes(vae, train_set, cfg):
     if cfg.D not in (0, vae.D):
         raise SystemExit(f"--D={cfg.D}, but {cfg.vae or 'the VAE'} has {vae.D} detail channels; "
                          "give that, or 0 for a base model")
-    side = vae.f * (vae.base.block if cfg.base else cfg.p)         # a base model brings its own patches
+    p = 1 if cfg.base else cfg.p                                   # a base model brings its own patches
+    side = sides(vae, p)
     if cfg.image_size % side:
         fits = max(1, round(cfg.image_size / side)) * side
         wanted = f"{side}, with --p={cfg.p}" if cfg.p > 1 and not cfg.base else side
@@ -91,6 +93,11 @@ def check_sizes(vae, train_set, cfg):
                          "square grid only; leave it out, or train a text-to-image model (--text=)")
     if isinstance(train_set, Latents):
         train_set.check(cfg.image_size // vae.f, cfg.flip)
+
+
+def sides(vae, p):
+    """What an image's sides must be multiples of, for a transformer with patches of p x p latent pixels."""
+    return vae.f * math.lcm(p, vae.base.block)
 
 
 def check_statistics(z_all, C, out):

@@ -328,6 +328,15 @@ def test_sizes_that_do_not_fit_the_vae_are_refused(change, said):
         latents.check_sizes(known_vae(), train_set, known_config(**change))
 
 
+def test_a_latent_made_of_blocks_needs_whole_blocks_and_whole_patches():
+    vae, train_set = known_vae(), data.open_dataset("procedural", 64, 5, 3)
+    latents.check_sizes(vae, train_set, known_config(image_size=36))
+    vae.base.block = 2                                             # FLUX.2's
+    with pytest.raises(SystemExit, match="--image_size=36: the VAE takes multiples of 8; give"):
+        latents.check_sizes(vae, train_set, known_config(image_size=36))
+    assert [latents.sides(vae, p) for p in (1, 2, 3)] == [8, 8, 24]            # of images, also in buckets
+
+
 ZEROS = torch.zeros(3, 16, 8, 8)
 GOOD = {"latents": ZEROS, "latents_flip": ZEROS.clone(), "labels": torch.arange(3)}
 NAN = ZEROS.clone()
