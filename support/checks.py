@@ -137,6 +137,8 @@ def check_alignment(cfg, vae):
 
 def before_finetuning(cfg, world):
     """raises: SystemExit with one sentence, before anything is loaded or trained"""
+    if not cfg.vae:
+        raise SystemExit("--vae= is empty: wanted a run of train_vae.py, or the weights of a base VAE")
     if cfg.shard and world == 1:
         raise SystemExit("--shard=True splits the model over several processes: start it with torchrun")
     for name in ("model", "p", "E", "depth", "A", "qk_norm"):

@@ -35,6 +35,12 @@ def test_flags_that_would_do_nothing_are_refused(changes, refused, tmp_path):
         checks.before_finetuning(cfg, world=1)
 
 
+def test_an_empty_vae_is_named_before_anything_is_loaded():
+    cfg = config.cli(finetune.Config, finetune.PRESETS, ["tiny", "--vae="])
+    with pytest.raises(SystemExit, match="--vae= is empty: wanted a run of train_vae.py, or the weights of"):
+        checks.before_finetuning(cfg, world=1)
+
+
 def test_sizes_on_the_command_line_are_for_a_model_from_scratch():
     def check(*flags):
         checks.before_finetuning(config.cli(finetune.Config, finetune.PRESETS, ["tiny", *flags]), world=1)
