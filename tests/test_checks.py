@@ -25,7 +25,7 @@ def test_a_base_with_fewer_classes_than_the_images_is_refused(make_dit):
     (dict(base="b", lora=4), ""), (dict(base="b", zero_init=False), ""),
     (dict(shard=True), "--shard=True splits the model over several processes: start it with torchrun")])
 def test_flags_that_would_do_nothing_are_refused(changes, refused, tmp_path):
-    cfg = finetune.Config(out=str(tmp_path), **changes)
+    cfg = finetune.Config(vae="vae", out=str(tmp_path), **changes)
     if not refused:
         return checks.before_finetuning(cfg, world=1)
     with pytest.raises(SystemExit, match=refused):
@@ -121,8 +121,8 @@ def test_flags_without_effect_on_a_base_vae_are_refused(tmp_path, flags, refused
     ("photos --quant=True", "--quant=True is for"), ("tiny-base --C=4 --widths=8,16", ""),
     ("tiny --m1=0.1", "--m1=0.1 is a margin of VA-VAE's distance, .* is mse: leave out --m1, or give --dist"),
     ("tiny --m2=0.1 --distance=vf", "")])
-def test_flags_that_a_base_or_another_distance_leaves_without_effect_are_refused(flags, refused):
-    cfg = config.cli(train_vae.Config, train_vae.PRESETS, flags.split())
+def test_flags_that_a_base_or_another_distance_leaves_without_effect_are_refused(flags, refused, tmp_path):
+    cfg = config.cli(train_vae.Config, train_vae.PRESETS, [*flags.split(), f"--out={tmp_path}"])
     if not refused:
         return checks.before_loading(cfg)
     with pytest.raises(SystemExit, match=refused):
