@@ -113,7 +113,7 @@ PRESETS = {
         flip=False, perceptual="none", gan=0.0, stats=512, steps=800, batch_size=8, lr=3e-3, beta1=0.9,
         beta2=0.99, cooldown=0.5, log_every=50, save_every=0, dtype="float32"),
 
-    # 20.52 dB, against 17.00 dB from the base channels alone, same images; 28 s on 2 cores (2026-11-27); on
+    # 20.52 dB, against 17.00 dB from the base channels alone, same images; 27 s on 2 cores (2026-11-27); on
     # four other base VAEs 19.7 to 19.9 dB. The discriminator starts with the VAE and learns slowly: later, it
     # would win within 100 steps
     "tiny": dict(
