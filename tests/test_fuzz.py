@@ -260,9 +260,11 @@ def is_whole(step):
 def may_write(path, argv, above):
     """May a line write to this path?
 
-    It may write to --out and below, also with a suffix; below the run, where that is the default of --out;
-    to --keep_reference; to the latent cache in the VAE's folder; and to out/, where presets write.
+    It may write to --out and below, also with a suffix, and to its hidden lock; below the run, where that is
+    the default of --out; to --keep_reference; to the latent cache in the VAE's folder; and to out/, where
+    presets write.
     """
+    path = re.sub(r"/\.([^/]+)\.lock$", r"/\1", path)
     given = dict(text.removeprefix("--").partition("=")[::2] for text in argv)
     if "latents-" in path or path.startswith("work/out/"):
         return True
