@@ -408,7 +408,7 @@ def report(cells, folder, title):
     panels = [("PSNR of reconstructions (dB)", "FD of samples", "o", points)]
     for loss in ("base", "detail"):
         panels.append(("step", f"{loss} loss", "-", mean_curves(cells, loss)))
-    figures.plot(panels, folder / f"{title}.png", size=(16, 6))
+    figures.plot(panels, folder / f"{title}.png", size=(13, 5))
 
 
 def side_by_side(folder):

@@ -248,7 +248,7 @@ def test_the_report_is_made_from_the_lines_alone(tmp_path, capsys):
     assert "-0.450, 2 of 2 below: better than paper" in text
     assert number(found["no schedule"][1], ablation.ADDED) == 0.0     # the samples' 0.5 less the decoder's
     assert "| half size |" in text and "1.2 (1.2 to 1.2)" in text
-    assert Image.open(tmp_path / "tiny.png").width == 1600
+    assert Image.open(tmp_path / "tiny.png").width == 1300
 
 
 def test_all_settings_stand_side_by_side_and_bold_is_what_counts(tmp_path):
