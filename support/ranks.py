@@ -2,11 +2,13 @@
 
 Everything here also works without torchrun: there is then a single rank, 0 in a world of 1.
 """
+import json
 import math
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -26,29 +28,60 @@ def launch(main, cfg):
     """Run a script's `main(cfg)` as a program, under torchrun or not.
 
     Running out of GPU or machine memory, Ctrl-C, missing permissions, and any ValueError raised by this
-    project end it with one sentence instead of a traceback.
+    project end it with one sentence instead of a traceback. So does the end of another process; torchrun's
+    report then ends with the sentence of the process that ended first.
     """
 
     def program(cfg):
         try:
-            main(cfg)
-        except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
-            if out_of_memory(error):
-                reason = str(error).partition("\n")[0].rpartition("CPUAllocator: ")[2] or "out of memory"
-                raise SystemExit(f"{reason}\nTry, in this order: {smaller(cfg)}") from None
-            if isinstance(error, ValueError) and raised_here(error):
-                raise SystemExit(str(error)) from None
-            if isinstance(error, PermissionError) and error.filename:
-                raise SystemExit(f"{error.filename}: {error.strerror}; wanted a file or folder that this "
-                                 "user may use: change its permissions, or name another") from None
+            run_main(main, cfg)
+        except SystemExit as end:
+            tell_torchrun(end.code)
             raise
-        except KeyboardInterrupt:
-            print("\nstopped; what was saved is intact", file=sys.stderr)
-            raise SystemExit(130) from None            # what shells report for Ctrl-C
 
-    record(program)(cfg)                   # torchrun then reports the rank that failed first
+    record(program)(cfg)                   # tells torchrun of other errors
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def run_main(main, cfg):
+    """main(cfg), with the sentences of `launch`."""
+    try:
+        main(cfg)
+    except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            reason = str(error).partition("\n")[0].rpartition("CPUAllocator: ")[2] or "out of memory"
+            raise SystemExit(f"{reason}\nTry, in this order: {smaller(cfg)}") from None
+        if isinstance(error, ValueError) and raised_here(error):
+            raise SystemExit(str(error)) from None
+        if isinstance(error, PermissionError) and error.filename:
+            raise SystemExit(f"{error.filename}: {error.strerror}; wanted a file or folder that this "
+                             "user may use: change its permissions, or name another") from None
+        if re.search(LOST, str(error)):
+            print(f"rank {this_rank()} ends, because it has lost another one: see what that one says, "
+                  "or check the network", file=sys.stderr)
+            raise SystemExit(1) from None
+        raise
+    except KeyboardInterrupt:
+        print("\nstopped; what was saved is intact", file=sys.stderr)
+        raise SystemExit(130) from None                # what shells report for Ctrl-C
+
+
+# How gloo says that another process has ended, or can no longer be reached.
+LOST = "gloo.*(Connection closed by peer|Connection reset by peer|Broken pipe)"
+
+
+def tell_torchrun(sentence):
+    """Let torchrun's report name this process, and say why it has ended.
+
+    torchrun takes the earliest time in these files for the cause, in whole seconds, and now for a process
+    without one: hence the second before.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and isinstance(sentence, str):
+        about = {"timestamp": str(int(time.time()) - 1)}
+        with open(file, "w") as f:
+            json.dump({"message": {"message": sentence, "extraInfo": about}}, f)
 
 
 # How torch, NumPy and Linux say that something does not fit into memory, or that its size overflows.

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import davae
 import evaluate
@@ -396,6 +397,34 @@ def test_a_file_that_may_not_be_read_or_written_gives_one_sentence_with_its_name
 
     with pytest.raises(SystemExit, match="^weights/vae: Permission denied; wanted .* this user may use"):
         ranks.launch(main, None)
+
+
+def test_torchruns_report_ends_with_the_sentence_of_the_process_that_ended_first(tmp_path, monkeypatch):
+    files = [tmp_path / "refuses.json", tmp_path / "has_lost_it.json", tmp_path / "killed.json"]
+    lost = RuntimeError("[gloo/tcp/pair.cc:553] Connection closed by peer [::1]:33998.")
+    for file, error in zip(files, (SystemExit("--p=3: wanted 2"), lost)):
+        def main(cfg, error=error):
+            raise error
+
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        with pytest.raises(SystemExit):
+            ranks.launch(main, None)
+
+    failures = {}
+    for rank, file in enumerate(reversed(files)):
+        failures[rank] = ProcessFailure(rank, 10 + rank, 1, str(file))
+    report = ChildFailedError("finetune.py", failures).format_msg()
+    assert report.partition("Root Cause")[2].count("traceback : --p=3: wanted 2\n") == 1
+
+
+def test_losing_another_process_gives_one_line_and_no_traceback(capsys):
+    def main(cfg):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:33998.")
+
+    with pytest.raises(SystemExit) as end:
+        ranks.launch(main, None)
+    assert end.value.code == 1 and end.value.__suppress_context__
+    assert capsys.readouterr().err.startswith("rank 0 ends, because it has lost another one")
 
 
 def test_ctrl_c_outside_training_gives_one_sentence_and_no_traceback(capsys):
