@@ -389,9 +389,8 @@ def main(cfg):
     run = load(cfg.run, cfg.weights, cfg.device, checkpoint)
     dataset, index = held_out(run, cfg.data_dir, cfg.images, cfg.whole)
     rulers = load_rulers(cfg, "none" if cfg.whole else cfg.features, run)
-    may_draw = run.dit is not None and not cfg.whole
     unmeasured = cfg.features == "auto" and not rulers.features.name and not cfg.clip
-    draws = may_draw and not unmeasured
+    draws = run.dit is not None and not cfg.whole and not unmeasured
     checks.before_measuring(cfg, run, rulers, len(index), draws, out)
 
     # everything that the numbers depend on
@@ -405,9 +404,6 @@ def main(cfg):
         plan = plan_generation(cfg, run, rulers, captions)
         settings |= plan.settings
         rehearse(cfg, run, rulers, plan)
-    elif may_draw and run.rank == 0:
-        print("no samples are drawn, because no network measures them: give --lpips_trunk= (SqueezeNet-FD) "
-              "or --inception_weights= (FID), or --features=none to draw for img/s alone")
 
     # reconstruction: each process takes every world-th image
     mine = index[run.rank::run.world]
@@ -476,6 +472,8 @@ def main_report(cfg, text=None):
     """
     cfg.run = cfg.run or runs.newest_run()
     run = load(cfg.run, cfg.weights, cfg.device)
+    if run.dit is None:
+        checks.refuse_flags_of_samples(cfg, f"{cfg.run} is a run of train_vae.py")
     if not run.vae.D or (run.dit is not None and not run.dit.cfg.D):
         raise SystemExit(f"{cfg.run}: has no detail channels to show; wanted a run of finetune.py or of "
                          "train_vae.py with D > 0")

@@ -196,6 +196,13 @@ def check_text(cfg, what, ModelConfig):
 
 # ---------------------------------------------------------------- evaluate.py
 
+# Flags of evaluate.py that only samples depend on. Not among them: device and dtype.
+OF_SAMPLES = (
+    "n", "batch_size", "seed", "classes", "prompts", "negative", "text", "height", "width", "steps", "shift",
+    "grid", "cfg", "cfg_start", "cfg_end", "keep", "cfg_channels", "slg", "compile", "graph", "weights",
+    "clip", "reference",
+)
+
 
 def before_measuring(cfg, run, rulers, images, draws, out):
     """raises: SystemExit if flags ask for what will fail, with `images` held-out images, or have no effect"""
@@ -211,8 +218,11 @@ def before_measuring(cfg, run, rulers, images, draws, out):
         raise SystemExit("--reference and --keep_reference: wanted a network to measure distances with: give "
                          "--inception_weights= or --features=, and not --whole=True")
     refuse_unused_networks(cfg, rulers)
-    if (cfg.reference or cfg.clip) and not draws:
-        raise SystemExit(f"--reference and --clip are for samples, and none are drawn from {cfg.run} here")
+    if not draws:
+        refuse_flags_of_samples(cfg, why_none_are_drawn(cfg, run))
+    if cfg.whole and "images" in getattr(cfg, "given", ()):
+        raise SystemExit(f"--images={cfg.images}: --whole=True measures all images of {cfg.data_dir}; leave "
+                         "out one of the two")
     size = run.config["config"]["image_size"]
     if not cfg.whole and size < rulers.least():
         raise SystemExit(f"{cfg.run}: images of {size}x{size} pixels; these metrics need {rulers.least()}x"
@@ -224,6 +234,25 @@ def before_measuring(cfg, run, rulers, images, draws, out):
             check_writable(Path(path))
         if draws and rulers.features.name and not cfg.reference and images < 500:
             print(f"only {images} images: a distance to so few only compares runs, on the same images")
+        if not draws and run.dit is not None and not cfg.whole:
+            print(f"no samples are drawn, because {why_none_are_drawn(cfg, run)}")
+
+
+def why_none_are_drawn(cfg, run):
+    """Why a run is only reconstructed, for the end of a sentence about its samples."""
+    if run.dit is None:
+        return f"{cfg.run} is a run of train_vae.py"
+    if cfg.whole:
+        return "--whole=True only reconstructs"
+    return ("no network measures them: give --lpips_trunk= (SqueezeNet-FD) or --inception_weights= (FID), or "
+            "--features=none to draw for img/s alone")
+
+
+def refuse_flags_of_samples(cfg, why):
+    """raises: SystemExit if flags are given that only samples depend on; why: none are drawn, a clause"""
+    given = [name for name in OF_SAMPLES if name in getattr(cfg, "given", ())]
+    if given:
+        raise SystemExit(f"leave out --{', --'.join(given)}: no samples are drawn, because {why}")
 
 
 def refuse_unused_networks(cfg, rulers):

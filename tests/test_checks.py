@@ -1,11 +1,12 @@
 """support/checks.py: settings that do not fit together are refused, and others are not."""
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 
 import evaluate
 import finetune
+import sample
 import train_vae
 from support import checks, config, runs
 
@@ -199,3 +200,16 @@ def test_files_of_networks_that_measure_nothing_are_refused_not_ignored(flags, f
         return checks.refuse_unused_networks(evaluate.Config(**flags), rulers)
     with pytest.raises(SystemExit, match=refused):
         checks.refuse_unused_networks(evaluate.Config(**flags), rulers)
+
+
+def test_every_flag_of_sampling_but_four_is_refused_by_evaluate_where_nothing_is_drawn():
+    of_sampling = {f.name for f in fields(sample.Config)} - {"run", "out", "device", "dtype"}
+    assert set(checks.OF_SAMPLES) == of_sampling | {"reference", "clip"}
+    for name in (*checks.OF_SAMPLES, "images", "data_dir"):
+        cfg = evaluate.Config()
+        cfg.given = {name}
+        if name not in checks.OF_SAMPLES:
+            checks.refuse_flags_of_samples(cfg, "no reason")
+            continue
+        with pytest.raises(SystemExit, match=f"^leave out --{name}: no samples are drawn, because so$"):
+            checks.refuse_flags_of_samples(cfg, "so")

@@ -29,7 +29,8 @@ WITH_COMMANDS = [page for page in PAGES if page.name != "recipes.md"]
 VAE = "--steps=2 --images=32 --batch_size=2 --micro_batch=2 --stats=8"
 DIT = "--steps=2 --images=32 --batch_size=4 --micro_batch=4 --sample_steps=2 --N=2"
 DRAW = "--n=4 --batch_size=2 --steps=2"
-MEASURE = "--n=8 --batch_size=4 --steps=2 --images=8"
+MEASURE_VAE = "--images=8"
+MEASURE = f"{MEASURE_VAE} --n=8 --batch_size=4 --steps=2"
 LOOK = "--images=12"
 
 # Run before the first command of a page.
@@ -50,7 +51,7 @@ TOY = {
     "python sample.py out/tiny": DRAW,
     "python sample.py out/tiny/step_000420": f"{DRAW} --run=out/tiny/step_000002 --out=out/some-samples",
     "python evaluate.py out/tiny": MEASURE,
-    "python evaluate.py out/tiny-vae": MEASURE,
+    "python evaluate.py out/tiny-vae": MEASURE_VAE,
     "python evaluate.py out/tiny-base": MEASURE,
     "python evaluate.py compare out/tiny out/tiny-base": "",
     "python evaluate.py report out/tiny --out=docs/demo.html": "--images=2 --n=4",
@@ -91,7 +92,7 @@ TOY = {
         f"{DIT} --vae=./out/photos-vae --base=./out/photos-base",
     "python sample.py out/photos": DRAW,
     "python evaluate.py out/photos-vae --data_dir=photos/eval --whole=True --perceptual=squeeze "
-    "--lpips_trunk=squeezenet1_1_features.pth": MEASURE,
+    "--lpips_trunk=squeezenet1_1_features.pth": "",
     "python evaluate.py out/photos --data_dir=photos/eval --lpips_trunk=squeezenet1_1_features.pth": MEASURE,
     "python evaluate.py out/photos-vae --data_dir=kodak --whole=True --perceptual=squeeze "
     "--lpips_trunk=squeezenet1_1_features.pth": "",

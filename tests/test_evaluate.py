@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from support import data, figures, measurements, metrics, plan, ranks, runs
+from support import config, data, figures, measurements, metrics, plan, ranks, runs
 from support.latents import open_training_set
 from support.metrics import FeatureNetwork, frechet_distance, moments
 from support.weights import load_davae, load_dit
@@ -300,6 +300,34 @@ def test_a_vae_run_gets_reconstruction_only(tiny_vae, tmp_path):
     assert "generation" not in entry and np.isfinite(entry["reconstruction"]["DA-VAE"]["ssim"])
 
 
+def cli(*flags):
+    return config.cli(evaluate.Config, argv=list(flags))
+
+
+def test_given_flags_of_samples_are_refused_where_none_are_drawn(tiny_vae, photo_run, tmp_path, monkeypatch):
+    run, folder = photo_run
+    out, images = f"--out={tmp_path / 'm.json'}", f"--data_dir={folder}"
+    monkeypatch.setattr(evaluate, "reconstruction", never)
+    said = f"^leave out --n, --steps: no samples are drawn, because {tiny_vae} is a run of train_vae.py$"
+    with pytest.raises(SystemExit, match=said):
+        evaluate.main(cli(tiny_vae, out, "--images=4", "--steps=50", "--n=1000"))  # even if it is the default
+    with pytest.raises(SystemExit, match="leave out --weights: .* because --whole=True only reconstructs"):
+        evaluate.main(cli(run, out, images, "--whole=True", "--weights=model"))
+    with pytest.raises(SystemExit, match="leave out --cfg: .* no network measures them: give --lpips_trunk="):
+        evaluate.main(cli(run, out, images, "--images=4", "--cfg=2"))
+    with pytest.raises(SystemExit, match="--images=4: --whole=True measures all images of .*photos; leave"):
+        evaluate.main(cli(run, out, images, "--images=4", "--whole=True"))
+    with pytest.raises(SystemExit, match="leave out --n, --seed: .* is a run of train_vae.py"):
+        evaluate.main_report(config.cli(evaluate.ReportConfig, argv=[tiny_vae, "--n=4", "--seed=1"]))
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_flags_that_count_for_reconstructions_are_not_refused(tiny_vae, tmp_path):
+    flags = ("--images=4", "--device=cpu", "--dtype=float32", "--features=none")
+    entry = evaluate.main(cli(tiny_vae, f"--out={tmp_path / 'm.json'}", *flags))
+    assert entry["reconstruction"]["DA-VAE"]["images"] == 4
+
+
 def test_whole_images_are_measured_at_their_own_size(tiny_vae, tmp_path):
     rng = np.random.default_rng(0)
     for name, size in (("a", (33, 50)), ("b", (64, 16))):
@@ -359,10 +387,10 @@ def test_the_requested_weights_are_measured_and_shown(tiny_run, tmp_path, monkey
     loaded = []
     monkeypatch.setattr(evaluate, "held_out", lambda run, *args: loaded.append(run) or 1 / 0)
     cfg = dict(run=tiny_run, weights=which, out=str(tmp_path / "out"))
-    for script, config in ((evaluate.main, evaluate.Config(**cfg)),
-                           (evaluate.main_report, evaluate.ReportConfig(**cfg))):
+    for script, given in ((evaluate.main, evaluate.Config(**cfg)),
+                          (evaluate.main_report, evaluate.ReportConfig(**cfg))):
         with pytest.raises(ZeroDivisionError):
-            script(config)
+            script(given)
     ema, model = (runs.hash_of(load_dit(runs.latest_checkpoint(tiny_run), name)) for name in ("ema", "model"))
     assert ema != model
     assert [runs.hash_of(run.dit) for run in loaded] == [{"ema": ema, "model": model}[which]] * 2

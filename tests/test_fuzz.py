@@ -69,7 +69,7 @@ LINES = [
     ("evaluate.py", evaluate.Config, {"run": "vae", "images": 4, "features": "none"}),
     ("evaluate.py", evaluate.Config, {"run": "dit", "out": "new.json"} | MEASURED),
     ("evaluate.py", evaluate.Config, {"run": "dit"} | MEASURED | PHOTOS),
-    ("evaluate.py", evaluate.Config, {"run": "dit", "whole": True} | MEASURED | PHOTOS),
+    ("evaluate.py", evaluate.Config, {"run": "dit", "whole": True} | PHOTOS),
     ("evaluate.py compare", Two, {"a": "dit", "b": "vae"}),
 ]
 
