@@ -157,6 +157,15 @@ def missing(cfg, maker, makers):
     return [*found, (maker, cfg)]
 
 
+def check_script(run, script):
+    """raises: SystemExit if the checkpoints in a run's folder are another script's than this one"""
+    steps = runs.checkpoints(run)
+    found = runs.read_config(steps[-1]).get("script", script) if steps else script
+    if found != script:
+        raise SystemExit(f"{run}: holds a run of {found}, with which {script} cannot go on; give another "
+                         "--out, or rename that folder")
+
+
 def check_base_vae(cfg, stages):
     """raises: SystemExit if a DA-VAE is to be trained on a preset's base VAE that does not exist"""
     if getattr(cfg, "base_vae", None) != "":           # the user's own: checked when it is loaded
@@ -209,10 +218,14 @@ def plan(cfg, makers, rank, device):
     Prints nothing for a run that needs no other. Times come from three or more passes of each stage on noise,
     which do not affect the training. For text-conditional models, whose transformers may not fit here, only
     the order is printed. Sets cfg.after: {run's folder: seconds of what follows it}, for the progress bars.
+    raises: SystemExit if cfg's folder holds a run of the other script
     """
-    if hasattr(cfg, "after"):                          # a stage of another run's plan
+    planned = hasattr(cfg, "after")                    # as a stage of another run
+    if not planned:
+        settle(cfg)
+    check_script(cfg.out, makers[-1].script)
+    if planned:
         return
-    settle(cfg)
     cfg.after = {}
     stages = missing(cfg, makers[-1], makers)
     if len(stages) < 2 or runs.is_finished(cfg) or rank > 0:

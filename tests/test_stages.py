@@ -133,6 +133,26 @@ def test_a_whole_job_takes_its_text_encoders_from_its_base():
     assert cfg.text == "out/text"
 
 
+def test_neither_script_trains_in_a_folder_with_a_run_of_the_other(
+        tiny_vae, tiny_run, davae_config, finetune_config, tmp_path, monkeypatch):
+    before = sorted(Path(tiny_vae).rglob("*")), sorted(Path(tiny_run).rglob("*"))
+    jobs = [(finetune, finetune_config(tiny_vae), "vae: holds a run of train_vae.py, with which finetune.py"),
+            (train_vae, davae_config(tiny_run), "run: holds a run of finetune.py, with which train_vae.py")]
+    for script, cfg, said in jobs:
+        for steps in (1, 3, 9):                                    # fewer than the run has, as many, and more
+            with pytest.raises(SystemExit, match=f"{said} cannot go on; give another --out, or rename that"):
+                script.main(dataclasses.replace(cfg, steps=steps))
+    assert before == (sorted(Path(tiny_vae).rglob("*")), sorted(Path(tiny_run).rglob("*")))
+
+    # also where a preset's stage would go, and where nothing is trained yet
+    monkeypatch.chdir(tmp_path)
+    runs.save_checkpoint("out/tiny-vae", 0, {}, None, {"script": "finetune.py", "config": {}})
+    cfg = config.cli(finetune.Config, finetune.PRESETS, ["tiny"])
+    cfg.after = {}
+    with pytest.raises(SystemExit, match="^out/tiny-vae: holds a run of finetune.py, with which train_v"):
+        stages.make_missing(cfg, finetune.makers())
+
+
 # ---------------------------------------------------------------- the whole job
 
 
