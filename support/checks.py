@@ -1,8 +1,18 @@
 """Settings that conflict with each other or with the models: one sentence each, before the first step."""
+import os
 from pathlib import Path
 
 from support import buckets, config, levels, metrics, plan, runs
 from support.measurements import check_writable
+
+
+def check_images(cfg):
+    """raises: SystemExit if a number of built-in images is given, not by a preset, and a folder is read"""
+    given = "images" in getattr(cfg, "given", ()) and runs.step_of(cfg.out) < 1
+    if given and cfg.data_dir not in ("", "procedural") and os.path.isdir(cfg.data_dir):
+        raise SystemExit(f"--images={cfg.images} is a number of built-in images, and all images of "
+                         f"{cfg.data_dir} are used: leave out --images, or --data_dir")
+
 
 # ---------------------------------------------------------------- train_vae.py
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from support import config, data, ranks, runs
+from support import checks, config, data, ranks, runs
 from support.latents import Latents
 
 
@@ -218,7 +218,7 @@ def plan(cfg, makers, rank, device):
     Prints nothing for a run that needs no other. Times come from three or more passes of each stage on noise,
     which do not affect the training. For text-conditional models, whose transformers may not fit here, only
     the order is printed. Sets cfg.after: {run's folder: seconds of what follows it}, for the progress bars.
-    raises: SystemExit if cfg's folder holds a run of the other script
+    raises: SystemExit if cfg's folder holds a run of the other script, or --images= has no effect
     """
     planned = hasattr(cfg, "after")                    # as a stage of another run
     if not planned:
@@ -226,6 +226,7 @@ def plan(cfg, makers, rank, device):
     check_script(cfg.out, makers[-1].script)
     if planned:
         return
+    checks.check_images(cfg)
     cfg.after = {}
     stages = missing(cfg, makers[-1], makers)
     if len(stages) < 2 or runs.is_finished(cfg) or rank > 0:

@@ -8,7 +8,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
-from support import checks, config, runs
+from support import checks, config, runs, stages
 
 
 def test_a_base_with_fewer_classes_than_the_images_is_refused(make_dit):
@@ -137,6 +137,28 @@ def test_no_presets_own_values_are_refused_nor_is_a_run_that_resumes(tmp_path):
     argv = ["tiny-base", f"--out={tmp_path}", "--detail_dropout=0.5"]
     runs.save_folder(tmp_path / "step_000001", {}, {"config": {}})             # from before this check
     checks.before_loading(config.cli(train_vae.Config, train_vae.PRESETS, argv))
+
+
+@pytest.mark.parametrize("script", [train_vae, finetune])
+def test_a_number_of_built_in_images_is_refused_for_a_folder_unless_a_preset_gives_it(
+        script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+
+    def cfg(*flags):
+        return config.cli(script.Config, script.PRESETS, ["tiny", "--out=run", *flags])
+
+    with pytest.raises(SystemExit, match="--images=9 is a number of built-in images, and all .* of photos"):
+        script.main(cfg("--images=9", "--data_dir=photos"))
+    allowed = [cfg("--data_dir=photos"), cfg("--images=9"), cfg("--images=9", "--data_dir=your_own.npz")]
+    for _, maker, stage in stages.stages_of(cfg("--data_dir=photos"), script.makers()):
+        allowed.append(stage)
+        assert "--images" not in config.command(maker.script, stage, maker.presets)
+    assert len(allowed) > 3
+    for job in allowed:
+        checks.check_images(job)
+    runs.save_folder("run/step_000001", {}, {"config": {}})        # a run from before this check resumes
+    checks.check_images(cfg("--images=9", "--data_dir=photos"))
 
 
 @pytest.mark.parametrize("gan, start, judged", [(0.0, 0, False), (0.1, 9, False), (0.1, 8, True)])

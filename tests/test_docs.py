@@ -26,8 +26,10 @@ WITH_COMMANDS = [page for page in PAGES if page.name != "recipes.md"]
 
 
 # A preset's own folder would be trained to its last step, so it is written with a dot: ./out/...
-VAE = "--steps=2 --images=32 --batch_size=2 --micro_batch=2 --stats=8"
-DIT = "--steps=2 --images=32 --batch_size=4 --micro_batch=4 --sample_steps=2 --N=2"
+PHOTO_VAE = "--steps=2 --batch_size=2 --micro_batch=2 --stats=8"
+PHOTO_DIT = "--steps=2 --batch_size=4 --micro_batch=4 --sample_steps=2 --N=2"
+VAE = f"{PHOTO_VAE} --images=32"                                   # a number of built-in images
+DIT = f"{PHOTO_DIT} --images=32"
 DRAW = "--n=4 --batch_size=2 --steps=2"
 MEASURE_VAE = "--images=8"
 MEASURE = f"{MEASURE_VAE} --n=8 --batch_size=4 --steps=2"
@@ -39,9 +41,9 @@ BEFORE = {
     "python train_vae.py tiny": f"{VAE} --base=./out/tiny-base-vae",
     "python finetune.py tiny-base": f"{DIT} --vae=./out/tiny-vae",
     "python train_vae.py photos --base=weights/taef2 --data_dir=my_photos":
-        f"{VAE} --image_size=256 --crop=64 --perceptual=none --out=out/my-vae",
+        f"{PHOTO_VAE} --image_size=256 --crop=64 --perceptual=none --out=out/my-vae",
     "python finetune.py photos-base --data_dir=my_photos":
-        f"{DIT} --vae=out/my-vae --out=out/my-base --E=32 --depth=1",
+        f"{PHOTO_DIT} --vae=out/my-vae --out=out/my-base --E=32 --depth=1",
 }
 
 # {command as shown: the flags added to it}, without those that a page says are "not run".
@@ -72,9 +74,9 @@ TOY = {
     "python experiments/tsne.py out/tiny-vae --other=out/no-align": LOOK,
     "python experiments/sizes.py out/tiny-vae --sizes=32,0 --images=100": LOOK,
     "python train_vae.py photos --base=weights/taef2 --data_dir=photos/train "
-    "--lpips_trunk=squeezenet1_1_features.pth": f"{VAE} --image_size=256 --crop=64",
+    "--lpips_trunk=squeezenet1_1_features.pth": f"{PHOTO_VAE} --image_size=256 --crop=64",
     "python train_vae.py photos-quick --base=weights/taef2 --data_dir=photos/train":
-        f"{VAE} --image_size=256 --crop=64",
+        f"{PHOTO_VAE} --image_size=256 --crop=64",
     "python experiments/sizes.py out/photos-vae --other=out/photos-quick-vae --data_dir=kodak --images=24 "
     "--sizes=0 --tiled=2048 --lpips_trunk=squeezenet1_1_features.pth": "--tiled=256 --halvings=0",
     "python train_vae.py tiny-base --out=out/drawings-base --r=1 --C=32 --groups=4 --steps=1500 "
@@ -84,12 +86,12 @@ TOY = {
     "--dtype=bfloat16": VAE,
     "python experiments/sizes.py out/drawings-vae --sizes=48,0 --tiled=256 --halvings=0 --images=10": LOOK,
     "python finetune.py photos --data_dir=my_photos --base_vae=weights/taef2 "
-    "--lpips_trunk=squeezenet1_1_features.pth": f"{DIT} --vae=out/my-vae --base=out/my-base",
+    "--lpips_trunk=squeezenet1_1_features.pth": f"{PHOTO_DIT} --vae=out/my-vae --base=out/my-base",
     "python sample.py out/my_photos-taef2/photos": DRAW,
     "python finetune.py photos-base --data_dir=photos/train":
-        f"{DIT} --vae=./out/photos-vae --E=32 --depth=1",
+        f"{PHOTO_DIT} --vae=./out/photos-vae --E=32 --depth=1",
     "python finetune.py photos --data_dir=photos/train":
-        f"{DIT} --vae=./out/photos-vae --base=./out/photos-base",
+        f"{PHOTO_DIT} --vae=./out/photos-vae --base=./out/photos-base",
     "python sample.py out/photos": DRAW,
     "python evaluate.py out/photos-vae --data_dir=photos/eval --whole=True --perceptual=squeeze "
     "--lpips_trunk=squeezenet1_1_features.pth": "",

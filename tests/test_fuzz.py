@@ -44,6 +44,11 @@ MEASURED = {"n": 2, "images": 4, "steps": 1, "features": "none"}
 PHOTOS = {"data_dir": "photos"}
 
 
+def of_photos(flags):
+    """Flags of training on the folder of photos, not on a number of drawings."""
+    return {name: value for name, value in flags.items() if name != "images"} | PHOTOS
+
+
 @dataclasses.dataclass
 class Two:
     """What `evaluate.py compare` takes, without flag names."""
@@ -56,11 +61,11 @@ LINES = [
     ("train_vae.py", train_vae.Config, BASE_VAE | {"out": "new"}),
     ("train_vae.py", train_vae.Config, DAVAE | {"out": "new"}),
     ("train_vae.py", train_vae.Config, DAVAE | {"out": "vae", "steps": 2}),                    # resumes
-    ("train_vae.py", train_vae.Config, DAVAE | PHOTOS | {"out": "new", "crop": 24}),
+    ("train_vae.py", train_vae.Config, of_photos(DAVAE) | {"out": "new", "crop": 24}),
     ("finetune.py", finetune.Config, BASE_DIT | {"out": "new"}),
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "new"}),
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "dit", "steps": 2}),                  # resumes
-    ("finetune.py", finetune.Config, DAVAE_DIT | PHOTOS | {"out": "new", "cache": False}),
+    ("finetune.py", finetune.Config, of_photos(DAVAE_DIT) | {"out": "new", "cache": False}),
     ("finetune.py", finetune.Config, DAVAE_DIT | {"out": "new", "dry_run": True} | SMALL),
     ("sample.py", sample.Config, {"run": "dit", "n": 2, "steps": 1}),
     ("sample.py", sample.Config, {"run": "dit", "n": 3, "steps": 2, "out": "new", "classes": "2,10"}),
