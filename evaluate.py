@@ -567,7 +567,7 @@ def command_line(argv):
         if comparing:
             compare(*argv[1:])
         elif argv[:1] == ["report"]:
-            ranks.launch(main_report, config.cli(ReportConfig, argv=argv[1:]))
+            ranks.launch_alone(main_report, config.cli(ReportConfig, argv=argv[1:]))
         else:
             ranks.launch(main, config.cli(Config, argv=argv))
     except ImportError as error:                    # torch-fidelity, transformers, lpips

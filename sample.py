@@ -483,9 +483,9 @@ def progress_bar(title, images, cfg, rank):
 
 
 if __name__ == "__main__":
-    commands = {"text": (texts.main_text, texts.TextConfig), "export": (main_export, ExportConfig)}
-    if "".join(sys.argv[1:2]) in commands:
-        run_command, Options = commands[sys.argv[1]]
-        ranks.launch(run_command, config.cli(Options, argv=sys.argv[2:]))
+    if sys.argv[1:2] == ["text"]:
+        ranks.launch(texts.main_text, config.cli(texts.TextConfig, argv=sys.argv[2:]))
+    elif sys.argv[1:2] == ["export"]:
+        ranks.launch_alone(main_export, config.cli(ExportConfig, argv=sys.argv[2:]))
     else:
         ranks.launch(main, config.cli(Config))

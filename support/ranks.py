@@ -44,6 +44,12 @@ def launch(main, cfg):
         dist.destroy_process_group()
 
 
+def launch_alone(main, cfg):
+    """`launch` a main that one process does: under torchrun, rank 0 works as if alone, and the others end."""
+    if int(os.environ.pop("RANK", 0)) == 0:                # without it, `setup` waits for no other
+        launch(main, cfg)
+
+
 def run_main(main, cfg):
     """main(cfg), with the sentences of `launch`."""
     try:

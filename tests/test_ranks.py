@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -222,6 +223,18 @@ def test_other_errors_of_the_same_types_keep_their_traceback():
 def test_a_missing_gpu_gets_one_sentence(vae_config, tmp_path):
     with pytest.raises(SystemExit, match="--device=cuda: 0 GPUs that torch can use, wanted at least 1"):
         train_vae.main(vae_config(tmp_path / "run", device="cuda"))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_under_torchrun_one_process_exports_and_writes_the_report(rank, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")                          # the other process is not there to answer
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "export", tiny_run, f"--out={tmp_path}/exported"])
+    runpy.run_path(sample.__file__, run_name="__main__")
+    monkeypatch.setenv("RANK", rank)
+    evaluate.command_line(["report", tiny_run, f"--out={tmp_path}/report.html", "--images=1", "--n=1"])
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == ({"exported", "report.html"} if rank == "0" else set())
 
 
 # ---------------------------------------------------------------- train_vae.py in two processes
