@@ -24,7 +24,7 @@ import sys
 # Unless a field says otherwise, a number may be as large as this.
 LARGEST = 1_000_000_000
 
-# Limits of a path, in bytes: what file systems take, less the names appended to it (step_000100.tmp/...).
+# Limits of a path, in bytes: what file systems take, less what is appended to it (step_000100.davae-new/...).
 LONGEST_NAME = 240
 LONGEST_PATH = 3800
 

@@ -500,9 +500,15 @@ def save_whole(tensors, path, temporary, header):
         temporary.unlink(missing_ok=True)                      # a full disk needs its bytes
 
 
+# What our saves append to a folder's name, while they write it and while they replace it. Nobody else names
+# folders like this, so a killed save's leftovers may be removed; a user's own copy.tmp or copy.old stays.
+NEW = ".davae-new"
+FORMER = ".davae-old"
+
+
 def replace_folder(final, new):
     """Put the folder `new` in the place of `final`: whatever happens, one of the two exists; see `mend`."""
-    aside = Path(f"{final}.old")
+    aside = Path(f"{final}{FORMER}")
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(final, aside)
@@ -512,7 +518,7 @@ def replace_folder(final, new):
 
 def mend(run):
     """Repair step folders that a killed job left half replaced."""
-    for aside in Path(run).glob("step_*.old"):
+    for aside in Path(run).glob(f"step_*{FORMER}"):
         if aside.with_suffix("").exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:

@@ -433,10 +433,10 @@ def picture_may_fail(what):
 def save_checkpoint(run, step, weights, train_state, config):
     """Write <run>/step_<step>/; then remove all but the two newest, and leftovers of killed saves."""
     save_folder(Path(run) / f"step_{step:06d}", weights, config, train_state)
-    for old in [*checkpoints(run)[:-2], *Path(run).glob("step_*.tmp")]:
+    for old in [*checkpoints(run)[:-2], *Path(run).glob(f"step_*{files.NEW}")]:
         try:
-            os.replace(old, old.with_suffix(".tmp"))           # so that half of it is not a checkpoint
-            shutil.rmtree(old.with_suffix(".tmp"))
+            os.replace(old, old.with_suffix(files.NEW))        # so that half of it is not a checkpoint
+            shutil.rmtree(old.with_suffix(files.NEW))
         except OSError as error:                               # such as NFS's, while it is being read
             tqdm.write(f"{old}: not removed ({error.strerror}); the next save tries again", file=sys.stderr)
 
@@ -447,7 +447,7 @@ def save_folder(final, weights, config, train_state=None):
     weights: {name: state dict} -> <name>.safetensors;  config -> config.json;  train_state -> train_state.pt
     """
     final = Path(final)
-    temporary = Path(f"{final}.tmp")
+    temporary = Path(f"{final}{files.NEW}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

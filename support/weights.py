@@ -36,7 +36,7 @@ from support.diffusers_dit import (
     import_transformer,
     refuse_bare,
 )
-from support.files import check_diffusers_config, fill, pick_weights, read_json, some
+from support.files import NEW, check_diffusers_config, fill, pick_weights, read_json, some
 from support.flux2 import import_flux2, is_flux2
 from support.runs import latest_checkpoint, read_config, read_state_dict
 from support.usit import export_usit, import_usit, is_usit
@@ -509,7 +509,7 @@ def main_export(cfg):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
     if not isinstance(dit, (LightningDiT, MMDiT, USiT, DiffusersDiT)):
         raise SystemExit(f"{cfg.run}: a {type(dit).__name__} has no public format")
-    temporary = Path(f"{Path(cfg.out)}.tmp")
+    temporary = Path(f"{Path(cfg.out)}{NEW}")
     runs.make_folder(temporary)
     try:
         with runs.disk_may_fail(must=True, what=cfg.out):

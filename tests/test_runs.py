@@ -97,9 +97,9 @@ def test_a_folder_without_checkpoints_is_answered_with_the_runs_that_have_some(
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "tiny"):
         runs.save_checkpoint(f"out/{name}", 9, {}, None, {})
-    for left in ("out/broken/step_000001", "out/killed/step_000002.tmp", "step_000003"):
+    for left in ("out/broken/step_000001", "out/killed/step_000002.davae-new", "step_000003"):
         Path(left).mkdir(parents=True)                             # none of them is a checkpoint
-    (Path("out/killed/step_000002.tmp") / "config.json").write_text("{}")
+    (Path("out/killed/step_000002.davae-new") / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match=f": there are {there}$"):
         runs.latest_checkpoint(given)
 
@@ -270,7 +270,7 @@ def test_a_checkpoint_is_flushed_before_it_replaces_the_previous_one(tmp_path, m
             inside = {file.name: file.stat().st_ino for file in Path(a).iterdir()}
             assert set(inside) == {"model.safetensors", "train_state.pt", "config.json", "SHA256SUMS"}
             assert set(inside.values()) <= flushed
-            moved.append((tmp_path / "step_000005.old" / "model.safetensors").exists())
+            moved.append((tmp_path / "step_000005.davae-old" / "model.safetensors").exists())
         rename(a, b)
 
     monkeypatch.setattr(os, "fsync", noted)
@@ -327,14 +327,35 @@ def test_a_summary_damaged_by_a_power_cut_is_rewritten(vae_config, tmp_path, lef
 def test_a_checkpoint_survives_a_kill_while_it_is_replaced(tmp_path, killed):
     for value in (1.0, 2.0):
         runs.save_folder(tmp_path / "step_000005", {"model": {"w": torch.full((2,), value)}}, {"a": 1})
-        assert not list(tmp_path.glob("*.old"))
+        assert not list(tmp_path.glob("*.davae-old"))
     if "between" in killed:
-        (tmp_path / "step_000005").rename(tmp_path / "step_000005.old")
+        (tmp_path / "step_000005").rename(tmp_path / "step_000005.davae-old")
     else:
-        shutil.copytree(tmp_path / "step_000005", tmp_path / "step_000005.old")
+        shutil.copytree(tmp_path / "step_000005", tmp_path / "step_000005.davae-old")
     runs.hold(tmp_path, 0)
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_000005"]
     assert load_file(tmp_path / "step_000005" / "model.safetensors")["w"].tolist() == [2.0, 2.0]
+
+
+def test_a_save_removes_what_a_killed_one_left_but_no_copy_that_a_user_made(tiny_run, tmp_path):
+    kept, left = ("a.tmp", "a.old", "b.tmp"), ("a.davae-new", "a.davae-old", "b.davae-new")
+    for name in ("a", *kept, *left):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    runs.save_folder(tmp_path / "a", {}, {})
+    weights.main_export(weights.ExportConfig(run=tiny_run, out=str(tmp_path / "b")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a", "b", *kept])
+    assert all((tmp_path / name / "config.json").exists() for name in kept)
+
+    # in a run, too
+    step = tmp_path / "run" / "step_000001"
+    runs.save_checkpoint(step.parent, 1, {}, {}, {})
+    for ending in (".tmp", ".old", ".davae-new"):
+        shutil.copytree(step, f"{step}{ending}")
+    runs.hold(step.parent, 0)
+    runs.save_checkpoint(step.parent, 2, {}, {}, {})
+    steps = [path.name for path in step.parent.glob("step_*")]
+    assert sorted(steps) == ["step_000001", "step_000001.old", "step_000001.tmp", "step_000002"]
 
 
 # ---------------------------------------------------------------- reading what may be damaged or hostile
@@ -439,7 +460,7 @@ os.replace = replace
     "before the old one is pruned": f"""
 remove = runs.shutil.rmtree
 def rmtree(path, **kw):
-    if 'step_000000' in str(path) and os.path.isdir(str(path).replace('0.tmp', '2')):
+    if 'step_000000' in str(path) and os.path.isdir(str(path).replace('0.davae-new', '2')):
         {DIE}
     remove(path, **kw)
 runs.shutil.rmtree = rmtree
@@ -460,7 +481,7 @@ def test_a_run_killed_during_a_save_resumes_exactly(davae_config, same_weights, 
     train_vae.main(straight)
     train_vae.main(killed)
     assert same_weights(straight, killed)
-    assert not list((tmp_path / "b").glob("*.tmp"))
+    assert not list((tmp_path / "b").glob("*.davae-new"))
     assert [p.name for p in runs.checkpoints(killed.out)] == ["step_000003", "step_000004"]
 
 
