@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
@@ -144,8 +145,8 @@ def check_writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError("not a regular file; wanted a file name")
-        runs.replace(Path(f"{path}.try"), "")
-        Path(f"{path}.try").unlink()
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise SystemExit(f"{path}: cannot be written ({error})") from None
 

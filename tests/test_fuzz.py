@@ -219,7 +219,7 @@ class Machine:
         changed = {path for path, state in files_of(above).items() if before.get(path) != state}
         outside = [path for path in changed if not may_write(path, argv, above)]
         torn = [step for step in above.glob("**/step_*") if step.name[5:].isdigit() and not is_whole(step)]
-        half = [path for path in changed if re.search(r"\.(tmp|part|try|davae-new|davae-old)\d*(/|$)", path)]
+        half = [path for path in changed if re.search(r"\.(tmp|part|davae-new|davae-old)\d*(/|$)", path)]
         shutil.rmtree(above)
 
         assert result["end"] in ("exit", "cut"), f"{line}\n{result['end']}: {result['err']}"
