@@ -404,6 +404,9 @@ def text_of(cfg, about, settings, out, rank, device):
     own = about["config"]
     if not own.get("text"):
         return None
+    count = len(settings["prompts"])
+    if rank == 0 and cfg.prompts and count > cfg.n:
+        print(f"--prompts= has {count} prompts, of which the first {cfg.n} are drawn; --n={count} draws all")
     prompts = [*settings["prompts"][:cfg.n], settings["negative"]]
     kept = run_folder(cfg.run) / "captions"
     folder = cfg.text or (kept if texts.has(kept, prompts) else own["text"])

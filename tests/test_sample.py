@@ -405,7 +405,7 @@ def test_two_processes_share_the_missing_images_and_load_the_weights_asked_for(
 
 @pytest.fixture
 def text_of(tmp_path):
-    """text_of(prompts, made_of=(), model=(), **flags) -> sample.text_of of a run trained on "", a and b.
+    """text_of(drawn, made_of=(), model=(), **flags) -> sample.text_of of a run trained on "", a and b.
 
     Its text was in <tmp_path>/shards; the run itself is <tmp_path>/run.
     """
@@ -416,11 +416,11 @@ def text_of(tmp_path):
         text.write_shard(folder / "text_00000.safetensors", prompts, *vectors, header)
         return str(folder)
 
-    def find(prompts, made_of=(), model=(), **flags):
+    def find(drawn, made_of=(), model=(), **flags):
         about = {"config": {"text": str(tmp_path / "shards"), "t5_tokens": 24}, "model": dict(model),
                  "made_of": dict(made_of)}
         cfg = sample.Config(run=str(tmp_path / "run"), **flags)
-        return sample.text_of(cfg, about, {"prompts": prompts, "negative": ""}, "", 0, torch.device("cpu"))
+        return sample.text_of(cfg, about, {"prompts": drawn, "negative": ""}, "", 0, torch.device("cpu"))
 
     shard(tmp_path / "shards", ["", "a", "b"])
     find.shard = shard
@@ -443,6 +443,16 @@ def test_only_the_prompts_that_are_drawn_and_the_negative_one_are_encoded(text_o
     monkeypatch.setattr(text, "text_for", text_for)
     text_of(["a", "b"] * 1000, n=1)
     assert asked == [["a", ""]]
+
+
+def test_prompts_beyond_n_are_not_dropped_without_a_word(text_of, capsys):
+    three = dict(prompts="a|b|a")                                  # as one file with three lines would be
+    text_of(["a", "b", "a"], n=2, **three)
+    said = "--prompts= has 3 prompts, of which the first 2 are drawn; --n=3 draws all\n"
+    assert capsys.readouterr().out == said
+    text_of(["a", "b", "a"], n=3, **three)
+    text_of(["a", "b", "a"], n=2)                                  # captions, which nobody listed
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("trained_with, warned", [
