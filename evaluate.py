@@ -410,7 +410,8 @@ def main(cfg):
     batches = data.read(dataset, mine, run.vae.f * run.vae.base.block if cfg.whole else 0)
     batches = tqdm(batches, desc=str(run.checkpoint), disable=run.rank > 0, mininterval=1)
     batches = large_enough(batches, dataset, rulers.least())
-    table, real, settings["held_out"] = reconstruction(run.vae, batches, rulers, run.device, cfg.dtype)
+    with ranks.memory_may_run_out(less_memory(cfg, run.device)):
+        table, real, settings["held_out"] = reconstruction(run.vae, batches, rulers, run.device, cfg.dtype)
     settings["left_out"] = len(index) - len(real)
     entry = {"settings": settings, "reconstruction": table}
     if draws and not cfg.reference:
@@ -446,6 +447,14 @@ def large_enough(batches, dataset, least):
         else:                                                  # a whole image, a batch by itself
             reason = f"{W}x{H} pixels are too small, LPIPS wants {least}"
             dataset.report(dataset.paths[numbers[0]], reason, "it is left out")
+
+
+def less_memory(cfg, device):
+    """What makes reconstruction take less memory; no flag sets how many images are one batch of it."""
+    advice = ["--perceptual=none"] if cfg.perceptual != "none" else []
+    if cfg.whole:
+        advice.append("smaller images, or without --whole=True")
+    return [*advice, "--device=cpu" if device.type == "cuda" else "a machine with more memory"]
 
 
 # ---------------------------------------------------------------- the report

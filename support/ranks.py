@@ -2,6 +2,7 @@
 
 Everything here also works without torchrun: there is then a single rank, 0 in a world of 1.
 """
+import contextlib
 import json
 import math
 import os
@@ -53,11 +54,9 @@ def launch_alone(main, cfg):
 def run_main(main, cfg):
     """main(cfg), with the sentences of `launch`."""
     try:
-        main(cfg)
-    except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
-        if out_of_memory(error):
-            reason = str(error).partition("\n")[0].rpartition("CPUAllocator: ")[2] or "out of memory"
-            raise SystemExit(f"{reason}\nTry, in this order: {smaller(cfg)}") from None
+        with memory_may_run_out(smaller(cfg)):
+            main(cfg)
+    except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and raised_here(error):
             raise SystemExit(str(error)) from None
         if isinstance(error, PermissionError) and error.filename:
@@ -103,8 +102,20 @@ def out_of_memory(error):
     return re.search(TOO_LARGE, str(error), re.IGNORECASE) is not None
 
 
+@contextlib.contextmanager
+def memory_may_run_out(advice):
+    """End with a sentence where it does, a GPU's or the machine's.   advice: what to try, in order"""
+    try:
+        yield
+    except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0].rpartition("CPUAllocator: ")[2] or "out of memory"
+        raise SystemExit(f"{reason}\nTry, in this order: {', '.join(advice)}") from None
+
+
 def smaller(cfg):
-    """The flags, out of those that its Config has, that reduce a run's memory."""
+    """The flags, out of those that its Config has, that reduce a run's memory, in the order to try them."""
     advice = []
     for name in ("micro_batch", "batch_size"):
         size = getattr(cfg, name, 1)
@@ -114,7 +125,7 @@ def smaller(cfg):
     for name in ("checkpointing", "shard"):
         if not getattr(cfg, name, True):
             advice.append(f"--{name}=True")
-    return ", ".join([*advice, "smaller images", "a smaller model"])
+    return [*advice, "smaller images", "a smaller model"]
 
 
 def raised_here(error):

@@ -594,6 +594,33 @@ def test_a_failed_generation_loses_neither_the_reconstruction_nor_earlier_measur
     assert json.loads(path.read_text()) == [whole]
 
 
+@pytest.mark.parametrize("flags, advice", [
+    (dict(), "a machine with more memory"),
+    (dict(whole=True, perceptual="squeeze"),
+     "--perceptual=none, smaller images, or without --whole=True, a machine with more memory")])
+def test_out_of_memory_in_reconstruction_names_only_what_it_depends_on(
+        tiny_vae, tmp_path, photos, monkeypatch, flags, advice):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(metrics, "make_lpips", lambda *args: torch.nn.Identity())
+    monkeypatch.setattr(evaluate, "pair_scores", full)
+    cfg = evaluate.Config(run=tiny_vae, out=str(tmp_path / "m.json"), data_dir=photos(4), **flags)
+    cfg.device = "cpu"                                             # else its advice is --device=cpu
+    with pytest.raises(SystemExit, match=f"^CUDA out of memory. Tried .*\nTry, in this order: {advice}$"):
+        ranks.launch(evaluate.main, cfg)
+
+
+def test_out_of_memory_in_drawing_names_the_batch_size(tiny_run, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(evaluate.sample, "generate", full)
+    cfg = evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), images=4, batch_size=6)
+    with pytest.raises(SystemExit, match="Try, in this order: --batch_size=3, "):
+        ranks.launch(evaluate.main, cfg)
+
+
 def test_a_measurement_the_disk_refuses_is_printed(tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
