@@ -174,10 +174,11 @@ def size_in_header(source):
 # ---------------------------------------------------------------- the data set, and its order
 
 
-class Bucket(data.ImageFiles):
+class Bucket(data.Dataset):
     """The images of one shape (height, width): those numbered `members` in `images`; root: the set's name.
 
-    An unreadable image is replaced by the next one of the bucket.
+    An unreadable image is replaced by the next one of the bucket. If the bucket has none that can be read,
+    the next one of all images takes its place, cropped to the bucket's shape, which the batch must have.
     """
 
     def __init__(self, images, members, shape, root):
@@ -185,20 +186,29 @@ class Bucket(data.ImageFiles):
         self.members = members
         self.shape = shape
         self.name = f"{shape[0]}x{shape[1]}"
-        self.root = f"{root}, bucket {self.name},"
+        self.root = root
         self.labels = images.labels[members]
-        self.bad = {}
 
-    def exact(self, k, then="it is left out"):
-        """The k-th image of the bucket: uint8 (height, width, 3), label; None if it is unreadable."""
-        i = int(self.members[k])
+    def image(self, k):
+        """The k-th image of the bucket, or the one in its place: uint8 (height, width, 3), label."""
+        first = self.members[k]
+        others = itertools.chain(range(first, len(self.images)), range(first))
+        for i in itertools.chain(self.members[k:], self.members[:k], others):
+            row = self.cropped(int(i))
+            if row is not None:
+                return row
+            self.images.refuse_if_many_are_bad(self.root)
+
+    def cropped(self, i):
+        """Image i of all in the bucket's shape: uint8 (height, width, 3), label; None if it is unreadable."""
         path = self.images.paths[i]
-        if path in self.bad:
+        if path in self.images.bad:
             return None
         try:
-            return np.asarray(data.center_crop(self.images.load(i), *self.shape)), int(self.labels[k])
+            pixels = data.center_crop(self.images.load(i), *self.shape)
+            return np.asarray(pixels), int(self.images.labels[i])
         except ValueError as error:
-            self.report(path, str(error), then)
+            self.images.report(path, str(error), "the next image takes its place")
 
 
 class Buckets(data.Dataset):

@@ -58,6 +58,7 @@ class Dataset:
         paths        N image files, or other names, needed to `read` whole images; None if there are none
         load(i)      image i uncropped, a PIL image in RGB; here from paths[i]
         bad          {path: reason} of the files found unreadable so far
+        faults       which of them are not among its images, as a dict with these keys
         fingerprint  a digest of images and labels
         left_out     {ending: count} of the files in its folder that it does not use
         summary()    one line that describes the data set, printed when a run starts
@@ -66,6 +67,7 @@ class Dataset:
     classes = []
     captions = None
     paths = None
+    faults = {}
     left_out = {}
 
     @functools.cached_property
@@ -109,6 +111,16 @@ class Dataset:
             reason = f"cannot use the image {shown(path)}: {reason}"
         if self.bad.setdefault(path, reason) is reason:
             tqdm.write(f"{reason}; {then}", file=sys.stderr)
+
+    def refuse_if_many_are_bad(self, name):
+        """raises: ValueError if at least 10 images and 1 % of all, or all there are, have proved unreadable
+
+        name: of the data set
+        """
+        found = [reason for path, reason in list(self.bad.items()) if path not in self.faults]
+        if len(found) >= min(len(self), max(10, len(self) / 100)):
+            raise ValueError(f"{len(found)} of {len(self)} images in {name} are unreadable, "
+                             f"repair or remove them; the first: {'; '.join(found[:3])}")
 
     def summary(self):
         """One line such as '812 images in 5 classes (cat 210, dog 190, ...), 812 captions, 3 unreadable; left
@@ -211,9 +223,7 @@ class ImageFiles(Dataset):
 
     An unreadable image is named once on stderr, recorded in `bad`, and replaced by the next readable one. If
     at least 10 images and 1 % of all prove unreadable, that is a ValueError.
-    faults: what is in `bad` from the beginning, and not among the images
     """
-    faults = {}
 
     def image(self, i):
         """Image i as uint8 (size, size, 3) with its label; if it is unreadable, the next one that is not."""
@@ -222,10 +232,7 @@ class ImageFiles(Dataset):
             row = self.exact(j, "the next image takes its place")
             if row is not None:
                 return row
-            found = [reason for name, reason in list(self.bad.items()) if name not in self.faults]
-            if len(found) >= min(len(self), max(10, len(self) / 100)):
-                raise ValueError(f"{len(found)} of {len(self)} images in {self.root} are unreadable, "
-                                 f"repair or remove them; the first: {'; '.join(found[:3])}")
+            self.refuse_if_many_are_bad(self.root)
 
     def exact(self, i, then="it is left out"):
         """Image i as uint8 (size, size, 3) with its label; None if it is unreadable.

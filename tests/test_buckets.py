@@ -1,6 +1,7 @@
 """support/buckets.py: shapes, which image gets which, the order of batches; both scripts trained on them."""
 import dataclasses
 import io
+import itertools
 import json
 import math
 import shutil
@@ -207,6 +208,47 @@ def test_an_unreadable_image_has_no_bucket_and_a_truncated_one_is_replaced_withi
         assert 3 not in shaped.plan(4, 0, step)[0]
     assert np.array_equal(shaped.image(13)[0], shaped.image(14)[0])
     assert "13.png" in capsys.readouterr().err
+
+
+def test_a_bucket_whose_only_image_is_damaged_gets_others_in_its_shape(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    picture(70, 40).save(tmp_path / "alone.png")                   # upright: no other image is
+    whole = (tmp_path / "alone.png").read_bytes()
+    (tmp_path / "alone.png").write_bytes(whole[:len(whole) // 2])  # its header is intact
+    images = data.open_dataset(tmp_path, 64)
+    images.labels = np.arange(len(images))
+    shaped = buckets.sort(images, settings(), 8)
+    alone, (height, width) = len(SIZES), shaped.shapes[0]
+    assert shaped.parts[0].members.tolist() == [alone] and height > width
+    shapes = Counter(x.shape[1:] for x, _ in itertools.islice(data.batches(shaped, 4, 0), 40))
+    assert shapes[height, width, 3] == 2                           # 40 batches, 20 images
+    pixels, label = shaped.image(alone)                            # after the last image comes the first
+    assert label == 0 and np.array_equal(pixels, data.center_crop(images.load(0), height, width))
+    assert capsys.readouterr().err.count("alone.png") == 1
+
+
+class Few(data.Dataset):
+    """Two thousand images of which the first `damaged` cannot be read."""
+
+    labels = np.zeros(2000, np.int64)
+    paths = [str(i) for i in range(2000)]
+
+    def __init__(self, damaged):
+        self.damaged = damaged
+
+    def load(self, i):
+        if i < self.damaged:
+            raise ValueError(f"cannot read the image {i}: it is empty")
+        return picture(16, 16)
+
+
+def test_damaged_images_are_counted_among_all_images_whatever_their_bucket():
+    which = np.arange(2000) // 15 % 2                              # fifteen in turn
+    goes_on, stops = [buckets.Buckets(Few(n), [(8, 16), (16, 8)], which, "photos") for n in (19, 20)]
+    assert goes_on.image(0)[0].shape == (8, 16, 3) and goes_on.image(15)[0].shape == (16, 8, 3)
+    assert len(goes_on.images.bad) == 19
+    with pytest.raises(ValueError, match="20 of 2000 images in photos are unreadable.*the first: cannot"):
+        [stops.image(i) for i in (0, 15)]
 
 
 @pytest.mark.parametrize("unreadable, of, refused", [
