@@ -204,11 +204,17 @@ class Latents(data.Dataset):
         """Does a *.safetensors in it hold `latents`?  Or is one broken, in a folder without images?"""
         if folder in ("", "procedural") or not Path(folder).is_dir():
             return False
-        found = [names_in(path) for path in Path(folder).glob("*.safetensors")]
-        if any("latents" in names for names in found if names is not None):
-            return True
+        broken = False
+        for path in Path(folder).glob("*.safetensors"):
+            names = names_in(path)
+            if names is None:
+                broken = True
+            elif "latents" in names:
+                return True
+        if not broken:                                             # do not list millions of images for it
+            return False
         below = itertools.chain.from_iterable(data.find_files(folder).values())
-        return None in found and not any(map(data.is_image, below))
+        return not any(map(data.is_image, below))
 
     def check(self, side, flip):
         """raises: SystemExit if the latents are not side x side, or mirrored ones are missing"""

@@ -388,6 +388,19 @@ def test_a_truncated_shard_is_named_and_its_folder_still_holds_latents(tmp_path,
         (tmp_path / "a.safetensors").unlink(missing_ok=True)       # now b is the only one
 
 
+def test_folders_of_images_are_not_listed_and_one_whole_shard_suffices(tmp_path, monkeypatch):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "cat" / "a.png")
+    save_file({"lora.up": torch.zeros(2)}, tmp_path / "photos" / "lora.safetensors")
+    (tmp_path / "latents").mkdir()
+    shards(tmp_path / "latents")
+    read, names_in = [], latents.names_in
+    monkeypatch.setattr(latents, "names_in", lambda path: read.append(path) or names_in(path))
+    monkeypatch.setattr(data, "find_files", lambda folder: pytest.fail(f"{folder} was listed"))
+    assert not latents.Latents.are_in(str(tmp_path / "photos"))
+    assert latents.Latents.are_in(str(tmp_path / "latents")) and len(read) == 2
+
+
 def test_non_finite_latents_stop_the_batch_that_holds_them(tmp_path):
     kept = latents.Latents(shards(tmp_path, latents=NAN), known_vae(), 12)
     assert kept.batch([0, 4, 5], [False, True, False])[1].tolist() == [0, 1, 2]   # row 1 mirrored is finite
