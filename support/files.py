@@ -7,6 +7,7 @@
     pick_weights(state)    the state dict in a checkpoint that holds more
     unwrapped(sd)          names without what DDP, torch.compile and the like add to them
     fill(module, sd)       load the weights into a module, strictly; all must be finite
+    read_again(read, ...)  read(...), again a moment later if a network disk fails
     flush(path)            wait until a file that was written is on the disk
     renamed_when_whole(path)     where to write a file that is whole or absent, whatever other jobs do
     save_whole(tensors, ...)     a safetensors file that is whole or absent
@@ -20,6 +21,7 @@ memory-mapped, and nothing in them runs. An error is one sentence: about a file,
 """
 import argparse
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -27,6 +29,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 import uuid
 import zipfile
 from pathlib import Path, PosixPath
@@ -462,6 +465,21 @@ def own(name, weight, like):
 
 UMASK = os.umask(0)                                # can only be read by setting it
 os.umask(UMASK)
+
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)       # what a network disk says that fails for a moment
+PAUSES = (1, 5)                                            # seconds, before the second attempt and the third
+
+
+def read_again(read, *args):
+    """read(*args), and up to two more times if it fails with one of PASSING; decoders' errors are none."""
+    for pause in PAUSES:
+        try:
+            return read(*args)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return read(*args)
 
 
 def flush(path):

@@ -43,7 +43,10 @@ def of_files(paths, root):
 
     def describe(path, size):
         try:
-            content = digest_of(path, size, allowance) if path in chosen else os.stat(path).st_mtime_ns
+            if path in chosen:                     # a moment's failure would be another digest, another cache
+                content = files.read_again(digest_of, path, size, allowance)
+            else:
+                content = os.stat(path).st_mtime_ns
         except OSError:
             content = "unreadable"
         return f"{os.path.relpath(path, root)}\0{size}\0{content}\n"

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from support import files
 from support.captions import shown
 
 ORIENTATION = ExifTags.Base.Orientation
@@ -61,6 +62,14 @@ def orientation(image):
         return None
 
 
+def decoded(source):
+    """An image file, or a stream of its bytes, as an upright RGB PIL image."""
+    with Image.open(source) as file:
+        if file.width * file.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError                      # as Pillow does above twice as many
+        return to_rgb(upright(file))
+
+
 def load_image(path, raw=None):
     """An image file (of an animation, the first frame) as an RGB PIL image, upright by its EXIF data.
 
@@ -68,10 +77,7 @@ def load_image(path, raw=None):
     raises: ValueError naming the file and the reason
     """
     try:
-        with Image.open(path if raw is None else io.BytesIO(raw)) as file:
-            if file.width * file.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise Image.DecompressionBombError                  # as Pillow does above twice as many
-            return to_rgb(upright(file))
+        return files.read_again(decoded, path if raw is None else io.BytesIO(raw))
     except UnidentifiedImageError:
         size = os.path.getsize(path) if raw is None else len(raw)
         reason = "its bytes are not an image" if size else "the file is empty"

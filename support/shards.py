@@ -30,6 +30,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from support import files
 from support.captions import read_text, shown
 from support.identity import of_text
 
@@ -114,9 +115,13 @@ class Index:
         """The first `most` bytes of image i.   raises: OSError or ValueError if they are no longer there"""
         size = min(most, self.size[i])
         path = os.path.join(self.folder, self.tars[self.tar[i]])
-        with open(path, "rb", buffering=0) as file:
-            file.seek(self.offset[i])
-            raw = file.read(size)
+
+        def attempt():
+            with open(path, "rb", buffering=0) as file:
+                file.seek(self.offset[i])
+                return file.read(size)
+
+        raw = files.read_again(attempt)
         if len(raw) < size:
             raise ValueError("its shard has become shorter since the run began")
         return raw

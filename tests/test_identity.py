@@ -1,4 +1,5 @@
 """support/identity.py: runs, caches and samples identify what they depend on by its contents."""
+import errno
 import os
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.torch import load, load_file, save_file
 import finetune
 import sample
 import train_vae
-from support import data, identity, latents, metrics, runs
+from support import data, files, identity, latents, metrics, runs
 from support.weights import load_davae
 
 
@@ -86,6 +87,21 @@ def test_large_data_sets_are_identified_by_names_sizes_times_and_samples(photos,
     assert after != before
     os.utime(files[1], ns=(0, 0))                                  # a file that is not read at all
     assert identity.of_files(files, photos) != after
+
+
+def test_a_disk_that_fails_for_a_moment_changes_no_fingerprint(photos, monkeypatch):
+    before = data.open_dataset(photos, 16).fingerprint
+    digest_of, failed = identity.digest_of, []
+
+    def failing(path, *rest):
+        if path not in failed:                                     # each file once
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest_of(path, *rest)
+
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    monkeypatch.setattr(identity, "digest_of", failing)
+    assert data.open_dataset(photos, 16).fingerprint == before and len(failed) == 12
 
 
 def test_drawings_are_distinguished_by_seed_size_and_number():

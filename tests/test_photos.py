@@ -1,4 +1,5 @@
 """photos.py: odd, rotated and damaged image files become RGB pixels, or an error of one sentence."""
+import errno
 import os
 import struct
 import zlib
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from support import buckets
+from support import buckets, data, files, photos
 from support.photos import load_image
 
 RED = (200, 30, 40)
@@ -157,3 +158,54 @@ def test_an_image_above_pillows_pixel_limit_is_refused_with_the_limit_in_megapix
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(ValueError, match=rf"a.png: it has more than {shown} megapixels .*; shrink it$"):
             load_image(path)
+
+
+# ---------------------------------------------------------------- disks that fail for a moment
+
+
+@pytest.fixture
+def attempts(tmp_path, monkeypatch):
+    """attempts(errors) -> the list of the files opened by Pillow, where the first attempts raise `errors`."""
+    Image.new("RGB", (12, 10), RED).save(tmp_path / "a.png")
+    Image.new("RGB", (12, 10), "black").save(tmp_path / "b.png")
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    opened, usual = [], Image.open
+
+    def make(errors):
+        def failing(source):
+            opened.append(os.path.basename(source))
+            if len(opened) <= len(errors):
+                raise OSError(errors[len(opened) - 1], "the disk fails")
+            return usual(source)
+
+        monkeypatch.setattr(photos.Image, "open", failing)
+        return opened
+    return make
+
+
+@pytest.mark.parametrize("errors", [[errno.EIO], [errno.EIO, errno.ESTALE], [errno.ETIMEDOUT] * 2])
+def test_an_image_is_read_again_if_the_disk_fails_for_a_moment(attempts, tmp_path, errors):
+    opened = attempts(errors)
+    images = data.open_dataset(tmp_path, 8)
+    assert images.image(0)[0][0, 0].tolist() == [*RED] and not images.bad
+    assert opened == ["a.png"] * (len(errors) + 1)
+
+
+@pytest.mark.parametrize("errors, times", [([errno.EIO] * 3, 3), ([errno.EACCES], 1)])
+def test_an_image_that_the_disk_does_not_give_is_named_and_replaced(
+        attempts, tmp_path, errors, times, capsys):
+    opened = attempts(errors)
+    images = data.open_dataset(tmp_path, 8)
+    assert images.image(0)[0][0, 0].tolist() == [0, 0, 0]
+    assert opened == ["a.png"] * times + ["b.png"]
+    assert "a.png: " in capsys.readouterr().err
+
+
+def test_a_damaged_image_is_not_read_again(attempts, tmp_path):
+    opened = attempts([])
+    whole = (tmp_path / "a.png").read_bytes()
+    for raw in (b"", b"no image", whole[:45]):
+        (tmp_path / "a.png").write_bytes(raw)
+        with pytest.raises(ValueError, match="a.png"):
+            load_image(tmp_path / "a.png")
+    assert len(opened) == 3

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from support import data, shards
+from support import data, files, shards
 
 SIZE = 16
 
@@ -229,6 +229,23 @@ def test_shards_that_change_during_a_run_are_named(photos, capsys):
     assert dataset.exact(4) is None and dataset.exact(11) is None and dataset.exact(0) is not None
     assert "has become shorter since" in dataset.bad["00001.tar/0004.png"]
     assert "No such file" in dataset.bad["00002.tar/0011.png"]
+
+
+def test_a_shard_is_read_again_if_the_disk_fails_for_a_moment(photos, monkeypatch):
+    dataset = opened(photos())
+    wanted = dataset.image(0)[0]
+    opens = []
+
+    def failing(path, *args, **options):
+        opens.append(path)
+        if len(opens) < 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open(path, *args, **options)
+
+    monkeypatch.setattr(files, "PAUSES", (0, 0))
+    monkeypatch.setattr(shards, "open", failing, raising=False)
+    assert np.array_equal(dataset.image(0)[0], wanted)
+    assert not dataset.bad and len(opens) == 3
 
 
 def test_damaged_labels_and_captions_are_named_and_their_images_left_out(tmp_path, capsys):
