@@ -10,6 +10,7 @@
     read_again(read, ...)  read(...), again a moment later if a network disk fails
     flush(path)            wait until a file that was written is on the disk
     renamed_when_whole(path)     where to write a file that is whole or absent, whatever other jobs do
+    write_text(path, text)       a text file that is whole or absent
     save_whole(tensors, ...)     a safetensors file that is whole or absent
     replace_folder(a, b)   put folder b in the place of a; mend what a killed job left of that
     FolderLock(dir, new)   for one job alone; the folder goes with it if it stays empty
@@ -506,6 +507,14 @@ def renamed_when_whole(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)                      # a full disk needs its bytes
+
+
+def write_text(path, text):
+    """Write a text file next to `path` and rename it: it is whole or absent, even after a power cut."""
+    with renamed_when_whole(path) as temporary, open(temporary, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def save_whole(tensors, path, temporary, header):

@@ -195,21 +195,23 @@ class Run:
         drawn.
         """
         last = done == self.cfg.steps
-        stopping = ranks.asked_to_stop(self.unreadable)
-        self.ends_early = stopping and not last
-        self.must_save = stopping or last
+        self.must_save = ranks.asked_to_stop(self.unreadable) or last
+        self.ends_early = self.must_save and not last
         return self.must_save or is_due(done, self.cfg.save_every)
 
     def save(self, done, weights, state, config):
         """Write step_<done>/, on rank 0.
 
-        If the disk refuses, training continues, unless this is the first or the last save.
+        If the disk refuses, the last save waits for room; after others but the first, training continues.
         weights: {file name: state dict};  state: optimizers and the like;  config: see save_folder
         """
         state = {"step": done, "seconds": self.elapsed(), "results": self.results} | state
+        last = self.must_save or done == self.cfg.steps        # also if a resumed run has only this left
         if self.rank == 0:
-            with disk_may_fail(must=done == 0 or self.must_save):
-                save_checkpoint(self.cfg.out, done, weights, state, config | {"made_of": self.parts})
+            for pause in PAUSES if last else [0]:
+                with disk_may_fail(must=last or done == 0, pause=pause):
+                    save_checkpoint(self.cfg.out, done, weights, state, config | {"made_of": self.parts})
+                    break
         ranks.wait_for_all()
 
     def elapsed(self):
@@ -345,7 +347,7 @@ class Log:
             kept = [json.dumps(row) + "\n" for row in files.read_rows(self.path) if row["step"] <= start]
             if "".join(kept) != self.path.read_text(errors="replace"):
                 with disk_may_fail():
-                    replace(self.path, "".join(kept))
+                    files.write_text(self.path, "".join(kept))
 
     def add(self, numbers):
         """Add this rank's values of a micro-batch, {name: () tensor}; a line shows their mean."""
@@ -397,12 +399,15 @@ class Log:
 DISK = ("No space left|Read-only|quota|File too large|Input/output error|I/O error|IoError|"
         "inline_container|PytorchStreamWriter")
 
+PAUSES = (15, 30, 60, 120, 0)      # seconds after each attempt at the last save: only memory has its weights
+
 
 @contextlib.contextmanager
-def disk_may_fail(must=False, what="", instead="another --out"):
+def disk_may_fail(must=False, what="", instead="another --out", pause=0):
     """If the disk refuses what this block writes, say so in one sentence; exit if it `must` be written.
 
     what: the file, if the error might not name it;  instead: what the sentence suggests to give
+    pause: wait for so many seconds instead, because the block is then tried again
     """
     try:
         yield
@@ -410,10 +415,13 @@ def disk_may_fail(must=False, what="", instead="another --out"):
         if not re.search(DISK, str(error)):
             raise
         name = f"{what}: " if what else ""
-        sentence = f"{name}not written: {str(error).splitlines()[0]}. Make room or give {instead}"
-        if must:
-            raise SystemExit(f"{sentence}, and run the command again; what was saved is intact") from None
-        tqdm.write(f"{sentence}; training continues, and the next save tries again", file=sys.stderr)
+        sentence = f"{name}not written: {str(error).splitlines()[0]}. Make room"
+        if must and not pause:
+            raise SystemExit(f"{sentence} or give {instead}, and run the command again; what was saved is "
+                             "intact") from None
+        then = f"trying again in {pause} s" if pause else "training continues, and the next save tries again"
+        tqdm.write(f"{sentence}; {then}", file=sys.stderr)
+        time.sleep(pause)
 
 
 @contextlib.contextmanager
@@ -458,7 +466,7 @@ def save_folder(final, weights, config, train_state=None):
             torch.save(train_state, temporary / "train_state.pt")
         write_json(temporary / "config.json", config)
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
-        replace(temporary / "SHA256SUMS", "".join(sums))
+        files.write_text(temporary / "SHA256SUMS", "".join(sums))
         for path in temporary.iterdir():
             files.flush(path)
         files.replace_folder(final, temporary)
@@ -572,15 +580,7 @@ def make_folder(folder, instead="another --out"):
 
 
 def write_json(path, obj):
-    replace(path, json.dumps(obj, indent=1) + "\n")
-
-
-def replace(path, text):
-    """Write a text file next to `path` and rename it: it is whole or absent, even after a power cut."""
-    with files.renamed_when_whole(path) as temporary, open(temporary, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+    files.write_text(path, json.dumps(obj, indent=1) + "\n")
 
 
 def sha256(path):

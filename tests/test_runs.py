@@ -587,6 +587,49 @@ def test_training_continues_on_a_full_disk_and_the_next_save_retries(
     assert [p.name for p in runs.checkpoints(disk / "run")] == ["step_000001", "step_000003"]
 
 
+def test_the_last_save_waits_until_there_is_room(davae_config, small_disk, monkeypatch, capsys):
+    disk = small_disk(4000)
+    save, pauses = train_vae.save, []
+
+    def filling(run, done, *rest, **options):
+        if done == 3 and not pauses:
+            with pytest.raises(OSError, match="No space left"):
+                fill(disk / "filler")
+        save(run, done, *rest, **options)
+
+    def waiting(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            (disk / "filler").unlink()
+
+    monkeypatch.setattr(train_vae, "save", filling)
+    monkeypatch.setattr(runs.time, "sleep", waiting)
+    train_vae.main(davae_config(disk / "run", save_every=0, image_size=16, steps=3, gan=0.0))
+    err = capsys.readouterr().err
+    assert "Make room; trying again in 15 s" in err and "Make room; trying again in 30 s" in err
+    assert pauses == [15, 30] and runs.step_of(disk / "run") == 3
+    assert runs.read_summary(disk / "run")["steps"] == 3
+
+
+@pytest.mark.parametrize("done, stops, attempts, ends", [
+    (0, False, 1, True), (5, False, 1, False), (5, True, 5, True), (9, False, 5, True)])
+def test_only_the_last_save_and_that_before_a_stop_wait_for_room(monkeypatch, done, stops, attempts, ends):
+    def full(*args):
+        tried.append(args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+    tried = []
+    run = object.__new__(runs.Run)
+    run.cfg, run.rank, run.parts, run.results = SimpleNamespace(steps=9, out="out"), 0, {}, {}
+    run.seconds, run.since, run.must_save = 0.0, 0.0, stops
+    monkeypatch.setattr(runs, "save_checkpoint", full)
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: None)
+    said = "Make room or give another --out, and run the command again"
+    with pytest.raises(SystemExit, match=said) if ends else contextlib.nullcontext():
+        run.save(done, {}, {}, {})
+    assert len(tried) == attempts
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
 def test_disk_errors_end_training_only_for_required_writes(tmp_path, number, capsys):
     with runs.disk_may_fail():
