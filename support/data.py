@@ -256,6 +256,7 @@ class ImageFolder(ImageFiles):
     `left_out`.
     raises: ValueError if there are no images or a class is empty
     """
+    by_folder = ()                          # the class of each image by its folder
 
     def __init__(self, root, size):
         self.root = os.fspath(root)
@@ -274,7 +275,8 @@ class ImageFolder(ImageFiles):
         groups = self.group(files)
         self.classes = [name for name in groups if name]
         self.paths = list(itertools.chain.from_iterable(groups.values()))
-        self.labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
+        self.by_folder = np.repeat(np.arange(len(groups)), [len(group) for group in groups.values()])
+        self.labels = self.by_folder.copy()
         self.point_deeper()
 
         others = [path for path in itertools.chain.from_iterable(files.values()) if not is_image(path)]
@@ -314,8 +316,16 @@ class ImageFolder(ImageFiles):
 
     @functools.cached_property
     def fingerprint(self):
-        """A digest of the files themselves, whose names include the class's folder."""
-        return identity.of_files(self.paths, self.root)
+        """A digest of the files themselves, whose names include the class's folder.
+
+        Labels that do not follow from these names, as a subclass may make them, are in it, too.
+        """
+        digest = identity.of_files(self.paths, self.root)
+        for named in (self.by_folder, np.arange(len(self))):       # numbers: of captions
+            if np.array_equal(self.labels, named):
+                return digest
+        labels = np.asarray(self.labels, dtype=np.int64)
+        return identity.of_text(digest + hashlib.sha256(labels.tobytes()).hexdigest())
 
 
 # ---------------------------------------------------------------- a folder of tar shards

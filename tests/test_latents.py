@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import finetune
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig
-from support import data, files, latents, ranks
+from support import data, files, identity, latents, ranks
 from support.weights import load_davae
 
 
@@ -263,6 +263,24 @@ def test_a_cache_of_an_older_version_is_found_again():
     assert len(names) == 7                                         # all differ
     assert latents.describe(known_vae(), data.open_dataset("procedural", 64, 5, 4), cfg, cpu) != (
         latents.describe(known_vae(), train_set, cfg, cpu))
+
+
+def test_labels_that_a_fork_makes_otherwise_have_a_cache_of_their_own(tmp_path):
+    for name in ("ant/a.png", "ant/b.png", "bee/c.png", "bee/d.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / name)
+    vae, cfg = known_vae(), known_config(out=tmp_path, image_size=16)
+
+    def written(labels):
+        images = data.open_dataset(tmp_path / "photos", 16)
+        images.labels[:] = labels
+        folder = latents.write_cache(vae, images, cfg, torch.device("cpu"), 0, 1)
+        assert latents.Latents(folder, vae, 12).labels.tolist() == labels
+        return folder
+
+    by_folder = data.open_dataset(tmp_path / "photos", 16)
+    assert by_folder.fingerprint == identity.of_files(by_folder.paths, by_folder.root)     # as it always was
+    assert len({written([0, 0, 1, 1]), written([0, 1, 1, 0]), written([1, 1, 0, 0])}) == 3
 
 
 class Halves(data.Dataset):
