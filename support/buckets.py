@@ -13,16 +13,19 @@ batches of all buckets are shuffled. Leftover images wait, and come first in the
 later: every batch is full, no image is left out, and none is read more often than others. A bucket with fewer
 images than a batch gives one every few epochs, in which images repeat; the printed table names such buckets.
 """
+import contextlib
 import functools
 import io
 import itertools
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support import data, identity, photos, ranks, runs
+from support import data, files, identity, photos, ranks, runs
 
 HEAD = 64 << 10            # bytes to read of an image in a shard, to find its size
 
@@ -48,7 +51,7 @@ def sort(images, cfg, multiple):
     if len(shapes) == 1:
         raise SystemExit(f"{given}: in multiples of {multiple}, the square is the only shape of about "
                          f"{cfg.image_size}x{cfg.image_size} pixels; raise --buckets or --image_size")
-    sizes = read_sizes(images, cfg.data_dir) if ranks.this_rank() == 0 else None
+    sizes = kept_sizes(images, cfg) if ranks.this_rank() == 0 else None
     sizes = ranks.from_all(sizes)[0]
     found = Buckets(images, shapes, nearest(shapes, sizes), cfg.data_dir)
     if ranks.this_rank() == 0:
@@ -128,17 +131,33 @@ def table(found, sizes, cfg, multiple):
 # ---------------------------------------------------------------- sizes, from the headers of images
 
 
-def read_sizes(images, name):
+def kept_sizes(images, cfg):
+    """`read_sizes`, kept in the run's sizes.npz: a start with the same images reads only unreadable ones."""
+    path = Path(cfg.out) / "sizes.npz"
+    known = None
+    absent_or_damaged = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+    with contextlib.suppress(*absent_or_damaged), np.load(path) as kept:
+        if str(kept["images"]) == images.fingerprint:
+            known = kept["sizes"]
+    sizes = read_sizes(images, cfg.data_dir, known)
+    with runs.disk_may_fail(), files.renamed_when_whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, images=images.fingerprint, sizes=sizes)
+    return sizes
+
+
+def read_sizes(images, name, known=None):
     """(N, 2) int64: height and width of each image, turned upright; (0, 0) if it cannot be read.
 
-    name: of the data set
+    name: of the data set;  known: such sizes, of which only the (0, 0) are read
     raises: ValueError if at least 10 images and 1 % of all cannot be read
     """
-    numbers = range(len(images))
+    sizes = np.zeros((len(images), 2), dtype=np.int64) if known is None else known
+    unknown = np.flatnonzero(sizes[:, 0] == 0)
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(functools.partial(size_of, images), numbers)
+        found = pool.map(functools.partial(size_of, images), unknown.tolist())
         title = f"sizes of the images in {name}"
-        sizes = np.array(list(tqdm(found, title, len(images), mininterval=1, delay=2)), dtype=np.int64)
+        for i, size in zip(unknown, tqdm(found, title, len(unknown), mininterval=1, delay=2)):
+            sizes[i] = size
     lost = (sizes[:, 0] == 0).sum()
     if lost >= min(len(images), max(10, len(images) / 100)):
         raise ValueError(f"{lost} of {len(images)} images in {name} are unreadable, repair or remove them")

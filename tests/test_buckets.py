@@ -33,6 +33,15 @@ def settings(**changes):
     return SimpleNamespace(**values | changes)
 
 
+@pytest.fixture(autouse=True)
+def work(tmp_path_factory, monkeypatch):
+    """A working folder with the run's folder, out, in it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "out").mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
 def picture(height, width, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -192,6 +201,35 @@ def test_only_the_headers_of_a_shards_images_are_read(tmp_path, monkeypatch):
     assert buckets.size_of(images, 0) == (400, 300)
     assert lengths == [buckets.HEAD] and buckets.HEAD < member.size / 2
     assert images.index.read(0) == raw.getvalue()
+
+
+def test_sizes_are_read_once_and_again_when_the_images_or_the_kept_sizes_have_changed(
+        folder, work, tmp_path, monkeypatch):
+    def sort():
+        read.clear()
+        return buckets.sort(data.open_dataset(tmp_path, 64), settings(), 8), sorted(read)
+
+    read, size_of = [], buckets.size_of
+    monkeypatch.setattr(buckets, "size_of", lambda images, i: read.append(i) or size_of(images, i))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "03.png").write_bytes(b"")
+    everything = list(range(len(SIZES)))
+    shaped, numbers = sort()
+    assert numbers == everything
+    again, numbers = sort()
+    assert numbers == [3] and again.bucket.tolist() == shaped.bucket.tolist() and again.bucket[3] == -1
+
+    picture(40, 70).save(tmp_path / "03.png")
+    picture(70, 40).save(tmp_path / "04.png")                      # was 40x70
+    again, numbers = sort()
+    assert numbers == everything and again.bucket[3] >= 0
+    height, width = again.shapes[again.bucket[4]]
+    assert height > width and sort()[1] == []
+
+    whole = (work / "out/sizes.npz").read_bytes()
+    for damaged in (b"", b"no archive", whole[:-50], whole[:90] + whole[130:]):
+        (work / "out/sizes.npz").write_bytes(damaged)
+        assert sort()[1] == everything
 
 
 def test_an_unreadable_image_has_no_bucket_and_a_truncated_one_is_replaced_within_its_bucket(
@@ -488,6 +526,7 @@ def test_bucketed_latents_are_cached_with_their_shapes_and_match_those_encoded_o
     monkeypatch.setattr(latents, "SHARD", 4)
     vae = load_davae(tiny_vae)
     cfg = text_config(tmp_path / "run", flip=True, vae="")
+    (tmp_path / "run").mkdir()
     images = latents.open_training_set(cfg, vae)
     shaped = buckets.sort(images, cfg, 8)
     cached = latents.latent_source(vae, shaped, cfg, CPU, 0, 1)(5)
