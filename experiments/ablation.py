@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))              # the six scripts and support/ are there
 
 import finetune
-from support import config, figures, ranks, runs
+from support import config, figures, files, ranks, runs
 from support.config import field
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -400,7 +400,7 @@ def report(cells, folder, title):
     lines.append("\nMean over the seeds (smallest to largest); differences: of seeds that both arms have. "
                  f"{hours:.1f} hours of cells in all.\n")
     text = "\n".join(lines)
-    runs.replace(folder / f"{title}.md", text)
+    files.write_text(folder / f"{title}.md", text)
     print(text)
 
     points = {name: [[number(line, metric) for line in arm.values()] for metric in ("PSNR (dB)", JUDGED)]
@@ -424,7 +424,7 @@ def side_by_side(folder):
                  "and the mean exceeds what\nanother seed makes (`paper, again`; with `paper`'s DA-VAE, "
                  "`paper, DiT again`), or if neither was run, `paper`'s\nrange. More in each setting's "
                  "<name>.md.\n")
-    runs.replace(folder / "README.md", "\n".join(lines))
+    files.write_text(folder / "README.md", "\n".join(lines))
 
 
 def difference(cells, name):

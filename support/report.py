@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from support import config, figures, ranks, runs
+from support import config, figures, files, ranks, runs
 from support.data import to_uint8
 from support.measurements import entries_of, out_of_date, run_folder, seen_in_training
 from support.metrics import psnr, upsampled
@@ -78,7 +78,7 @@ def write(report, path):
         page = render(report, dial, quality)
         if len(page.encode()) <= LARGEST:
             with runs.disk_may_fail(must=True, what=path):
-                runs.replace(path, page)
+                files.write_text(path, page)
             return
     raise ValueError(f"{path}: {len(page) / 1e6:.1f} MB even at the lowest quality, wanted at most "
                      f"{LARGEST / 1e6:.0f} MB: show fewer images, with --images= and --n=")
