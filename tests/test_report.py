@@ -16,7 +16,7 @@ import pytest
 import torch
 import train_vae
 from PIL import Image
-from support import config, data, page, report, runs
+from support import config, data, files, page, report, runs
 from support.metrics import psnr, upsampled
 
 sys.path.append(str(Path(__file__).parent))
@@ -316,7 +316,7 @@ def test_a_page_that_a_full_disk_refuses_is_named(made, monkeypatch, tmp_path):
     def full(path, page):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "replace", full)
+    monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(SystemExit, match="report.html: not written: .*No space left.*give another --out"):
         report.write(made(), tmp_path / "report.html")
 
