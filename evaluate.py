@@ -334,12 +334,12 @@ def draw_and_measure(cfg, run, rulers, plan, mine):
     choose.before_sampling(None, run.device, cfg.compile, lambda: rehearse(cfg, run, rulers, plan))
     measured, seconds = {}, []
     with sample.progress_bar("sampling", len(mine), cfg, run.rank) as bar:
-        for k in range(0, len(mine), cfg.batch_size):
-            found, duration = draw(run, rulers, plan, mine[k:k + cfg.batch_size], flow, bar.update)
+        for numbers, drawn in sample.batches(mine, cfg):
+            found, duration = draw(run, rulers, plan, drawn, flow, bar.update)
             seconds.append(duration)
             for row, values in found.items():
-                measured.setdefault(row, []).append(values)
-    full = seconds[1:len(mine) // cfg.batch_size]      # a smaller last batch may be compiled anew
+                measured.setdefault(row, []).append([x[:len(numbers)] for x in values])
+    full = seconds[1:len(mine) // cfg.batch_size]
     return measured, len(full) * cfg.batch_size * run.world / sum(full) if full else None
 
 

@@ -279,6 +279,18 @@ def prepare(dit, vae, cfg, device):
     return Recorded() if cfg.graph else sample_flow
 
 
+def batches(numbers, cfg):
+    """Yield (numbers of a batch, those to draw): at most cfg.batch_size; in a smaller last one, fewer.
+
+    A model is compiled, or recorded, anew for each size, which takes minutes. So then, a smaller last batch
+    is filled up with more of its last number, whose images are dropped.
+    """
+    size = min(cfg.batch_size, len(numbers)) if cfg.compile or cfg.graph else 0
+    for k in range(0, len(numbers), cfg.batch_size):
+        batch = list(numbers[k:k + cfg.batch_size])
+        yield batch, batch + batch[-1:] * (size - len(batch))
+
+
 # ---------------------------------------------------------------- images of a run
 
 
@@ -465,11 +477,10 @@ def main(cfg):
     mine = todo[rank::world]
     start = time.time()
     with progress_bar(f"{out}: {len(todo)} images", len(mine), cfg, rank) as bar:
-        for k in range(0, len(mine), cfg.batch_size):
-            indices = mine[k:k + cfg.batch_size]
-            images, previews = generate(dit, vae, indices, settings, text, flow, bar.update)
+        for numbers, drawn in batches(mine, cfg):
+            images, previews = generate(dit, vae, drawn, settings, text, flow, bar.update)
             image_folder.refuse_other_images(out, settings, drawing=True)
-            image_folder.save_images(out, indices, images, previews, shown)
+            image_folder.save_images(out, numbers, images, previews, shown)
 
     speed = len(mine) / max(1e-9, time.time() - start)
     ranks.wait_for_all()

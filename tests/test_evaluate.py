@@ -142,6 +142,11 @@ def test_speed_covers_sampling_and_decoding_on_all_ranks_after_the_first_batch(m
     assert speed == 4 / 0.5                                    # each of four ranks: two images in a second
     assert evaluate.draw_and_measure(cfg, run, rulers, plan, range(0, 8, 4))[1] is None
 
+    # compiled, the last batch is filled up, and what fills it is not measured
+    cfg = evaluate.Config(batch_size=2, compile=True)
+    measured, _ = evaluate.draw_and_measure(cfg, run, rulers, plan, range(0, 20, 4))
+    assert [len(f) for f, _, _ in measured["samples"]] == [2, 2, 1]
+
 
 def test_large_images_are_measured_a_few_at_a_time():
     x = torch.zeros(1, 1, 1, 1).expand(10, 3, 2, 2**20)            # of two megapixels each

@@ -199,6 +199,25 @@ def test_samples_are_the_same_in_batches_of_one_three_and_six(tiny_run, tmp_path
         assert np.abs(one.astype(int) - others).max() <= 1
 
 
+def test_a_compiled_model_meets_one_size_of_batch_and_draws_the_same_images(tiny_run, tmp_path, monkeypatch):
+    sizes = []
+    real = sample.generate
+
+    def generate(dit, vae, indices, *args):
+        sizes.append(len(indices))
+        return real(dit, vae, indices, *args)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sample, "prepare", lambda *args: sample.sample_flow)       # without compiling
+    wanted = sample.main(settings(tiny_run, tmp_path / "plain", n=5, batch_size=2))
+    found = sample.main(settings(tiny_run, tmp_path / "compiled", n=5, batch_size=2, compile=True))
+    assert sizes == [2, 2, 1, 2, 2, 2]
+    with np.load(wanted / "samples.npz") as a, np.load(found / "samples.npz") as b:
+        assert len(b["arr_0"]) == 5 and np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    sample.main(settings(tiny_run, tmp_path / "few", n=1, batch_size=2, compile=True))
+    assert sizes[6:] == [1]
+
+
 def test_the_bar_counts_the_euler_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
     bars = []
 
