@@ -27,7 +27,7 @@ WITH_COMMANDS = [page for page in PAGES if page.name != "recipes.md"]
 
 # A preset's own folder would be trained to its last step, so it is written with a dot: ./out/...
 PHOTO_VAE = "--steps=2 --batch_size=2 --micro_batch=2 --stats=8"
-PHOTO_DIT = "--steps=2 --batch_size=4 --micro_batch=4 --sample_steps=2 --N=2"
+PHOTO_DIT = "--steps=2 --batch_size=4 --micro_batch=4 --sample_steps=2"
 VAE = f"{PHOTO_VAE} --images=32"                                   # a number of built-in images
 DIT = f"{PHOTO_DIT} --images=32"
 DRAW = "--n=4 --batch_size=2 --steps=2"
