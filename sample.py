@@ -17,6 +17,7 @@ processes. Prompts are encoded first, see support/text.py.
 """
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -476,11 +477,16 @@ def main(cfg):
     # each rank takes every world-th image
     mine = todo[rank::world]
     start = time.time()
-    with progress_bar(f"{out}: {len(todo)} images", len(mine), cfg, rank) as bar:
+    bar = progress_bar(f"{out}: {len(todo)} images", len(mine), cfg, rank)
+    with bar, ThreadPoolExecutor(8) as pool:
+        written = []
         for numbers, drawn in batches(mine, cfg):
             images, previews = generate(dit, vae, drawn, settings, text, flow, bar.update)
             image_folder.refuse_other_images(out, settings, drawing=True)
-            image_folder.save_images(out, numbers, images, previews, shown)
+            image_folder.wait_for(written)
+            # A PNG of 1,024 pixels takes half a second: it is written while the next batch is drawn.
+            written = image_folder.save_images(pool, out, numbers, images, previews, shown)
+        image_folder.wait_for(written)
 
     speed = len(mine) / max(1e-9, time.time() - start)
     ranks.wait_for_all()

@@ -127,13 +127,24 @@ def is_whole(path):
         return False
 
 
-def save_images(out, indices, images, previews, shown):
-    """Write a batch in [-1, 1], a shown sample's preview before its image; whole images stay."""
-    for i, image, preview in zip(indices, data.to_uint8(images), data.to_uint8(previews)):
-        if i in shown:
-            save_png(preview, path_of(out, i, PREVIEWS))
-        if not is_whole(path_of(out, i)):
-            save_png(image, path_of(out, i))
+def save_images(pool, out, indices, images, previews, shown):
+    """Let a pool of threads write a batch in [-1, 1].  Returns their futures, to be waited for."""
+    batch = zip(indices, data.to_uint8(images), data.to_uint8(previews))
+    return [pool.submit(save_image, out, i, image, preview, i in shown) for i, image, preview in batch]
+
+
+def save_image(out, i, image, preview, is_shown):
+    """Write image i, uint8 (H, W, 3), unless a whole one is there; a shown one's preview first."""
+    if is_shown:
+        save_png(preview, path_of(out, i, PREVIEWS))
+    if not is_whole(path_of(out, i)):
+        save_png(image, path_of(out, i))
+
+
+def wait_for(futures):
+    """raises: what one of them has raised, such as SystemExit for a full disk"""
+    for future in futures:
+        future.result()
 
 
 def save_png(image, path):

@@ -1,14 +1,17 @@
 """sample.py: the integrator against closed forms, guidance against the original code, the images."""
+import errno
 import itertools
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -216,6 +219,36 @@ def test_a_compiled_model_meets_one_size_of_batch_and_draws_the_same_images(tiny
         assert len(b["arr_0"]) == 5 and np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
     sample.main(settings(tiny_run, tmp_path / "few", n=1, batch_size=2, compile=True))
     assert sizes[6:] == [1]
+
+
+def test_a_batch_is_drawn_while_the_images_of_the_one_before_are_written(tiny_run, tmp_path, monkeypatch):
+    batches = []
+    second = threading.Event()
+    generate, save_png = sample.generate, image_folder.save_png
+
+    def drawing(*args):
+        batches.append(args[2])
+        if len(batches) == 2:
+            second.set()
+        return generate(*args)
+
+    def writing(image, path):
+        assert second.wait(60), "written before the second batch has begun"
+        save_png(image, path)
+
+    monkeypatch.setattr(sample, "generate", drawing)
+    monkeypatch.setattr(image_folder, "save_png", writing)
+    out = sample.main(settings(tiny_run, tmp_path / "a", n=6, batch_size=2))
+    assert len(list((out / "images").iterdir())) == 6
+
+
+def test_a_disk_that_refuses_an_image_ends_the_command_with_one_sentence(tiny_run, tmp_path, monkeypatch):
+    def full(self, file, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit, match="000000.png: not written: .* No space left on device"):
+        sample.main(settings(tiny_run, tmp_path / "a", n=1))
 
 
 def test_the_bar_counts_the_euler_steps_of_all_batches(tiny_run, tmp_path, monkeypatch):
