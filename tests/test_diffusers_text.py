@@ -103,7 +103,8 @@ def test_klein_embeddings_are_the_pipelines_own(klein, diffusers, tmp_path, caps
     context, beside = text.TextCache(tmp_path, t5_tokens=25)(["snow", "", "a fox"])
     pipeline = diffusers.Flux2KleinPipeline.from_pretrained(klein)
     ref, _ = pipeline.encode_prompt(["snow", "", "a fox"], max_sequence_length=25)
-    assert torch.equal(context, ref) and context.shape == (3, 25, 24) and len(beside) == 3
+    assert context.shape == (3, 25, 24) and len(beside) == 3
+    assert (context - ref).abs().max() <= 1e-6 * ref.abs().max()           # of another batch: other last bits
     assert (ref[0] - ref[1]).abs().max() > 1e-3
     assert not text.open_encoders(klein, CPU, 25)(["a fox"])[0].requires_grad
     assert "1 of 3 prompts are cut" not in capsys.readouterr().out
