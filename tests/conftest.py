@@ -1,9 +1,10 @@
 """Shared fixtures: golden files, small models and runs, faults; which tests are skipped, and why."""
 import dataclasses
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -332,41 +333,95 @@ def tiny_run(tiny_vae, finetune_config):
 # ---------------------------------------------------------------- faults, injected for real
 
 
+FORKED = """import os, runpy, sys
+for number, file in enumerate({files}, start=1):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+os.chdir({cwd!r})
+os.environ |= {env}
+if {ranks} == 1:
+    runpy.run_path({program!r}, run_name="__main__")
+else:
+    from torch.distributed import run
+    fork = ["--run-path", "--start-method=fork"]
+    run.main(["--standalone", "--nproc-per-node={ranks}", *fork, {program!r}])
+"""
+
+PRELOADED = ["torch.distributed.run", "torch._dynamo", "torch.distributed.tensor", "matplotlib.pyplot"]
+
+
+class Forked:
+    """A Python program, forked from a process that has imported torch, which takes seconds; like Popen.
+
+    ranks: more than one are started by torchrun, which forks them, too
+    """
+
+    def __init__(self, folder, source, ranks=1, **env):
+        program, first, out, err = [folder / name for name in ("program.py", "first.py", "out", "err")]
+        program.write_text(source)
+        first.write_text(FORKED.format(files=[str(out), str(err)], cwd=str(folder), env=env, ranks=ranks,
+                                       program=str(program)))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.process = context.Process(target=runpy.run_path, args=(str(first),))
+        self.process.start()
+        self.printed = out, err
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        assert self.returncode is not None, f"it has not ended within {timeout} s"
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return [file.read_text() if file.exists() else "" for file in self.printed]
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """fork(source, ranks=1, **environment) -> `Forked`, killed at the end of the test."""
+    started = []
+
+    def start(source, ranks=1, **env):
+        folder = tmp_path / f"process{len(started)}"
+        folder.mkdir()
+        started.append(Forked(folder, source, ranks, **env))
+        return started[-1]
+
+    yield start
+    for forked in started:
+        forked.process.kill()
+
+
 PROGRAM = """import os, signal, sys, torch, evaluate, {module} as script
-from support import ranks, runs
+from support import held_out, ranks, runs
 evaluate.report_at_the_end = lambda job, text: None
+held_out.validation_images.__defaults__ = (8,)
 RANK = int(os.environ.get('RANK', 0))
 torch.set_num_threads({threads})
 {fault}
 values = {values}
-ranks.launch(script.main, script.Config(**values))
+ranks.launch(script.{main}, script.{config}(**values))
 """
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """launch(main, cfg, fault="", ranks=1) -> Popen of a script's main, run after the lines `fault`."""
-    started = []
-
+def launch(fork):
+    """launch(main, cfg, fault="", ranks=1) -> `Forked` of a script's main, run after the lines `fault`."""
     def start(main, cfg, fault="", ranks=1):
-        program = tmp_path / f"program{len(started)}.py"
-        values = dataclasses.asdict(cfg)
-        threads = torch.get_num_threads()
-        lines = PROGRAM.format(module=main.__module__, threads=threads, fault=fault, values=values)
-        program.write_text(lines)
-        command = [sys.executable, str(program)]
-        if ranks > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            command = [sys.executable, *torchrun, str(program)]
-        process = subprocess.Popen(
-            command, text=True, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": str(ROOT)})
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
+        return fork(PROGRAM.format(
+            module=main.__module__, main=main.__name__, config=type(cfg).__name__, fault=fault,
+            threads=torch.get_num_threads(), values=dataclasses.asdict(cfg)), ranks)
+    return start
 
 
 @pytest.fixture
