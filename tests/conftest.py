@@ -234,6 +234,16 @@ def report_at_the_end():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def plot_losses():
+    """Runs end without loss.png, which takes as long as all the rest of them; yields the real function."""
+    from support import figures
+    real = figures.plot_losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "plot_losses", lambda run: None)
+        yield real
+
+
+@pytest.fixture(scope="session", autouse=True)
 def validation_on_few_images():
     """Sixty-four images would be most of the work of runs this short."""
     from support import held_out
@@ -322,11 +332,14 @@ def finetune_config(tiny_vae, tiny_base):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_vae, finetune_config):
-    """The folder of a DiT widened from `tiny_base` and trained for three steps."""
+def tiny_run(tiny_vae, finetune_config, plot_losses):
+    """The folder of a DiT widened from `tiny_base` and trained for three steps, with a plot of its losses."""
     import finetune
+    from support import figures
     out = str(Path(tiny_vae).parent / "run")
-    finetune.main(finetune_config(out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "plot_losses", plot_losses)
+        finetune.main(finetune_config(out))
     return out
 
 
@@ -346,7 +359,7 @@ else:
     run.main(["--standalone", "--nproc-per-node={ranks}", *fork, {program!r}])
 """
 
-PRELOADED = ["torch.distributed.run", "torch._dynamo", "torch.distributed.tensor", "matplotlib.pyplot"]
+PRELOADED = ["torch.distributed.run", "torch._dynamo", "torch.distributed.tensor"]
 
 
 class Forked:
@@ -403,8 +416,9 @@ def fork(tmp_path):
 
 
 PROGRAM = """import os, signal, sys, torch, evaluate, {module} as script
-from support import held_out, ranks, runs
+from support import figures, held_out, ranks, runs
 evaluate.report_at_the_end = lambda job, text: None
+figures.plot_losses = lambda run: None
 held_out.validation_images.__defaults__ = (8,)
 RANK = int(os.environ.get('RANK', 0))
 torch.set_num_threads({threads})

@@ -125,11 +125,11 @@ def test_each_of_many_curves_has_a_look_of_its_own_even_in_a_panel_that_lacks_an
     assert len({drawn[0, name] for name in names}) == 23
 
 
-def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted):
+def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted, plot_losses):
     rows = [{"step": step, "loss": 1 / step, "lr": 1.0, "w": 0.5, "img/s": 9.0} for step in range(1, 8)]
     for row in rows[1::2]:
         row["fid"] = 100.0 / row["step"]                            # not in the last row, of step 7
-    figures.plot_losses(write_log(tmp_path, rows))
+    plot_losses(write_log(tmp_path, rows))
     assert [panel[:3] for panel in plotted] == [("step", "loss", "-"), ("step", "fid", "-")]
     steps, values = plotted[1][3]["fid"]
     assert list(steps) == [2, 4, 6] and list(values) == [50.0, 25.0, pytest.approx(100 / 6)]
@@ -137,8 +137,8 @@ def test_a_metric_logged_every_other_row_has_a_panel(tmp_path, plotted):
     assert Image.open(tmp_path / "loss.png").size == (560, 260)
 
 
-def test_a_metric_that_starts_or_stops_mid_run_has_a_panel(tmp_path, plotted):
-    figures.plot_losses(write_log(tmp_path, [{"step": 1, "a": 1.0}, {"step": 2, "b": 2.0}]))
+def test_a_metric_that_starts_or_stops_mid_run_has_a_panel(tmp_path, plotted, plot_losses):
+    plot_losses(write_log(tmp_path, [{"step": 1, "a": 1.0}, {"step": 2, "b": 2.0}]))
     assert [panel[3] for panel in plotted] == [{"a": ([1], [1.0])}, {"b": ([2], [2.0])}]
 
 
@@ -148,10 +148,10 @@ def test_the_later_of_two_rows_for_one_step_wins(tmp_path):
     assert figures.read_log(tmp_path)["loss"] == ([1, 2, 3, 4], [1.0, 20.0, 30.0, 4.0])
 
 
-def test_a_run_that_logged_nothing_gets_no_plot_and_no_error(tmp_path):
-    figures.plot_losses(tmp_path)
-    figures.plot_losses(write_log(tmp_path, []))
-    figures.plot_losses(write_log(tmp_path, [{"step": 1, "lr": 0.1}]))
+def test_a_run_that_logged_nothing_gets_no_plot_and_no_error(tmp_path, plot_losses):
+    plot_losses(tmp_path)
+    plot_losses(write_log(tmp_path, []))
+    plot_losses(write_log(tmp_path, [{"step": 1, "lr": 0.1}]))
     assert os.listdir(tmp_path) == ["log.jsonl"]
 
 

@@ -326,10 +326,12 @@ def test_lpips_squeeze_gives_its_published_value(shared):
 
 
 @pytest.fixture(scope="module")
-def davae_run(davae_config, tmp_path_factory):
-    """(Config, summary) of a DA-VAE that was trained for four steps."""
+def davae_run(davae_config, plot_losses, tmp_path_factory):
+    """(Config, summary) of a DA-VAE that was trained for four steps, with a plot of its losses."""
     cfg = davae_config(tmp_path_factory.mktemp("runs") / "davae")
-    return cfg, train_vae.main(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "plot_losses", plot_losses)
+        return cfg, train_vae.main(cfg)
 
 
 def test_training_writes_log_pictures_statistics_and_a_whole_checkpoint(davae_run, base_run, read_log):
