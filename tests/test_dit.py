@@ -321,12 +321,20 @@ def test_the_cost_of_an_xl_matches_the_closed_form():
 
 
 def test_four_times_the_tokens_cost_sd3_more_than_four_times_as_much():
-    def forward_cost(side):
+    """Two kinds of blocks, each counted as what one more of it adds."""
+    def cost_of_some(side, depth, dual):
         with torch.device("meta"):
-            model = dit.MMDiT(dit.MMDiTConfig(D=16))
+            model = dit.MMDiT(dit.MMDiTConfig(D=16, depth=depth, dual=dual))
             text = torch.empty(1, 333, 4096), torch.empty(1, 2048)
             forward, _, _ = kernels.cost(model, (torch.empty(1, 32, side, side), torch.empty(1), *text))
         return forward
+
+    def forward_cost(side):
+        two = cost_of_some(side, depth=2, dual=1)
+        dual_block = cost_of_some(side, depth=3, dual=2) - two
+        block = cost_of_some(side, depth=3, dual=1) - two
+        full = dit.MMDiTConfig()
+        return two + (full.dual - 1) * dual_block + (full.depth - full.dual - 1) * block
 
     davae = forward_cost(64)                                        # 1,024 tokens
     native = forward_cost(128)                                    # 4,096: the same 1024 pixels without DA-VAE

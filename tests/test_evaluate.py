@@ -3,8 +3,7 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,18 +261,16 @@ def test_a_run_made_from_a_step_that_was_removed_since_is_still_evaluated(tiny_r
 
 
 def test_two_processes_measure_the_same_as_one_even_if_one_can_read_none_of_its_images(
-        tiny_run, tmp_path, photos):
+        tiny_run, tmp_path, photos, launch):
     """Samples and images are shared out; rows come back in order, so that labels match their samples."""
-    flags = [tiny_run, "--n=11", "--images=13", "--steps=2", "--batch_size=4", "--device=cpu",
-             "--features=probe", f"--data_dir={photos(13, unreadable=(1, 2, 3, 5, 7, 9, 11))}"]
-    script, entries = [str(Path(evaluate.__file__))], []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    for name, launch in (("one", []), ("two", torchrun)):
-        done = subprocess.run([sys.executable, *launch, *script, *flags, f"--out={tmp_path / name}.json"],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
-        entries.append(json.loads((tmp_path / f"{name}.json").read_text())[0])
-    one, two = entries
+    cfg = evaluate.Config(
+        run=tiny_run, out=str(tmp_path / "two.json"), n=11, images=13, steps=2, batch_size=4, device="cpu",
+        features="probe", data_dir=str(photos(13, unreadable=(1, 2, 3, 5, 7, 9, 11))))
+    process = launch(evaluate.main, cfg, ranks=2)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    two, = json.loads((tmp_path / "two.json").read_text())
+    one = evaluate.main(replace(cfg, out=str(tmp_path / "one.json")))
     assert two["settings"]["processes"] == 2 and one["settings"]["held_out"] == two["settings"]["held_out"]
     assert one["settings"]["held_out"].startswith("6 images") and one["settings"]["left_out"] == 7
     assert two["settings"]["left_out"] == 7

@@ -4,8 +4,6 @@ import builtins
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 
 from types import SimpleNamespace
@@ -89,13 +87,16 @@ def test_fingerprints_depend_on_encoders_and_tokenizers_not_on_the_path(sd3_fold
         before = text.fingerprint(tmp_path / "sd3")
 
 
-def test_two_processes_take_turns_at_the_shards_and_encode_as_one_does(sd3_folder, tmp_path):
+def test_two_processes_take_turns_at_the_shards_and_encode_as_one_does(sd3_folder, tmp_path, fork):
     prompts = [f"{n} foxes" for n in range(9)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     flags = ["text", f"--encoders={sd3_folder}", "--t5_tokens=24", f"--out={tmp_path / 'two'}", "--shard=3",
              f"--prompts={'|'.join(prompts)}", "--device=cpu"]
-    done = subprocess.run([*torchrun, sample.__file__, *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = fork(f"""
+import runpy, sys
+sys.argv[1:] = {flags}
+runpy.run_path({sample.__file__!r}, run_name="__main__")""", ranks=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
     files = text.shards_of(tmp_path / "two")
     assert [path.stem for path in files] == [f"text_0000{n}" for n in range(4)]
     assert [len(text.open_shard(path)[2]) for path in files] == [3, 3, 3, 1]
