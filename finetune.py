@@ -578,8 +578,9 @@ def draw_samples(run, done, ema, vae, about, text):
         for name, x in grids.items():
             if run.rank > 0 or len(x) < n:                         # a rank has failed, and said so
                 continue
-            for file in (f"{cfg.out}/{name}_{done:06d}.png", f"{cfg.out}/{name}.png"):
-                figures.save_grid(x[:n], file, columns, max(1, 128 // x.shape[-1]), names * (n // len(names)))
+            figures.save_grid(
+                x[:n], f"{cfg.out}/{name}_{done:06d}.png", columns, max(1, 128 // x.shape[-1]),
+                names * (n // len(names)), also=f"{cfg.out}/{name}.png")
     ranks.wait_for_all()
 
 

@@ -1,5 +1,6 @@
 """What a run shows: grids of images, curves, and aligned tables."""
 import io
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ from support.measurements import davae_settings, run_folder
 LARGEST_GRID = 4096                # pixels a side: phones still open it
 
 
-def save_grid(x, path, columns, scale=1, labels=None):
+def save_grid(x, path, columns, scale=1, labels=None, also=None):
     """(B, 3, H, W) in [-1, 1] as a PNG with `columns` cells a row, each image `scale` times larger; atomic.
 
     A grid that would be larger than LARGEST_GRID shows its images smaller, by an integer factor.
-    labels: B strings, written above the cells
+    labels: B strings, written above the cells;  also: a second path for the same picture
     """
     gap = 2                                                         # white pixels around the cells
     head = 12 if labels else 0                                      # and above an image, for its label
@@ -42,6 +43,9 @@ def save_grid(x, path, columns, scale=1, labels=None):
             pen.text((left, top), text[:width // 6], "black", font)
     with files.renamed_when_whole(path) as temporary:
         sheet.save(temporary, "PNG")
+        if also:
+            with files.renamed_when_whole(also) as copy:
+                shutil.copyfile(temporary, copy)
 
 
 def draw_reconstructions(out, done, D, x, base, full):
@@ -57,8 +61,8 @@ def draw_reconstructions(out, done, D, x, base, full):
     rows["4x error"] = 4 * (full - x).abs() - 1                  # 4 * |error / 2| on [0, 1], shown on [-1, 1]
     strip = torch.cat([images[:shown] for images in rows.values()])
     labels = [name for name in rows for _ in range(shown)]
-    for name in ("recon.png", f"recon_{done:06d}.png"):
-        save_grid(strip, Path(out) / name, shown, max(1, 96 // x.shape[-1]), labels)
+    save_grid(strip, Path(out) / f"recon_{done:06d}.png", shown, max(1, 96 // x.shape[-1]), labels,
+              also=Path(out) / "recon.png")
 
 
 # ---------------------------------------------------------------- curves

@@ -46,6 +46,13 @@ def test_two_jobs_that_write_one_grid_at_once_leave_it_whole(tmp_path, drawn, mo
     assert Image.open(tmp_path / "grid.png").width == 3 * 66 + 2 and os.listdir(tmp_path) == ["grid.png"]
 
 
+def test_a_grid_with_two_names_is_the_same_file_twice(tmp_path, drawn):
+    figures.save_grid(drawn, tmp_path / "a.png", columns=3, also=tmp_path / "b.png")
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png"]
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "b.png").width == 3 * 66 + 2
+
+
 def test_a_grid_too_large_for_a_phone_is_scaled_down(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(figures, "LARGEST_GRID", 100)               # three columns of 64 pixels exceed it
     figures.save_grid(drawn, tmp_path / "grid.png", columns=3, labels=["drawing"] * 5)
