@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import runpy
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -355,25 +356,27 @@ if {ranks} == 1:
     runpy.run_path({program!r}, run_name="__main__")
 else:
     from torch.distributed import run
-    fork = ["--run-path", "--start-method=fork"]
-    run.main(["--standalone", "--nproc-per-node={ranks}", *fork, {program!r}])
+    started = ["--run-path", "--start-method={start}"]
+    run.main(["--standalone", "--nproc-per-node={ranks}", *started, {program!r}])
 """
 
+# Elsewhere, the system's own libraries may not survive a fork.
+FORKS = sys.platform == "linux"
 PRELOADED = ["torch.distributed.run", "torch._dynamo", "torch.distributed.tensor"]
 
 
 class Forked:
-    """A Python program, forked from a process that has imported torch, which takes seconds; like Popen.
+    """A Python program, like Popen; on Linux forked from a process that has imported torch: it takes seconds.
 
-    ranks: more than one are started by torchrun, which forks them, too
+    ranks: more than one are started by torchrun, in the same way
     """
 
     def __init__(self, folder, source, ranks=1, **env):
         program, first, out, err = [folder / name for name in ("program.py", "first.py", "out", "err")]
         program.write_text(source)
         first.write_text(FORKED.format(files=[str(out), str(err)], cwd=str(folder), env=env, ranks=ranks,
-                                       program=str(program)))
-        context = multiprocessing.get_context("forkserver")
+                                       start="fork" if FORKS else "spawn", program=str(program)))
+        context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
         context.set_forkserver_preload(PRELOADED)
         self.process = context.Process(target=runpy.run_path, args=(str(first),))
         self.process.start()
