@@ -221,9 +221,16 @@ def pretend():
     torch._C._set_only_lift_cpu_tensors(True)                     # then torch.tensor(..., device=) is seen
 
 
+def few_images():
+    """Validation and the report's table take all their images the same way."""
+    from support import held_out
+    held_out.validation_images.__defaults__ = (4,)
+
+
 def main(words):
     pretend()
     sys.path.insert(0, str(ROOT))
+    few_images()
     while words:
         end = words.index("--") if "--" in words else len(words)
         sys.argv, words = words[:end], words[end + 1:]

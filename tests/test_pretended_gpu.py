@@ -51,18 +51,19 @@ print("gradient on", weight.grad.device, weight.grad.tolist())
 
 
 def test_every_script_runs_on_a_gpu_and_a_training_step_waits_for_it_once(tmp_path):
-    steps = 8
+    """Each operator takes a pretended GPU so long that the models are as small as their kind allows."""
+    steps = 4
     vae = f"--images=32 --stats=16 --log_every={steps} --micro_batch=4"
     dit = f"--images=32 --vae=vae --sample_steps=2 --log_every={steps} --micro_batch=16"
-    jobs = [f"train_vae.py tiny-base {vae} --out=base-vae --steps=2",
+    jobs = [f"train_vae.py tiny-base {vae} --out=base-vae --steps=2 --blocks=1",
             f"train_vae.py tiny {vae} --out=vae --base=base-vae --steps={steps} --disc_start=0 --train=all "
             "--adaptive_align=True --fit=closed --crop=32,64 --flip=True",
-            f"finetune.py tiny-base {dit} --out=base --steps=2",
+            f"finetune.py tiny-base {dit} --out=base --steps=2 --depth=2",
             f"finetune.py tiny {dit} --out=run --base=base --steps={steps}",
             "sample.py run --n=4 --steps=2 --cfg=2 --cfg_start=0.2",
             "evaluate.py run --n=8 --images=16 --steps=2"]
     out = run(*" -- ".join(jobs).split(), cwd=tmp_path)
-    assert "steps 0 to 8, cuda:0" in out and "warm start off by 0.0" in out
+    assert f"steps 0 to {steps}, cuda:0" in out and "warm start off by 0.0" in out
     assert (tmp_path / "run" / "samples" / "grid.png").exists()
 
     # of what runs in each step, only the check that the gradients are finite waits: VAE, discriminator, DiT
