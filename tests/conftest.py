@@ -20,6 +20,8 @@ SHARED = ROOT.parent / "shared"            # photos and weights that cannot be r
 
 os.environ["HF_HUB_OFFLINE"] = "1"         # no test contacts the real hub; tests/test_hub.py has its own
 
+LONGEST = ("test_ranks", "test_kernels", "test_pretended_gpu")     # first: the last would be waited for
+
 torch.set_num_threads(1)                   # for tensors this small, threads would only wait for each other
 
 
@@ -28,7 +30,12 @@ def pytest_addoption(parser):
     parser.addoption("--house", action="store_true", help="also run the tests of this repository's own rules")
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False             # xdist would begin with the files of most tests
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
