@@ -42,8 +42,8 @@ def test_importing_a_script_prints_nothing_and_needs_no_optional_package():
 
 def test_importing_everything_besides_torch_is_fast():
     program = f"""if True:
-        since = time.perf_counter()
+        since = time.process_time()
         import {", ".join(SCRIPTS + SUPPORT)}
-        print(time.perf_counter() - since)"""
+        print(time.process_time() - since)"""
     seconds = [float(line) for line in run_each([program] * 3)]
-    assert min(seconds) < 0.9                      # 0.3 s is the goal; a busy machine takes longer
+    assert min(seconds) < 0.9                      # of the CPU; 0.3 s is the goal
