@@ -106,7 +106,7 @@ def both_types(what, ours, theirs, grad=False):
         return result.detach()
 
     dtypes = ["float32"]
-    if ranks.in_bfloat16("auto", torch.device("cpu")):     # others emulate it, at a fifth of float32's speed
+    if ranks.in_bfloat16("auto", torch.device("cpu")):     # others emulate it, 6 to 11 times slower
         dtypes.append("bfloat16")
     for dtype in dtypes:
         yield f"{what}, {dtype}", partial(run, ours, dtype), partial(run, theirs, dtype)
