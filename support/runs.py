@@ -1,7 +1,7 @@
 """Run folders: atomic checkpoints, resuming, one job at a time, the log, disks that fail.
 
-    out/tiny/   step_000300/ step_000600/ (the two newest checkpoints), log.jsonl, pictures, summary.json at the
-                end, .lock meanwhile; of finetune.py also vae/, frozen/, captions/; with --buckets sizes.npz
+    out/tiny/   step_000300/ step_000600/ (the two newest checkpoints), log.jsonl, pictures, summary.json at
+                the end, .lock meanwhile; of finetune.py also vae/, frozen/, captions/; of buckets sizes.npz
     step_*/     model.safetensors, ema.safetensors, train_state.pt, config.json, SHA256SUMS
 
 `Run` is how the two training scripts handle their folder. It does not own the training loop: it says which
