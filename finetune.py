@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dit import MODELS, add_lora, kind_of, warm_start_difference
-from kernels import choose, cost, specifications
+from kernels import choose, cost, counted, specifications
 from sample import Config as SampleConfig
 from sample import generate, sample_flow, sample_noise, settings_of, shift_time, time_grid
 from support import buckets, checks, config, figures, identity, levels, plan, ranks, runs, stages
@@ -508,11 +508,11 @@ def dry_run(cfg):
     """Print what a run would take, from shapes alone: no memory, no weights.  Returns the numbers."""
     known, classes = stages.before_dry_run(cfg, makers())
     model, inputs, r = plan.expected(cfg, known, MODELS, new_dit, classes)
-    forward, _, _ = cost(model, inputs)                            # as in sampling, without adapters
-    with torch.device("meta"):
-        if cfg.lora:
-            add_lora(model, cfg.lora, cfg.lora)
-        _, step, kept = cost(model, inputs)
+    with torch.no_grad():                                          # as in sampling, without adapters
+        _, forward = counted(lambda: model(*inputs))
+    if cfg.lora:
+        add_lora(model, cfg.lora, cfg.lora)
+    _, step, kept = cost(model, inputs)
     return plan.show(cfg, model, inputs, r, forward, step, kept)
 
 

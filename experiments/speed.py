@@ -21,7 +21,7 @@ import torch
 
 from dit import LightningDiTConfig, LightningDiT
 from experiments import shared
-from kernels import cost
+from kernels import counted
 from sample import for_sampling
 from support import figures, ranks, runs
 from support.config import field
@@ -41,7 +41,9 @@ def flops(sizes):
     """FLOPs of a forward pass of one image, with all blocks."""
     with torch.device("meta"):
         model = LightningDiT(sizes)
-        forward, _, _ = cost(model, inputs(sizes))
+        example = inputs(sizes)
+    with torch.no_grad():
+        _, forward = counted(lambda: model(*example))
     return forward
 
 

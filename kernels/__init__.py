@@ -228,27 +228,30 @@ def cost(model, inputs):
     returns: FLOPs of the forward pass, FLOPs of both passes (2 per multiply-add), and how many numbers are
              kept for the backward pass, not counting parameters
     """
-    from torch.utils.flop_counter import FlopCounterMode   # here, because it imports triton
     kept = {}                                              # storage -> numbers: shared storage counts once
 
     def keep(x):
         kept[storage(x)] = x.numel()
         return x
 
-    forward = FlopCounterMode(display=False, custom_mapping=FLOPS)
-    with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        v = model.train()(*inputs)
-
-    backward = FlopCounterMode(display=False, custom_mapping=FLOPS)
-    with backward:
-        v.sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        v, forward = counted(lambda: model.train()(*inputs))
+    _, backward = counted(lambda: v.sum().backward())
 
     for p in model.parameters():
         kept.pop(storage(p), None)
         p.grad = None
 
-    forward_flops = forward.get_total_flops()
-    return forward_flops, forward_flops + backward.get_total_flops(), sum(kept.values())
+    return forward, forward + backward, sum(kept.values())
+
+
+def counted(function):
+    """(what a function of no arguments returns, its FLOPs)"""
+    from torch.utils.flop_counter import FlopCounterMode   # here, because it imports triton
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
+    with counter:
+        result = function()
+    return result, counter.get_total_flops()
 
 
 def storage(x):
