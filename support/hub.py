@@ -24,6 +24,9 @@ DESCRIBE = ("config.json", "latents_stats.pt", "SHA256SUMS")
 
 TAEF2 = ("taef2_encoder.pth", "taef2_decoder.pth")             # one model in two files
 
+# A pipeline's encoders. Not text_encoders/, where SD3.5's repository has the same ones again, for ComfyUI.
+TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?")
+
 
 def is_name(source):
     """Is it a name on the hub?  Not if the path exists, or begins with a folder that does, or with out/.
@@ -170,11 +173,11 @@ def text_files(names, folder):
     fetch = [name for name in inside_of(names, folder) if name == f"{start}model_index.json"]
     parts = sorted({name.removeprefix(start).partition("/")[0] for name in names if name.startswith(start)})
     for part in parts:
-        if part.startswith("text_encoder"):
+        if TEXT_ENCODER.fullmatch(part):
             fetch += weights_of(names, start + part)
         elif part.startswith("tokenizer"):
             fetch += inside_of(names, start + part)
-    if not any(part.startswith("text_encoder") for part in parts):
+    if not any(TEXT_ENCODER.fullmatch(part) for part in parts):
         raise ValueError(f"there is no text_encoder; it has {files.some(parts) or 'no files'}")
     return fetch
 

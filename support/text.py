@@ -311,8 +311,9 @@ def check_space(out, texts, bytes_of_first):
 def fingerprint(folder):
     """A digest of everything that turns text into embeddings."""
     found = []
-    for part in ("text_encoder*", "tokenizer*"):
-        found += [path for path in Path(folder).glob(f"{part}/*") if path.is_file()]
+    for part in Path(folder).iterdir():
+        if hub.TEXT_ENCODER.fullmatch(part.name) or part.name.startswith("tokenizer"):
+            found += [path for path in part.glob("*") if path.is_file()]
     return identity.of_files(sorted(found), folder)
 
 

@@ -159,7 +159,9 @@ def test_each_loader_fetches_only_what_it_reads_of_a_pipeline(online, sd3_folder
     pipeline = files_of(sd3_folder) | {
         "sd3.safetensors": b"everything once more", "README.md": b"read me",
         "vae/diffusion_pytorch_model.fp16.safetensors": b"half",
-        "text_encoder/model.fp16.safetensors": b"half"}
+        "text_encoder/model.fp16.safetensors": b"half",
+        "text_encoders/clip_l.safetensors": b"once more, for ComfyUI", "text_encoders/README.md": b"read me",
+        "text_encoders/t5xxl_fp16.safetensors": b"once more, for ComfyUI"}
     fake = online({"org/sd3": pipeline})
     assert same(weights.load_base_vae("org/sd3"), weights.load_base_vae(sd3_folder))
     assert sorted(fake.asked) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
@@ -167,6 +169,7 @@ def test_each_loader_fetches_only_what_it_reads_of_a_pipeline(online, sd3_folder
     assert {name.split("/")[0] for name in fake.asked} == {"vae", "transformer"}
     there = hub.local("org/sd3", "text")
     assert text.fingerprint(there) == text.fingerprint(sd3_folder)
+    assert not [name for name in fake.asked if name.startswith("text_encoders/")]
     fetched = {name for name in fake.asked if "fp16" in name or "/" not in name}
     assert fetched == {"model_index.json"}                         # it names the pipeline
 
