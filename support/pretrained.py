@@ -1,8 +1,11 @@
 """Models and tokenizers of transformers: imported on demand, and rejected if incomplete."""
 import json
+import re
+from pathlib import Path
 
 from safetensors import SafetensorError
 
+from support import files
 from support.captions import read_text
 from support.metrics import import_torchvision
 
@@ -10,6 +13,11 @@ from support.metrics import import_torchvision
 LOADING_ERRORS = (
     ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
 )
+
+# The names that transformers gives to weights, to shards of them, and to the index of these: the variant
+# (fp16) comes before the ending of the former, and before that of the latter.
+WEIGHTS = re.compile(r"(pytorch_)?model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.(safetensors|bin)")
+INDEX = re.compile(r"(pytorch_)?model\.(safetensors|bin)\.index(\.(?P<variant>\w+))?\.json")
 
 
 def import_transformers(*names):
@@ -28,11 +36,24 @@ def import_transformers(*names):
                      "requirements.txt names")
 
 
+def variant_of(name):
+    """"fp16" for the name model.fp16.safetensors, "" for model.safetensors; None if it is not of weights."""
+    match = WEIGHTS.fullmatch(name) or INDEX.fullmatch(name)
+    return match and (match["variant"] or "")
+
+
+def variant_in(folder):
+    """The variant that is loaded from a folder: "" if that is there, else the most precise one."""
+    found = {variant_of(file.name) for file in Path(folder).glob("*")}
+    return next((variant for variant in ("", *files.PRECISIONS) if variant in found), "")
+
+
 def load_pretrained(path, kind, what, **options):
     """A model from a folder, by a class of transformers.   raises: SystemExit if it is incomplete
 
     what: what the error message calls it;  options: passed to `from_pretrained`
     """
+    options["variant"] = variant_in(path) or None  # transformers would not take another by itself
     try:
         model, found = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
     except LOADING_ERRORS as error:

@@ -25,7 +25,7 @@ from support.captions import read_text, shown
 from support.config import field
 from support.diffusers_text import PIPELINES, kind_of_pipeline
 from support.measurements import run_folder
-from support.pretrained import import_transformers, load_pretrained, load_tokenizer
+from support.pretrained import import_transformers, load_pretrained, load_tokenizer, variant_in, variant_of
 
 # ---------------------------------------------------------------- conditions of a training step
 
@@ -309,11 +309,12 @@ def check_space(out, texts, bytes_of_first):
 
 
 def fingerprint(folder):
-    """A digest of everything that turns text into embeddings."""
+    """A digest of everything that turns text into embeddings; of several variants, only of the one loaded."""
     found = []
     for part in Path(folder).iterdir():
         if hub.TEXT_ENCODER.fullmatch(part.name) or part.name.startswith("tokenizer"):
-            found += [path for path in part.glob("*") if path.is_file()]
+            loaded = (None, variant_in(part))                      # None: settings and vocabularies
+            found += [file for file in part.glob("*") if file.is_file() and variant_of(file.name) in loaded]
     return identity.of_files(sorted(found), folder)
 
 

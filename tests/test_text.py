@@ -87,6 +87,31 @@ def test_fingerprints_depend_on_encoders_and_tokenizers_not_on_the_path(sd3_fold
         before = text.fingerprint(tmp_path / "sd3")
 
 
+def test_a_whole_download_has_the_fingerprint_of_the_files_that_are_loaded(sd3_folder, tmp_path):
+    shutil.copytree(sd3_folder, tmp_path / "sd3", copy_function=shutil.copyfile)
+    spare = ["text_encoder/model.fp16.safetensors", "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+             "text_encoder_3/model.safetensors.index.fp16.json", "text_encoders/clip_l.safetensors"]
+    for name in spare:
+        (tmp_path / "sd3" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "sd3" / name).write_bytes(b"not read")
+    assert text.fingerprint(tmp_path / "sd3") == text.fingerprint(sd3_folder)
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_encoders_saved_in_half_precision_alone_are_loaded(sd3_folder, tmp_path, size):
+    shutil.copytree(sd3_folder, tmp_path / "sd3", ignore=shutil.ignore_patterns("transformer", "vae"))
+    parts = text.load_text_encoders(sd3_folder, torch.device("cpu"))
+    for suffix, (_, encoder) in zip(("", "_2", "_3"), parts):
+        folder = tmp_path / f"sd3/text_encoder{suffix}"
+        (folder / "model.safetensors").unlink()
+        encoder.half().save_pretrained(folder, variant="fp16", max_shard_size=size)
+        assert list(folder.glob("model.fp16*"))
+    half = text.load_text_encoders(tmp_path / "sd3", torch.device("cpu"))
+    for (_, encoder), (_, saved) in zip(half, parts):
+        saved = saved.float().state_dict()
+        assert all(torch.equal(weight, saved[name]) for name, weight in encoder.state_dict().items())
+
+
 def test_two_processes_take_turns_at_the_shards_and_encode_as_one_does(sd3_folder, tmp_path, fork):
     prompts = [f"{n} foxes" for n in range(9)]
     flags = ["text", f"--encoders={sd3_folder}", "--t5_tokens=24", f"--out={tmp_path / 'two'}", "--shard=3",
