@@ -326,20 +326,20 @@ def merged(model):
 
 
 class InPipeline(nn.Module):
-    """A DA-VAE (or a PlainVAE) as the `vae` of FLUX.2's or Sana's pipeline, to decode (docs/recipes.md).
+    """A DA-VAE (or a PlainVAE) as the `vae` of SD3.5's, FLUX.2's or Sana's pipeline (docs/recipes.md).
 
         pipeline.vae = InPipeline(vae)
         pipeline.vae_scale_factor = vae.f
 
-    Its latents are normalised, so the pipelines get neutral numbers to undo: FLUX.2's the statistics of a
-    BatchNorm, Sana's a factor.
+    It only decodes. Its latents are normalised, so the pipelines get neutral numbers to undo: FLUX.2's the
+    statistics of a BatchNorm, Sana's a factor, SD3.5's a factor and a shift.
     """
 
     def __init__(self, vae):
         super().__init__()
         self.vae = vae
         self.bn = nn.BatchNorm2d(4 * (vae.C + vae.D), affine=False, eps=0.0)
-        self.config = SimpleNamespace(batch_norm_eps=0.0, scaling_factor=1.0)
+        self.config = SimpleNamespace(batch_norm_eps=0.0, scaling_factor=1.0, shift_factor=0.0)
 
     @property
     def device(self):

@@ -504,7 +504,8 @@ def main_export(cfg):
     """
     if not cfg.run:
         raise SystemExit("no run given; wanted one of finetune.py: python sample.py export RUN --out=FOLDER")
-    dit, vae, _ = load_run(cfg.run, cfg.weights)
+    dit, vae, about = load_run(cfg.run, cfg.weights)
+    side = about["config"]["image_size"] // vae.f
     if not cfg.out or os.path.lexists(cfg.out):
         raise SystemExit(f"--out={cfg.out!r}: wanted a new folder; nothing is overwritten")
     if not isinstance(dit, (LightningDiT, MMDiT, USiT, DiffusersDiT)):
@@ -514,15 +515,18 @@ def main_export(cfg):
     try:
         with runs.disk_may_fail(must=True, what=cfg.out):
             shutil.rmtree(temporary)                               # of an earlier try, which was killed
-            write_export(dit, vae, temporary, {"source": cfg.run})
+            write_export(dit, vae, side, temporary, {"source": cfg.run})
             temporary.replace(cfg.out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)               # a full disk needs its bytes
     print(f"{cfg.out}: {', '.join(sorted(path.name for path in Path(cfg.out).iterdir()))}")
 
 
-def write_export(dit, vae, folder, source):
-    """Write the contents of an export; see `main_export`.   source: goes into the config.json of our parts"""
+def write_export(dit, vae, side, folder, source):
+    """Write the contents of an export; see `main_export`.
+
+    side: of the latents that were trained on;  source: goes into the config.json of our parts
+    """
     runs.save_folder(folder / "vae", {"model": vae.state_dict()}, source | {"model": vae.config()})
     if isinstance(dit, LightningDiT):
         torch.save({"ema": formats.export_lightningdit(dit)}, folder / "lightningdit.pt")
@@ -533,7 +537,7 @@ def write_export(dit, vae, folder, source):
             write_lora(dit, folder / "lora", source)
         dit = merge_lora(dit)
         if isinstance(dit, MMDiT):
-            config, merged = diffusers_config(dit.cfg), formats.export_diffusers(dit)
+            config, merged = diffusers_config(dit.cfg, side), formats.export_diffusers(dit)
         else:
             config, merged = export_transformer(dit)
         runs.save_folder(folder / "transformer", {"diffusion_pytorch_model": merged}, config)
@@ -558,11 +562,14 @@ def write_lora(dit, folder, source):
     })
 
 
-def diffusers_config(cfg):
-    """The config.json of the SD3Transformer2DModel equivalent to an MMDiT."""
+def diffusers_config(cfg, side):
+    """The config.json of the SD3Transformer2DModel equivalent to an MMDiT.
+
+    side: of the latents that a pipeline draws if it is not told a size
+    """
     return {
         "_class_name": "SD3Transformer2DModel",
-        "sample_size": 128,
+        "sample_size": side,
         "patch_size": cfg.p,
         "in_channels": cfg.C + cfg.D,
         "out_channels": cfg.C + cfg.D,

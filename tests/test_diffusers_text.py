@@ -1,5 +1,6 @@
 """support/diffusers_text.py: text as diffusers encodes it; FLUX.2 and Sana, from captions to pipelines."""
 import functools
+import json
 import math
 import re
 import shutil
@@ -17,7 +18,7 @@ import sample
 from davae import DAVAE, DAVAEConfig
 from finetune import PRESETS
 from support import data, hub, metrics, runs, text
-from support.weights import ExportConfig, load_base_vae, load_dit, load_run, main_export
+from support.weights import ExportConfig, load_base_vae, load_davae, load_dit, load_run, main_export
 
 CPU = torch.device("cpu")
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
@@ -167,13 +168,14 @@ def test_enough_is_fetched_from_the_hub_to_encode(pipeline, request, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(klein, sana, tmp_path_factory):
-    """finished("Flux2") or ("Sana") -> the Config of a run, made once: three steps on a DA-VAE of its VAE."""
+def finished(klein, sana, sd3_folder, tmp_path_factory):
+    """finished("Flux2"), "Sana" or "SD3" -> the Config of a run, made once: three steps on a DA-VAE."""
     @functools.cache
     def make(model):
         pipeline, preset, own = {
             "Flux2": (klein, "klein-1024", dict(t5_tokens=16)),
             "Sana": (sana, "sd35m-1024", dict(t5_tokens=12, model="Sana", cfg=4.5)),  # as in docs/recipes.md
+            "SD3": (sd3_folder, "sd35m-1024", dict(t5_tokens=12)),
         }[model]
         folder = tmp_path_factory.mktemp(model)
         torch.manual_seed(0)
@@ -247,6 +249,19 @@ def test_the_exported_run_draws_the_same_in_sanas_own_pipeline(finished, tmp_pat
     ours = drawn(run, width=64)
     assert error(ours, theirs) < 1e-4 and theirs.std() > 0.05
     assert error(drawn(run, width=64, shift=1.0), theirs) > 1e-2
+
+
+def test_the_exported_run_draws_the_same_in_sd3s_own_pipeline(finished, tmp_path, error):
+    """With the run's own shift, grid and guidance; and the pipeline's default size is the run's."""
+    run = finished("SD3")
+    options = dict(latents=sample.sample_noise(0, [0], (12, 8, 12)), max_sequence_length=12)
+    theirs = by_recipe(
+        "StableDiffusion3Pipeline", "sd3.5-medium", run, tmp_path, height=32, width=48, **options)
+    ours = drawn(run, width=48)
+    assert error(ours, theirs) < 1e-4 and theirs.std() > 0.05
+    assert error(drawn(run, width=48, shift=1.0), theirs) > 1e-2
+    config = json.loads((tmp_path / "exported/transformer/config.json").read_text())
+    assert config["sample_size"] * load_davae(run.vae).f == run.image_size
 
 
 def by_recipe(kind, name, run, folder, **options):
