@@ -344,7 +344,7 @@ class SD3Text:
 
 
 def load_text_encoders(folder, device):
-    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] from a diffusers folder; None for a missing T5.
+    """[(tokenizer, encoder) of CLIP-L, CLIP-G and T5] of a diffusers folder; None if it was saved without T5.
 
     raises: SystemExit saying what is missing or broken: transformers, or a part of the folder
     """
@@ -359,12 +359,21 @@ def load_text_encoders(folder, device):
             tokenizer = load_tokenizer(Path(folder) / f"tokenizer{suffix}", AutoTokenizer)
             encoder = load_pretrained(path, kind, "text encoder", dtype=dtype)
             parts.append((tokenizer, encoder.to(device).eval()))
-        elif suffix == "_3":
+        elif suffix == "_3" and not has_t5(folder):
+            if ranks.this_rank() == 0:
+                tqdm.write(f"{folder}: has no T5; zeros take the place of its tokens")
             parts.append(None)
         else:
             raise SystemExit(f"{folder}: has no {path.name}; wanted a diffusers SD3.5 folder with its text "
                              "encoders")
     return parts
+
+
+def has_t5(folder):
+    """Does a folder's model_index.json name a T5?  One saved without has [null, null] there."""
+    index = Path(folder) / "model_index.json"
+    named = files.read_json(index).get("text_encoder_3") if index.is_file() else None
+    return bool(named and named[0])
 
 
 @torch.no_grad()

@@ -433,12 +433,21 @@ def lose_a_tensor(path):
     (cut, "text_encoder/config.json", "text_encoder: this text encoder cannot be loaded"),
     (lose_a_tensor, "text_encoder/model.safetensors", "lacks 1 tensors, the first text_model.final"),
     (shutil.rmtree, "text_encoder_2", "has no text_encoder_2; wanted a diffusers SD3.5 folder"),
+    (shutil.rmtree, "text_encoder_3", "has no text_encoder_3; wanted a diffusers SD3.5 folder"),
 ])
 def test_a_missing_or_broken_part_of_the_encoders_is_named(sd3_folder, tmp_path, change, name, said):
     shutil.copytree(sd3_folder, tmp_path / "sd3", ignore=shutil.ignore_patterns("transformer", "vae"))
     change(tmp_path / "sd3" / name)
     with pytest.raises(SystemExit, match=said):
         text.load_text_encoders(tmp_path / "sd3", torch.device("cpu"))
+
+
+def test_a_pipeline_saved_without_t5_is_said_to_be(sd3_folder, tmp_path, capsys):
+    from diffusers import StableDiffusion3Pipeline
+    nothing = dict.fromkeys(("text_encoder_3", "tokenizer_3", "transformer", "vae"))
+    StableDiffusion3Pipeline.from_pretrained(sd3_folder, **nothing).save_pretrained(tmp_path)
+    assert text.load_text_encoders(tmp_path, torch.device("cpu"))[2] is None
+    assert "has no T5; zeros take the place of its tokens" in capsys.readouterr().out
 
 
 def shard(folder, n, prompts=("a", "b"), **changes):
