@@ -46,14 +46,20 @@ def refuse_other_images(out, settings, drawing=False):
         old = json.loads(path.read_text())
     except ValueError:
         raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
-    changed = [f"{name} {old.get(name)} -> {settings.get(name)}" for name in sorted(old | settings)
-               if old.get(name) != settings.get(name)]
+    changed = [f"{name} {brief(old.get(name))} -> {brief(settings.get(name))}"
+               for name in sorted(old | settings) if old.get(name) != settings.get(name)]
     if changed and old | {"model": ""} == settings | {"model": ""}:
         raise SystemExit(f"{out} holds images of an earlier state of the run, or of another run: give "
                          "another --out, or remove it")
     if changed:
         raise SystemExit(f"{out} holds images made with other settings ({', '.join(changed)}): give "
                          "another --out, or remove it")
+
+
+def brief(value):
+    """A setting for a message: there may be thousands of prompts, or one of thousands of letters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def make_folder(out, settings, rank):

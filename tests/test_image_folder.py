@@ -204,6 +204,14 @@ def test_a_folder_with_other_settings_is_refused(tiny_run, tmp_path):
     assert json.loads((out / "settings.json").read_text())["steps"] == 2
 
 
+def test_a_refusal_shows_only_the_beginning_of_a_long_setting(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "settings.json").write_text(json.dumps({"prompts": ["a fox"] * 30_000, "steps": 2}))
+    with pytest.raises(SystemExit, match=r"prompts \['a fox',.*\.\.\. -> \['owl'\], steps 2 -> 3") as refusal:
+        image_folder.refuse_other_images(tmp_path, {"prompts": ["owl"], "steps": 3})
+    assert len(str(refusal.value)) < 200 + len(str(tmp_path))
+
+
 def fail(*args):
     raise RuntimeError("out of memory")
 
