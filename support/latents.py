@@ -37,6 +37,7 @@ AT_ONCE = 64                                       # images encoded at once, few
 def latent_source(vae, train_set, cfg, device, rank, world):
     """A function: source(start) -> endless (z_all (b, C+D, h, w), y (b,)) of this rank, from step `start` on.
 
+    z_all is on `device`, y on the CPU, where captions are looked up.
     train_set: images (in buckets or not), or `Latents`; cfg: stage 2's Config. With cfg.cache, this call
     encodes the images.
     """
@@ -119,7 +120,7 @@ def encoded_steps(vae, train_set, cfg, device, rank, world, start):
     for step, (images, y) in enumerate(batches, start):
         ranks.seed_step(cfg.seed, rank, step, 1)   # a separate random stream for samples of z_d
         z_all = encode(vae, images, cfg, device)
-        yield z_all[:, :vae.C + cfg.D], y.to(device)
+        yield z_all[:, :vae.C + cfg.D], y
 
 
 def cached_steps(latents, cfg, device, rank, world, start):
@@ -138,7 +139,7 @@ def cached_steps(latents, cfg, device, rank, world, start):
         for step in itertools.count(start + 1):
             z_all, y = ahead.result()              # or the error of this step
             ahead = pool.submit(read, step)
-            yield z_all.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            yield z_all.to(device, non_blocking=True), y
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -246,6 +246,47 @@ def test_captions_in_a_batch_are_dropped_independently(tmp_path):
     assert 120 < tokens[:, 0, 0].sum() < 180
 
 
+def test_embeddings_are_read_a_step_ahead_and_are_the_same(tmp_path, monkeypatch):
+    """Two batches later than what it trains on, as run.steps reads one ahead itself, nothing is read anew."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = ["", *"abcdef"]
+    shard(tmp_path, 0, prompts=prompts, context=torch.randn(7, 8, 6, generator=generator).bfloat16(),
+          pooled=torch.randn(7, 5, generator=generator).bfloat16())
+    images = SimpleNamespace(captions=list("abcdefabc"))
+    cfg = SimpleNamespace(text=str(tmp_path), out="", t5_tokens=None)
+    cpu, dit = torch.device("cpu"), SimpleNamespace(cfg=SimpleNamespace())
+    plain, condition = (text.Conditioner(dit, images, cfg, cpu, 0) for _ in range(2))
+    reads = []
+    monkeypatch.setattr(condition.text, "read", lambda captions: reads.append(
+        (threading.current_thread() is threading.main_thread(), set(captions))) or plain.text.read(captions))
+
+    batches = [torch.tensor(y) for y in ([0, 1], [2, 2], [3, 7], [8, 5], [4, 0], [1, 1])]
+    before = []
+    for step, y in enumerate(y for _, y in condition.ahead((None, y) for y in batches)):
+        before.append(y)
+        if step > 0:
+            for p in (0.0, 0.5):
+                found = []
+                for one in (condition, plain):
+                    torch.manual_seed(step)
+                    found.append(one(before[-2], p))
+                assert all(map(torch.equal, *found)) and found[0][0].dtype == torch.float32
+    wanted = ["ab", "c", "db", "cf", "ea", "b"]
+    assert reads == [(False, {"", *captions}) for captions in wanted]
+
+    assert all(map(torch.equal, condition(torch.tensor([3]), 0.0), plain(torch.tensor([3]), 0.0)))
+    assert reads[-1] == (True, {"d"})                              # not near: read at once
+
+
+def test_an_embedding_that_is_not_finite_ends_the_stream_with_its_sentence(tmp_path):
+    shard(tmp_path, 0, prompts=["", "a"], context=torch.full((2, 8, 6), torch.nan))
+    images = SimpleNamespace(captions=["a"])
+    cfg = SimpleNamespace(text=str(tmp_path), out="", t5_tokens=None)
+    condition = text.Conditioner(SimpleNamespace(cfg=SimpleNamespace()), images, cfg, torch.device("cpu"), 0)
+    with pytest.raises(SystemExit, match="not finite; remove the shards"):
+        next(condition.ahead((None, torch.tensor([0])) for _ in range(3)))
+
+
 def test_a_conditioner_gives_labels_or_captions_and_can_drop_either(sd3_folder, tmp_path, capsys):
     dit = SimpleNamespace(cfg=SimpleNamespace(num_classes=7))
     words = ["a fox", "snow", "an owl"]
