@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from support import data
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,3 +76,26 @@ def test_every_script_runs_on_a_gpu_and_a_training_step_waits_for_it_once(tmp_pa
     loops = {"main", "flow_loss", "vae_loss", "alignment", "adaptive_weight", "training_batch", "draw_time",
              "train_discriminator", "micro_batches", "ema_update", "add", "forward", "detail_posterior"}
     assert not loops & waits.keys()
+
+
+@pytest.mark.slow
+def test_text_to_image_runs_on_a_gpu_and_embeddings_do_not_wait_for_it(sd3_folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    drawn = data.Procedural(32, 8, 0)
+    for i in range(8):
+        Image.fromarray(drawn.image(i)[0]).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text(f"drawing {i % 3}")
+    steps = 3
+    small = f"--data_dir={photos} --image_size=32 --batch_size=4 --log_every={steps}"
+    jobs = [f"train_vae.py tiny {small} --out=vae --base={sd3_folder} --D=4 --gan=0 --stats=4 --steps=2",
+            f"sample.py text {sd3_folder} --out=text --data_dir={photos} --t5_tokens=24",
+            f"finetune.py sd35m-1024 {small} --out=run --vae=vae --base={sd3_folder} --text=text "
+            f"--t5_tokens=24 --D=4 --lora=4 --N=2 --steps={steps} --micro_batch=2 --sample_steps=2",
+            "sample.py run --n=2 --steps=2"]
+    out = run(*" -- ".join(jobs).split(), cwd=tmp_path)
+    assert f"steps 0 to {steps}, cuda:0" in out and "warm start, 4 latents" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("waited ")]
+    waits = {words[-1]: int(words[1]) for words in rows}
+    assert waits["stop_if_not_finite"] == 2 + steps
+    assert not {"main", "__call__", "ahead", "read", "start", "flow_loss", "draw_time"} & waits.keys()
