@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dit import MODELS, add_lora, kind_of, warm_start_difference
@@ -305,7 +304,7 @@ def main(cfg):
     opt = torch.optim.AdamW(trained, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     if run.checkpoint:
         ranks.load_optimizer(opt, run.train_state()["opt"])
-    model = DistributedDataParallel(dit, broadcast_buffers=False) if world > 1 and not cfg.shard else dit
+    model = dit if cfg.shard else ranks.replicated(dit)
 
     # before the first step: check the statistics, prove the warm start, save a checkpoint
     about = description(cfg, dit, train_set)

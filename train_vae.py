@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from davae import DAVAE, AutoencoderKL, DAVAEConfig, KLConfig, PlainVAE, align_loss, base_image, group_mean
 from kernels import choose
@@ -344,10 +343,8 @@ def main(cfg):
         restore(run, nets, opt, opt_d)
     if cfg.compile:
         compile_levels(vae)
-    model = DistributedDataParallel(vae) if world > 1 else vae
-    judge = nets.disc
-    if world > 1 and judge is not None:
-        judge = DistributedDataParallel(judge, broadcast_buffers=False)
+    model = ranks.replicated(vae)
+    judge = ranks.replicated(nets.disc) if nets.disc else None
     if nets.disc:
         nets.disc.requires_grad_(False)            # except in its own step
 

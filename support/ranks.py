@@ -406,7 +406,21 @@ def stop_if_not_finite(norm, loss, model, step, so_far="the model was not update
                      "last checkpoint")
 
 
-# ---------------------------------------------------------- models that do not fit on one GPU
+# ---------------------------------------------------------------- models on several GPUs
+
+
+def replicated(model):
+    """`model`, such that its backward passes average gradients over the ranks (DDP); alone, as it is.
+
+    All ranks start with rank 0's weights and buffers. Buffers are not compared again: only those of the
+    discriminator's BatchNorm change, and it does not read them while it trains.
+    """
+    if world_size() == 1:
+        return model
+    # torch.compile would cut each compiled block into pieces of DDP's buckets, to send gradients before the
+    # block's backward pass ends: LightningDiT-XL's into three. Blocks are small enough as they are.
+    torch._dynamo.config.optimize_ddp = False
+    return DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def shard(model, device):

@@ -236,6 +236,37 @@ def test_under_torchrun_one_process_exports_and_writes_the_report(rank, tiny_run
     assert written == ({"exported", "report.html"} if rank == "0" else set())
 
 
+COMPILED = """
+import warnings, torch
+from support import ranks
+ranks.setup("cpu")
+graphs = []
+def count(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(800, 800) for _ in range(24))
+    def forward(self, x):
+        for layer in self.layers:                                  # 61 MB; DDP's buckets have 25
+            x = layer(x)
+        return x
+block = Block()
+block.compile(backend=count, dynamic=False)
+with warnings.catch_warnings(action="error", category=FutureWarning):
+    model = ranks.replicated(torch.nn.Sequential(block))
+model(torch.ones(2, 800)).sum().backward()
+print(f"rank {ranks.this_rank()}: {len(graphs)} graph", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_compiled_block_stays_one_graph_in_several_processes(fork):
+    out, err = fork(COMPILED, ranks=2).communicate(timeout=120)
+    assert "rank 0: 1 graph\n" in out and "rank 1: 1 graph\n" in out, err[-3000:]
+
+
 # ---------------------------------------------------------------- train_vae.py in two processes
 
 
