@@ -393,7 +393,7 @@ def prove_warm_start(base, model, vae, z_all, y, condition, run):
         raise SystemExit("the widened model differs from the base model: P_new or O_new is not zero (in "
                          "your own model, make them with dit.py:widen), or a weight of --base is not finite")
     run.results["warm_start"] = change
-    with runs.picture_may_fail(f"{cfg.out}/warm_start.png"):
+    with ranks.unless_sharded(cfg.shard, runs.picture_may_fail(f"{cfg.out}/warm_start.png")):
         draw_warm_start(base, model, vae, z[:8], y[:8], condition, run)
     model.train()
 
@@ -564,7 +564,7 @@ def draw_samples(run, done, ema, vae, about, text):
     chosen = dict(steps=cfg.sample_steps, seed=cfg.seed, classes=tuple(range(len(names))), dtype=cfg.dtype)
     settings = settings_of(SampleConfig(**chosen), about, "")
     images, previews, numbers = [], [], []
-    with runs.picture_may_fail(f"{cfg.out}: samples"):
+    with ranks.unless_sharded(cfg.shard, runs.picture_may_fail(f"{cfg.out}: samples")):
         for part in torch.tensor(ranks.my_share(n)).split(max(1, cfg.micro_batch // 2)):
             full, base = generate(ema, vae, part.tolist(), settings, text)
             images.append(full)

@@ -457,6 +457,14 @@ def is_sharded(model):
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
+def unless_sharded(sharded, forgiving):
+    """`forgiving`, a context that lets a rank go on after a failure; none around passes of a sharded model.
+
+    The others would wait for this rank in the middle of the pass, where nothing can tell them. So it ends.
+    """
+    return contextlib.nullcontext() if sharded else forgiving
+
+
 def whole(state, keep=True):
     """A nested state with its sharded tensors gathered: on the CPU of ranks that `keep` them, else None.
 

@@ -398,6 +398,27 @@ def test_a_model_sharded_over_two_processes_trains_and_saves_like_a_whole_one(
         finetune.main(replace(whole, out=str(tmp_path / "one"), shard=True))
 
 
+NO_MEMORY_ON_RANK_1 = """
+usual = script.generate
+def generate(model, *args):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if RANK == 1:
+        model.blocks[1].register_forward_pre_hook(fail)
+    return usual(model, *args)
+script.generate = generate
+"""
+
+
+def test_a_rank_that_cannot_draw_with_a_sharded_model_ends_all_after_the_save(
+        finetune_config, tmp_path, launch):
+    cfg = finetune_config(tmp_path / "run", steps=2, micro_batch=4, shard=True)
+    process = launch(finetune.main, cfg, NO_MEMORY_ON_RANK_1, ranks=2)
+    _, err = process.communicate(timeout=100)                      # the others' collective: half an hour
+    assert process.returncode != 0 and runs.step_of(cfg.out) == 2
+    assert "CUDA out of memory\nTry, in this order: --micro_batch=2" in err, err[-3000:]
+
+
 SHARDED = """
 from torch.distributed.fsdp import fully_shard
 from support import ranks
