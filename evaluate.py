@@ -235,7 +235,8 @@ def image_table(decodings, batches, rulers, device):
         table[row] = dict(zip(columns, scores.mean(0).tolist()))
         table[row]["images"] = len(f)
         if rulers.features.name and this_rank() == 0:                              # the others wait
-            table[row] |= distances(rulers.features.name, f, moments(real))        # of Inception: the rFID
+            with ranks.all_cores():
+                table[row] |= distances(rulers.features.name, f, moments(real))    # of Inception: the rFID
     return table, real, f"{len(real)} images, sha256 {hash_of(digests)}"
 
 
@@ -313,7 +314,8 @@ def generation(cfg, run, rulers, plan, real):
         scores = gather([scores for _, _, scores in parts], mine)                  # (n,)
         table[row] = {}
         if rulers.features.name and run.rank == 0:                                 # the others wait
-            table[row] |= distances(rulers.features.name, f, reference, logits, real)
+            with ranks.all_cores():
+                table[row] |= distances(rulers.features.name, f, reference, logits, real)
         if rulers.features.name == "Probe":
             labels = sample.sample_labels(range(cfg.n), plan.settings["classes"])
             table[row]["judged sharp"] = (logits[:, 10] > 0).float().mean().item()

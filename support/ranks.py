@@ -272,6 +272,22 @@ def wait_for_all():
         dist.barrier(group)
 
 
+@contextlib.contextmanager
+def all_cores():
+    """Let torch use all cores of this job for what one process computes while the others wait for it.
+
+    torchrun gives each process one thread. A number that the user has set (OMP_NUM_THREADS) stays.
+    """
+    before = torch.get_num_threads()
+    if before == 1 and world_size() > 1:
+        mine = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count()))     # Linux
+        torch.set_num_threads(len(mine(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def my_share(count):
     """This rank's share of 0 to count - 1, padded with higher numbers so that all ranks have equally many.
 

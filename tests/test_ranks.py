@@ -267,6 +267,19 @@ def test_a_compiled_block_stays_one_graph_in_several_processes(fork):
     assert "rank 0: 1 graph\n" in out and "rank 1: 1 graph\n" in out, err[-3000:]
 
 
+def test_one_process_computes_with_all_cores_while_the_others_wait(monkeypatch):
+    threads = [1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    for world, set_by_user, then in ((8, 1, 64), (8, 4, 4), (1, 1, 1)):
+        monkeypatch.setattr(ranks, "world_size", lambda world=world: world)
+        threads.append(set_by_user)
+        with ranks.all_cores():
+            assert threads[-1] == then
+        assert threads[-1] == set_by_user
+
+
 # ---------------------------------------------------------------- train_vae.py in two processes
 
 
