@@ -56,6 +56,7 @@ def run_main(main, cfg):
     try:
         with memory_may_run_out(smaller(cfg)):
             main(cfg)
+        wait_for_all()                     # rank 0 may still write a report; NCCL is left by all at once
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and raised_here(error):
             raise SystemExit(str(error)) from None

@@ -578,6 +578,26 @@ def test_no_rank_times_out_while_another_draws_measures_encodes_or_writes(
     assert process.returncode == 0, err[-3000:]
 
 
+BUSY_AT_THE_END = """
+import time
+leave = torch.distributed.destroy_process_group
+def destroy():
+    print(f"rank {RANK} leaves: {time.time()}", flush=True)
+    leave()
+torch.distributed.destroy_process_group = destroy
+def main(cfg):
+    ranks.setup("cpu")
+    time.sleep(4 * (RANK == 0))
+script.main = main
+"""
+
+
+def test_no_process_leaves_the_group_before_the_others(davae_config, tmp_path, launch):
+    out, err = launch(train_vae.main, davae_config(tmp_path / "run"), BUSY_AT_THE_END, ranks=2).communicate()
+    left = [float(line.rpartition(" ")[2]) for line in out.splitlines() if "leaves" in line]
+    assert len(left) == 2 and abs(left[0] - left[1]) < 2, err[-3000:]
+
+
 # ---------------------------------------------------------------- machines that do not see the same files
 
 
