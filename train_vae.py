@@ -564,13 +564,14 @@ def reconstruct(vae, x):
 def validate(run, done, vae, val):
     """PSNR on `val` (N, 3, H, W), base only and full, and a strip of images.  The ranks share the work."""
     vae.eval()
-    mine = torch.arange(len(val)).tensor_split(ranks.world_size())[run.rank]
+    mine = held_out.share(len(val), run.rank, ranks.world_size())
     images = val[mine]
     scores = []
     with runs.picture_may_fail(f"{run.cfg.out}: reconstructions"), ranks.autocast(run.cfg.dtype, val.device):
-        pairs = [reconstruct(vae, x) for x in images.split(min(32, run.cfg.micro_batch))]
-        base, full = (torch.cat(parts) for parts in zip(*pairs))
-        scores.append(torch.stack([psnr(base, images), psnr(full, images)], dim=1))
+        if len(mine):
+            pairs = [reconstruct(vae, x) for x in images.split(min(32, run.cfg.micro_batch))]
+            base, full = (torch.cat(parts) for parts in zip(*pairs))
+            scores.append(torch.stack([psnr(base, images), psnr(full, images)], dim=1))
         if run.rank == 0:
             figures.draw_reconstructions(run.cfg.out, done, vae.D, images, base, full)
     vae.train()

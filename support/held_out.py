@@ -62,3 +62,13 @@ def validation_images(cfg, train_set, n=64):
         raise SystemExit(f"{cfg.val_dir or cfg.data_dir}: none of the {len(index)} images for validation can "
                          "be read")
     return torch.cat(batches)
+
+
+def share(n, rank, world):
+    """Which of n validation images a rank measures: rank 0, which also draws its own, at least four of them.
+
+    The others share the rest; with few images, some have none.
+    """
+    numbers = torch.arange(n)
+    first = max(4, math.ceil(n / world))
+    return [numbers[:first], *numbers[first:].tensor_split(max(1, world - 1))][rank]

@@ -24,7 +24,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
-from support import latents, ranks, runs
+from support import held_out, latents, ranks, runs
 
 
 @pytest.mark.parametrize("batch,micro,world,count", [
@@ -307,6 +307,21 @@ def test_two_processes_have_the_same_losses_as_one_and_resume_each_others_runs(
     _, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     assert read_log(one.out)[-1]["step"] == read_log(two.out)[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 16, 64])
+@pytest.mark.parametrize("world", [1, 2, 8, 64])
+def test_ranks_share_the_validation_images_of_which_rank_0_can_draw_four(n, world):
+    shares = [held_out.share(n, rank, world).tolist() for rank in range(world)]
+    assert sum(shares, []) == list(range(n)) and len(shares[0]) >= min(4, n)
+
+
+def test_a_rank_without_validation_images_says_nothing(davae_config, tmp_path, launch, read_log):
+    cfg = davae_config(tmp_path / "run", image_size=16, gan=0.0, steps=1)
+    few = "held_out.validation_images.__defaults__ = (1,)"
+    _, err = launch(train_vae.main, cfg, few, ranks=2).communicate()
+    assert "not drawn" not in err and read_log(cfg.out)[-1]["step"] == 1, err[-3000:]
+    assert "psnr" in json.loads((Path(cfg.out) / "summary.json").read_text())
 
 
 FAILS_ON_RANK_1 = """
