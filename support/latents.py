@@ -319,8 +319,8 @@ def statistics(vae, channels):
 def write_cache(vae, train_set, cfg, device, rank, world):
     """Encode the shards missing from <vae or out>/latents-<hash>, for `Latents` to read; returns the folder.
 
-    Rank n mod world writes shard n; each bucket has its own subfolder. If another job writes the same cache,
-    this one waits, and then finds it there.
+    The ranks share the missing shards; each bucket has its own subfolder. If another job writes the same
+    cache, this one waits, and then finds it there.
     Latents are stored in half precision, with cfg.flip also those of the mirrored images. The hash covers
     the VAE's weights, the images, the labels and everything else that the latents depend on, and each file's
     header holds all of that; so a cache made with another VAE or other images is never read by mistake.
@@ -339,9 +339,9 @@ def write_cache(vae, train_set, cfg, device, rank, world):
         ranks.wait_for_all()                                       # until rank 0 has its turn
         missing = [n for n, (file, _, _) in enumerate(shards) if not is_whole(file, header)]
         check_space(vae, sum(len(shards[n][2]) for n in missing), cfg, folder, rank)
-        ranks.wait_for_all()                                       # until all have seen what is missing
+        missing = ranks.from_all(missing)[0]                       # when all have seen what is missing
 
-        mine = [n for n in missing if n % world == rank]
+        mine = missing[rank::world]
         for n in tqdm(mine, desc="encoding", disable=rank > 0 or not mine, mininterval=1):
             file, images, numbers = shards[n]
             file.parent.mkdir(exist_ok=True)

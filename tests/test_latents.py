@@ -109,6 +109,19 @@ def test_sampled_details_differ_by_rank_and_stay_the_same_on_resume(
     assert len({step.sum().item() for step in [*straight, *drawn(1, 3, 3)]}) == 6
 
 
+def test_ranks_share_the_shards_that_an_interrupted_job_left_out(make_davae, tmp_path, monkeypatch):
+    """Even if those were all one rank's."""
+    monkeypatch.setattr(latents, "SHARD", 1)
+    vae, cfg = make_davae(), known_config(out=tmp_path, image_size=16)
+    job = [vae, data.open_dataset("procedural", 16, 8, 0), cfg, torch.device("cpu")]
+    folder = latents.write_cache(*job, 0, 1)
+    left_out = [folder / f"{n:05d}.safetensors" for n in (1, 3, 5, 7)]
+    for file in left_out:
+        file.unlink()
+    latents.write_cache(*job, 0, 2)
+    assert sum(file.exists() for file in left_out) == 2
+
+
 def test_ranks_share_the_shards_and_a_cache_too_large_for_the_disk_is_refused(
     make_davae, tmp_path, monkeypatch
 ):
@@ -126,7 +139,8 @@ def test_ranks_share_the_shards_and_a_cache_too_large_for_the_disk_is_refused(
     folder = write(1, size)
     assert [path.name for path in folder.glob("0*")] == ["00001.safetensors"]
     kept = (folder / "00001.safetensors").stat().st_mtime_ns
-    write(0, 2 * size // 3)                            # what is still missing
+    write(0, 2 * size // 3)                            # its half of what is still missing
+    write(0, size // 3)
     assert sorted(path.name for path in folder.glob("0*")) == [f"0000{n}.safetensors" for n in range(3)]
     assert (folder / "00001.safetensors").stat().st_mtime_ns == kept
     assert latents.Latents(folder, vae, 12).labels.tolist() == [0, 1, 2]
