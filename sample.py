@@ -457,13 +457,13 @@ def main(cfg):
 
     # the images still missing, as rank 0 sees them, since all ranks must agree
     columns, shown = image_folder.overview(about, settings, cfg.n)
-    todo = ranks.from_all(image_folder.missing(out, cfg.n, shown))[0]
+    todo = ranks.from_all(image_folder.missing(out, cfg.n, shown) if rank == 0 else None)[0]
     if not todo:
         if rank == 0:
             print(f"{out}: all {cfg.n} images exist, nothing to draw")
         return image_folder.put_together(out, cfg.n, columns, shown, rank)
-    again = [i for i in todo if image_folder.is_whole(image_folder.path_of(out, i))]
-    if again and rank == 0:
+    again = [i for i in todo if rank == 0 and image_folder.is_whole(image_folder.path_of(out, i))]
+    if again:
         print(f"{out}: base_preview.png lacks {len(again)} of its images, which are drawn again")
 
     dit, vae, _ = load_run(checkpoint, cfg.weights, device)

@@ -393,12 +393,11 @@ def test_all_ranks_draw_from_the_run_and_checkpoint_that_rank_0_finds(tiny_run, 
 
     def from_all(x):
         asked.append(x)
-        return [(tiny_run, Path(tiny_run) / "step_000003") if len(asked) == 1 else x]
+        return [(tiny_run, Path(tiny_run) / "step_000003") if len(asked) == 1 else [0]]
 
     def load_run(source, *args):
         raise KeyError(source)
 
-    monkeypatch.setattr(image_folder, "missing", lambda *args: [0])
     monkeypatch.setattr(sample, "load_run", load_run)
     monkeypatch.setattr(ranks, "from_all", from_all)
     monkeypatch.setattr(ranks, "setup", lambda device: (1, 2, torch.device("cpu")))
@@ -430,7 +429,8 @@ def test_the_rehearsal_has_the_rows_of_a_guided_step(tiny_run, tmp_path, monkeyp
 
 def test_two_processes_share_the_missing_images_and_load_the_weights_asked_for(
         tiny_run, tmp_path, monkeypatch):
-    loaded, drawn = [], []
+    loaded, drawn, looked = [], [], []
+    todo = [0, 2, 3, 5, 6, 7, 8]
 
     def load_run(run, weights, device):
         loaded.append(weights)
@@ -444,12 +444,14 @@ def test_two_processes_share_the_missing_images_and_load_the_weights_asked_for(
         monkeypatch.setattr(sample, name, fake)
     monkeypatch.setattr(sample, "prepare", lambda *args: None)
     monkeypatch.setattr(image_folder, "put_together", lambda *args: None)
-    monkeypatch.setattr(image_folder, "missing", lambda *args: [0, 2, 3, 5, 6, 7, 8])
+    monkeypatch.setattr(image_folder, "missing", lambda *args: looked.append("rank 0") or todo)
+    monkeypatch.setattr(ranks, "from_all", lambda x: [todo if x is None else x])
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "setup", lambda device, rank=rank: (rank, 2, torch.device("cpu")))
         sample.main(settings(tiny_run, tmp_path / "a", n=9, batch_size=3, weights="model"))
     assert drawn == [[0, 3, 6], [8], [2, 5, 7]]
     assert loaded == ["model", "model"]
+    assert looked == ["rank 0"]                                    # a network disk has to open every image
 
 
 # ---------------------------------------------------------------- text for samples
