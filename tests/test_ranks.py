@@ -547,7 +547,7 @@ script.main = lambda cfg: None"""
 SLOW = """
 import time
 from datetime import timedelta
-from support import figures, held_out, latents
+from support import figures, held_out, image_folder, latents
 join = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda *a, **given: join(*a, timeout=timedelta(seconds=8), **given)
 
@@ -570,7 +570,7 @@ SLOW_PARTS = {
                   "held_out, 'statistics_images', 1", "figures, 'plot_losses', 0"],
     "finetune": ["latents, 'encode_shard', 0", "runs, 'save_folder', 0", "script, 'generate', 1",
                  "figures, 'save_grid', 0", "figures, 'plot_losses', 0"],
-    "sample": ["script, 'save_png', 1", "script, 'write_npz', 0", "figures, 'save_grid', 0"],
+    "sample": ["image_folder, 'save_png', 1", "image_folder, 'write_npz', 0", "figures, 'save_grid', 0"],
     "evaluate": ["script, 'pair_scores', 1", "script, 'draw_and_measure', 0", "script, 'add_entry', 0"],
 }
 
