@@ -279,10 +279,13 @@ def plan_generation(cfg, run, rulers, captions):
         plan.clip, settings["clip"] = metrics.clip_scorer(cfg.clip, run.device)
     if cfg.reference:
         size = (settings["height"], settings["width"])
-        found = metrics.read_reference(cfg.reference, rulers.features, run.device, size)
-        plan.reference, plan.real, settings["reference"] = found
-        if plan.real is None:                                  # then there are fewer metrics, see `distances`
-            settings["reference_kind"] = "statistics"
+        name, kind = None, "images"
+        if run.rank == 0:                                      # the only one that computes distances
+            found = metrics.read_reference(cfg.reference, rulers.features, run.device, size)
+            plan.reference, plan.real, name = found
+            if plan.real is None:                              # then there are fewer metrics, see `distances`
+                kind = "statistics"
+        settings["reference"], settings["reference_kind"] = from_all((name, kind))[0]
     return plan
 
 
@@ -301,10 +304,11 @@ def generation(cfg, run, rulers, plan, real):
     A run with D = 0 on a DA-VAE has only the enlarged rows: Tab. S2's model of half the size with upsampling.
     """
     reference = plan.reference
-    if reference is not None:
+    if cfg.reference:
         real = plan.real
-    elif rulers.features.name:
-        reference = moments(real)
+    elif rulers.features.name and run.rank == 0:
+        with ranks.all_cores():
+            reference = moments(real)
     mine = range(run.rank, cfg.n, run.world)
     measured, speed = draw_and_measure(cfg, run, rulers, plan, mine)
     table = {}

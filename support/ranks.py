@@ -3,6 +3,7 @@
 Everything here also works without torchrun: there is then a single rank, 0 in a world of 1.
 """
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -437,7 +438,9 @@ def replicated(model):
     # torch.compile would cut each compiled block into pieces of DDP's buckets, to send gradients before the
     # block's backward pass ends: LightningDiT-XL's into three. Blocks are small enough as they are.
     torch._dynamo.config.optimize_ddp = False
-    return DistributedDataParallel(model, forward_sync_buffers=False)
+    takes = inspect.signature(DistributedDataParallel).parameters
+    new = "forward_sync_buffers"                       # its name in torch 2.13
+    return DistributedDataParallel(model, **{new if new in takes else "broadcast_buffers": False})
 
 
 def shard(model, device):

@@ -281,6 +281,24 @@ def test_two_processes_measure_the_same_as_one_even_if_one_can_read_none_of_its_
                 assert two[section][row][metric] == pytest.approx(value, rel=1e-3, abs=1e-4), (row, metric)
 
 
+def test_only_one_of_two_processes_reads_the_reference(tiny_run, tmp_path, launch):
+    images = data.Procedural(64, 12, seed=5)
+    np.savez(tmp_path / "r.npz", arr_0=np.stack([images.image(i)[0] for i in range(12)]))
+    cfg = evaluate.Config(run=tiny_run, out=str(tmp_path / "m.json"), n=4, images=4, steps=1, device="cpu",
+                          features="probe", reference=str(tmp_path / "r.npz"))
+    process = launch(evaluate.main, cfg, "if RANK: script.metrics.read_reference = None", ranks=2)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    two, = json.loads((tmp_path / "m.json").read_text())
+    assert two["settings"]["reference"].startswith("12 images, sha256 ")
+    assert two["settings"]["reference_kind"] == "images"
+    one = evaluate.main(replace(cfg, out=str(tmp_path / "one.json")))
+    assert one["settings"]["reference"] == two["settings"]["reference"]
+    for metric in ("Probe-FD", "Probe-KID"):
+        assert two["generation"]["samples"][metric] == pytest.approx(
+            one["generation"]["samples"][metric], rel=1e-3)
+
+
 def test_a_base_model_has_only_the_upsampled_rows(tiny_base, tmp_path):
     cfg = evaluate.Config(run=tiny_base, out=str(tmp_path / "m.json"), n=10, images=10, steps=1)
     entry = evaluate.main(cfg)
