@@ -422,14 +422,15 @@ def training_batch(x, step, cfg):
         x = base_image(x, cfg.r)
     if not cfg.crop:
         return x
-    side = one_of(cfg.crop)
+    one_of(cfg.crop)                               # what the step's first micro-batch draws here is for all,
+    side = one_of(cfg.crop, ranks.generator(cfg.seed, 0, step))       # or ranks with small crops would wait
     fits = [n for n in range(cfg.halvings + 1) if min(x.shape[2:]) >= side * 2**n]
     return data.random_crop(base_image(x, 2 ** one_of(fits)), side)
 
 
-def one_of(choices):
+def one_of(choices, generator=None):
     """One of `choices` at random; if there is only one, no random number is drawn."""
-    return choices[0] if len(choices) == 1 else choices[torch.randint(len(choices), ()).item()]
+    return choices[0] if len(choices) == 1 else choices[torch.randint(len(choices), (), generator=generator)]
 
 
 def train_discriminator(judge, opt_d, pairs, autocast, log, step):

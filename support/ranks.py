@@ -376,8 +376,16 @@ def micro_batches(model, count, *batch, seed, step):
 
 def seed_step(seed, part, step, *purpose):
     """Reseed torch for micro-batch `part` (over all ranks) of a step.   purpose: selects another stream"""
-    state = np.random.SeedSequence((seed, part, step, *purpose)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
+    torch.manual_seed(seed_of(seed, part, step, *purpose))
+
+
+def generator(seed, part, step):
+    """A generator (CPU) that begins with the random numbers of micro-batch `part` of a step."""
+    return torch.Generator().manual_seed(seed_of(seed, part, step))
+
+
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def synchronise(model, on):

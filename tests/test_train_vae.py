@@ -654,6 +654,24 @@ def test_crops_of_each_size_come_from_every_halving_that_holds_them():
     assert seen == {(8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (32, 1)}
 
 
+def test_all_micro_batches_of_a_step_crop_to_the_side_that_its_first_one_draws():
+    """So that no rank waits for another one's larger images; alone, the crops are as they ever were."""
+    cfg = Config(D=24, crop=(8, 16, 32), seed=3)
+    x = torch.randn(2, 3, 32, 32)
+    drawn = []
+    for step in range(20):
+        crops = []
+        for part in range(4):
+            ranks.seed_step(cfg.seed, part, step)
+            crops.append(train_vae.training_batch(x, step, cfg))
+        ranks.seed_step(cfg.seed, 0, step)
+        side = train_vae.one_of(cfg.crop)
+        assert torch.equal(crops[0], data.random_crop(x, side))
+        assert {crop.shape[-1] for crop in crops} == {side}
+        drawn.append(side)
+    assert set(drawn) == set(cfg.crop)
+
+
 def test_a_single_crop_size_draws_no_extra_random_number():
     x = torch.randn(2, 3, 32, 32)
     torch.manual_seed(0)
