@@ -40,6 +40,8 @@ def sort(images, cfg, multiple):
     raises: SystemExit if there are no image files or no other shape; ValueError if too many are unreadable
     """
     if cfg.buckets == 1:
+        if ranks.this_rank() == 0:
+            say_if_enlarged(images, cfg)
         return images
     given = f"--buckets={cfg.buckets:g}"
     if images.paths is None:
@@ -167,10 +169,8 @@ def read_sizes(images, name, known=None):
 def size_of(images, i):
     """(height, width) of image i, from its header, or else from its pixels; (0, 0) if it is unreadable."""
     try:
-        if isinstance(images, data.ImageShards):
-            return size_in_header(io.BytesIO(images.index.read(i, HEAD)))
         if isinstance(images, data.ImageFiles):
-            return size_in_header(images.paths[i])
+            return said_size(images, i)
     except photos.DECODING_ERRORS:
         pass                                       # the header may be longer; if not, `load` will say why
     try:
@@ -179,6 +179,28 @@ def size_of(images, i):
     except ValueError as error:
         images.report(images.paths[i], str(error), "it is in no bucket")
         return 0, 0
+
+
+def said_size(images, i):
+    """(height, width) of image i as its header says.   raises: one of photos.DECODING_ERRORS"""
+    if isinstance(images, data.ImageShards):
+        return size_in_header(io.BytesIO(images.index.read(i, HEAD)))
+    return size_in_header(images.paths[i])
+
+
+def say_if_enlarged(images, cfg, most=100):
+    """A line if some images (of at most `most` looked at) are smaller than what they are resized to."""
+    if not isinstance(images, data.ImageFiles):
+        return
+    sizes = []
+    for i in np.linspace(0, len(images) - 1, min(most, len(images))).astype(int):
+        with contextlib.suppress(*photos.DECODING_ERRORS):
+            sizes.append(said_size(images, i))
+    small = [size for size in sizes if min(size) < cfg.image_size]
+    if small:
+        height, width = min(small, key=min)
+        print(f"{cfg.data_dir}: {len(small)} of {len(sizes)} images looked at are smaller than --image_size="
+              f"{cfg.image_size} (one has {width}x{height} pixels), and are enlarged: their details blur")
 
 
 def size_in_header(source):

@@ -116,9 +116,11 @@ def show(cfg, model, inputs, r, forward, step, kept):
         stream = 2 if hasattr(model, "net") else 1           # a wrapped transformer's tokens are float32
         kept = kept / model.cfg.depth + stream * (tokens + texts) * model.cfg.E * model.cfg.depth
 
-    # bytes: float32 weights, gradients, two moments, EMA for what is trained, bfloat16 for what is frozen
-    states = (trained * 20 + frozen * 2) / 2**30
-    start = total * 4 * (3 if cfg.base else 2) / 2**30         # model, EMA and base, before they share
+    # bytes: float32 weights, gradients, two moments, EMA for what is trained, bfloat16 for what is frozen;
+    # float32 tables in the model and the EMA (SD3.5's positions: 0.8 GiB)
+    tables = sum(x.numel() for x in model.buffers())
+    states = (trained * 20 + frozen * 2 + tables * 8) / 2**30
+    start = 4 * (total + tables) * (3 if cfg.base else 2) / 2**30      # model, EMA, base, before they share
     activations = 2 * kept * cfg.micro_batch / 2**30           # bfloat16
     latents = channels * side**2 * 2 * (1 + cfg.flip) / 2**20  # float16, with mirrored ones
     text = 2 * sum(x.numel() for x in inputs[2:]) / 2**20      # of a caption: bfloat16, as a GPU encodes it
@@ -134,7 +136,8 @@ def show(cfg, model, inputs, r, forward, step, kept):
     print(f"FLOPs   {forward / 1e9:,.1f} G an image forward; {step * cfg.batch_size / 1e12:,.1f} T a step of "
           f"{cfg.batch_size}")
     print(f"memory  {states:.1f} GiB of states, {activations:.1f} GiB of activations at micro_batch "
-          f"{cfg.micro_batch}; and the VAE; before the first step {start:.1f} GiB of weights")
+          f"{cfg.micro_batch}; and the VAE; before the first step {start:.1f} GiB of weights, "
+          "in the machine's memory, for each GPU")
     once = f"; {frozen * 4 / 2**30:.1f} GiB once in frozen/" if cfg.lora else ""
     print(f"disk    {latents:.2f} MiB of cached latents an image; {saved:.1f} GiB a checkpoint{once}")
     print(f"        {latents * 2**20 / 1e6:.2f} TB of latents for a million images; {3 * saved:.1f} GiB of "

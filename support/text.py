@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from support import data, files, hub, identity, ranks, runs
 from support.captions import read_text, shown
-from support.config import field
+from support.config import field, shortened
 from support.diffusers_text import PIPELINES, kind_of_pipeline
 from support.measurements import run_folder
 from support.pretrained import import_transformers, load_pretrained, load_tokenizer, variant_in, variant_of
@@ -185,8 +185,9 @@ class TextCache:
         """raises: SystemExit, with the command that helps, if any of the prompts is not here"""
         missing = [prompt for prompt in prompts if prompt not in self.rows]
         if missing:
-            raise SystemExit(f"{self.folder}: has no embedding of {missing[0]!r} and {len(missing) - 1} "
-                             f"more; add them with: python sample.py text ENCODERS --out={self.folder}")
+            raise SystemExit(f"{self.folder}: has no embedding of {shortened(missing[0])} and "
+                             f"{len(missing) - 1} more; add them with: python sample.py text ENCODERS "
+                             f"--out={self.folder}, and --data_dir= (captioned images) or --prompts=")
 
     def check_widths(self, model):
         """raises: SystemExit if the embeddings have other widths than a transformer with this config"""

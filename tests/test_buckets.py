@@ -42,6 +42,22 @@ def work(tmp_path_factory, monkeypatch):
     return folder
 
 
+def test_images_that_are_enlarged_are_counted_and_never_too_many_are_looked_at(tmp_path, capsys):
+    for i in range(40):
+        picture(*((64, 64), (100, 64), (20, 200), (63, 64))[i % 4]).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "00.png").write_bytes(b"not an image")
+    square = settings(buckets=1)
+    images = data.open_dataset(str(tmp_path), 64)
+    assert buckets.sort(images, square, 8) is images and not images.bad
+    assert ("photos: 20 of 39 images looked at are smaller than --image_size=64 (one has 200x20 pixels), and "
+            "are enlarged") in capsys.readouterr().out
+    buckets.say_if_enlarged(images, square, most=4)                # 0, 13, 26, 39
+    assert "2 of 3 images" in capsys.readouterr().out
+    buckets.sort(images, settings(buckets=1, image_size=16), 8)
+    buckets.sort(data.open_dataset("procedural", 64), square, 8)
+    assert capsys.readouterr().out == ""
+
+
 def picture(height, width, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
