@@ -117,9 +117,9 @@ def show(cfg, model, inputs, r, forward, step, kept):
         kept = kept / model.cfg.depth + stream * (tokens + texts) * model.cfg.E * model.cfg.depth
 
     # bytes: float32 weights, gradients, two moments, EMA for what is trained, bfloat16 for what is frozen;
-    # float32 tables in the model and the EMA (SD3.5's positions: 0.8 GiB)
+    # float32 for tables (SD3.5's positions: 0.8 GiB)
     tables = sum(x.numel() for x in model.buffers())
-    states = (trained * 20 + frozen * 2 + tables * 8) / 2**30
+    states = (trained * 20 + frozen * 2 + tables * 4) / 2**30
     start = 4 * (total + tables) * (3 if cfg.base else 2) / 2**30      # model, EMA, base, before they share
     activations = 2 * kept * cfg.micro_batch / 2**30           # bfloat16
     latents = channels * side**2 * 2 * (1 + cfg.flip) / 2**20  # float16, with mirrored ones

@@ -472,13 +472,19 @@ def shard(model, device):
 
 
 def share_frozen(model, ema, rounded):
-    """Let the EMA share the model's frozen weights; if `rounded`, in bfloat16 where autocast would cast."""
+    """Let the EMA share the model's frozen weights and its buffers, tables or the statistics of a BatchNorm.
+
+    rounded: frozen weights become bfloat16 where autocast would cast them
+    """
     for layer in model.modules():
         if rounded and isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.bfloat16()
     for p, e in zip(model.parameters(), ema.parameters()):
         if not p.requires_grad:
             e.data = p.data
+    for name, buffer in model.named_buffers():
+        place, _, leaf = name.rpartition(".")
+        setattr(ema.get_submodule(place), leaf, buffer)
 
 
 def is_sharded(model):

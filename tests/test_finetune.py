@@ -130,6 +130,16 @@ def test_only_frozen_weights_that_autocast_would_round_are_kept_in_bfloat16():
     assert ema[1].weight.data_ptr() != model[1].weight.data_ptr()
 
 
+def test_the_average_has_the_tables_and_running_statistics_of_the_model():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    ema = deepcopy(model).eval()
+    ranks.share_frozen(model, ema, rounded=False)
+    model(torch.randn(8, 4) + 5)
+    finetune.ema_update(ema, model, 0.9)
+    assert ema[1].running_mean.data_ptr() == model[1].running_mean.data_ptr()
+    assert ema[1].running_mean.abs().min() > 0 and ema[1].weight.data_ptr() != model[1].weight.data_ptr()
+
+
 def test_warm_start_difference_is_zero_unless_P_new_or_O_new_is_random():
     base = tiny_dit()
     model = deepcopy(base)
