@@ -328,7 +328,8 @@ def main(cfg):
     if not cfg.shard:
         ranks.share_frozen(dit, ema, ranks.in_bfloat16(cfg.dtype, device))
     autocast = ranks.autocast(cfg.dtype, device)
-    for n, (z_all, y) in run.steps(condition.ahead(latents_at(run.start))):
+    batches = condition.ahead(latents_at(run.start))               # reads the embeddings of captions ahead
+    for n, (z_all, y) in run.steps(batches):
 
         # learning rate, and how much the details count
         lr = learning_rate(n, cfg)
