@@ -116,11 +116,7 @@ def show(cfg, model, inputs, r, forward, step, kept):
         stream = 2 if hasattr(model, "net") else 1           # a wrapped transformer's tokens are float32
         kept = kept / model.cfg.depth + stream * (tokens + texts) * model.cfg.E * model.cfg.depth
 
-    # bytes: float32 weights, gradients, two moments, EMA for what is trained, bfloat16 for what is frozen;
-    # float32 for tables (SD3.5's positions: 0.8 GiB)
-    tables = sum(x.numel() for x in model.buffers())
-    states = (trained * 20 + frozen * 2 + tables * 4) / 2**30
-    start = 4 * (total + tables) * (3 if cfg.base else 2) / 2**30      # model, EMA, base, before they share
+    states, start = memory(cfg, model, trained, frozen)
     activations = 2 * kept * cfg.micro_batch / 2**30           # bfloat16
     latents = channels * side**2 * 2 * (1 + cfg.flip) / 2**20  # float16, with mirrored ones
     text = 2 * sum(x.numel() for x in inputs[2:]) / 2**20      # of a caption: bfloat16, as a GPU encodes it
@@ -148,6 +144,16 @@ def show(cfg, model, inputs, r, forward, step, kept):
     print(f"reads   {', '.join(reads)}")
     print(f"writes  {cfg.out}/: {writes}")
     return dict(parameters=total, trained=trained, tokens=tokens, forward=forward, step=step)
+
+
+def memory(cfg, model, trained, frozen):
+    """(GiB of states on each GPU, GiB of weights before the first step, in the machine's memory for each)."""
+    # bytes: float32 weights, gradients, two moments, EMA for what is trained, bfloat16 for what is frozen;
+    # float32 for tables (SD3.5's positions: 0.8 GiB)
+    tables = sum(x.numel() for x in model.buffers())
+    states = trained * 20 + frozen * 2 + tables * 4
+    start = 4 * (trained + frozen + tables) * (3 if cfg.base else 2)       # model, EMA, base; not yet shared
+    return states / 2**30, start / 2**30
 
 
 def work(cfg, forward, step):
