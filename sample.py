@@ -449,9 +449,11 @@ def main(cfg):
     settings = settings_of(cfg, about, checkpoint)
     out = Path(cfg.out or image_folder.default_folder(cfg.run))
 
+    settings["model"] = identity.of_run(checkpoint)
+    image_folder.refuse_other_images(out, settings, encoded=False)
+
     # encode text before loading the transformer: T5 is the larger of the two
     text = text_of(cfg, about, settings, out, rank, device)
-    settings["model"] = identity.of_run(checkpoint)
     settings["texts"] = text.made_by if text else None
     image_folder.refuse_other_images(out, settings)
 

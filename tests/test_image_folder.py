@@ -197,8 +197,9 @@ def test_untrained_classes_have_numbers_and_only_the_null_class_is_no_class():
     assert list(labels.values()) == ["dog", "class 2", "class 999", "no class"]
 
 
-def test_a_folder_with_other_settings_is_refused(tiny_run, tmp_path):
+def test_a_folder_with_other_settings_is_refused_before_text_is_encoded(tiny_run, tmp_path, monkeypatch):
     out = draw(tiny_run, tmp_path / "a", n=1)
+    monkeypatch.setattr(sample, "text_of", lambda *args: pytest.fail("T5 was loaded"))
     with pytest.raises(SystemExit, match="other settings .steps 2 -> 3"):
         draw(tiny_run, tmp_path / "a", n=1, steps=3)
     assert json.loads((out / "settings.json").read_text())["steps"] == 2
