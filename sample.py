@@ -10,10 +10,10 @@
         --cfg_start=0.2 --shift=0.3
 
 Writes to --out: images/000000.png ..., grid.png (one row per class), base_preview.png (the same latents
-through the base decoder alone), samples.npz (arr_0, uint8 NHWC, as guided-diffusion's evaluator reads it)
-and settings.json. Other programs' FID wants the folder images/. Only images missing there are drawn, so an
-interrupted run can be resumed. Image i depends only on (seed, i), not on the batch size or the number of
-processes. Prompts are encoded first, see support/text.py.
+through the base decoder alone), samples.npz (arr_0, uint8 NHWC in a random order, for guided-diffusion's
+evaluator) and settings.json. Other programs' FID wants the folder images/. Only images missing there are
+drawn, so an interrupted run can be resumed. Image i depends only on (seed, i), not on the batch size or the
+number of processes. Prompts are encoded first, see support/text.py.
 """
 import sys
 import time

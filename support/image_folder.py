@@ -175,9 +175,19 @@ def put_together(out, n, columns, shown, rank):
     return out
 
 
+def order_in_npz(n):
+    """The numbers of the n images in the order of samples.npz: a random one, always the same.
+
+    guided-diffusion's Inception score is a mean over parts of 5,000, in the order of the file. Samples have
+    their classes in turn: every part would have every class equally often, and the score would be up to a
+    tenth above that of classes at random, which papers print.
+    """
+    return np.random.default_rng(0).permutation(n).tolist()
+
+
 def write_npz(out, n):
     """Write samples.npz, one image at a time: 50,000 of them would not fit into memory."""
-    images = (np.asarray(Image.open(path_of(out, i))) for i in range(n))
+    images = (np.asarray(Image.open(path_of(out, i))) for i in order_in_npz(n))
     first = next(images)
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
     with files.renamed_when_whole(out / "samples.npz") as temporary:
