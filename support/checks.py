@@ -89,14 +89,30 @@ def multiple(cfg, vae):
 
 
 def check_base_vae(cfg, vae):
-    """raises: SystemExit if the VAE that cfg.base leads to is a DA-VAE: all that it learned would be lost"""
+    """raises: SystemExit if the VAE that cfg.base leads to is a DA-VAE: all that it learned would be lost;
+    or VA-VAE without its statistics
+    """
     if vae.D == 0:
+        check_vavae(cfg, vae.base)
         return
     own = ""
     if runs.checkpoints(cfg.base):
         own = f", {runs.read_config(runs.latest_checkpoint(cfg.base))['config']['base']}"
     raise SystemExit(f"{cfg.base}: a DA-VAE, of which only its own base would be used, and nothing that it "
                      f"learned; wanted a base VAE, such as the one that it was trained on{own}")
+
+
+def check_vavae(cfg, base):
+    """raises: SystemExit if details are to be trained on VA-VAE's public file without its statistics
+
+    Alignment and decoder see normalised latents: once trained without, the DA-VAE could not take the numbers
+    in, and the pretrained LightningDiT would never see the latents that it knows.
+    """
+    is_kl = type(base).__name__ == "AutoencoderKL"
+    is_vavae = is_kl and (base.C, base.f, base.cfg.quant) == (32, 16, True)
+    if cfg.D and is_vavae and not base.mean.any() and (base.std == 1).all():
+        raise SystemExit(f"{cfg.base}: has no latents_stats.pt next to it, and a DA-VAE trained without will "
+                         "not fit the pretrained LightningDiT; put that file there, too")
 
 
 def check_sizes(cfg, vae):

@@ -8,6 +8,7 @@ import evaluate
 import finetune
 import sample
 import train_vae
+from davae import AutoencoderKL, KLConfig, PlainVAE
 from support import checks, config, runs, stages
 
 
@@ -85,6 +86,22 @@ def test_a_setting_that_the_model_from_scratch_lacks_is_refused_not_ignored():
     cfg = config.cli(finetune.Config, finetune.PRESETS, ["tiny-base", "--model=USiT", "--qk_norm=True"])
     with pytest.raises(SystemExit, match="--qk_norm=True: USiT has no such setting; leave it out"):
         finetune.new_dit(cfg, 8, 8, 10)
+
+
+def test_va_vae_without_its_statistics_is_refused_but_no_other_base():
+    sizes = KLConfig(C=32, widths=(4,) * 5, blocks=1, attn=(4,), quant=True, groups=4)
+
+    def check(mean=0.0, D=96, **changes):
+        vae = PlainVAE(AutoencoderKL(replace(sizes, **changes)))
+        vae.base.mean.fill_(mean)
+        checks.check_base_vae(train_vae.Config(base="vavae.pt", D=D), vae)
+
+    with pytest.raises(SystemExit, match="vavae.pt: has no latents_stats.pt next to it"):
+        check()
+    check(mean=0.1)
+    check(D=0)                                                     # which measures its own
+    check(C=16)
+    check(quant=False)
 
 
 def test_a_davae_without_a_base_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
