@@ -382,6 +382,20 @@ class ImageShards(ImageFiles):
         captions = list(self.index.captions)
         self.captions = captions if any(captions) else None
         self.paths = self.index.names
+        if not self.classes and self.captions is None:
+            self.point_to_classes()
+
+    def point_to_classes(self):
+        """Say so if no image has a class, but shards or folders in them seem to be meant as the classes."""
+        inside = {os.path.dirname(name).partition("/")[2] for name in self.paths}
+        what = ""
+        if len(inside) > 1:
+            what = f"the {len(inside)} folders in its shards ({', '.join(sorted(inside)[:3])}, ...)"
+        elif all(re.fullmatch(r"n\d{8}\.tar", name) for name in self.index.tars):          # ImageNet's own
+            what = f"its {len(self.index.tars)} shards ({', '.join(self.index.tars[:3])}, ...)"
+        if what:
+            print(f"{shown(self.root)}: no image has a class. If {shown(what)} are the classes, unpack each "
+                  "into a folder of its own, or add NAME.cls next to each image", file=sys.stderr)
 
     def load(self, i):
         try:

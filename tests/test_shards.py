@@ -291,6 +291,21 @@ def test_of_duplicate_names_in_a_shard_the_first_image_and_caption_count(tmp_pat
     assert dataset.left_out == {".png": 1, ".txt": 1}
 
 
+def test_shards_or_folders_in_them_that_seem_to_be_classes_are_pointed_out(tmp_path, capsys):
+    for k, synset in enumerate(("n01440764", "n01443537")):
+        write_tar(tmp_path / "own" / f"{synset}.tar", {f"{synset}_{k}.JPEG": image_bytes(k)})
+    write_tar(tmp_path / "folders" / "00000.tar", {"cat/1.png": image_bytes(0), "dog/1.png": image_bytes(1)})
+    write_tar(tmp_path / "plain" / "00000.tar", sample(0))
+    write_tar(tmp_path / "classes" / "00000.tar", {"cat/1.png": image_bytes(0), "cat/1.cls": b"0",
+                                                   "dog/1.png": image_bytes(1), "dog/1.cls": b"1"})
+    for name, said in {"own": "If its 2 shards (n01440764.tar, n01443537.tar, ...) are the classes, unpack",
+                       "folders": "If the 2 folders in its shards (cat, dog, ...) are the classes",
+                       "plain": "", "classes": ""}.items():
+        data.open_dataset(tmp_path / name, SIZE)
+        found = capsys.readouterr().err
+        assert said in found and ("no image has a class" in found) == bool(said)
+
+
 def test_many_images_without_a_class_are_refused(photos):
     folder = photos(30, cls=label)
     write_tar(folder / "9.tar", {name: content for i in range(10) for name, content in sample(i).items()})
