@@ -371,7 +371,8 @@ def pick_weights(state, weights=None, name="the checkpoint"):
                 print(f"{name}: takes {found[0]!r} of {', '.join(found + held['model'])}")
             return pick_weights(state[found[0]], name=name)
     if weights:
-        raise ValueError(f"no {weights!r} weights in here, the file holds {some(state)}")
+        raise ValueError(f"no {weights!r} weights in here, the file holds {some(state)}; to take what there "
+                         "is, leave that open (finetune.py: --base_weights=)")
     strange = [name for name, weight in state.items()
                if not isinstance(name, str) or not isinstance(weight, torch.Tensor)]
     if strange:
