@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from support.files import read_json
 from support.metrics import import_torchvision
-from support.pretrained import import_transformers, load_pretrained
+from support.pretrained import import_transformers, load_pretrained, load_tokenizer
 
 
 def class_of(name):
@@ -35,7 +35,7 @@ class PipelineText:
     """encode(prompts) -> (context (B, T, W), beside), as `DiffusersDiT.forward` takes them.
 
     tokens: T, how many the encoder reads of a prompt; longer ones are cut
-    raises: SystemExit if diffusers is not installed, or if the folder's encoder cannot be loaded
+    raises: SystemExit if diffusers is not installed, or if the folder's encoder or tokenizer cannot be loaded
     """
     theirs = ""                # the pipeline's class in diffusers
 
@@ -44,13 +44,19 @@ class PipelineText:
         self.tokens = tokens
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         Pipeline = class_of(self.theirs)
-        _, name = read_json(Path(folder) / "model_index.json")["text_encoder"]
-        Encoder, = import_transformers(name)
-        encoder = load_pretrained(Path(folder) / "text_encoder", Encoder, "text encoder", dtype=dtype)
+        folder = Path(folder)
+        index = read_json(folder / "model_index.json")
+        if not all((index.get(name) or [None])[-1] for name in ("text_encoder", "tokenizer")):
+            raise SystemExit(f"{folder}: its model_index.json names no text_encoder or no tokenizer")
+        Encoder, Tokenizer = import_transformers(index["text_encoder"][-1], index["tokenizer"][-1])
+        encoder = load_pretrained(folder / "text_encoder", Encoder, "text encoder", dtype=dtype)
+        # diffusers would make do without its files: with no vocabulary, all prompts are the same
+        tokenizer = load_tokenizer(folder / "tokenizer", Tokenizer)
         unused = dict(transformer=None, vae=None, scheduler=None)
         try:
             self.pipeline = Pipeline.from_pretrained(
-                folder, text_encoder=encoder.eval(), dtype=dtype, local_files_only=True, **unused)
+                folder, text_encoder=encoder.eval(), tokenizer=tokenizer, dtype=dtype, local_files_only=True,
+                **unused)
         except (OSError, ValueError) as error:
             cause = str(error).strip().split("\n")[0]
             raise SystemExit(f"{folder}: its text encoder cannot be loaded ({cause})") from None
@@ -71,6 +77,12 @@ class PipelineText:
 class KleinText(PipelineText):
     """FLUX.2 klein's: three concatenated layers of Qwen3, on the prompt as a chat; padding counts as text."""
     theirs = "Flux2KleinPipeline"
+
+    def __init__(self, folder, device, tokens):
+        super().__init__(folder, device, tokens)
+        if not self.pipeline.tokenizer.chat_template:
+            raise SystemExit(f"{folder}/tokenizer: has no chat template; wanted chat_template.jinja, or "
+                             "chat_template in tokenizer_config.json")
 
     @torch.no_grad()                                               # their encode_prompt leaves it to us
     def __call__(self, prompts):

@@ -149,6 +149,25 @@ def test_an_encoder_with_a_tensor_missing_is_refused_not_filled_at_random(pipeli
         text.cache_text(tmp_path / "cut", ["a fox"], tmp_path / "text", CPU, t5_tokens=12)
 
 
+@pytest.mark.parametrize("pipeline, missing, message", [
+    ("klein", "tokenizer.json", "tokenizer: has no tokenizer; wanted tokenizer_config.json there, and"),
+    ("sana", "tokenizer.json", "tokenizer: has no tokenizer; wanted tokenizer_config.json there, and"),
+    ("sana", "", "tokenizer: has no tokenizer; wanted tokenizer_config.json there, and"),
+    ("klein", "chat_template.jinja", "tokenizer: has no chat template; wanted chat_template.jinja"),
+])
+def test_without_a_whole_tokenizer_nothing_is_encoded(pipeline, missing, message, request, tmp_path):
+    """transformers would make one without a vocabulary, to which all prompts are the same."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(request.getfixturevalue(pipeline), folder)
+    if missing:
+        (folder / "tokenizer" / missing).unlink()
+    else:
+        shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(SystemExit, match=message):
+        text.cache_text(folder, ["a fox", "snow"], tmp_path / "text", CPU, t5_tokens=12)
+    assert not list((tmp_path / "text").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("pipeline", ["klein", "sana"])
 def test_enough_is_fetched_from_the_hub_to_encode(pipeline, request, tmp_path):
     folder = request.getfixturevalue(pipeline)
