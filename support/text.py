@@ -358,10 +358,16 @@ def fingerprint(folder):
 
 
 def open_encoders(folder, device, tokens):
-    """encode(prompts) -> (context (B, T, W), pooled (B, P)), on `device`, with the encoders of a folder."""
+    """encode(prompts) -> (context (B, T, W), pooled (B, P)), on `device`, with the encoders of a folder.
+
+    raises: SystemExit if they are of a pipeline whose way with prompts is not known
+    """
     kind = kind_of_pipeline(folder)
     if kind in PIPELINES:
         return PIPELINES[kind](folder, device, tokens)
+    if kind and not kind.startswith("StableDiffusion3"):           # None: from a folder of encoders alone
+        known = ", ".join(["StableDiffusion3Pipeline", *PIPELINES])
+        raise SystemExit(f"{folder}: is a {kind}, which encodes prompts in another way; wanted {known}")
     return SD3Text(folder, device, tokens)
 
 

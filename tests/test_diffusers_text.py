@@ -168,6 +168,16 @@ def test_without_a_whole_tokenizer_nothing_is_encoded(pipeline, missing, message
     assert not list((tmp_path / "text").glob("*.safetensors"))
 
 
+def test_pipelines_that_encode_prompts_in_other_ways_are_named(klein, tmp_path):
+    """FLUX.2 [dev] has the transformer that klein has, but other text."""
+    folder = tmp_path / "dev"
+    shutil.copytree(klein, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2Pipeline"}))
+    with pytest.raises(SystemExit, match="dev: is a Flux2Pipeline, which .* wanted StableDiffusion3"):
+        text.cache_text(folder, ["a fox"], tmp_path / "text", CPU, t5_tokens=12)
+
+
 @pytest.mark.parametrize("pipeline", ["klein", "sana"])
 def test_enough_is_fetched_from_the_hub_to_encode(pipeline, request, tmp_path):
     folder = request.getfixturevalue(pipeline)
