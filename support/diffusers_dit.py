@@ -287,10 +287,16 @@ def import_transformer(config, sd):
     return Model.__name__, settings, ours
 
 
-def export_transformer(model):
-    """A wrapped transformer without adapters -> (config.json, weights) of diffusers, for C + D channels."""
+def export_transformer(model, pixels=0):
+    """A wrapped transformer without adapters -> (config.json, weights) of diffusers, for C + D channels.
+
+    pixels: the side of the images that it was trained on; 0: the config keeps the original's
+    """
     channels = model.cfg.p**2 * (model.cfg.C + model.cfg.D)
     config = {"_class_name": model.theirs} | model.cfg.net
+    if pixels and "sample_size" in config:
+        # Sana's pipeline draws images of about 32 times this, its VAE's f, and resizes them to what was asked
+        config["sample_size"] = pixels // 32
     return config | {"in_channels": channels, "out_channels": channels}, merged(model)
 
 

@@ -539,7 +539,7 @@ def write_export(dit, vae, side, folder, source):
         if isinstance(dit, MMDiT):
             config, merged = diffusers_config(dit.cfg, side), formats.export_diffusers(dit)
         else:
-            config, merged = export_transformer(dit)
+            config, merged = export_transformer(dit, side * vae.f)
         runs.save_folder(folder / "transformer", {"diffusion_pytorch_model": merged}, config)
 
 

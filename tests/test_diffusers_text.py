@@ -278,6 +278,9 @@ def test_the_exported_run_draws_the_same_in_sanas_own_pipeline(finished, tmp_pat
     ours = drawn(run, width=64)
     assert error(ours, theirs) < 1e-4 and theirs.std() > 0.05
     assert error(drawn(run, width=64, shift=1.0), theirs) > 1e-2
+    # from it, the pipeline knows how large the images are that it draws before it resizes them
+    config = json.loads((tmp_path / "exported/transformer/config.json").read_text())
+    assert config["sample_size"] * 32 == run.image_size
 
 
 def test_the_exported_run_draws_the_same_in_sd3s_own_pipeline(finished, tmp_path, error):
