@@ -338,7 +338,8 @@ class InPipeline(nn.Module):
         pipeline.vae_scale_factor = vae.f
 
     It only decodes. Its latents are normalised, so the pipelines get neutral numbers to undo: FLUX.2's the
-    statistics of a BatchNorm, Sana's a factor, SD3.5's a factor and a shift.
+    statistics of a BatchNorm, Sana's a factor, SD3.5's a factor and a shift. Like any part of a pipeline, it
+    can be moved, also to another type, and offloaded by `enable_model_cpu_offload`.
     """
 
     def __init__(self, vae):
@@ -353,10 +354,13 @@ class InPipeline(nn.Module):
 
     @property
     def dtype(self):
-        return torch.float32
+        return self.bn.running_mean.dtype
 
     def decode(self, z, return_dict=False):
-        return (self.vae.decode(z.float()),)
+        hook = getattr(self, "_hf_hook", None)                     # of offloading, which waits for `forward`
+        if hook is not None:
+            hook.pre_forward(self)
+        return (self.vae.decode(z.to(self.dtype)),)
 
 
 MODELS = {"Flux2": (Flux2Config, Flux2), "Sana": (SanaConfig, Sana)}        # support/weights.py adds them

@@ -191,6 +191,19 @@ def test_a_davae_in_a_pipeline_decodes_latents_as_they_are(make_davae):
     assert torch.equal(vae.decode(z_all.double())[0], wanted)
 
 
+@torch.no_grad()
+def test_a_davae_in_a_pipeline_can_be_moved_and_offloaded(make_davae, error):
+    davae = make_davae()
+    z_all = torch.randn(2, 16, 4, 6)
+    wanted = davae.decode(z_all)
+    vae = InPipeline(davae).to(torch.bfloat16)                     # as `pipeline.to(torch.bfloat16)`
+    assert vae.dtype == torch.bfloat16 and error(vae.decode(z_all)[0].float(), wanted) < 0.1
+
+    # accelerate's hook moves a module before its forward, or where a decoder calls it
+    vae._hf_hook = types.SimpleNamespace(pre_forward=lambda module: module.double())
+    assert vae.decode(z_all)[0].dtype == torch.float64
+
+
 # ---------------------------------------------------------------- training
 
 
