@@ -133,7 +133,7 @@ def show(cfg, model, inputs, r, forward, step, kept):
           f"{cfg.batch_size}")
     print(f"memory  {states:.1f} GiB of states, {activations:.1f} GiB of activations at micro_batch "
           f"{cfg.micro_batch}; and the VAE; before the first step {start:.1f} GiB of weights, "
-          "in the machine's memory, for each GPU")
+          "in the machine's memory for each GPU and, without --shard=True, then on it")
     once = f"; {frozen * 4 / 2**30:.1f} GiB once in frozen/" if cfg.lora else ""
     print(f"disk    {latents:.2f} MiB of cached latents an image; {saved:.1f} GiB a checkpoint{once}")
     print(f"        {latents * 2**20 / 1e6:.2f} TB of latents for a million images; {3 * saved:.1f} GiB of "

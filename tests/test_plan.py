@@ -36,6 +36,7 @@ def test_a_dry_run_counts_the_models_true_cost(preset, changes, forward, paramet
     assert f"the original {4 * numbers['tokens']}" in shown
     assert f"--out={PRESETS[preset]['out']}" in shown
     assert "GiB of states" in shown
+    assert "in the machine's memory for each GPU and, without --shard=True, then on it" in shown
     of_text = "2.61 MiB of encoded text a caption, 2.73 TB for a million\n"
     assert (of_text in shown) == preset.startswith("sd35m") and shown.count("encoded text") < 2
     if not changes:
