@@ -288,7 +288,7 @@ def main(cfg):
         ema = load_dit(run.checkpoint, "ema")
     else:
         base, dit = initial_dit(cfg, vae, len(train_set.classes))
-        ema = deepcopy(dit)
+        ema = deepcopy(dit) if cfg.shard else ranks.copy_but_frozen(dit)
     condition = Conditioner(dit, train_set, cfg, device, rank)    # T5, if it must run, has the GPU to itself
     run.must_be_made_of(texts=condition.made_by)
     if cfg.shard:

@@ -152,8 +152,9 @@ def memory(cfg, model, trained, frozen):
     # float32 for tables (SD3.5's positions: 0.8 GiB)
     tables = sum(x.numel() for x in model.buffers())
     states = trained * 20 + frozen * 2 + tables * 4
-    start = 4 * (trained + frozen + tables) * (3 if cfg.base else 2)       # model, EMA, base; not yet shared
-    return states / 2**30, start / 2**30
+    once = trained + tables                                    # of the model; the EMA shares what is frozen
+    start = 3 * once + 2 * frozen if cfg.base else 2 * once
+    return states / 2**30, 4 * start / 2**30
 
 
 def work(cfg, forward, step):

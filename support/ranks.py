@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 
@@ -469,6 +470,11 @@ def shard(model, device):
     # has drawn samples could no longer be updated.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def copy_but_frozen(model):
+    """A copy of `model` that has its frozen weights in common with it, wherever both are moved."""
+    return deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
 def share_frozen(model, ema, rounded):

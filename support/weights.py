@@ -499,7 +499,8 @@ def main_export(cfg):
     LightningDiT lightningdit.pt: {"ema": weights} as its own code reads it, with in_channels C + D
     USiT         usit.pt: {"ema": weights} under U-ViT's names, for C + D channels
     SD3.5        transformer/: a stock SD3Transformer2DModel folder of diffusers with in_channels C + D; with
-                 adapters also lora/, the adapters alone in peft's format, for the unmerged transformer
+                 adapters also lora/, the adapters alone in peft's format, for a transformer built from
+                 transformer/config.json with the base's weights
     FLUX.2, Sana the same, with their own classes (support/diffusers_dit.py)
     """
     if not cfg.run:

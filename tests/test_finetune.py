@@ -130,6 +130,18 @@ def test_only_frozen_weights_that_autocast_would_round_are_kept_in_bfloat16():
     assert ema[1].weight.data_ptr() != model[1].weight.data_ptr()
 
 
+def test_the_average_begins_as_a_copy_that_shares_what_is_frozen():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model[0].requires_grad_(False)
+    ema = ranks.copy_but_frozen(model).requires_grad_(False)
+    model, ema = model.double(), ema.double()
+    assert model[0].weight.data_ptr() == ema[0].weight.data_ptr()
+    trained, averages = ([p.data_ptr() for p in one[1:].parameters()] for one in (model, ema))
+    assert not set(trained) & set(averages)
+    assert all(map(torch.equal, model.state_dict().values(), ema.state_dict().values()))
+    assert model[1].weight.requires_grad and not model[0].weight.requires_grad
+
+
 def test_the_average_has_the_tables_and_running_statistics_of_the_model():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     ema = deepcopy(model).eval()
