@@ -72,7 +72,7 @@ SECTIONS = [
     ("update", "torch", 1e-5, 1e-5),
     pytest.param("mmdit", "diffusers", 1e-5, 0.02, marks=slow),
     pytest.param("autoencoder", "diffusers", 5e-5, 0.1, marks=slow),
-    pytest.param("tiny_autoencoder", "diffusers", 1e-5, 0.02, marks=slow),
+    ("tiny_autoencoder", "diffusers", 1e-5, 0.02),
 ]
 
 
