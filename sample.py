@@ -450,7 +450,7 @@ def main(cfg):
     out = Path(cfg.out or image_folder.default_folder(cfg.run))
 
     settings["model"] = identity.of_run(checkpoint)
-    image_folder.refuse_other_images(out, settings, encoded=False)
+    image_folder.refuse_other_images(out, settings)
 
     # encode text before loading the transformer: T5 is the larger of the two
     text = text_of(cfg, about, settings, out, rank, device)

@@ -422,8 +422,9 @@ def training_batch(x, step, cfg):
         x = base_image(x, cfg.r)
     if not cfg.crop:
         return x
-    one_of(cfg.crop)                               # what the step's first micro-batch draws here is for all,
-    side = one_of(cfg.crop, ranks.generator(cfg.seed, 0, step))       # or ranks with small crops would wait
+    # All take the side that the step's first micro-batch draws: ranks would else wait for the largest crop.
+    one_of(cfg.crop)                               # its draw; the others make one, too, before those below
+    side = one_of(cfg.crop, ranks.generator(cfg.seed, 0, step))
     fits = [n for n in range(cfg.halvings + 1) if min(x.shape[2:]) >= side * 2**n]
     return data.random_crop(base_image(x, 2 ** one_of(fits)), side)
 

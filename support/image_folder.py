@@ -30,12 +30,11 @@ def path_of(out, i, kind=IMAGES):
     return out / kind / f"{i:06d}.png"
 
 
-def refuse_other_images(out, settings, drawing=False, encoded=True):
+def refuse_other_images(out, settings, drawing=False):
     """raises: SystemExit if `out` has images of other settings or weights, or without settings.json
 
     drawing: this job has written its settings there: others, even without images, are those of a job that
              began at the same time
-    encoded: False: the text is still to be encoded, so `texts` is not known
     """
     path = out / "settings.json"
     if not drawing and not [*out.glob("*.png"), *out.glob("*/*.png")]:     # an attempt failed before them
@@ -47,7 +46,7 @@ def refuse_other_images(out, settings, drawing=False, encoded=True):
         old = json.loads(path.read_text())
     except ValueError:
         raise SystemExit(f"{path}: damaged; give another --out, or remove {out}") from None
-    if not encoded:
+    if "texts" not in settings:                                    # they are still to be encoded
         old.pop("texts", None)
     changed = [f"{name} {brief(old.get(name))} -> {brief(settings.get(name))}"
                for name in sorted(old | settings) if old.get(name) != settings.get(name)]

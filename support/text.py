@@ -107,6 +107,7 @@ class Conditioner:
         """
         if self.text is None:
             yield from batches
+            return
 
         def read(captions):
             found = self.text.read(captions)
